@@ -1,0 +1,1 @@
+"""Train image classifiers on Parquet shards with Ray, DALI and MLflow."""

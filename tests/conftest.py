@@ -1,0 +1,25 @@
+"""Share one local Ray among all tests, and check shapes while they run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Before the package is imported: every annotated shape is then checked by beartype.
+install_import_hook("sovit", "beartype.beartype")
+
+# Workers of a test share two cores; more threads only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Start one Ray for the whole session: it takes 10 to 25 seconds."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

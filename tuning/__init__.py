@@ -1,0 +1,1 @@
+"""Hyperparameter search over the pipelines; above them, below the recipes."""
