@@ -1,0 +1,134 @@
+"""The shard set: what `sovit-shards` writes and training reads.
+
+A set is a folder of Parquet files `NAME-00000-of-00008.parquet` with the columns of
+`SCHEMA` and a `classes.json`, a list of class names whose place is the label. A
+file's footer says how many rows each of its row groups holds; there is no other index.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+CLASSES_FILE = "classes.json"
+PARTIAL_SUFFIX = ".partial"
+SCHEMA = pa.schema(
+    [
+        ("image", pa.binary()),  # the encoded file, byte for byte
+        ("label", pa.int64()),
+        ("key", pa.string()),  # unique within the set
+        ("width", pa.int32()),  # stored pixels, before any EXIF rotation
+        ("height", pa.int32()),
+    ]
+)
+# A row group is what training reads and shuffles at once: large enough for one disk
+# request to be worth it, small enough that a few of them fit a shuffle buffer.
+BYTES_PER_GROUP = 4 * 2**20
+ROWS_PER_GROUP = 64
+
+
+def shard_name(name: str, *, index: int, num_shards: int) -> str:
+    """Name one file of a set, for example `train-00002-of-00008.parquet`."""
+    return f"{name}-{index:05d}-of-{num_shards:05d}.parquet"
+
+
+def seeded_order(num: int, *, seed: int) -> np.ndarray:
+    """Permute `range(num)`, the same for ever for a seed.
+
+    Sorts by SplitMix64 (Steele et al., 2014), a bijection of 64-bit integers, so there
+    are no ties. NumPy's generators do not promise their streams across versions.
+
+    Returns:
+        int64 array of shape (num,).
+    """
+    with np.errstate(over="ignore"):
+        start = _mix(np.array([seed & (2**64 - 1)], dtype=np.uint64))
+        hashes = _mix(start + np.arange(num, dtype=np.uint64))
+    return np.argsort(hashes, kind="stable")
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def cut_evenly(num: int, *, num_parts: int) -> list[int]:
+    """Give the `num_parts + 1` bounds that cut `num` rows into parts of like length."""
+    return [num * part // num_parts for part in range(num_parts + 1)]
+
+
+def group_bounds(
+    sizes_bytes: Sequence[int],
+    *,
+    rows_per_group: int = ROWS_PER_GROUP,
+    bytes_per_group: int = BYTES_PER_GROUP,
+) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of the row groups: full by rows or by bytes, never empty."""
+    start, filled_bytes = 0, 0
+    for row, size_bytes in enumerate(sizes_bytes):
+        is_full = row - start == rows_per_group
+        if is_full or (row > start and filled_bytes + size_bytes > bytes_per_group):
+            yield start, row
+            start, filled_bytes = row, 0
+        filled_bytes += size_bytes
+    if len(sizes_bytes) > start:
+        yield start, len(sizes_bytes)
+
+
+def write_shard(
+    path: Path,
+    *,
+    rows: pa.Table,
+    rows_per_group: int = ROWS_PER_GROUP,
+    bytes_per_group: int = BYTES_PER_GROUP,
+    image_compression: str = "none",
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write one file of a set under a partial name, then rename it.
+
+    Args:
+        path: The file's final name; replaced if it is there.
+        rows: A table with the columns of `SCHEMA`.
+        rows_per_group: Most rows of a row group.
+        bytes_per_group: Most image bytes of a row group, unless one image is larger.
+        image_compression: Parquet codec of the image column. Photographs do not
+            shrink; thousands of tiny JPEGs do, since their headers are alike.
+        metadata: Text kept in the footer.
+    """
+    rows = rows.select(SCHEMA.names).cast(SCHEMA).combine_chunks()
+    sizes_bytes = pc.call_function("binary_length", [rows["image"]]).to_pylist()
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    # Statistics and dictionaries of images would only fatten the footer and the pages.
+    settings: dict[str, Any] = {
+        "compression": dict.fromkeys(SCHEMA.names, "zstd")
+        | {"image": image_compression},
+        "use_dictionary": ["label"],
+        "write_statistics": False,
+        "store_schema": False,
+    }
+    with pq.ParquetWriter(partial, SCHEMA, **settings) as writer:
+        for start, stop in group_bounds(
+            sizes_bytes, rows_per_group=rows_per_group, bytes_per_group=bytes_per_group
+        ):
+            writer.write_table(rows.slice(start, stop - start), row_group_size=stop)
+        if metadata:
+            writer.add_key_value_metadata(metadata)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, *, value: object) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)
