@@ -1,0 +1,180 @@
+"""Write checkpoints that are whole or refused, without pickled objects.
+
+A checkpoint is a folder: `model.safetensors`, `ema.safetensors` where an average is
+kept, `optimizer.pt` (read with `weights_only=True`) and, written last,
+`checkpoint.json` with the run, the position, the classes, the metrics and each file's
+size and CRC-32. A folder whose files do not match it is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import sovit
+from pipelines.config import Model, Run
+from pipelines.runfile import from_json, to_json
+
+MANIFEST = "checkpoint.json"
+MODEL_FILE = "model.safetensors"
+EMA_FILE = "ema.safetensors"
+OPTIMIZER_FILE = "optimizer.pt"
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Point at the next global batch to train on."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Batches of this epoch that were trained on."""
+    step: int = 0
+    """Batches of all epochs that were trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Say what a checkpoint holds."""
+
+    run: Run
+    position: Position
+    classes: tuple[str, ...]
+    metrics: dict[str, float]
+    files: dict[str, dict[str, int]]
+    """Size in bytes and CRC-32 of each file."""
+
+
+def build_model(settings: Model, *, num_classes: int) -> nn.Module:
+    """Build the timm model that the settings name, with fresh weights.
+
+    `img_size` goes to our own models; others take theirs from `kwargs`, since timm's
+    convolutional networks have no such argument.
+    """
+    if not timm.is_model(settings.name):
+        raise ValueError(
+            f"model.name: wanted a model that timm knows, came {settings.name!r}; "
+            "see timm.list_models()"
+        )
+    arguments: dict[str, Any] = dict(settings.kwargs)
+    if settings.pooling is not None:
+        arguments["pooling"] = settings.pooling
+    if settings.drop_path_rate:
+        arguments["drop_path_rate"] = settings.drop_path_rate
+    if timm.model_entrypoint(settings.name).__module__.startswith(sovit.__name__):
+        arguments["img_size"] = settings.img_size
+    return timm.create_model(settings.name, num_classes=num_classes, **arguments)
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    run: Run,
+    position: Position,
+    classes: tuple[str, ...],
+    metrics: Mapping[str, float],
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Write a checkpoint into an existing folder, its manifest last."""
+    save_file(_plain(model), folder / MODEL_FILE)
+    names = [MODEL_FILE]
+    if ema is not None:
+        save_file(_plain(ema), folder / EMA_FILE)
+        names.append(EMA_FILE)
+    if optimizer is not None:
+        torch.save(optimizer.state_dict(), folder / OPTIMIZER_FILE)
+        names.append(OPTIMIZER_FILE)
+    content = {
+        "run": json.loads(to_json(run)),
+        "position": dataclasses.asdict(position),
+        "classes": list(classes),
+        "metrics": dict(metrics),
+        "files": {name: _fingerprint(folder / name) for name in names},
+    }
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(content, indent=2))
+    partial.rename(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read what a checkpoint holds and check that every file is whole.
+
+    Raises ValueError where the folder is no checkpoint, or one that was cut off.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"wanted a checkpoint folder with {MANIFEST}, came {folder}; "
+            "name one that sovit-train printed"
+        )
+    raw = json.loads(path.read_text())
+    for name, wanted in raw["files"].items():
+        came = _fingerprint(folder / name) if (folder / name).is_file() else None
+        if came != wanted:
+            raise ValueError(
+                f"{folder / name}: wanted {wanted}, came {came}; "
+                "this checkpoint is damaged, use the one before it"
+            )
+    return Manifest(
+        run=from_json(json.dumps(raw["run"])),
+        position=Position(**raw["position"]),
+        classes=tuple(raw["classes"]),
+        metrics=raw["metrics"],
+        files=raw["files"],
+    )
+
+
+def load_weights(model: nn.Module, folder: Path, *, ema: bool = False) -> None:
+    """Load a checkpoint's weights, or their moving average, into a model."""
+    path = folder / (EMA_FILE if ema else MODEL_FILE)
+    if not path.is_file():
+        raise ValueError(
+            f"wanted {path.name} in {folder}, came none; this run kept no moving "
+            "average, evaluate the weights themselves (--no-ema)"
+        )
+    model.load_state_dict(load_file(path))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Load a checkpoint's optimiser state; only tensors and plain values are read."""
+    state = torch.load(folder / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
+    optimizer.load_state_dict(state)
+
+
+def load_model(folder: Path, *, ema: bool | None = None) -> tuple[nn.Module, Manifest]:
+    """Build a checkpoint's model with its weights, in evaluation mode.
+
+    With `ema=None` the moving average is taken where the checkpoint has one.
+    """
+    manifest = read_manifest(folder)
+    model = build_model(manifest.run.model, num_classes=len(manifest.classes))
+    use_ema = EMA_FILE in manifest.files if ema is None else ema
+    load_weights(model, folder, ema=use_ema)
+    return model.eval(), manifest
+
+
+def _plain(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: value.detach().cpu().contiguous()
+        for name, value in model.state_dict().items()
+    }
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK_BYTES):
+            crc = zlib.crc32(block, crc)
+    return {"num_bytes": path.stat().st_size, "crc32": crc}
