@@ -1,0 +1,118 @@
+"""The classifier of So-ViT: class token and pooled visual tokens, fused late."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from sovit.pooling import Pooling, build_pooling
+from sovit.shapes import Float, Number, Tensor
+
+Fusion = Literal["sum", "concat", "class", "visual"]
+
+
+class SecondOrderHead(nn.Module):
+    """Classify from the class token, the pooled visual tokens, or both.
+
+    So-ViT (arXiv 2104.10935), section 3. `fusion` is one of
+
+    - "sum": two linear classifiers, their logits added (the papers' choice);
+    - "concat": one linear classifier on both vectors;
+    - "class": the class token alone; "visual": the pooled visual tokens alone.
+
+    `drop_rate` is the dropout on the pooled visual tokens, and on the class token where
+    there is nothing else. `num_features` is the length of what `pre_logits` returns.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        num_classes: int = 1000,
+        pooling: Pooling,
+        fusion: Fusion = "sum",
+        drop_rate: Number = 0.0,
+    ) -> None:
+        super().__init__()
+        if fusion not in get_args(Fusion):
+            raise ValueError(
+                f"fusion must be one of {get_args(Fusion)}, got {fusion!r}: "
+                "'sum' is the papers' choice."
+            )
+        self.fusion: Fusion = fusion
+        self.class_dim = 0 if fusion == "visual" else embed_dim
+        self.pool = None
+        if fusion != "class":
+            self.pool = build_pooling(pooling, embed_dim=embed_dim)
+        self.visual_dim = self.pool.num_features if self.pool else 0
+        self.num_features = self.class_dim + self.visual_dim
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes)
+
+    @staticmethod
+    def classifier_names(fusion: Fusion) -> tuple[str, ...]:
+        """Return the names of the linear classifiers inside a head."""
+        if fusion == "sum":
+            return ("fc_class", "fc_visual")
+        return {"concat": ("fc",), "class": ("fc_class",), "visual": ("fc_visual",)}[
+            fusion
+        ]
+
+    def reset(self, num_classes: int) -> None:
+        """Make new classifiers for `num_classes`; none with 0."""
+        if num_classes < 0:
+            raise ValueError(
+                f"num_classes must be at least 0, got {num_classes}: "
+                "give 0 for a model without classifier."
+            )
+        self.num_classes = num_classes
+        dims = {
+            "fc": self.num_features,
+            "fc_class": self.class_dim,
+            "fc_visual": self.visual_dim,
+        }
+        old = next(self.parameters(), None)
+        for name in self.classifier_names(self.fusion):
+            layer: nn.Module = nn.Identity()
+            if num_classes:
+                layer = nn.Linear(dims[name], num_classes)
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+            if old is not None:
+                layer.to(device=old.device, dtype=old.dtype)
+            setattr(self, name, layer.train(self.training))
+
+    def classifiers(self) -> tuple[nn.Module, ...]:
+        """Return the classifiers, in the order of `classifier_names`."""
+        return tuple(getattr(self, name) for name in self.classifier_names(self.fusion))
+
+    def represent(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor | None, ...]:
+        """Return the class vector and the visual vector; None for one not used."""
+        class_vector = visual_vector = None
+        if self.class_dim:
+            class_vector = x[:, 0]
+        if self.pool is not None:
+            visual_vector = self.drop(self.pool(x[:, 1:]))
+        elif class_vector is not None:
+            class_vector = self.drop(class_vector)
+        return class_vector, visual_vector
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], *, pre_logits: bool = False
+    ) -> Float[Tensor, "b k"]:
+        """Return logits of tokens whose first is the class token.
+
+        With `pre_logits`, or without classes, return the vectors that the classifiers
+        see, concatenated: (B, num_features).
+        """
+        used = [vector for vector in self.represent(x) if vector is not None]
+        if pre_logits or not self.num_classes:
+            return torch.cat(used, dim=-1)
+        if self.fusion == "concat":
+            used = [torch.cat(used, dim=-1)]
+        first, *others = (
+            fc(vector) for fc, vector in zip(self.classifiers(), used, strict=True)
+        )
+        return first + others[0] if others else first

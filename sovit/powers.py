@@ -1,0 +1,163 @@
+"""Powers of matrices by their singular values, as pure functions.
+
+`svpn` is the fast approximation of So-ViT: power iteration finds a few singular
+triplets, their values are raised to a power, and what is left is scaled by the last of
+them. `sv_power` is the exact power it approximates.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sovit.precision import at_least_float32, autocast_off, matmul
+from sovit.shapes import Float, Number, Tensor
+
+# Norms and singular values at or under this count as zero; the papers' code divides by
+# at least the same number.
+TINY = 1e-12
+# Added to the divisor of the remainder, as in the papers' code.
+REMAINDER_EPS = 1e-5
+
+
+def svpn(
+    x: Float[Tensor, "*batch m n"],
+    start: Float[Tensor, " n"],
+    *,
+    power: Number = 0.5,
+    num_iterations: int = 1,
+    num_singular_values: int | None = 1,
+    eps: Number = REMAINDER_EPS,
+) -> Float[Tensor, "*batch m n"]:
+    """Raise the singular values of `x` to a power, by power iteration (svPN).
+
+    With triplets (s_i, u_i, v_i), i = 1..r, each found in `num_iterations` steps from
+    the same `start` on what the earlier ones left, the result is
+
+        sum_i s_i^power u_i v_i^T  +  remainder / (s_r^(1 - power) + eps).
+
+    So-ViT (arXiv 2104.10935) and SoT (v2 of it) use r = 1 and one iteration.
+    `num_singular_values=None` takes all min(m, n) and drops the remainder.
+
+    For r = 1 the sum collapses to x / s^(1 - power) up to `eps`, and is computed so.
+    Unlike the released code no derivative is infinite: a power is only ever taken of a
+    positive number, singular values within rounding of zero add nothing, and a map
+    that is zero stays zero. Float32 inside, or float64 for float64 input; the result
+    keeps that precision. Raises ValueError for settings out of range.
+    """
+    _check_settings(power, num_iterations)
+    limit = min(x.shape[-2:])
+    count = limit if num_singular_values is None else num_singular_values
+    if not 1 <= count <= limit:
+        raise ValueError(
+            f"num_singular_values must be between 1 and {limit} for matrices of "
+            f"{tuple(x.shape[-2:])}, got {num_singular_values}: lower it, or give None "
+            "for all."
+        )
+    with autocast_off(x.device.type):
+        matrix = at_least_float32(x)
+        vector = start.to(matrix.dtype)
+        if num_singular_values == 1:
+            return _scale_by_first(matrix, vector, power, num_iterations, eps)
+        result, divisor, rest = _deflate(matrix, vector, power, num_iterations, count)
+        if num_singular_values is None:
+            return result
+        return result + rest * _inverse(divisor, power, eps)
+
+
+def sv_power(
+    x: Float[Tensor, "*batch m n"], *, power: Number = 0.5
+) -> Float[Tensor, "*batch m n"]:
+    """Raise the singular values of `x` to a power exactly, by decomposition.
+
+    U diag(s^power) V^T with the thin singular value decomposition: the reference of
+    `svpn`. Its gradient needs singular values that differ, as `torch.linalg.svd` says.
+    """
+    _check_settings(power, 1)
+    with autocast_off(x.device.type):
+        u, s, vh = torch.linalg.svd(at_least_float32(x), full_matrices=False)
+        return matmul(u * _power(s, power).unsqueeze(-2), vh)
+
+
+def _scale_by_first(
+    matrix: Tensor, start: Tensor, power: Number, num_iterations: int, eps: Number
+) -> Tensor:
+    """Apply svPN with one singular value: a scalar for each matrix, exactly.
+
+    s^power u v^T + (A - s u v^T) / d with d = s^(1 - power) + eps is A / d plus
+    s^power (eps / d) u v^T, whatever u and v are.
+    """
+    s, u, v = _triplet(matrix, start, num_iterations)
+    scale = _inverse(s, power, eps)
+    result = matrix * scale
+    if eps:
+        weight = _power(s, power) * scale * eps
+        result = result + (weight.squeeze(-1) * u).unsqueeze(-1) * v.unsqueeze(-2)
+    return result
+
+
+def _deflate(
+    matrix: Tensor, start: Tensor, power: Number, num_iterations: int, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sum_i s_i^power u_i v_i^T, the last s that is not zero, and the rest."""
+    result = torch.zeros_like(matrix)
+    floor = last = None
+    for _ in range(count):
+        s, u, v = _triplet(matrix, start, num_iterations)
+        if floor is None or last is None:
+            # What is left of a matrix of lower rank is rounding: its directions mean
+            # nothing and the power would magnify them.
+            rounding = max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
+            floor, last = s.detach() * rounding, s
+        kept = s > floor
+        last = torch.where(kept, s, last)
+        outer = u.unsqueeze(-1) * v.unsqueeze(-2)
+        result = result + torch.where(kept, _power(s, power), 0.0) * outer
+        matrix = matrix - s * outer
+    assert last is not None
+    return result, last, matrix
+
+
+def _triplet(
+    matrix: Tensor, start: Tensor, num_iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Estimate the first singular triplet: s (..., 1, 1), u (..., m), v (..., n)."""
+    v = start.expand(*matrix.shape[:-2], start.shape[-1])
+    u, projected = v, v
+    for _ in range(num_iterations):
+        u = _unit(matmul(matrix, v.unsqueeze(-1)).squeeze(-1))
+        projected = matmul(u.unsqueeze(-2), matrix).squeeze(-2)
+        v = _unit(projected)
+    s = torch.linalg.vector_norm(projected, dim=-1)
+    return s[..., None, None], u, v
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """Scale to length one; a zero vector stays zero and passes finite gradients."""
+    norm = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+    return vector / norm.clamp_min(TINY)
+
+
+def _power(s: Tensor, power: Number) -> Tensor:
+    """Return s^power where s is positive and 0 elsewhere, with a finite derivative."""
+    positive = s > TINY
+    return torch.where(positive, torch.where(positive, s, 1.0) ** power, 0.0)
+
+
+def _inverse(s: Tensor, power: Number, eps: Number) -> Tensor:
+    """Return 1 / (s^(1 - power) + eps), and 1 where there is nothing to divide by."""
+    positive = s > TINY
+    divisor = torch.where(positive, s, 1.0) ** (1 - power) + eps
+    return torch.where(positive, 1 / divisor, 1.0)
+
+
+def _check_settings(power: Number, num_iterations: int) -> None:
+    if not 0 < power <= 1:
+        raise ValueError(
+            f"power must be over 0 and at most 1, got {power}: "
+            "0.5 is the papers' value."
+        )
+    if num_iterations < 1:
+        raise ValueError(
+            f"num_iterations must be at least 1, got {num_iterations}: "
+            "1 is the papers' value."
+        )

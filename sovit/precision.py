@@ -1,0 +1,61 @@
+"""Keep second-order mathematics in float32 whatever the precision around it.
+
+A covariance sums a few hundred products and its power divides by a small number: half
+precision loses both. Everything here is float32, or float64 where the input is.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.amp.autocast_mode import is_autocast_available
+
+from sovit.shapes import Float, Tensor
+
+
+def autocast_off(device_type: str) -> AbstractContextManager[Any]:
+    """Return a context without autocast, where the device has one at all."""
+    if is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return `x` in float32, or as it is where it is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _Matmul(torch.autograd.Function):
+    """Multiply outside autocast, also where `backward()` is called inside it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with autocast_off(a.device.type):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        (grad,) = grad_outputs
+        with autocast_off(a.device.type):
+            return grad @ b.mT, a.mT @ grad
+
+
+def matmul(
+    a: Float[Tensor, "*batch m k"], b: Float[Tensor, "*batch k n"]
+) -> Float[Tensor, "*batch m n"]:
+    """Multiply two batches of matrices in their own precision, forward and backward.
+
+    Autocast never lowers either direction. PyTorch's own product is lowered in the
+    backward pass where `backward()` is called under autocast.
+    """
+    product: Tensor = _Matmul.apply(a, b)  # pyright: ignore[reportAssignmentType]
+    return product

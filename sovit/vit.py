@@ -1,0 +1,202 @@
+"""So-ViT and SoT: vision transformers with a second-order classifier."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from sovit.head import Fusion, SecondOrderHead
+from sovit.pooling import Pooling
+from sovit.positions import resize_table, sinusoid_table
+from sovit.shapes import Float, Number, Tensor
+from sovit.tokens import STRIDE, TokenEmbed, build_token_embed, check_img_size
+
+
+class SoViT(nn.Module):
+    """Classify images by a transformer whose head is of second order.
+
+    So-ViT (arXiv 2104.10935) and its second version, SoT: convolutional token
+    embedding, fixed sinusoid positions, pre-norm blocks, one LayerNorm on all tokens,
+    and a head that sees the class token and the visual tokens. Arguments are named as
+    in timm; `pooling` is the head's, `drop_rate` the dropout on its representation.
+
+    Images are (B, in_chans, *img_size), their sides multiples of 16 from 32 up. Raises
+    ValueError for settings or images that do not fit.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 256,
+        depth: int = 7,
+        num_heads: int = 4,
+        mlp_ratio: Number = 2.0,
+        qkv_bias: bool = False,
+        token_embed: TokenEmbed = "resnet",
+        pooling: Pooling | None = None,
+        fusion: Fusion = "sum",
+        drop_rate: Number = 0.0,
+        proj_drop_rate: Number = 0.0,
+        attn_drop_rate: Number = 0.0,
+        drop_path_rate: Number = 0.0,
+    ) -> None:
+        super().__init__()
+        if depth < 1 or num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(
+                "depth and num_heads must be at least 1, embed_dim a multiple of "
+                f"num_heads, got depth={depth}, num_heads={num_heads}, "
+                f"embed_dim={embed_dim}: change one of them."
+            )
+        self.img_size = check_img_size(img_size)
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.num_features = self.embed_dim = embed_dim
+        self.num_prefix_tokens = 1
+        self.grad_checkpointing = False
+
+        self.patch_embed = build_token_embed(
+            token_embed, embed_dim=embed_dim, in_chans=in_chans
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        num_positions = self.grid_size[0] * self.grid_size[1] + 1
+        self.register_buffer("pos_embed", sinusoid_table(num_positions, embed_dim))
+        norm_layer = partial(nn.LayerNorm, eps=1e-5)
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    embed_dim,
+                    num_heads,
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
+                    drop_path=rate,
+                    norm_layer=norm_layer,  # pyright: ignore[reportArgumentType]
+                )
+                for rate in torch.linspace(0, drop_path_rate, depth).tolist()
+            )
+        )
+        self.norm = norm_layer(embed_dim)
+        self.init_weights()
+        self.head = SecondOrderHead(
+            embed_dim,
+            num_classes=num_classes,
+            pooling=pooling or Pooling(),
+            fusion=fusion,
+            drop_rate=drop_rate,
+        )
+        self.head_hidden_size = self.head.num_features
+        self.register_load_state_dict_pre_hook(_fit_positions)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Return the rows and columns of visual tokens."""
+        return self.img_size[0] // STRIDE, self.img_size[1] // STRIDE
+
+    def init_weights(self) -> None:
+        """Draw class token and linear maps of the blocks with deviation 0.02.
+
+        Convolutions of the token embedding keep PyTorch's initialisation.
+        """
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return names without weight decay besides vectors and biases.
+
+        The papers decay the class token too. Naming the start vector here keeps it out
+        of the decay with tools that decay vectors.
+        """
+        return {"head.pool.normalize.start"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the patterns by which timm groups parameters into layers."""
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory: recompute the blocks in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """Return the linear classifier, or the two whose logits are added."""
+        first, *others = self.head.classifiers()
+        return (first, *others) if others else first
+
+    def reset_classifier(
+        self, num_classes: int, global_pool: str | None = None
+    ) -> None:
+        """Make new classifiers for `num_classes`; none with 0.
+
+        `global_pool` is there for timm's tools and must be None: the pooling is chosen
+        when the model is made.
+        """
+        if global_pool is not None:
+            raise ValueError(
+                f"global_pool must be None, got {global_pool!r}: "
+                "create the model with pooling={...} or fusion=... instead."
+            )
+        self.num_classes = num_classes
+        self.head.reset(num_classes)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Change the image size that the model takes, and its position table."""
+        self.img_size = check_img_size(img_size)
+        self.pos_embed = resize_table(self.pos_embed, grid_size=self.grid_size)
+
+    def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """Return normalised tokens (B, 1 + tokens, embed_dim), class token first."""
+        if tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
+            raise ValueError(
+                f"Images of {(self.in_chans, *self.img_size)} were wanted, got "
+                f"{tuple(x.shape[1:])}: resize them, or create the model with "
+                "img_size=... and in_chans=... of the images."
+            )
+        x = self.patch_embed(x)
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1)
+        x = torch.cat([cls_token, x], dim=1)
+        x = x + self.pos_embed
+        if self.grad_checkpointing:
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x)
+
+    def forward_head(
+        self, x: Float[Tensor, "b n d"], pre_logits: bool = False
+    ) -> Float[Tensor, "b k"]:
+        """Return logits of tokens; with `pre_logits` the vectors before the classifier.
+
+        The latter are (B, head_hidden_size): class token and pooled tokens together.
+        """
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        """Return logits (B, num_classes) of images."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _fit_positions(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Fit the position table of weights that another image size was trained with."""
+    assert isinstance(model, SoViT)
+    key = f"{prefix}pos_embed"
+    table = state_dict.get(key)
+    if table is not None and table.ndim == 3 and table.shape[-1] == model.embed_dim:
+        state_dict[key] = resize_table(table, grid_size=model.grid_size)
