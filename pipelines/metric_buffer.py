@@ -1,0 +1,146 @@
+"""Hold measured points until a store takes them, on a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from pipelines.provenance import without_credentials
+
+logger = logging.getLogger(__name__)
+
+# About 100 MB of Python objects at the very most; at 20 metrics each 50 steps it is
+# an outage of 250 000 steps.
+MAX_POINTS = 100_000
+MAX_POINTS_PER_SEND = 500
+_FIRST_RETRY_S = 0.5
+_LAST_RETRY_S = 15.0
+
+
+class Point(NamedTuple):
+    """Hold one value of one metric at one step."""
+
+    key: str
+    value: float
+    step: int
+    timestamp_ms: int
+
+
+class RefusedError(Exception):
+    """Say that the store is there and will never take these points."""
+
+
+class MetricBuffer:
+    """Send points in order from a background thread, and keep them while that fails.
+
+    `send` may block or raise. RefusedError loses the points it was given; any other
+    exception keeps them and is tried again, after 0.5 s at first and 15 s at last.
+    Past `max_points` the oldest points are lost. An outage is logged when it begins
+    and when it ends.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Sequence[Point]], None],
+        *,
+        place: str,
+        max_points: int = MAX_POINTS,
+    ) -> None:
+        self._send = send
+        self._place = place
+        self._max_points = max_points
+        self._points: deque[Point] = deque()
+        self._num_lost = 0
+        self._num_in_flight = 0
+        self._deadline_s: float | None = None
+        self._changed = threading.Condition()
+        # A daemon: a store that hangs must not keep the process from ending.
+        self._thread = threading.Thread(
+            target=self._run, name="metric-buffer", daemon=True
+        )
+        self._thread.start()
+
+    def add(self, points: Iterable[Point]) -> None:
+        """Queue points; never waits for the store."""
+        with self._changed:
+            self._points.extend(points)
+            self._trim()
+            self._changed.notify()
+
+    def close(self, timeout_s: float) -> int:
+        """Send what waits, for at most `timeout_s`; return how many points are lost."""
+        with self._changed:
+            self._deadline_s = time.monotonic() + timeout_s
+            self._changed.notify()
+        self._thread.join(timeout_s)
+        with self._changed:
+            return self._num_lost + self._num_in_flight + len(self._points)
+
+    def _run(self) -> None:
+        retry_s, is_away = _FIRST_RETRY_S, False
+        while batch := self._take():
+            try:
+                self._send(batch)
+            except RefusedError as error:
+                self._warn("refused %d points: %s", len(batch), error)
+                self._settle(batch, num_lost=len(batch))
+            except Exception as error:  # whatever a client library raises
+                if not is_away:
+                    self._warn(
+                        "takes no metrics (%s: %s); training goes on, up to %d points "
+                        "wait until it is back",
+                        type(error).__name__,
+                        error,
+                        self._max_points,
+                    )
+                is_away = True
+                self._put_back(batch)
+                self._pause(retry_s)
+                retry_s = min(2 * retry_s, _LAST_RETRY_S)
+            else:
+                self._settle(batch, num_lost=0)
+                if is_away:
+                    self._warn("takes metrics again")
+                retry_s, is_away = _FIRST_RETRY_S, False
+
+    def _warn(self, what: str, *details: object) -> None:
+        message = f"{self._place} {what % details}"
+        logger.warning("%s", without_credentials(message))
+
+    def _take(self) -> list[Point]:
+        """Wait for points; nothing means that the buffer is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._points or self._deadline_s is not None)
+            if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
+                return []
+            num_taken = min(len(self._points), MAX_POINTS_PER_SEND)
+            self._num_in_flight = num_taken
+            return [self._points.popleft() for _ in range(num_taken)]
+
+    def _settle(self, batch: list[Point], *, num_lost: int) -> None:
+        with self._changed:
+            self._num_in_flight -= len(batch)
+            self._num_lost += num_lost
+
+    def _put_back(self, batch: list[Point]) -> None:
+        with self._changed:
+            self._num_in_flight -= len(batch)
+            self._points.extendleft(reversed(batch))
+            self._trim()
+
+    def _trim(self) -> None:
+        while len(self._points) > self._max_points:
+            self._points.popleft()
+            self._num_lost += 1
+
+    def _pause(self, wait_s: float) -> None:
+        """Wait before the next try; closing cuts it to the first, short wait."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._deadline_s is not None, wait_s)
+            is_closing = self._deadline_s is not None
+        if is_closing:
+            time.sleep(_FIRST_RETRY_S)

@@ -1,0 +1,180 @@
+"""Reach an MLflow store soon or not at all, within its limits on names and values."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from pipelines.provenance import without_credentials
+from pipelines.sqlite_file import check_writable, sole_creator
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+ADDRESS_VARIABLE = "MLFLOW_TRACKING_URI"
+MAX_PER_BATCH = 100
+"""Params, or tags, that MLflow takes at once."""
+_MAX_VALUE_CHARS = 500
+_BAD_NAME_CHARS = re.compile(r"[^\w\-. :/]", re.ASCII)
+_SQLITE = "sqlite:///"
+_DATABASE = "mlflow.db"
+_ARTIFACTS = "mlartifacts"
+_TIMEOUT_S = 15.0
+# MLflow's own are 120 s and 7 tries: over ten minutes for a server that is away.
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "6", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+
+Result = TypeVar("Result")
+
+
+def default_uri(storage: str) -> str:
+    """Name the MLflow store of a storage folder: an SQLite file beside the runs.
+
+    `MLFLOW_TRACKING_URI` wins where it is set. Raises ValueError for a bucket, since
+    SQLite needs a filesystem.
+    """
+    if uri := os.environ.get(ADDRESS_VARIABLE):
+        return uri
+    if "://" in storage and not storage.startswith("file://"):
+        raise ValueError(
+            f"storage: wanted a folder to keep MLflow's {_DATABASE} in, came "
+            f"{without_credentials(storage)!r}; set {ADDRESS_VARIABLE} to a server or "
+            f"to {_SQLITE}/a/folder/{_DATABASE}"
+        )
+    folder = Path(storage.removeprefix("file://")).expanduser().absolute()
+    return f"{_SQLITE}{folder / _DATABASE}"
+
+
+def artifact_location(uri: str) -> str | None:
+    """Name the folder beside an SQLite store for artifacts; servers have their own.
+
+    Left alone, a client of an SQLite file puts them in the working directory.
+    """
+    path = _sqlite_path(uri)
+    return (path.parent / _ARTIFACTS).as_uri() if path else None
+
+
+def attempt(
+    call: Callable[[MlflowClient], Result],
+    *,
+    uri: str,
+    otherwise: Result,
+    loss: str,
+    timeout_s: float | None = _TIMEOUT_S,
+) -> Result:
+    """Call with a client; where that fails, warn what is lost and go on.
+
+    A store that is no SQLite file, whose creation takes its time, gets `timeout_s`.
+    """
+
+    def connect_and_call() -> Result:
+        with patience():
+            return call(connect(uri, create=True))
+
+    is_file = uri.startswith(_SQLITE)
+    try:
+        return _within(None if is_file else timeout_s, call=connect_and_call)
+    except Exception as error:  # MLflow lets requests', SQLAlchemy's and others through
+        logger.warning(
+            "%s",
+            without_credentials(
+                f"MLflow at {uri} failed ({type(error).__name__}: {error}); "
+                f"training goes on, {loss}"
+            ),
+        )
+        return otherwise
+
+
+def _within(timeout_s: float | None, *, call: Callable[[], Result]) -> Result:
+    """Call on a thread that is left behind, with TimeoutError, where it takes longer.
+
+    Not every wait has a setting: names that don't resolve, databases that don't answer.
+    """
+    if timeout_s is None:
+        return call()
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="mlflow-call", daemon=True).start()
+    try:
+        return outcome.result(timeout_s)
+    except TimeoutError as error:
+        raise TimeoutError(f"no answer in {timeout_s:.0f} s") from error
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Shorten MLflow's timeouts and retries while one of our calls goes on."""
+    before = {name: os.environ.get(name) for name in _PATIENCE}
+    os.environ.update(_PATIENCE)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def connect(uri: str, *, create: bool) -> MlflowClient:
+    """Give a client of a store that can be written; raise soon where it can't.
+
+    MLflow tries for over a minute and a half to open an SQLite file that it can't write, and
+    two processes that create one at a time break it, so both are settled here.
+    """
+    from mlflow import MlflowClient
+
+    path = _sqlite_path(uri)
+    if path is None:
+        return MlflowClient(tracking_uri=uri)
+    if create:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    elif not path.is_file():
+        raise FileNotFoundError(
+            f"wanted {path} on this machine, came none; workers on several machines "
+            f"need a shared storage folder or a server in {ADDRESS_VARIABLE}"
+        )
+    check_writable(path)
+    with sole_creator(path):
+        return MlflowClient(tracking_uri=uri)
+
+
+def log_tags(client: MlflowClient, *, run_id: str, tags: Mapping[str, object]) -> None:
+    """Log any number of tags."""
+    from mlflow.entities import RunTag
+
+    all_tags = [RunTag(name_text(key), value_text(tags[key])) for key in tags]
+    for start in range(0, len(all_tags), MAX_PER_BATCH):
+        batch = all_tags[start : start + MAX_PER_BATCH]
+        client.log_batch(run_id, tags=batch, synchronous=True)
+
+
+def name_text(name: str) -> str:
+    """Write a name with the characters that MLflow takes, `_` for each other."""
+    return _BAD_NAME_CHARS.sub("_", name)
+
+
+def value_text(value: object) -> str:
+    """Write a param's or tag's value without passwords, in at most 500 characters."""
+    text = without_credentials(str(value))
+    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[: _MAX_VALUE_CHARS - 1]}…"
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    if not uri.startswith(_SQLITE):
+        return None
+    return Path(uri.removeprefix(_SQLITE).partition("?")[0]).absolute()

@@ -1,0 +1,45 @@
+"""Settle soon whether an SQLite file can be written, and by whom first."""
+
+from __future__ import annotations
+
+import fcntl
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+_BUSY_TIMEOUT_S = 6
+_CREATION_TIMEOUT_S = 60
+_POLL_S = 0.1
+
+
+def check_writable(path: Path) -> None:
+    """Raise sqlite3.OperationalError where a file can't be written within 6 seconds."""
+    with closing(sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.rollback()
+
+
+@contextmanager
+def sole_creator(path: Path) -> Iterator[None]:
+    """Let one process at a time create a database's tables; others wait a minute.
+
+    Uses a lock file beside it, since the tables' creator takes SQLite's own lock.
+    Raises TimeoutError.
+    """
+    deadline_s = time.monotonic() + _CREATION_TIMEOUT_S
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        while not _locked(lock.fileno()):
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"{lock.name} has been held for a minute")
+            time.sleep(_POLL_S)
+        yield  # closing the file gives the lock back
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
