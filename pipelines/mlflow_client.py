@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 from pipelines.provenance import without_credentials
@@ -17,20 +18,26 @@ from pipelines.sqlite_file import check_writable, sole_creator
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 logger = logging.getLogger(__name__)
 
 ADDRESS_VARIABLE = "MLFLOW_TRACKING_URI"
 MAX_PER_BATCH = 100
 """Params, or tags, that MLflow takes at once."""
+RESTARTS_TAG = "num_restarts"
+REASON_TAG = "failure_reason"
 _MAX_VALUE_CHARS = 500
 _BAD_NAME_CHARS = re.compile(r"[^\w\-. :/]", re.ASCII)
 _SQLITE = "sqlite:///"
 _DATABASE = "mlflow.db"
 _ARTIFACTS = "mlartifacts"
+PATIENCE = MappingProxyType(
+    {"MLFLOW_HTTP_REQUEST_TIMEOUT": "6", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+)
+"""What a training waits for; MLflow's own 120 s and 7 tries make over ten minutes."""
+NO_PROGRESS_BAR = MappingProxyType({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"})
 _TIMEOUT_S = 15.0
-# MLflow's own are 120 s and 7 tries: over ten minutes for a server that is away.
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "6", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 Result = TypeVar("Result")
 
@@ -53,7 +60,7 @@ def default_uri(storage: str) -> str:
     return f"{_SQLITE}{folder / _DATABASE}"
 
 
-def artifact_location(uri: str) -> str | None:
+def _artifact_location(uri: str) -> str | None:
     """Name the folder beside an SQLite store for artifacts; servers have their own.
 
     Left alone, a client of an SQLite file puts them in the working directory.
@@ -68,7 +75,8 @@ def attempt(
     uri: str,
     otherwise: Result,
     loss: str,
-    timeout_s: float | None = _TIMEOUT_S,
+    timeout_s: float = _TIMEOUT_S,
+    settings: Mapping[str, str] = PATIENCE,
 ) -> Result:
     """Call with a client; where that fails, warn what is lost and go on.
 
@@ -76,7 +84,7 @@ def attempt(
     """
 
     def connect_and_call() -> Result:
-        with patience():
+        with environment(settings):
             return call(connect(uri, create=True))
 
     is_file = uri.startswith(_SQLITE)
@@ -116,10 +124,10 @@ def _within(timeout_s: float | None, *, call: Callable[[], Result]) -> Result:
 
 
 @contextmanager
-def patience() -> Iterator[None]:
-    """Shorten MLflow's timeouts and retries while one of our calls goes on."""
-    before = {name: os.environ.get(name) for name in _PATIENCE}
-    os.environ.update(_PATIENCE)
+def environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, which MLflow reads at each call, for a while."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:
@@ -133,8 +141,8 @@ def patience() -> Iterator[None]:
 def connect(uri: str, *, create: bool) -> MlflowClient:
     """Give a client of a store that can be written; raise soon where it can't.
 
-    MLflow tries for over a minute and a half to open an SQLite file that it can't write, and
-    two processes that create one at a time break it, so both are settled here.
+    MLflow tries for over 100 s to open an SQLite file that it can't open, and two
+    processes that create one at the same time break it, so both are settled here.
     """
     from mlflow import MlflowClient
 
@@ -151,6 +159,67 @@ def connect(uri: str, *, create: bool) -> MlflowClient:
     check_writable(path)
     with sole_creator(path):
         return MlflowClient(tracking_uri=uri)
+
+
+def find_run(client: MlflowClient, *, run_id: str) -> Run | None:
+    """Find a run that can go on; None where there is none, or it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    if not run_id:
+        return None
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        run = None
+    if run is None or run.info.lifecycle_stage != "active":
+        logger.warning("run %s is no longer in MLflow; starting another", run_id)
+        return None
+    return run
+
+
+def create_run(client: MlflowClient, *, uri: str, experiment: str, name: str) -> Run:
+    """Create a run, and its experiment where that is new."""
+    found = client.get_experiment_by_name(experiment)
+    if found is not None:
+        return client.create_run(found.experiment_id, run_name=name)
+    location = _artifact_location(uri)
+    try:
+        created_id = client.create_experiment(experiment, artifact_location=location)
+    except Exception:  # another driver may have created it since
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            raise
+        created_id = found.experiment_id
+    return client.create_run(created_id, run_name=name)
+
+
+def reopen_run(client: MlflowClient, *, run: Run) -> None:
+    """Let a run go on: RUNNING, without a reason of failure, one more restart."""
+    client.update_run(run.info.run_id, status="RUNNING")
+    num_restarts = int(run.data.tags.get(RESTARTS_TAG, "0")) + 1
+    client.set_tag(run.info.run_id, RESTARTS_TAG, str(num_restarts))
+    if REASON_TAG in run.data.tags:
+        client.delete_tag(run.info.run_id, REASON_TAG)
+
+
+def log_params(client: MlflowClient, *, run: Run, params: Mapping[str, object]) -> None:
+    """Log params; those that MLflow no longer lets us change become tags."""
+    from mlflow.entities import Param
+
+    run_id, known = run.info.run_id, run.data.params
+    texts = {name_text(name): value_text(value) for name, value in params.items()}
+    new = [Param(key, text) for key, text in texts.items() if key not in known]
+    for start in range(0, len(new), MAX_PER_BATCH):
+        batch = new[start : start + MAX_PER_BATCH]
+        client.log_batch(run_id, params=batch, synchronous=True)
+    changed = {
+        f"resumed.{key}": text
+        for key, text in texts.items()
+        if known.get(key, text) != text
+    }
+    log_tags(client, run_id=run_id, tags=changed)
 
 
 def log_tags(client: MlflowClient, *, run_id: str, tags: Mapping[str, object]) -> None:

@@ -15,18 +15,24 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.metric_buffer import MetricBuffer, Point, RefusedError
 from pipelines.mlflow_client import (
-    MAX_PER_BATCH,
-    artifact_location,
+    NO_PROGRESS_BAR,
+    PATIENCE,
+    REASON_TAG,
     attempt,
     connect,
+    create_run,
     default_uri,
+    environment,
+    find_run,
+    log_params,
     log_tags,
     name_text,
-    patience,
+    reopen_run,
     value_text,
 )
 from pipelines.provenance import without_credentials
@@ -34,6 +40,7 @@ from pipelines.provenance import without_credentials
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+    from mlflow.models import Model
 
 __all__ = [
     "MetricWriter",
@@ -41,15 +48,16 @@ __all__ = [
     "end_run",
     "log_dataset",
     "log_file",
+    "log_model",
     "log_text",
     "open_run",
 ]
 
 logger = logging.getLogger(__name__)
 
-RESTARTS_TAG = "num_restarts"
-REASON_TAG = "failure_reason"
 _MAX_DIGEST_CHARS = 36
+_MODEL_NAME = "model"
+_UPLOAD_TIMEOUT_S = 600.0
 
 
 def open_run(
@@ -71,14 +79,14 @@ def open_run(
     """
 
     def open_it(client: MlflowClient) -> Run | None:
-        if found := _find_run(client, run_id=run_id):
-            _reopen(client, run=found)
+        if found := find_run(client, run_id=run_id):
+            reopen_run(client, run=found)
             return found
-        return _create_run(client, uri=uri, experiment=experiment, name=name)
+        return create_run(client, uri=uri, experiment=experiment, name=name)
 
     def describe(client: MlflowClient) -> None:
         assert run is not None
-        _log_params(client, run=run, params=params)
+        log_params(client, run=run, params=params)
         log_tags(client, run_id=run.info.run_id, tags=tags)
 
     run = attempt(open_it, uri=uri, otherwise=None, loss="this training has no run")
@@ -150,6 +158,45 @@ def log_file(uri: str, run_id: str, *, file: Path, folder: str = "") -> None:
         )
 
 
+def log_model(uri: str, run_id: str, *, checkpoint: Path, example: bytes) -> str:
+    """Log a checkpoint's model (its moving average, if kept) as an MLflow model.
+
+    `pipelines.mlflow_model` says what it takes and gives. `example` is one encoded
+    image. Weights of hundreds of megabytes take their time, so this alone may wait for
+    a server, ten minutes at most.
+
+    Returns the model's address (`models:/m-...`), or "" where MLflow is away. Raises
+    ValueError where the checkpoint is damaged.
+    """
+    loss = "the model is not recorded"
+    is_there = run_id and attempt(
+        lambda client: bool(client.get_run(run_id)), uri=uri, otherwise=False, loss=loss
+    )
+    if not is_there:
+        return ""
+    from mlflow.models import Model
+
+    from pipelines.mlflow_model import write_model
+
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / _MODEL_NAME
+        described = Model(run_id=run_id)
+        with environment(NO_PROGRESS_BAR):
+            write_model(
+                folder, checkpoint=checkpoint, example=example, mlflow_model=described
+            )
+        return attempt(
+            lambda client: _upload_model(
+                client, run_id=run_id, folder=folder, described=described
+            ),
+            uri=uri,
+            otherwise="",
+            loss=loss,
+            timeout_s=_UPLOAD_TIMEOUT_S,
+            settings=NO_PROGRESS_BAR,
+        )
+
+
 def end_run(
     uri: str,
     run_id: str,
@@ -213,7 +260,7 @@ class MetricWriter:
         return num_lost
 
     def _send(self, points: Sequence[Point]) -> None:
-        with patience():
+        with environment(PATIENCE):
             from mlflow.entities import Metric
             from mlflow.exceptions import MlflowException
 
@@ -230,62 +277,27 @@ class MetricWriter:
                 raise
 
 
-def _find_run(client: MlflowClient, *, run_id: str) -> Run | None:
-    """Find a run that can go on; None where there is none, or it was deleted."""
-    from mlflow.exceptions import MlflowException
+def _upload_model(
+    client: MlflowClient, *, run_id: str, folder: Path, described: Model
+) -> str:
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models.model import MLMODEL_FILE_NAME
 
-    if not run_id:
-        return None
+    run = client.get_run(run_id)
+    model = client.create_logged_model(
+        run.info.experiment_id,
+        name=_MODEL_NAME,
+        source_run_id=run_id,
+        params=run.data.params,
+    )
+    described.model_id = described.model_uuid = model.model_id
+    described.artifact_path = model.artifact_location
+    described.save(str(folder / MLMODEL_FILE_NAME))
     try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        run = None
-    if run is None or run.info.lifecycle_stage != "active":
-        logger.warning("run %s is no longer in MLflow; starting another", run_id)
-        return None
-    return run
-
-
-def _create_run(client: MlflowClient, *, uri: str, experiment: str, name: str) -> Run:
-    found = client.get_experiment_by_name(experiment)
-    if found is not None:
-        return client.create_run(found.experiment_id, run_name=name)
-    location = artifact_location(uri)
-    try:
-        created_id = client.create_experiment(experiment, artifact_location=location)
-    except Exception:  # another driver may have created it since
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            raise
-        created_id = found.experiment_id
-    return client.create_run(created_id, run_name=name)
-
-
-def _reopen(client: MlflowClient, *, run: Run) -> None:
-    client.update_run(run.info.run_id, status="RUNNING")
-    num_restarts = int(run.data.tags.get(RESTARTS_TAG, "0")) + 1
-    client.set_tag(run.info.run_id, RESTARTS_TAG, str(num_restarts))
-    if REASON_TAG in run.data.tags:
-        client.delete_tag(run.info.run_id, REASON_TAG)
-
-
-def _log_params(
-    client: MlflowClient, *, run: Run, params: Mapping[str, object]
-) -> None:
-    """Log params; those that MLflow no longer lets us change become tags."""
-    from mlflow.entities import Param
-
-    run_id, known = run.info.run_id, run.data.params
-    texts = {name_text(name): value_text(value) for name, value in params.items()}
-    new = [Param(key, text) for key, text in texts.items() if key not in known]
-    for start in range(0, len(new), MAX_PER_BATCH):
-        batch = new[start : start + MAX_PER_BATCH]
-        client.log_batch(run_id, params=batch, synchronous=True)
-    changed = {
-        f"resumed.{key}": text
-        for key, text in texts.items()
-        if known.get(key, text) != text
-    }
-    log_tags(client, run_id=run_id, tags=changed)
+        client.log_model_artifacts(model.model_id, str(folder))
+    except Exception:
+        client.finalize_logged_model(model.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    return model.model_uri

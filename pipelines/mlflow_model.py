@@ -1,0 +1,156 @@
+"""A checkpoint as an MLflow model: encoded images in, labels and scores out.
+
+MLflow runs this file itself where the model is loaded (no pickle), next to copies of
+`sovit` and `pipelines` and a checkpoint without optimiser state.
+
+As JSON, an image is its base64 text: `mlflow models predict -i FILE -t json` and a
+served model's `/invocations` take
+`{"dataframe_split": {"columns": ["image"], "data": [["<base64>"], ...]}}`
+or `{"dataframe_records": [{"image": "<base64>"}, ...]}`.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pandas as pd
+import torch
+from mlflow.models import Model, ModelSignature, set_model
+from mlflow.pyfunc import save_model
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array
+
+import sovit
+from pipelines import checkpoint as checkpoints
+from pipelines import runfile, torch_decode
+from pipelines.provenance import without_credentials
+
+NUM_TOP = 5
+_BATCH_SIZE = 32
+_CHECKPOINT = "checkpoint"
+_PACKAGES = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "timm", "torch")
+
+
+class ImageClassifier(PythonModel):
+    """Classify encoded images with a checkpoint's model.
+
+    Input: a table with the column `image`, bytes of a JPEG, PNG or other format that
+    Pillow reads. Output, a row each: `label`, `score` (its probability), and
+    `top_labels` and `top_scores`, the five most probable, or all of fewer classes.
+    """
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Build the model on a GPU where there is one."""
+        folder = Path(context.artifacts[_CHECKPOINT])
+        model, self._manifest = checkpoints.load_model(folder)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = model.to(self._device)
+
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        context: PythonModelContext,
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> pd.DataFrame:
+        """Classify a table's images in batches of 32."""
+        images = list(model_input["image"])
+        rows = []
+        for start in range(0, len(images), _BATCH_SIZE):
+            rows += self._classify(images[start : start + _BATCH_SIZE])
+        return pd.DataFrame(
+            rows, columns=["label", "score", "top_labels", "top_scores"]
+        )
+
+    @torch.inference_mode()
+    def _classify(self, encoded: list[bytes]) -> list[dict[str, Any]]:
+        run, classes = self._manifest.run, self._manifest.classes
+        pixels = torch_decode.decode_eval(
+            encoded, data=run.data, img_size=run.model.img_size
+        )
+        logits = self._model(pixels.to(self._device)).float()
+        top = logits.softmax(dim=-1).topk(min(NUM_TOP, len(classes)))
+        rows = []
+        for scores, places in zip(
+            top.values.tolist(), top.indices.tolist(), strict=True
+        ):
+            labels = [classes[place] for place in places]
+            row = {"label": labels[0], "score": scores[0]}
+            rows.append({**row, "top_labels": labels, "top_scores": scores})
+        return rows
+
+
+def write_model(
+    folder: Path,
+    *,
+    checkpoint: Path,
+    example: bytes,
+    mlflow_model: Model | None = None,
+) -> None:
+    """Write a checkpoint's model (its average, if kept) as an MLflow model folder.
+
+    Raises ValueError where the checkpoint is damaged.
+    """
+    with TemporaryDirectory() as scratch:
+        reduced = Path(scratch) / _CHECKPOINT
+        reduced.mkdir()
+        _reduce(checkpoint, reduced)
+        save_model(
+            folder,
+            python_model=__file__,
+            artifacts={_CHECKPOINT: str(reduced)},
+            code_paths=[_package_folder(sovit), _package_folder(torch_decode)],
+            signature=signature(),
+            input_example=pd.DataFrame({"image": [example]}),
+            pip_requirements=requirements(),
+            mlflow_model=mlflow_model,
+        )
+
+
+def signature() -> ModelSignature:
+    """Describe the columns of input and output."""
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, "image")]),
+        outputs=Schema(
+            [
+                ColSpec(DataType.string, "label"),
+                ColSpec(DataType.double, "score"),
+                ColSpec(Array(DataType.string), "top_labels"),
+                ColSpec(Array(DataType.double), "top_scores"),
+            ]
+        ),
+    )
+
+
+def requirements() -> list[str]:
+    """Pin what the model needs; a build's local mark (`+cu130`) is left out."""
+    return [
+        f"{package}=={metadata.version(package).partition('+')[0]}"
+        for package in _PACKAGES
+    ]
+
+
+def _reduce(checkpoint: Path, folder: Path) -> None:
+    """Write a checkpoint again with the evaluated weights only, and no password."""
+    model, manifest = checkpoints.load_model(checkpoint)
+    clean = without_credentials(runfile.to_json(manifest.run))
+    checkpoints.save_checkpoint(
+        folder,
+        run=runfile.from_json(clean),
+        position=manifest.position,
+        classes=manifest.classes,
+        metrics=manifest.metrics,
+        model=model,
+        ema=None,
+        optimizer=None,
+    )
+
+
+def _package_folder(module: Any) -> str:
+    return str(Path(module.__file__).parent)
+
+
+set_model(ImageClassifier())
