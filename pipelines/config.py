@@ -78,6 +78,8 @@ class Data:
     """DALI threads of one worker."""
     num_prefetch_batches: int = 4
     """Decoded batches that wait for the model, at most."""
+    num_readers: int = 4
+    """Units that are read at the same time, at most, over all machines."""
 
     def __post_init__(self) -> None:
         counts = (
@@ -86,6 +88,7 @@ class Data:
             "shuffle_rows",
             "num_decode_threads",
             "num_prefetch_batches",
+            "num_readers",
         )
         low, high = self.crop_scale
         _check(
@@ -168,6 +171,8 @@ class Scale:
     """CPUs that Ray reserves for a worker."""
     max_failures: int = 3
     """Worker failures that are answered with a restart from the last checkpoint."""
+    start_timeout_s: float = 30.0
+    """How long a cluster may take to have the workers' CPUs and GPUs."""
     amp: Literal["auto", "off"] = "auto"
     """auto: bfloat16 autocast where the device is fast at it (CUDA)."""
 

@@ -1,0 +1,116 @@
+"""Work out crop windows and flips as numbers, before any pixel is touched.
+
+Decoders take these as inputs, so a sample's pixels depend on (seed, epoch, sample)
+alone, and DALI and the torch path do the same thing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipelines.hashing import Purpose, key, uniform
+
+_NUM_TRIES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Say for each image of a batch what is cut, how it is resized, what is kept.
+
+    All arrays are int64 of shape (n, 2), height first, but `flip`, bool of shape (n,).
+    """
+
+    start: np.ndarray
+    """Top left corner of the window cut from the stored image."""
+    window: np.ndarray
+    """Height and width of that window."""
+    resized: np.ndarray
+    """Height and width that the window is resized to."""
+    crop: np.ndarray
+    """Top left corner of the final square in the resized window."""
+    flip: np.ndarray
+
+
+def random_resized_crop(
+    ids: np.ndarray,
+    *,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    seed: int,
+    epoch: int,
+    img_size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    hflip: float,
+) -> Geometry:
+    """Draw the windows of training: Inception's random resized crop, as torchvision's.
+
+    A window's area is uniform in `scale` of the image's, its aspect ratio log-uniform
+    in `ratio`; the first of ten tries that fits is taken, else the largest centred
+    window within `ratio`.
+
+    Args:
+        ids: int64 of shape (n,): sample ids that the draws depend on.
+    """
+    draws = uniform(ids, key=key(seed, epoch, Purpose.CROP), num_draws=4 * _NUM_TRIES)
+    area_draw, ratio_draw, top, left = np.moveaxis(
+        draws.reshape(-1, _NUM_TRIES, 4), 2, 0
+    )
+    area = (heights * widths)[:, None] * (scale[0] + area_draw * (scale[1] - scale[0]))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = np.exp(low + ratio_draw * (high - low))
+    tried_w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    tried_h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (tried_w > 0) & (tried_w <= widths[:, None])
+    fits &= (tried_h > 0) & (tried_h <= heights[:, None])
+    first = fits.argmax(axis=1)
+    rows = np.arange(len(ids))
+    window = np.stack([tried_h[rows, first], tried_w[rows, first]], axis=1)
+    size = np.stack([heights, widths], axis=1)
+    place = np.stack([top[rows, first], left[rows, first]], axis=1)
+    start = np.floor(place * (size - window + 1)).astype(np.int64)
+    none_fits = ~fits.any(axis=1)
+    window[none_fits] = _largest_window(size[none_fits], ratio=ratio)
+    start[none_fits] = (size[none_fits] - window[none_fits]) // 2
+    flip = uniform(ids, key=key(seed, epoch, Purpose.FLIP))[:, 0] < hflip
+    return Geometry(
+        start=start,
+        window=window,
+        resized=np.full_like(window, img_size),
+        crop=np.zeros_like(window),
+        flip=flip,
+    )
+
+
+def _largest_window(size: np.ndarray, *, ratio: tuple[float, float]) -> np.ndarray:
+    """Take the whole image, narrowed where it is longer than the ratio allows."""
+    height, width = size[:, 0], size[:, 1]
+    aspect = width / height
+    window_w = np.where(aspect > ratio[1], np.rint(height * ratio[1]), width)
+    window_h = np.where(aspect < ratio[0], np.rint(width / ratio[0]), height)
+    return np.maximum(np.stack([window_h, window_w], axis=1).astype(np.int64), 1)
+
+
+def center_crop(
+    *, heights: np.ndarray, widths: np.ndarray, img_size: int, crop_pct: float
+) -> Geometry:
+    """Give the windows of evaluation: short side to img_size / crop_pct, centre crop.
+
+    Roundings are those of torchvision and timm: the short side's length and the long
+    side's are cut to whole pixels, the crop's corner is rounded.
+    """
+    short = math.floor(img_size / crop_pct)
+    size = np.stack([heights, widths], axis=1)
+    long_side = (short * size.max(axis=1) / size.min(axis=1)).astype(np.int64)
+    is_short = size == size.min(axis=1, keepdims=True)
+    resized = np.where(is_short, short, long_side[:, None])
+    return Geometry(
+        start=np.zeros_like(size),
+        window=size,
+        resized=resized,
+        crop=np.rint((resized - img_size) / 2).astype(np.int64),
+        flip=np.zeros(len(size), dtype=bool),
+    )

@@ -1,0 +1,30 @@
+"""Define what passes from the data side to the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Hold one micro-batch of one worker on its device."""
+
+    images: Tensor
+    """float32 (B, 3, H, W), normalised."""
+    labels: Tensor
+    """int64 (B,)."""
+    weights: Tensor
+    """float32 (B,): 1 for an image, 0 for a row that only fills the shape."""
+    epoch: int
+    index: int
+    """Number of the global batch within the epoch."""
+    micro: int
+    """Number of the micro-batch within this worker's share."""
+    global_rows: int
+    """Images of the global batch, over all workers."""
+    ends_step: bool
+    """True for the share's last micro-batch."""
+    ends_epoch: bool
+    """True for all micro-batches of the epoch's last batch."""

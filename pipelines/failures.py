@@ -1,0 +1,70 @@
+"""Tell failures that a restart may mend from those that only the user can mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ray.exceptions import RayTaskError
+from ray.train import (
+    ControllerError,
+    TrainingFailedError,
+    UserCallback,
+    WorkerGroupError,
+)
+
+
+class RunFailedError(RuntimeError):
+    """Say that a run's workers failed more often than it allows."""
+
+
+class StopOnValueError(UserCallback):
+    """End a run whose worker raised a ValueError, instead of starting it again.
+
+    A ValueError is for the user: a damaged shard is as damaged at the next attempt.
+    Ray Train counts restarts but does not look at the error; an exception out of this
+    callback ends the run.
+    """
+
+    def after_exception(
+        self, run_context: object, worker_exceptions: dict[int, Exception]
+    ) -> None:
+        """Raise the first ValueError among the workers' errors."""
+        for error in worker_exceptions.values():
+            for cause in causes(error):
+                if isinstance(cause, ValueError):
+                    raise ValueError(first_line(cause))
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from, through Ray's wrappers."""
+    seen: set[int] = set()
+    waiting: list[object] = [error]
+    while waiting:
+        found = waiting.pop(0)
+        if not isinstance(found, BaseException) or id(found) in seen:
+            continue
+        seen.add(id(found))
+        if not isinstance(found, RayTaskError):
+            yield found
+        waiting += [getattr(found, "cause", None), found.__cause__, found.__context__]
+        if isinstance(found, WorkerGroupError):
+            waiting += list(found.worker_failures.values())
+        if isinstance(found, ControllerError):
+            waiting.append(found.controller_failure)
+
+
+def reason_of(error: TrainingFailedError) -> tuple[str, bool]:
+    """Give a failure's reason in one line, and whether the user can mend it."""
+    found = list(causes(error))
+    for cause in found:
+        if isinstance(cause, ValueError):
+            return first_line(cause), True
+    last = [cause for cause in found if not isinstance(cause, TrainingFailedError)]
+    cause = last[0] if last else error
+    return f"{type(cause).__name__}: {first_line(cause)}", False
+
+
+def first_line(error: BaseException) -> str:
+    """Give an error's first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

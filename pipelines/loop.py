@@ -1,0 +1,214 @@
+"""Train and evaluate in plain PyTorch: no Ray, no MLflow, no DALI.
+
+The loop takes batches from an iterator and calls back with plain numbers. It knows
+steps; epochs are marks on the batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
+
+from pipelines.batch import Batch
+from pipelines.checkpoint import Position
+from pipelines.config import Run
+from pipelines.hashing import Purpose, key
+from pipelines.metrics import Sums
+from pipelines.mixing import draw_mix, mix, smooth_targets, soft_cross_entropy
+from pipelines.optim import learning_rate, set_learning_rate
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Hold what changes while a run trains."""
+
+    model: nn.Module
+    """The bare model, whose weights are kept."""
+    forward: nn.Module
+    """The model as the step calls it: wrapped for data parallelism, or bare."""
+    optimizer: torch.optim.Optimizer
+    ema: ModelEmaV3 | None
+    position: Position = field(default_factory=Position)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """Say what a worker's loop needs to know beside the run."""
+
+    run: Run
+    num_classes: int
+    steps_per_epoch: int
+    device: torch.device
+    world_size: int = 1
+    rank: int = 0
+
+    @property
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Give bfloat16 autocast where the run wants it and the device is fast."""
+        enabled = self.run.scale.amp == "auto" and self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+
+class NonFiniteLossError(ValueError):
+    """Say that the loss is not a number any more."""
+
+
+def train(
+    state: TrainState,
+    batches: Iterable[Batch],
+    *,
+    settings: LoopSettings,
+    on_log: Callable[[Mapping[str, float], Position], None],
+    on_epoch_end: Callable[[TrainState], None],
+) -> None:
+    """Train until the batches end.
+
+    Args:
+        on_log: gets means since the last call, on every worker alike.
+        on_epoch_end: is called when an epoch's last batch was trained on.
+
+    Raises NonFiniteLossError, naming the step, where the loss is not finite.
+    """
+    sums = Sums(settings.device)
+    clock = _Clock()
+    state.forward.train()
+    for batch in clock.waiting(batches):
+        if batch.micro == 0:
+            _begin_step(state, settings=settings)
+        _forward_backward(state, batch, settings=settings, sums=sums)
+        if not batch.ends_step:
+            continue
+        _end_step(state, batch, settings=settings)
+        position = state.position
+        if position.step % settings.run.log_every_steps == 0 or batch.ends_epoch:
+            metrics = sums.total()
+            num_images = metrics.pop("num_images")
+            if not math.isfinite(metrics["loss"]):
+                raise NonFiniteLossError(
+                    f"wanted a finite loss, came {metrics['loss']} by step "
+                    f"{position.step}; lower --optim.lr or lengthen the warm-up"
+                )
+            lr = state.optimizer.param_groups[0]["lr"]
+            on_log(metrics | clock.rates(num_images) | {"lr": lr}, position)
+        if batch.ends_epoch:
+            epoch = position.epoch + 1
+            state.position = Position(epoch=epoch, batch=0, step=position.step)
+            on_epoch_end(state)
+            state.forward.train()
+            clock.restart()
+
+
+def _begin_step(state: TrainState, *, settings: LoopSettings) -> None:
+    run, step = settings.run, state.position.step
+    # Drop path and dropout draw from the step and the rank alone, so that a resumed
+    # run draws what an unbroken one would have drawn.
+    torch.manual_seed(key(run.seed, step, settings.rank, Purpose.STEP) >> 1)
+    lr = learning_rate(step, optim=run.optim, steps_per_epoch=settings.steps_per_epoch)
+    set_learning_rate(state.optimizer, lr=lr)
+
+
+def _forward_backward(
+    state: TrainState, batch: Batch, *, settings: LoopSettings, sums: Sums
+) -> None:
+    run = settings.run
+    targets = smooth_targets(
+        batch.labels,
+        num_classes=settings.num_classes,
+        smoothing=run.optim.label_smoothing,
+    )
+    images = batch.images
+    draw_key = key(run.seed, batch.epoch, batch.index, batch.micro, Purpose.MIX)
+    draw = draw_mix(run.optim, key=draw_key)
+    if draw is not None:
+        images, targets = mix(images, targets, draw=draw)
+    no_sync = getattr(state.forward, "no_sync", contextlib.nullcontext)
+    with contextlib.nullcontext() if batch.ends_step else no_sync():
+        with settings.autocast:
+            logits = state.forward(images)
+        losses = soft_cross_entropy(logits, targets)
+        # Data parallelism averages over workers: this makes it the mean over the
+        # global batch, however its rows lie on the workers.
+        scale = settings.world_size / batch.global_rows
+        ((losses * batch.weights).sum() * scale).backward()
+    sums.add(logits, batch.labels, batch.weights, losses)
+
+
+def _end_step(state: TrainState, batch: Batch, *, settings: LoopSettings) -> None:
+    optim = settings.run.optim
+    if optim.clip_grad_norm:
+        nn.utils.clip_grad_norm_(state.model.parameters(), optim.clip_grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.ema is not None:
+        state.ema.update(state.model)
+    state.position = replace(
+        state.position, batch=batch.index + 1, step=state.position.step + 1
+    )
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give all workers rank 0's buffers: BatchNorm statistics differ by worker."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], *, settings: LoopSettings
+) -> dict[str, float]:
+    """Evaluate on one epoch of batches; every image counts once.
+
+    Returns:
+        Means of loss, top1 and top5 (percent) and num_images, over all workers.
+    """
+    model.eval()
+    sums = Sums(settings.device)
+    for batch in batches:
+        with settings.autocast:
+            logits = model(batch.images)
+        losses = nn.functional.cross_entropy(
+            logits.float(), batch.labels, reduction="none"
+        )
+        sums.add(logits, batch.labels, batch.weights, losses)
+        if batch.ends_epoch and batch.ends_step:
+            break
+    return sums.total()
+
+
+class _Clock:
+    """Measure the rate of images and the share of time that waits for them."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._start_s = time.perf_counter()
+        self._waited_s = 0.0
+
+    def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        iterator = iter(batches)
+        while True:
+            start_s = time.perf_counter()
+            batch = next(iterator, None)
+            self._waited_s += time.perf_counter() - start_s
+            if batch is None:
+                return
+            yield batch
+
+    def rates(self, num_images: float) -> dict[str, float]:
+        seconds = time.perf_counter() - self._start_s
+        rates = {
+            "images_per_s": num_images / seconds,
+            "waiting_share": self._waited_s / seconds,
+        }
+        self.restart()
+        return rates

@@ -1,0 +1,53 @@
+"""Sum what is measured on the device, and bring it home only when it is asked for."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def correct(logits: Tensor, labels: Tensor, *, k: int) -> Tensor:
+    """Tell which images have their label among the k best: bool (B,)."""
+    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (best == labels[:, None]).any(dim=1)
+
+
+class Sums:
+    """Add up weighted loss, top-1, top-5 and images; no step waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def add(
+        self, logits: Tensor, labels: Tensor, weights: Tensor, loss: Tensor
+    ) -> None:
+        """Add a batch: logits (B, K), labels, weights and losses (B,)."""
+        logits = logits.detach()
+        columns = torch.stack(
+            [
+                loss.detach(),
+                correct(logits, labels, k=1).to(loss.dtype),
+                correct(logits, labels, k=5).to(loss.dtype),
+                torch.ones_like(loss),
+            ]
+        )
+        self._sums += (columns * weights).sum(dim=1)
+
+    def total(self) -> dict[str, float]:
+        """Add up over all workers, give means, and start again.
+
+        Every worker must call this at the same step: it is a collective.
+        """
+        sums = self._sums.clone()
+        self._sums.zero_()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        loss, top1, top5, num_images = sums.tolist()
+        count = max(num_images, 1.0)
+        return {
+            "loss": loss / count,
+            "top1": 100 * top1 / count,
+            "top5": 100 * top5 / count,
+            "num_images": num_images,
+        }

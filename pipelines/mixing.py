@@ -1,0 +1,88 @@
+"""Mix images and labels of a batch: label smoothing, mixup, cutmix."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipelines.config import Optim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """Say how one batch is mixed; the same for all workers of a step."""
+
+    lam: float
+    """Share of an image that stays its own."""
+    box: tuple[float, float] | None
+    """Centre of cutmix's box as shares of height and width; None for mixup."""
+
+
+def draw_mix(optim: Optim, *, key: int) -> Draw | None:
+    """Draw whether and how to mix, from a key; None where both are off.
+
+    Follows timm's batch mode, mixing every batch: one share and one box a batch.
+    """
+    if not optim.mixup and not optim.cutmix:
+        return None
+    source = random.Random(key)
+    use_cutmix = optim.cutmix > 0 and (
+        not optim.mixup or source.random() < optim.mix_switch
+    )
+    alpha = optim.cutmix if use_cutmix else optim.mixup
+    lam = source.betavariate(alpha, alpha)
+    box = (source.random(), source.random()) if use_cutmix else None
+    return Draw(lam=lam, box=box)
+
+
+def smooth_targets(labels: Tensor, *, num_classes: int, smoothing: float) -> Tensor:
+    """Turn labels (B,) into distributions (B, K): smoothing / K off the label."""
+    off = smoothing / num_classes
+    targets = torch.full(
+        (len(labels), num_classes), off, device=labels.device, dtype=torch.float32
+    )
+    return targets.scatter_(1, labels[:, None], 1 - smoothing + off)
+
+
+def mix(images: Tensor, targets: Tensor, *, draw: Draw) -> tuple[Tensor, Tensor]:
+    """Mix each image with its mirror place in the batch: first with last, and so on.
+
+    mixup (Zhang et al., 2018), cutmix (Yun et al., 2019); timm's pairing.
+
+    Args:
+        images: (B, C, H, W).
+        targets: (B, K), rows of distributions.
+    """
+    lam = draw.lam
+    if draw.box is None:
+        mixed = torch.lerp(images.flip(0), images, lam)
+    else:
+        top, bottom, left, right = _box(images.shape[2:], lam=lam, center=draw.box)
+        mixed = images.clone()
+        mixed[:, :, top:bottom, left:right] = images.flip(0)[
+            :, :, top:bottom, left:right
+        ]
+        height, width = images.shape[2:]
+        lam = 1 - (bottom - top) * (right - left) / (height * width)
+    return mixed, torch.lerp(targets.flip(0), targets, lam)
+
+
+def _box(
+    size: torch.Size, *, lam: float, center: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Place cutmix's box; what hangs over the edge is cut off."""
+    edges = []
+    for length, at in zip(size, center, strict=True):
+        half = int(length * (1 - lam) ** 0.5) // 2
+        middle = int(at * length)
+        edges += [max(middle - half, 0), min(middle + half, length)]
+    return edges[0], edges[1], edges[2], edges[3]
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Give each image's cross-entropy (B,) against a distribution (B, K)."""
+    return -(targets * F.log_softmax(logits.float(), dim=1)).sum(dim=1)

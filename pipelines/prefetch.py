@@ -1,0 +1,78 @@
+"""Decode ahead of the model on a thread, within a bound."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from pipelines.batch import Batch
+
+
+class Prefetcher:
+    """Run an iterator on a thread and hand its items over through a bounded queue.
+
+    An error of the iterator is raised where the items are taken. `close` ends the
+    thread; it is safe at any moment.
+    """
+
+    def __init__(
+        self, items: Iterable[Batch], *, num_items: int, device: torch.device
+    ) -> None:
+        self._device = device
+        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(num_items)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(
+            target=self._fill, args=(items,), name="decode", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            if item.images.is_cuda:
+                stream = torch.cuda.current_stream(item.images.device)
+                for tensor in (item.images, item.labels, item.weights):
+                    tensor.record_stream(stream)
+            yield item
+
+    def close(self) -> None:
+        """Stop the thread, and wait a moment for it."""
+        self._closed.set()
+        self._thread.join(timeout=5)
+
+    def _fill(self, items: Iterable[Batch]) -> None:
+        last: BaseException | None = None
+        try:
+            with self._own_stream() as stream:
+                for item in items:
+                    if stream is not None:
+                        stream.synchronize()
+                    if not self._put(item):
+                        return
+        except BaseException as error:
+            last = error
+        self._put(last)
+
+    @contextlib.contextmanager
+    def _own_stream(self) -> Iterator[torch.cuda.Stream | None]:
+        """Decode beside the model on a GPU: on the default stream it would wait."""
+        if self._device.type != "cuda":
+            yield None
+            return
+        stream = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(stream):
+            yield stream
+
+    def _put(self, item: Batch | BaseException | None) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,80 @@
+"""Keep a run's folder: its configuration, its MLflow run, and whether it has ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow.fs as pafs
+
+from pipelines.config import Run
+from pipelines.footers import open_place
+from pipelines.runfile import from_json, to_json
+
+_RECORD = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Say what a run is and how far it came."""
+
+    name: str
+    run: Run
+    mlflow_run_id: str = ""
+    status: Literal["running", "finished"] = "running"
+
+
+def new_record(run: Run, *, name: str) -> Record:
+    """Make a new run's folder; ValueError where that name is taken."""
+    filesystem, path = _place(run.storage, name)
+    if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
+        raise ValueError(
+            f"wanted a new name for this run, came {name!r}, which {run.storage!r} "
+            f"already holds; choose another --name or go on with --resume {name}"
+        )
+    record = Record(name=name, run=run)
+    filesystem.create_dir(path)
+    write_record(record)
+    return record
+
+
+def read_record(storage: str, *, name: str) -> Record:
+    """Read a run that is to go on; ValueError where it is not there or has finished."""
+    filesystem, path = _place(storage, name)
+    try:
+        with filesystem.open_input_stream(f"{path}/{_RECORD}") as stream:
+            raw = json.loads(stream.read())
+    except OSError as error:
+        raise ValueError(
+            f"wanted a run to resume, came {name!r}, which {storage!r} does not hold; "
+            "look there for the names, or set --storage"
+        ) from error
+    record = Record(
+        name=raw["name"],
+        run=from_json(json.dumps(raw["run"])),
+        mlflow_run_id=raw["mlflow_run_id"],
+        status=raw["status"],
+    )
+    if record.status == "finished":
+        raise ValueError(
+            f"wanted a run that has not ended, came {name!r}, which has finished; "
+            "start a new one with more --optim.num-epochs"
+        )
+    return record
+
+
+def write_record(record: Record) -> None:
+    """Write a run's record in place of the one before."""
+    filesystem, path = _place(record.run.storage, record.name)
+    content = dataclasses.asdict(record) | {"run": json.loads(to_json(record.run))}
+    partial = f"{path}/{_RECORD}.partial"
+    with filesystem.open_output_stream(partial) as stream:
+        stream.write(json.dumps(content, indent=2).encode())
+    filesystem.move(partial, f"{path}/{_RECORD}")
+
+
+def _place(storage: str, name: str) -> tuple[pafs.FileSystem, str]:
+    filesystem, root = open_place(storage)
+    return filesystem, f"{root}/{name}"

@@ -1,0 +1,96 @@
+"""Join the Ray that is there, or start one for this process and end it afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+from pipelines.config import Scale
+
+_POLL_S = 1.0
+# Readers need CPUs beside the workers'; they mostly wait, so these do not exist.
+_NUM_READER_CPUS = 2
+
+
+@contextlib.contextmanager
+def ray_session(scale: Scale) -> Iterator[None]:
+    """Have a Ray with room for the workers while the block runs.
+
+    A Ray that this process is connected to, or that RAY_ADDRESS names, is used and
+    left running. Else one is started here and shut down at the end.
+
+    Raises ValueError where the machine, or the cluster after a while, is too small.
+    """
+    if ray.is_initialized():
+        _wait_for_room(scale)
+        yield
+        return
+    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    if not on_cluster:
+        _check_machine(scale)
+    try:
+        ray.init(
+            address=None if on_cluster else "local",
+            num_cpus=None if on_cluster else (os.cpu_count() or 1) + _NUM_READER_CPUS,
+            include_dashboard=None if on_cluster else False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+        _wait_for_room(scale)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def needed(scale: Scale) -> dict[str, float]:
+    """Count the resources of all workers together."""
+    wanted = {"CPU": scale.num_workers * scale.cpus_per_worker}
+    return wanted | ({"GPU": float(scale.num_workers)} if scale.use_gpu else {})
+
+
+def per_worker(scale: Scale) -> dict[str, float]:
+    """Give what Ray reserves for one worker."""
+    return {name: total / scale.num_workers for name, total in needed(scale).items()}
+
+
+def _check_machine(scale: Scale) -> None:
+    has = os.cpu_count() or 1
+    if needed(scale)["CPU"] > has:
+        raise ValueError(
+            f"wanted {needed(scale)['CPU']:g} CPUs for {scale.num_workers} workers, "
+            f"came a machine with {has}; lower --scale.num-workers or "
+            "--scale.cpus-per-worker, or set RAY_ADDRESS to a cluster"
+        )
+
+
+def _wait_for_room(scale: Scale) -> None:
+    """Ask the autoscaler for the workers and wait; Train alone waits for ever."""
+    wanted = needed(scale)
+    deadline_s = time.monotonic() + scale.start_timeout_s
+    asked = False
+    while True:
+        has = ray.cluster_resources()
+        short = {
+            name: f"{total:g} (there are {has.get(name, 0):g})"
+            for name, total in wanted.items()
+            if has.get(name, 0) < total
+        }
+        if not short:
+            return
+        is_local = not os.environ.get("RAY_ADDRESS")
+        if is_local or time.monotonic() > deadline_s:
+            raise ValueError(
+                f"wanted {', '.join(f'{n} {text}' for n, text in short.items())} for "
+                f"{scale.num_workers} workers; lower --scale.num-workers, add nodes, "
+                "or raise --scale.start-timeout-s"
+            )
+        if not asked:
+            request_resources(bundles=[per_worker(scale)] * scale.num_workers)
+            asked = True
+        time.sleep(_POLL_S)

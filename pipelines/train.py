@@ -1,0 +1,262 @@
+"""Train a recipe: `sovit-train RECIPE [--typed.overrides]`.
+
+    sovit-train demo
+    sovit-train imagenet.so_vit_14 --data.train /shards/train --scale.num-workers 8
+    sovit-train --resume NAME
+
+A new run gets a new name; `--resume` goes on with a run that did not finish, from its
+last checkpoint and with its own configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.train import UserCallback
+
+from pipelines import tracking
+from pipelines.cli import parse, run_command
+from pipelines.config import Run
+from pipelines.failures import RunFailedError, StopOnValueError, reason_of
+from pipelines.footers import ShardSet, read_shard_set
+from pipelines.plan import plan_epoch
+from pipelines.progress import Display, start_board
+from pipelines.provenance import provenance_tags, without_credentials
+from pipelines.reading import read_rows
+from pipelines.recipe import load_recipe
+from pipelines.runfile import flat_params
+from pipelines.runs import Record, new_record, read_record, write_record
+from pipelines.session import per_worker, ray_session
+from pipelines.stream import training_plan
+from pipelines.worker import Job, work
+
+_PROG = "sovit-train"
+
+
+def fit(
+    run: Run,
+    *,
+    name: str,
+    record: Record | None = None,
+    callbacks: Sequence[UserCallback] = (),
+) -> ray.train.Result:
+    """Train a run to its end and return Ray Train's result.
+
+    Args:
+        name: The new run's name, or that of the one to go on with.
+        record: The record of the run to go on with; None starts a new run.
+        callbacks: Ray Train callbacks, such as Tune's.
+
+    Raises ValueError for what the user can mend, before or while it trains, and
+    RunFailedError where workers failed more often than the run allows. The MLflow run
+    is marked FAILED with the reason.
+    """
+    train_shards, val_shards = _read_shards(run)
+    run = _absolute(run)
+    record = new_record(run, name=name) if record is None else record
+    record = dataclasses.replace(record, run=run)
+    uri = tracking.default_uri(run.storage)
+    with ray_session(run.scale):
+        run_id = _open_tracking(
+            record, uri=uri, shards={"train": train_shards, "val": val_shards}
+        )
+        record = dataclasses.replace(record, mlflow_run_id=run_id)
+        write_record(record)
+        board = start_board()
+        job = Job(
+            run=run,
+            train_shards=train_shards,
+            val_shards=val_shards,
+            board=board,
+            tracking_uri=uri,
+            mlflow_run_id=run_id,
+        )
+        plan = training_plan(train_shards, data=run.data, seed=run.seed, epoch=0)
+        with Display(
+            board,
+            num_steps=plan.num_batches * run.optim.total_epochs,
+            num_epochs=run.optim.total_epochs,
+        ):
+            result = _train(job, name=name, callbacks=callbacks)
+        _log_model(result, uri=uri, run_id=run_id, shards=val_shards)
+    tracking.end_run(uri, run_id, status="FINISHED")
+    write_record(dataclasses.replace(record, status="finished"))
+    return result
+
+
+def _train(
+    job: Job, *, name: str, callbacks: Sequence[UserCallback]
+) -> ray.train.Result:
+    run = job.run
+    trainer = ray.train.torch.TorchTrainer(
+        work,
+        train_loop_config={"job": ray.put(job)},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=run.scale.num_workers,
+            use_gpu=run.scale.use_gpu,
+            resources_per_worker=per_worker(run.scale),
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=run.storage,
+            failure_config=ray.train.FailureConfig(max_failures=run.scale.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=run.num_checkpoints_to_keep
+            ),
+            callbacks=[StopOnValueError(), *callbacks],
+        ),
+    )
+    ended = {"uri": job.tracking_uri, "run_id": job.mlflow_run_id}
+    try:
+        return trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        reason, can_mend = reason_of(error)
+        tracking.end_run(**ended, status="FAILED", reason=reason)
+        raise (ValueError if can_mend else RunFailedError)(reason) from error
+    except BaseException as error:
+        tracking.end_run(**ended, status="KILLED", reason=repr(error))
+        raise
+
+
+def _read_shards(run: Run) -> tuple[ShardSet, ShardSet]:
+    train_shards = read_shard_set(run.data.train)
+    val_shards = read_shard_set(run.data.val)
+    if train_shards.classes != val_shards.classes:
+        raise ValueError(
+            f"wanted the same classes in {run.data.train!r} and {run.data.val!r}, came "
+            f"{len(train_shards.classes)} and {len(val_shards.classes)} that differ; "
+            "write the second with sovit-shards --classes of the first"
+        )
+    return train_shards, val_shards
+
+
+def _absolute(run: Run) -> Run:
+    """Make local folders absolute: workers have another working directory."""
+
+    def absolute(place: str) -> str:
+        return place if "://" in place else os.path.abspath(place)
+
+    data = dataclasses.replace(
+        run.data, train=absolute(run.data.train), val=absolute(run.data.val)
+    )
+    return dataclasses.replace(run, data=data, storage=absolute(run.storage))
+
+
+def _open_tracking(record: Record, *, uri: str, shards: dict[str, ShardSet]) -> str:
+    run_id = tracking.open_run(
+        uri,
+        experiment=record.run.experiment,
+        name=record.name,
+        params=flat_params(record.run),
+        tags=provenance_tags(),
+        run_id=record.mlflow_run_id,
+    )
+    for context, shard_set in shards.items():
+        tracking.log_dataset(
+            uri,
+            run_id,
+            name=Path(shard_set.address).name,
+            source=shard_set.address,
+            num_rows=shard_set.groups.total_rows,
+            num_shards=len(shard_set.groups.paths),
+            digest=shard_set.digest,
+            context=context,
+        )
+    return run_id
+
+
+def _log_model(
+    result: ray.train.Result, *, uri: str, run_id: str, shards: ShardSet
+) -> None:
+    """Keep the final model in MLflow, with a held-out image as its example."""
+    if result.checkpoint is None or not run_id:
+        return
+    plan = plan_epoch(shards.groups, batch_size=1, shuffle_rows=1, shuffle=False)
+    rows = read_rows(
+        plan.unit(0), address=shards.address, num_classes=len(shards.classes)
+    )
+    with result.checkpoint.as_directory() as folder:
+        tracking.log_model(
+            uri, run_id, checkpoint=Path(folder), example=rows["image"][0].as_py()
+        )
+
+
+def main() -> None:
+    """Run the command line."""
+    run_command(_main, prog=_PROG)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    recipe = ""
+    if arguments and not arguments[0].startswith("-"):
+        recipe, *arguments = arguments
+    parser = argparse.ArgumentParser(_PROG, add_help=False, allow_abbrev=False)
+    for option in ("--name", "--resume", "--storage"):
+        parser.add_argument(option, default="")
+    chosen, rest = parser.parse_known_args(arguments)
+    if chosen.storage:
+        rest += ["--storage", chosen.storage]
+    record = None
+    if chosen.resume:
+        record = read_record(chosen.storage or "runs", name=chosen.resume)
+    elif not recipe and "--help" not in rest and "-h" not in rest:
+        raise ValueError(
+            "wanted a recipe, such as demo or imagenet.so_vit_14, or --resume NAME; "
+            "came neither"
+        )
+    default = record.run if record else load_recipe(recipe or "demo")
+    run = parse(Run, default=default, arguments=rest, prog=_PROG, text=__doc__)
+    if record is not None:
+        _check_same(record.run, run)
+    name = chosen.resume or chosen.name or _new_name(run)
+    start_s = time.monotonic()
+    result = fit(run, name=name, record=record)
+    _print_summary(result, run=run, seconds=time.monotonic() - start_s)
+
+
+def _check_same(before: Run, now: Run) -> None:
+    """Refuse to go on with other settings than those that change nothing learnt."""
+    free = {"log_every_steps", "num_checkpoints_to_keep", "storage"}
+    was, params = flat_params(before), flat_params(now)
+    changed = [
+        name
+        for name in params
+        if params[name] != was.get(name)
+        and name not in free
+        and not name.startswith("scale.")
+    ]
+    if changed:
+        raise ValueError(
+            f"wanted the settings that the run began with, came others for "
+            f"{', '.join(changed)}; leave them out, or start a new run"
+        )
+
+
+def _new_name(run: Run) -> str:
+    return f"{run.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _print_summary(result: ray.train.Result, *, run: Run, seconds: float) -> None:
+    metrics = result.metrics or {}
+    uri = tracking.default_uri(_absolute(run).storage)
+    print(
+        f"trained {run.model.name} in {seconds:.0f} s: "
+        f"held-out top-1 {metrics.get('val/top1', float('nan')):.2f} % of "
+        f"{metrics.get('val/num_images', 0):,.0f} images"
+    )
+    if result.checkpoint is not None:
+        print(f"checkpoint  {result.checkpoint.path}")
+        print(f"evaluate    sovit-eval {result.checkpoint.path} {run.data.val}")
+    print(f"compare     mlflow ui --backend-store-uri {without_credentials(uri)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Run one worker of a training: the part that talks to Ray Train."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train.collective import broadcast_from_rank_zero
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
+
+from pipelines import checkpoint as ckpt
+from pipelines.checkpoint import Position
+from pipelines.config import Run
+from pipelines.decoder import decode_rows, make_decoder
+from pipelines.feed import Shape, batches
+from pipelines.footers import ShardSet
+from pipelines.loop import LoopSettings, TrainState, evaluate, share_buffers, train
+from pipelines.optim import build_optimizer
+from pipelines.plan import Unit
+from pipelines.prefetch import Prefetcher
+from pipelines.progress import Event
+from pipelines.source import shares, split_units
+from pipelines.stream import EpochStream, evaluation_plan, training_plan
+from pipelines.tracking import MetricWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Hold what the driver gives every worker."""
+
+    run: Run
+    train_shards: ShardSet
+    val_shards: ShardSet
+    board: Any
+    tracking_uri: str
+    mlflow_run_id: str
+
+
+def work(config: Mapping[str, Any]) -> None:
+    """Train as one worker of a group: Ray Train's `train_loop_per_worker`."""
+    job: Job = ray.get(config["job"])
+    context = ray.train.get_context()
+    worker = _Worker(
+        job, rank=context.get_world_rank(), world_size=context.get_world_size()
+    )
+    with worker:
+        worker.train()
+
+
+class _Worker:
+    """Hold one worker's model, streams and connections while it trains."""
+
+    def __init__(self, job: Job, *, rank: int, world_size: int) -> None:
+        run = job.run
+        self.job, self.run, self.rank = job, run, rank
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            torch.set_num_threads(max(int(run.scale.cpus_per_worker), 1))
+        self.settings = LoopSettings(
+            run=run,
+            num_classes=len(job.train_shards.classes),
+            steps_per_epoch=training_plan(
+                job.train_shards, data=run.data, seed=run.seed, epoch=0
+            ).num_batches,
+            device=self.device,
+            world_size=world_size,
+            rank=rank,
+        )
+        self.state = self._restore()
+        self.train_stream = self._stream(train=True)
+        self.val_stream = self._stream(train=False)
+        self._open = contextlib.ExitStack()
+        self.writer = MetricWriter(
+            job.tracking_uri, job.mlflow_run_id if not rank else ""
+        )
+        self._last_log: dict[str, float] = {}
+
+    def __enter__(self) -> None:
+        self._open.callback(self.writer.close, 15.0)
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def train(self) -> None:
+        """Train to the end of the run."""
+        self._val_batches = iter(self._batches(self.val_stream, train=False))
+        train(
+            self.state,
+            self._batches(self.train_stream, train=True),
+            settings=self.settings,
+            on_log=self._log,
+            on_epoch_end=self._end_epoch,
+        )
+
+    def _restore(self) -> TrainState:
+        """Build the model; take weights and position from the checkpoint, if any."""
+        run = self.run
+        torch.manual_seed(run.seed)
+        model = ckpt.build_model(run.model, num_classes=self.settings.num_classes)
+        model.to(self.device)
+        decay = run.optim.ema_decay
+        ema = ModelEmaV3(model, decay=decay) if decay else None
+        optimizer = build_optimizer(model, optim=run.optim)
+        position = Position()
+        found = ray.train.get_checkpoint()
+        if found is not None:
+            with found.as_directory() as folder:
+                position = ckpt.read_manifest(Path(folder)).position
+                ckpt.load_weights(model, Path(folder))
+                if ema is not None:
+                    ckpt.load_weights(ema.module, Path(folder), ema=True)
+                ckpt.load_optimizer(optimizer, Path(folder))
+        return TrainState(
+            model=model,
+            forward=self._wrap(model),
+            optimizer=optimizer,
+            ema=ema,
+            position=position,
+        )
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        if self.settings.world_size == 1:
+            return model
+        on_gpu = self.device.type == "cuda"
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[self.device.index] if on_gpu else None,
+            gradient_as_bucket_view=True,
+            # The papers keep BatchNorm's statistics by GPU; rank 0's are shared where
+            # they are used, at the epoch's end.
+            broadcast_buffers=False,
+        )
+
+    def _stream(self, *, train: bool) -> EpochStream:
+        run, data = self.run, self.run.data
+        shards = self.job.train_shards if train else self.job.val_shards
+        if train:
+            plan = functools.partial(training_plan, shards, data=data, seed=run.seed)
+        else:
+            plan = functools.partial(evaluation_plan, shards, data=data)
+        start = self.state.position
+        return EpochStream(
+            plan=(lambda epoch: plan(epoch=epoch)) if self.rank == 0 else None,
+            open_units=functools.partial(self._open_units, shards),
+            units_per_epoch=plan(epoch=0).num_units,
+            start=start if train else Position(epoch=start.epoch),
+            num_epochs=run.optim.total_epochs,
+        )
+
+    def _open_units(
+        self, shards: ShardSet, units: list[Unit] | None
+    ) -> Iterator[pa.Table]:
+        """Have rank 0 start the dataset and hand every worker its iterator."""
+        handed = None
+        if units is not None:
+            split = split_units(
+                units,
+                shards=shards,
+                num_workers=self.settings.world_size,
+                num_readers=self.run.data.num_readers,
+            )
+            handed = [ray.put(split)]
+        # References travel, in a list so that Ray does not follow them.
+        handed = broadcast_from_rank_zero(handed)
+        assert handed is not None
+        return shares(ray.get(handed[0])[self.rank])
+
+    def _batches(self, stream: EpochStream, *, train: bool) -> Prefetcher:
+        run, data = self.run, self.run.data
+        batch_size = data.batch_size if train else data.eval_batch_size
+        shape = Shape(
+            share_rows=-(-batch_size // self.settings.world_size),
+            num_micro=run.optim.num_accumulation if train else 1,
+        )
+        decoder = make_decoder(
+            data,
+            img_size=run.model.img_size,
+            batch_size=shape.micro_rows,
+            train=train,
+            device=self.device,
+        )
+        decode = decode_rows(
+            decoder, data=data, img_size=run.model.img_size, seed=run.seed, train=train
+        )
+        items = batches(stream.tables(), shape=shape, decode=decode, device=self.device)
+        prefetcher = Prefetcher(
+            items, num_items=data.num_prefetch_batches, device=self.device
+        )
+        self._open.callback(prefetcher.close)
+        return prefetcher
+
+    def _log(self, metrics: Mapping[str, float], position: Position) -> None:
+        self._last_log = dict(metrics)
+        if self.rank == 0:
+            self._post(position)
+            named = {f"train/{name}": value for name, value in metrics.items()}
+            self.writer.log(named, step=position.step)
+
+    def _post(
+        self, position: Position, *, held_out: Mapping[str, float] | None = None
+    ) -> None:
+        event = Event(
+            step=position.step,
+            epoch=position.epoch,
+            metrics=self._last_log,
+            epoch_metrics=held_out,
+        )
+        self.job.board.post.remote(event)
+
+    def _end_epoch(self, state: TrainState) -> None:
+        """Evaluate, write a checkpoint, report, and make the next dataset ready."""
+        model = state.ema.module if state.ema is not None else state.model
+        for module in {state.model, model}:
+            share_buffers(module)
+        held_out = evaluate(model, self._val_batches, settings=self.settings)
+        expected = self.job.val_shards.groups.total_rows
+        if held_out["num_images"] != expected:
+            raise ValueError(
+                f"wanted each of the {expected} held-out images counted once, came "
+                f"{held_out['num_images']:.0f}; the shards changed while they were read"
+            )
+        metrics = {f"val/{name}": value for name, value in held_out.items()}
+        metrics |= {f"train/{name}": value for name, value in self._last_log.items()}
+        self._report(state, metrics=metrics)
+        position = state.position
+        if self.rank == 0:
+            self.writer.log(metrics | {"epoch": position.epoch}, step=position.step)
+            self._post(position, held_out=held_out)
+        self.train_stream.epoch_ended(position.epoch)
+        self.val_stream.epoch_ended(position.epoch)
+
+    def _report(self, state: TrainState, *, metrics: dict[str, float]) -> None:
+        with contextlib.ExitStack() as stack:
+            kept = None
+            if self.rank == 0:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                ckpt.save_checkpoint(
+                    folder,
+                    run=self.run,
+                    position=state.position,
+                    classes=self.job.train_shards.classes,
+                    metrics=metrics,
+                    model=state.model,
+                    ema=state.ema.module if state.ema is not None else None,
+                    optimizer=state.optimizer,
+                )
+                kept = ray.train.Checkpoint.from_directory(str(folder))
+            ray.train.report(
+                metrics,
+                checkpoint=kept,
+                checkpoint_dir_name=f"epoch_{state.position.epoch:04d}",
+            )
