@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,15 @@ ROWS_PER_GROUP = 64
 def shard_name(name: str, *, index: int, num_shards: int) -> str:
     """Name one file of a set, for example `train-00002-of-00008.parquet`."""
     return f"{name}-{index:05d}-of-{num_shards:05d}.parquet"
+
+
+def partial_path(path: Path) -> Path:
+    """Name a file that is to become `path` once it is whole.
+
+    Every call names another: a process left over from a killed run must not write into
+    the file of the next.
+    """
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
 
 
 def seeded_order(num: int, *, seed: int) -> np.ndarray:
@@ -107,7 +117,7 @@ def write_shard(
     """
     rows = rows.select(SCHEMA.names).cast(SCHEMA).combine_chunks()
     sizes_bytes = pc.call_function("binary_length", [rows["image"]]).to_pylist()
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    partial = partial_path(path)
     # Statistics and dictionaries of images would only fatten the footer and the pages.
     settings: dict[str, Any] = {
         "compression": dict.fromkeys(SCHEMA.names, "zstd")
@@ -128,7 +138,7 @@ def write_shard(
 
 def write_json(path: Path, *, value: object) -> None:
     """Write a JSON file whole or not at all."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    partial = partial_path(path)
     text = json.dumps(value, indent=1, ensure_ascii=False)
     partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, path)

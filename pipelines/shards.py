@@ -1,0 +1,259 @@
+"""The command `sovit-shards`: images of any of five kinds to one shard set.
+
+    sovit-shards SOURCE OUT [--kind KIND] [--classes FILE] ...
+
+All images are listed first, put into one seeded order and cut into shards; then one
+Ray Data task a shard gathers its images from wherever they lie. That reads a tar or a
+folder at random, so the source belongs on a disk that seeks well. A task holds one
+shard twice, whatever the size of the source.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+from pipelines.shard_build import build_shard, unpack_container
+from pipelines.shard_format import ROWS_PER_GROUP
+from pipelines.shard_plan import (
+    REPORT_FILE,
+    Done,
+    Plan,
+    Recipe,
+    finish,
+    make_plan,
+    open_out,
+    pending_shards,
+    read_report,
+)
+from pipelines.sources import Kind, list_source
+
+logger = logging.getLogger(__name__)
+
+Task = Callable[[int], Done]
+Executor = Callable[[Task, Sequence[int]], Iterator[Done]]
+SECONDS_PER_LINE = 15.0
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Turn labelled images into Parquet shards for training.
+
+    Attributes:
+        source: A folder with a folder a class; ILSVRC2012_img_train.tar or its class
+            tars; ILSVRC2012_img_val.tar; WebDataset tars; Hugging Face Parquet files.
+            Several files: their folder, or a quoted pattern, 'data/train-*.parquet'.
+        out: Folder of the shard set.
+        kind: What the source is, found out where it is not given.
+        classes: Class names in the order of their labels: a text, a JSON list, or
+            another set's folder. Give a validation set the training set's.
+        labels: Labels of ILSVRC2012_img_val.tar: one class name or place counted from
+            0 a line in the order of the images' names, or lines NAME LABEL.
+        synsets: Lines ID WORDNET_ID of the devkit's meta.mat. Needed where the labels
+            are the devkit's, whose ids are not the order of the classes.
+        name: First part of the files' names; that of OUT where it is not given.
+        seed: Of the order of the rows.
+        num_shards: How many files; by default one for each 128 MiB, and at least 8.
+        rows_per_group: Most rows of a row group, which ends at 4 MiB in any case.
+        check: "full" decodes every image; "header" does not see what is broken within.
+        short_side: Re-encode images whose shorter side has more pixels than this.
+        quality: JPEG quality of those.
+        max_bad_share: Exit with 1 where a larger share of the images was left out.
+        overwrite: Delete the set in OUT and start anew.
+    """
+
+    source: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Path]
+    kind: Kind | None = None
+    classes: Path | None = None
+    labels: Path | None = None
+    synsets: Path | None = None
+    name: str | None = None
+    seed: int = 0
+    num_shards: int | None = None
+    rows_per_group: int = ROWS_PER_GROUP
+    check: Literal["full", "header"] = "full"
+    short_side: int | None = None
+    quality: int = 90
+    max_bad_share: float = 1.0
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a run of the command."""
+
+    plan: Plan
+    done: Done
+    was_finished: bool
+
+
+def in_process(task: Task, indices: Sequence[int]) -> Iterator[Done]:
+    """Do the tasks here, one after the other."""
+    return map(task, indices)
+
+
+def on_ray(task: Task, indices: Sequence[int]) -> Iterator[Done]:
+    """Do the tasks as Ray Data tasks of one CPU each, and yield as they end.
+
+    Starts a local Ray if none runs and RAY_ADDRESS names none.
+
+    Raises:
+        OSError: A task raised one; its text is kept.
+    """
+    import ray
+    import ray.data
+
+    if not ray.is_initialized():
+        joins = bool(os.environ.get("RAY_ADDRESS"))  # then Ray wants no dashboard flag
+        ray.init(
+            include_dashboard=None if joins else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+    def run_one(row: dict[str, int]) -> dict[str, int | str]:
+        # An exception would come back as Ray's own, among pages of its log.
+        try:
+            done = task(int(row["index"]))
+        except OSError as error:
+            return {"num_rows": 0, "num_skipped": 0, "error": str(error)}
+        return {**asdict(done), "error": ""}
+
+    items = [{"index": index} for index in indices]
+    tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(run_one)
+    tasks.context.enable_progress_bars = False
+    # One block a task, without prefetching: each is yielded as soon as it ends.
+    for block in tasks.iter_batches(batch_size=None, prefetch_batches=0):
+        columns = (block[name] for name in ("num_rows", "num_skipped", "error"))
+        for num_rows, num_skipped, error in zip(*columns, strict=True):
+            if error:
+                raise OSError(str(error))
+            yield Done(num_rows=int(num_rows), num_skipped=int(num_skipped))
+
+
+def make_shards(arguments: Arguments, *, execute: Executor = on_ray) -> Summary:
+    """Make a shard set, or go on with one that was interrupted.
+
+    Args:
+        arguments: The command line.
+        execute: What does the tasks: `on_ray` or `in_process`.
+
+    Raises:
+        ValueError: The source, the options or what OUT holds cannot be used.
+        OSError: A file cannot be read or written.
+    """
+    recipe = Recipe(
+        seed=arguments.seed,
+        num_shards=arguments.num_shards,
+        rows_per_group=arguments.rows_per_group,
+        check=arguments.check,
+        short_side=arguments.short_side,
+        quality=arguments.quality,
+    )
+    if not 0 <= arguments.max_bad_share <= 1:
+        raise ValueError(
+            f"Wanted a share from 0 to 1, got {arguments.max_bad_share}: mend "
+            "--max-bad-share."
+        )
+    # Tasks run in other folders.
+    source, out = arguments.source.absolute(), arguments.out.absolute()
+    listing = list_source(
+        source,
+        kind=arguments.kind,
+        labels=arguments.labels,
+        synsets=arguments.synsets,
+        classes_file=arguments.classes,
+    )
+    name = arguments.name or out.name
+    if Path(name).name != name:
+        raise ValueError(f"Wanted a plain --name for the files, got {name!r}.")
+    plan = make_plan(listing, out=out, name=name, recipe=recipe)
+    if open_out(plan, listing=listing, overwrite=arguments.overwrite):
+        return Summary(plan, done=read_report(plan), was_finished=True)
+    _run(plan, execute=execute)
+    return Summary(plan, done=finish(plan, listing=listing), was_finished=False)
+
+
+def _run(plan: Plan, *, execute: Executor) -> None:
+    pending = pending_shards(plan)
+    if plan.kind == "parquet" and pending:
+        task = functools.partial(unpack_container, plan)
+        done = execute(task, range(len(plan.containers)))
+        for _ in _watch(done, num_images=plan.num_rows, verb="unpacking"):
+            pass
+    if pending:
+        num_images = plan.num_rows * len(pending) // plan.num_shards
+        done = execute(functools.partial(build_shard, plan), pending)
+        for _ in _watch(done, num_images=num_images, verb="writing"):
+            pass
+
+
+def _watch(done: Iterator[Done], *, num_images: int, verb: str) -> Iterator[Done]:
+    """Show a bar on a terminal, else a line every 15 seconds."""
+    is_terminal = sys.stderr.isatty()
+    bar = tqdm(total=num_images, desc=verb, unit=" images", disable=not is_terminal)
+    num_done, num_first = 0, 0
+    start_s = last_s = time.monotonic()
+    for item in done:
+        num_done += item.num_rows + item.num_skipped
+        bar.update(item.num_rows + item.num_skipped)
+        now_s = time.monotonic()
+        if num_first == 0:  # until here it was Ray that started
+            num_first, start_s = num_done, now_s
+        elif not is_terminal and now_s - last_s >= SECONDS_PER_LINE:
+            rate = (num_done - num_first) / (now_s - start_s)
+            left_s = max(0, num_images - num_done) / rate
+            print(
+                f"{verb}: {num_done:,} of {num_images:,} images, {rate:,.0f} a second, "
+                f"{left_s / 60:.1f} minutes left",
+                file=sys.stderr,
+            )
+            last_s = now_s
+        yield item
+    bar.close()
+
+
+def main() -> None:
+    """Run the command: exit code 2 for a user's error, 1 for too many bad images."""
+    arguments = tyro.cli(Arguments)
+    try:
+        summary = make_shards(arguments)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(_conclude(summary, max_bad_share=arguments.max_bad_share))
+
+
+def _conclude(summary: Summary, *, max_bad_share: float) -> int:
+    plan, done = summary.plan, summary.done
+    state = "finished before, nothing to do: " if summary.was_finished else ""
+    print(f"{state}{done.num_rows:,} rows in {plan.num_shards} shards in {plan.out}")
+    report = plan.out / REPORT_FILE
+    print(f"{done.num_skipped:,} left out, each with its reason in {report}")
+    share = done.num_skipped / (done.num_rows + done.num_skipped)
+    if not done.num_rows or share > max_bad_share:
+        print(
+            f"error: {share:.2%} of the images were left out, more than allowed",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()
