@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import nn
 
 from sovit.pooling import Pooling, build_pooling
 from sovit.shapes import Float, Number, Tensor
 
-Fusion = Literal["sum", "concat", "class", "visual"]
+FUSIONS = ("sum", "concat", "class", "visual")
+
+
+def classifier_names(fusion: str) -> tuple[str, ...]:
+    """Return the names of the linear classifiers in a head of some fusion."""
+    if fusion not in FUSIONS:
+        raise ValueError(
+            f"fusion must be one of {FUSIONS}, got {fusion!r}: "
+            "'sum' is the papers' choice."
+        )
+    names = {"sum": ("fc_class", "fc_visual"), "concat": ("fc",)}
+    return names.get(fusion, (f"fc_{fusion}",))
 
 
 class SecondOrderHead(nn.Module):
@@ -32,16 +41,11 @@ class SecondOrderHead(nn.Module):
         *,
         num_classes: int = 1000,
         pooling: Pooling,
-        fusion: Fusion = "sum",
+        fusion: str = "sum",
         drop_rate: Number = 0.0,
     ) -> None:
         super().__init__()
-        if fusion not in get_args(Fusion):
-            raise ValueError(
-                f"fusion must be one of {get_args(Fusion)}, got {fusion!r}: "
-                "'sum' is the papers' choice."
-            )
-        self.fusion: Fusion = fusion
+        self.fusion, self.classifier_names = fusion, classifier_names(fusion)
         self.class_dim = 0 if fusion == "visual" else embed_dim
         self.pool = None
         if fusion != "class":
@@ -50,15 +54,6 @@ class SecondOrderHead(nn.Module):
         self.num_features = self.class_dim + self.visual_dim
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes)
-
-    @staticmethod
-    def classifier_names(fusion: Fusion) -> tuple[str, ...]:
-        """Return the names of the linear classifiers inside a head."""
-        if fusion == "sum":
-            return ("fc_class", "fc_visual")
-        return {"concat": ("fc",), "class": ("fc_class",), "visual": ("fc_visual",)}[
-            fusion
-        ]
 
     def reset(self, num_classes: int) -> None:
         """Make new classifiers for `num_classes`; none with 0."""
@@ -74,7 +69,7 @@ class SecondOrderHead(nn.Module):
             "fc_visual": self.visual_dim,
         }
         old = next(self.parameters(), None)
-        for name in self.classifier_names(self.fusion):
+        for name in self.classifier_names:
             layer: nn.Module = nn.Identity()
             if num_classes:
                 layer = nn.Linear(dims[name], num_classes)
@@ -86,7 +81,7 @@ class SecondOrderHead(nn.Module):
 
     def classifiers(self) -> tuple[nn.Module, ...]:
         """Return the classifiers, in the order of `classifier_names`."""
-        return tuple(getattr(self, name) for name in self.classifier_names(self.fusion))
+        return tuple(getattr(self, name) for name in self.classifier_names)
 
     def represent(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor | None, ...]:
         """Return the class vector and the visual vector; None for one not used."""

@@ -6,16 +6,14 @@ float32 at least, outside autocast, and the result keeps that precision.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 from sovit.precision import at_least_float32, autocast_off, matmul
 from sovit.shapes import Float, Tensor
 
-Centering = Literal["channel", "scalar", "none"]
+CENTERINGS = ("channel", "scalar", "none")
 
 
 def center(
-    x: Float[Tensor, "*batch tokens channels"], *, centering: Centering = "channel"
+    x: Float[Tensor, "*batch tokens channels"], *, centering: str = "channel"
 ) -> Float[Tensor, "*batch tokens channels"]:
     """Subtract the mean of a token map.
 
@@ -31,7 +29,7 @@ def center(
     if centering == "none":
         return x
     raise ValueError(
-        f"centering must be one of {get_args(Centering)}, got {centering!r}: "
+        f"centering must be one of {CENTERINGS}, got {centering!r}: "
         "choose 'channel' for a covariance."
     )
 
@@ -40,7 +38,7 @@ def cross_covariance(
     x: Float[Tensor, "*batch tokens m"],
     y: Float[Tensor, "*batch tokens n"],
     *,
-    centering: Centering = "channel",
+    centering: str = "channel",
 ) -> Float[Tensor, "*batch m n"]:
     """Compute the cross-covariance of two token maps, divided by the token count.
 
@@ -56,7 +54,7 @@ def cross_covariance(
 
 
 def covariance(
-    x: Float[Tensor, "*batch tokens channels"], *, centering: Centering = "channel"
+    x: Float[Tensor, "*batch tokens channels"], *, centering: str = "channel"
 ) -> Float[Tensor, "*batch channels channels"]:
     """Compute the covariance of a token map: symmetric, divided by the token count."""
     return cross_covariance(x, x, centering=centering)

@@ -68,9 +68,18 @@ def load_official(
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: SoViT) -> dict[str, Any]:
-    """Convert released weights for timm's loader; leave our own as they are."""
+    """Convert released weights for timm's loader; leave our own as they are.
+
+    Classifiers keep the file's number of classes: the loader drops them where the
+    model has another.
+    """
     if any(name.startswith("visual_tokens.") for name in state_dict):
-        return convert_state_dict(state_dict, model)
+        converted = convert_state_dict(state_dict, model, skip_classifier=True)
+        for ours, theirs in CLASSIFIERS.items():
+            for name in converted:
+                if name.startswith(ours):
+                    converted[name] = state_dict[name.replace(ours, theirs)]
+        return converted
     return state_dict
 
 
@@ -95,7 +104,7 @@ def convert_state_dict(
     for name, parts in names.items():
         tensors = [weights[part] for part in parts]
         if name == "pos_embed":
-            tensors = [_fit_positions(tensors[0], model)]
+            tensors = [_fitted_table(tensors[0], model)]
         shapes = _part_shapes(own[name], num_parts=len(parts), model=model)
         for part, tensor, shape in zip(parts, tensors, shapes, strict=True):
             # A 1x1 convolution of theirs is a linear map of ours.
@@ -171,7 +180,8 @@ def _part_shapes(own: Tensor, *, num_parts: int, model: SoViT) -> list[tuple[int
     if num_parts == 1 or own.ndim == 0:
         return [tuple(own.shape)] * num_parts
     assert isinstance(model.head.pool, CrossCovPool)
-    dims = model.head.pool.pooling.reduced_dims
+    pooling = model.head.pool.pooling
+    dims = [pooling.num_heads * dim for dim in pooling.reduced_dims]
     return [(dim, *own.shape[1:]) for dim in dims]
 
 
@@ -182,7 +192,7 @@ def _join(tensors: list[Tensor]) -> Tensor:
     return torch.cat(tensors)
 
 
-def _fit_positions(table: Tensor, model: SoViT) -> Tensor:
+def _fitted_table(table: Tensor, model: SoViT) -> Tensor:
     if table.ndim == 3 and table.shape[-1] == model.embed_dim:
         return resize_table(table, grid_size=model.grid_size)
     return table

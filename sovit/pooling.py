@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, no_type_check
 
 import torch
 from torch import nn
 
-from sovit.moments import Centering, cross_covariance
+from sovit.moments import CENTERINGS, cross_covariance
 from sovit.powers import svpn
 from sovit.shapes import Float, Number, Tensor
 
@@ -31,9 +31,9 @@ class Pooling:
     """Channels of the two sides of the cross-covariance; of each head with many."""
 
     num_heads: int = 1
-    """Cross-covariances side by side ("multi_head" only)."""
+    """Cross-covariances side by side."""
 
-    centering: Centering = "channel"
+    centering: Literal["channel", "scalar", "none"] = "channel"
     """The mean taken off before: see `sovit.moments.center`."""
 
     normalizer: Normalizer = "svpn"
@@ -51,19 +51,19 @@ class Pooling:
         """Refuse settings that no pooling can have."""
         for name, wanted in _CHOICES.items():
             _check(self, name, getattr(self, name) in wanted, f"one of {wanted}")
+        if isinstance(self.reduced_dim, list):
+            # Settings that were kept as JSON come back with lists.
+            object.__setattr__(self, "reduced_dim", tuple(self.reduced_dim))
         dims = self.reduced_dim
-        pair = (dims, dims) if isinstance(dims, int) else tuple(dims)
-        fits = len(pair) == 2 and all(isinstance(d, int) and d > 0 for d in pair)
+        pair = dims if isinstance(dims, tuple) else (dims, dims)
+        fits = len(pair) == 2 and all(_is_count(dim) for dim in pair)
         _check(self, "reduced_dim", fits, "a positive integer or a pair of them")
-        _check(self, "num_heads", self.num_heads >= 1, "at least 1")
-        if self.type == "cross_cov":
-            fits = self.num_heads == 1
-            _check(self, "num_heads", fits, "1 unless type is 'multi_head'")
+        for name in ("num_heads", "num_iterations"):
+            _check(self, name, _is_count(getattr(self, name)), "a positive integer")
         _check(self, "power", 0 < self.power <= 1, "over 0 and at most 1")
-        _check(self, "num_iterations", self.num_iterations >= 1, "at least 1")
         count = self.num_singular_values
-        fits = count is None or 1 <= count <= min(pair)
-        wanted = f"between 1 and the smaller reduced_dim, {min(pair)}, or None for all"
+        fits = count is None or (_is_count(count) and count <= min(pair))
+        wanted = f"from 1 to the smaller reduced_dim, {min(pair)}, or None for all"
         _check(self, "num_singular_values", fits, wanted)
 
     @property
@@ -85,10 +85,14 @@ class Pooling:
 
 _CHOICES = {
     "type": get_args(PoolingType),
-    "centering": get_args(Centering),
+    "centering": CENTERINGS,
     "normalizer": get_args(Normalizer),
     "start": get_args(Start),
 }
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check(pooling: Pooling, name: str, fits: bool, wanted: str) -> None:
@@ -97,6 +101,10 @@ def _check(pooling: Pooling, name: str, fits: bool, wanted: str) -> None:
             f"Pooling.{name} must be {wanted}, got {getattr(pooling, name)!r}: "
             f"set pooling={{'{name}': ...}} to such a value."
         )
+
+
+# A checker of annotations would refuse a bad setting before its reason can be told.
+no_type_check(Pooling.__init__)
 
 
 class AvgPool(nn.Module):
@@ -142,36 +150,50 @@ class Normalize(nn.Module):
         )
 
 
+def split_views(
+    x: Float[Tensor, "b n views"], *, pooling: Pooling
+) -> tuple[Float[Tensor, "b heads n first"], Float[Tensor, "b heads n second"]]:
+    """Split reduced tokens into the two views of every head.
+
+    The first views of all heads come before the second ones.
+    """
+    num_heads = pooling.num_heads
+    views = x.split([num_heads * dim for dim in pooling.reduced_dims], dim=-1)
+    first, second = (view.unflatten(-1, (num_heads, -1)) for view in views)
+    return first.transpose(1, 2), second.transpose(1, 2)
+
+
 class CrossCovPool(nn.Module):
     """Pool tokens into the normalised cross-covariance of two narrow views of them.
 
-    So-ViT (arXiv 2104.10935), section 3: each view is a 1x1 convolution, BatchNorm and
-    ReLU. Both views are one linear map and one BatchNorm here, which is the same. As in
-    the papers' code the start vector meets the first view, and the vector is that of
-    the (first, second) matrix, row by row.
+    So-ViT (arXiv 2104.10935), section 3, which has one head: each view is a 1x1
+    convolution, BatchNorm and ReLU. All views are one linear map and one BatchNorm
+    here, which is the same. As in the papers' code the start vector meets the first
+    view, and the vector is that of the (first, second) matrix, row by row.
     """
 
     def __init__(self, embed_dim: int, *, pooling: Pooling) -> None:
         super().__init__()
         self.pooling = pooling
         first, second = pooling.reduced_dims
-        self.reduction = nn.Linear(embed_dim, first + second, bias=False)
-        self.norm = nn.BatchNorm1d(first + second)
+        width = pooling.num_heads * (first + second)
+        self.reduction = nn.Linear(embed_dim, width, bias=False)
+        self.norm = nn.BatchNorm1d(width)
         self.normalize = Normalize(first, pooling=pooling)
-        self.num_features = first * second
+        self.num_features = pooling.num_heads * first * second
         self.init_weights()
 
     def init_weights(self) -> None:
         """Draw each view's weights as He normal by its own fan-out, as released."""
-        for weight in self.reduction.weight.split(self.pooling.reduced_dims):
+        dims = [self.pooling.num_heads * dim for dim in self.pooling.reduced_dims]
+        for weight in self.reduction.weight.split(dims):
             nn.init.normal_(weight, std=(2.0 / weight.shape[0]) ** 0.5)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b f"]:
-        """Return the flattened matrix, in the dtype of the tokens."""
+        """Return the flattened matrices, head by head, in the dtype of the tokens."""
         reduced = self.norm(self.reduction(x).flatten(0, 1)).relu()
-        first, second = reduced.unflatten(0, x.shape[:2]).split(
-            self.pooling.reduced_dims, dim=-1
-        )
+        reduced = reduced.unflatten(0, x.shape[:2])
+        first, second = split_views(reduced, pooling=self.pooling)
         matrix = cross_covariance(second, first, centering=self.pooling.centering)
         return self.normalize(matrix).mT.flatten(1).to(x.dtype)
 
@@ -179,18 +201,17 @@ class CrossCovPool(nn.Module):
 class MultiHeadPool(nn.Module):
     """Pool tokens into several small normalised cross-covariances, side by side.
 
-    SoT (arXiv 2104.10935 v2), multi-head global cross-covariance pooling: one linear
-    map without bias, norm or activation gives every head its two views. SoT's weights
-    need `centering="scalar"`.
+    SoT (arXiv 2104.10935v2), multi-head global cross-covariance pooling: one linear
+    map without bias, norm or activation gives every head its two views. The start
+    vector meets the second view. SoT's weights need `centering="scalar"`.
     """
 
     def __init__(self, embed_dim: int, *, pooling: Pooling) -> None:
         super().__init__()
         self.pooling = pooling
         first, second = pooling.reduced_dims
-        self.reduction = nn.Linear(
-            embed_dim, pooling.num_heads * (first + second), bias=False
-        )
+        width = pooling.num_heads * (first + second)
+        self.reduction = nn.Linear(embed_dim, width, bias=False)
         self.normalize = Normalize(second, pooling=pooling)
         self.num_features = pooling.num_heads * first * second
         self.init_weights()
@@ -201,14 +222,8 @@ class MultiHeadPool(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b f"]:
         """Return the flattened matrices, head by head, in the dtype of the tokens."""
-        num_heads, dims = self.pooling.num_heads, self.pooling.reduced_dims
-        views = self.reduction(x).split([num_heads * dim for dim in dims], dim=-1)
-        first, second = (view.unflatten(-1, (num_heads, -1)) for view in views)
-        matrix = cross_covariance(
-            first.transpose(1, 2),
-            second.transpose(1, 2),
-            centering=self.pooling.centering,
-        )
+        first, second = split_views(self.reduction(x), pooling=self.pooling)
+        matrix = cross_covariance(first, second, centering=self.pooling.centering)
         return self.normalize(matrix).flatten(1).to(x.dtype)
 
 

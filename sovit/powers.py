@@ -12,8 +12,8 @@ import torch
 from sovit.precision import at_least_float32, autocast_off, matmul
 from sovit.shapes import Float, Number, Tensor
 
-# Norms and singular values at or under this count as zero; the papers' code divides by
-# at least the same number.
+# Norms and singular values at or under this count as zero: the papers' code divides by
+# no less.
 TINY = 1e-12
 # Added to the divisor of the remainder, as in the papers' code.
 REMAINDER_EPS = 1e-5
@@ -36,13 +36,18 @@ def svpn(
         sum_i s_i^power u_i v_i^T  +  remainder / (s_r^(1 - power) + eps).
 
     So-ViT (arXiv 2104.10935) and SoT (v2 of it) use r = 1 and one iteration.
-    `num_singular_values=None` takes all min(m, n) and drops the remainder.
+    `num_singular_values=None` takes all min(m, n), which leaves no remainder.
 
     For r = 1 the sum collapses to x / s^(1 - power) up to `eps`, and is computed so.
     Unlike the released code no derivative is infinite: a power is only ever taken of a
-    positive number, singular values within rounding of zero add nothing, and a map
-    that is zero stays zero. Float32 inside, or float64 for float64 input; the result
-    keeps that precision. Raises ValueError for settings out of range.
+    positive number, directions within rounding of zero add nothing and leave what is
+    left to the last one found, and a map that is zero stays zero.
+
+    One iteration never finds a second direction: the first step leaves nothing along
+    `start`. More singular values then give the result of one; take two iterations.
+
+    Float32 inside, or float64 for float64 input; the result keeps that precision.
+    Raises ValueError for settings out of range.
     """
     _check_settings(power, num_iterations)
     limit = min(x.shape[-2:])
@@ -58,10 +63,7 @@ def svpn(
         vector = start.to(matrix.dtype)
         if num_singular_values == 1:
             return _scale_by_first(matrix, vector, power, num_iterations, eps)
-        result, divisor, rest = _deflate(matrix, vector, power, num_iterations, count)
-        if num_singular_values is None:
-            return result
-        return result + rest * _inverse(divisor, power, eps)
+        return _deflate(matrix, vector, power, num_iterations, count, eps)
 
 
 def sv_power(
@@ -96,45 +98,52 @@ def _scale_by_first(
 
 
 def _deflate(
-    matrix: Tensor, start: Tensor, power: Number, num_iterations: int, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sum_i s_i^power u_i v_i^T, the last s that is not zero, and the rest."""
-    result = torch.zeros_like(matrix)
-    floor = last = None
+    matrix: Tensor,
+    start: Tensor,
+    power: float,
+    num_iterations: int,
+    count: int,
+    eps: float,
+) -> Tensor:
+    """Apply svPN with any number of singular values, one after the other."""
+    # What is left of a matrix of lower rank is rounding: its directions mean nothing,
+    # and the power would magnify them.
+    size = torch.linalg.matrix_norm(matrix.detach())[..., None, None]
+    floor = (size * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps).clamp(TINY)
+    result, last = torch.zeros_like(matrix), torch.zeros_like(floor)
     for _ in range(count):
-        s, u, v = _triplet(matrix, start, num_iterations)
-        if floor is None or last is None:
-            # What is left of a matrix of lower rank is rounding: its directions mean
-            # nothing and the power would magnify them.
-            rounding = max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
-            floor, last = s.detach() * rounding, s
-        kept = s > floor
-        last = torch.where(kept, s, last)
+        s, u, v = _triplet(matrix, start, num_iterations, floor.squeeze(-1))
+        found = s > floor
+        last = torch.where(found, s, last)
         outer = u.unsqueeze(-1) * v.unsqueeze(-2)
-        result = result + torch.where(kept, _power(s, power), 0.0) * outer
-        matrix = matrix - s * outer
-    assert last is not None
-    return result, last, matrix
+        result = result + torch.where(found, _power(s, power), 0.0) * outer
+        matrix = matrix - torch.where(found, s, 0.0) * outer
+    return result + matrix * _inverse(last, power, eps)
 
 
 def _triplet(
-    matrix: Tensor, start: Tensor, num_iterations: int
+    matrix: Tensor, start: Tensor, num_iterations: int, floor: Tensor | float = TINY
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Estimate the first singular triplet: s (..., 1, 1), u (..., m), v (..., n)."""
+    """Estimate the first singular triplet: s (..., 1, 1), u (..., m), v (..., n).
+
+    They are zero where the matrix maps the start to `floor` times its length or less.
+    """
     v = start.expand(*matrix.shape[:-2], start.shape[-1])
     u, projected = v, v
     for _ in range(num_iterations):
-        u = _unit(matmul(matrix, v.unsqueeze(-1)).squeeze(-1))
+        length = torch.linalg.vector_norm(v.detach(), dim=-1, keepdim=True)
+        u = _unit(matmul(matrix, v.unsqueeze(-1)).squeeze(-1), floor * length)
         projected = matmul(u.unsqueeze(-2), matrix).squeeze(-2)
-        v = _unit(projected)
+        v = _unit(projected, floor)
     s = torch.linalg.vector_norm(projected, dim=-1)
     return s[..., None, None], u, v
 
 
-def _unit(vector: Tensor) -> Tensor:
-    """Scale to length one; a zero vector stays zero and passes finite gradients."""
+def _unit(vector: Tensor, floor: Tensor | float) -> Tensor:
+    """Scale to length one; a vector of length `floor` or less becomes zero."""
     norm = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
-    return vector / norm.clamp_min(TINY)
+    longer = norm > floor
+    return torch.where(longer, vector / torch.where(longer, norm, 1.0), 0.0)
 
 
 def _power(s: Tensor, power: Number) -> Tensor:

@@ -15,8 +15,6 @@ from torch import nn
 
 from sovit.shapes import Float, Tensor
 
-TokenEmbed = Literal["resnet", "densenet", "linear"]
-
 STRIDE = 16
 MIN_SIZE = 32
 STEM_DIM = 64
@@ -145,7 +143,7 @@ class LinearEmbed(nn.Module):
 
 
 def build_token_embed(
-    kind: TokenEmbed, *, embed_dim: int, in_chans: int = 3
+    kind: str, *, embed_dim: int, in_chans: int = 3
 ) -> ConvEmbed | LinearEmbed:
     """Build a token embedding by its name, or raise ValueError."""
     if kind == "resnet" or kind == "densenet":

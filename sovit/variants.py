@@ -6,6 +6,7 @@ and SoT (v2). Their authors publish no weights at an address that can be fetched
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, cast
@@ -13,6 +14,7 @@ from typing import Any, cast
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
 
+from sovit.head import classifier_names
 from sovit.official import checkpoint_filter_fn
 from sovit.pooling import Pooling
 from sovit.shapes import Number
@@ -110,6 +112,10 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
+# What timm's builder takes besides the arguments of the model itself.
+BUILDER_KEYWORDS = ("pretrained_cfg", "pretrained_model_args", "cache_dir")
+
+
 def _default_cfg() -> dict[str, Any]:
     return {
         "url": "",
@@ -144,22 +150,42 @@ def default_pooling(name: str) -> Pooling:
 
 def _create(name: str, *, pretrained: bool, **kwargs: Any) -> SoViT:
     """Build a model: the named architecture, with whatever arguments override it."""
-    if pretrained and not (
-        kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay")
-    ):
+    overlay = kwargs.pop("pretrained_cfg_overlay", None)
+    if pretrained and not (overlay or kwargs.get("pretrained_cfg")):
         raise ValueError(
             f"pretrained=True needs published weights, and {name} has none: create it "
             "with pretrained=False and load a file with sovit.load_official, or say "
             "where they are with pretrained_cfg_overlay={'file': ...}."
         )
-    arguments = {**ARCHITECTURES[name], **kwargs}
-    pooling = arguments["pooling"]
-    if isinstance(pooling, Mapping):
-        arguments["pooling"] = default_pooling(name).changed(pooling)
+    _check_keywords(name, kwargs)
+    arguments = {"fusion": "sum", **ARCHITECTURES[name], **kwargs}
+    if isinstance(arguments["pooling"], Mapping):
+        arguments["pooling"] = default_pooling(name).changed(arguments["pooling"])
+    first_conv = "proj" if arguments["token_embed"] == "linear" else "stem"
+    names = {
+        "first_conv": f"patch_embed.{first_conv}",
+        "classifier": tuple(
+            f"head.{fc}" for fc in classifier_names(arguments["fusion"])
+        ),
+    }
     model = build_model_with_cfg(
-        SoViT, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments
+        SoViT,
+        name,
+        pretrained,
+        pretrained_cfg_overlay={**names, **(overlay or {})},
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **arguments,
     )
     return cast(SoViT, model)
+
+
+def _check_keywords(name: str, kwargs: Mapping[str, Any]) -> None:
+    known = [*inspect.signature(SoViT).parameters, *BUILDER_KEYWORDS]
+    unknown = sorted(set(kwargs) - set(known))
+    if unknown:
+        raise TypeError(
+            f"{name} takes the keywords {known}, got {unknown}: check the spelling."
+        )
 
 
 @register_model

@@ -10,11 +10,11 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from sovit.head import Fusion, SecondOrderHead
+from sovit.head import SecondOrderHead
 from sovit.pooling import Pooling
 from sovit.positions import resize_table, sinusoid_table
 from sovit.shapes import Float, Number, Tensor
-from sovit.tokens import STRIDE, TokenEmbed, build_token_embed, check_img_size
+from sovit.tokens import STRIDE, build_token_embed, check_img_size
 
 
 class SoViT(nn.Module):
@@ -42,9 +42,9 @@ class SoViT(nn.Module):
         num_heads: int = 4,
         mlp_ratio: Number = 2.0,
         qkv_bias: bool = False,
-        token_embed: TokenEmbed = "resnet",
+        token_embed: str = "resnet",
         pooling: Pooling | None = None,
-        fusion: Fusion = "sum",
+        fusion: str = "sum",
         drop_rate: Number = 0.0,
         proj_drop_rate: Number = 0.0,
         attn_drop_rate: Number = 0.0,
@@ -153,6 +153,7 @@ class SoViT(nn.Module):
             )
         self.num_classes = num_classes
         self.head.reset(num_classes)
+        self.head.to(self.cls_token)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Change the image size that the model takes, and its position table."""

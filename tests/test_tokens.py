@@ -1,0 +1,127 @@
+"""Token embeddings and the position table."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from sovit.positions import resize_table, sinusoid_table
+from sovit.tokens import (
+    ConvEmbed,
+    DenseStage,
+    LinearEmbed,
+    build_token_embed,
+    check_img_size,
+)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "densenet", "linear"])
+@pytest.mark.parametrize("size", [(32, 32), (32, 64), (48, 32)])
+def test_every_16_pixels_are_a_token(kind: str, size: tuple[int, int]) -> None:
+    embed = build_token_embed(kind, embed_dim=12, in_chans=1)
+    tokens = embed(torch.randn(2, 1, *size))
+    assert tokens.shape == (2, size[0] // 16 * (size[1] // 16), 12)
+    tokens.square().sum().backward()
+    assert all(p.grad is not None for p in embed.parameters())
+
+
+@pytest.mark.parametrize("kind", ["resnet", "densenet", "linear"])
+def test_tokens_run_row_by_row(kind: str) -> None:
+    embed = build_token_embed(kind, embed_dim=8).eval()
+    image = torch.randn(1, 3, 64, 96)
+    changed = image.clone()
+    changed[:, :, 18:30, 34:46] += 1
+    moved = (embed(image) - embed(changed)).norm(dim=-1).view(4, 6)
+    # Of 4 x 6 tokens the one in the second row and third column has those pixels.
+    assert moved.argmax() == 1 * 6 + 2
+
+
+def test_unknown_embedding_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 'inception'"):
+        build_token_embed("inception", embed_dim=8)
+
+
+@pytest.mark.parametrize("size", [16, 100, 0, (32, 40), (32, 16)])
+def test_sizes_off_the_grid_are_refused(size: int | tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="multiple of 16 from 32 up"):
+        check_img_size(size)
+
+
+def test_dense_layers_have_no_normalisation_and_transitions_no_activation() -> None:
+    stage = DenseStage(8)
+    assert [n for n, _ in stage.named_modules() if "norm" in n] == ["norm"]
+    # Without an activation in the transition a shift of the norm is a shift of the
+    # output, however far down it goes.
+    x = torch.randn(2, 8, 4, 4)
+    stage.eval()
+    before = stage(x)
+    with torch.no_grad():
+        stage.norm.bias.sub_(100)
+    shift = -100 * stage.conv.weight.sum(dim=(1, 2, 3))
+    torch.testing.assert_close(
+        stage(x) - before, shift[:, None, None].expand_as(before), rtol=1e-4, atol=1e-3
+    )
+
+
+def test_pooling_before_the_convolution_changes_nothing() -> None:
+    stage = DenseStage(8).eval()
+    x = torch.randn(2, 8, 8, 8)
+    ours = stage(x)
+    conv, pool = stage.conv, stage.pool
+    stage.pool, stage.conv = conv, pool  # pyright: ignore[reportAttributeAccessIssue]
+    torch.testing.assert_close(ours, stage(x), rtol=1e-4, atol=1e-5)
+
+
+def test_stem_has_bias_and_stages_halve() -> None:
+    embed = ConvEmbed(8)
+    assert embed.stem.bias is not None
+    x = embed.pool(embed.stem(torch.randn(1, 3, 64, 64)))
+    assert x.shape[-1] == 32
+    for stage, wanted in zip(embed.stages, (16, 8, 4), strict=True):
+        x = stage(x)
+        assert x.shape[-1] == wanted
+
+
+def test_linear_embedding_is_one_map_of_each_patch() -> None:
+    embed = LinearEmbed(5)
+    image = torch.randn(1, 3, 32, 32)
+    patch = image[0, :, 16:, :16].flatten()
+    assert embed.proj.bias is not None
+    wanted = embed.proj.weight.flatten(1) @ patch + embed.proj.bias
+    torch.testing.assert_close(embed(image)[0, 2], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_table_has_sines_on_even_and_cosines_on_odd_channels() -> None:
+    table = sinusoid_table(197, 256)
+    assert table.shape == (1, 197, 256)
+    assert table[0, 0].tolist() == [0.0, 1.0] * 128
+    for position, channel in ((1, 0), (196, 10), (57, 254)):
+        angle = position / 10000 ** (channel / 256)
+        assert table[0, position, channel].item() == pytest.approx(
+            math.sin(angle), abs=1e-6
+        )
+        assert table[0, position, channel + 1].item() == pytest.approx(
+            math.cos(angle), abs=1e-6
+        )
+    with pytest.raises(ValueError, match="must be even"):
+        sinusoid_table(5, 7)
+
+
+def test_sinusoid_table_is_rebuilt_for_another_grid() -> None:
+    got = resize_table(sinusoid_table(197, 16), grid_size=(3, 5))
+    torch.testing.assert_close(got, sinusoid_table(16, 16), rtol=0, atol=0)
+
+
+def test_other_tables_are_interpolated_from_their_square_grid() -> None:
+    table = torch.randn(1, 1 + 4 * 4, 16)
+    got = resize_table(table, grid_size=(2, 3))
+    grid = table[:, 1:].mT.unflatten(-1, (4, 4))
+    wanted = functional.interpolate(grid, (2, 3), mode="bicubic", antialias=True)
+    torch.testing.assert_close(got[:, 1:], wanted.flatten(2).mT)
+    assert torch.equal(got[:, 0], table[:, 0])
+    assert resize_table(table, grid_size=(4, 4)) is table
+    with pytest.raises(ValueError, match="square grid"):
+        resize_table(torch.randn(1, 1 + 6, 16), grid_size=(4, 4))
