@@ -21,10 +21,10 @@ import pyarrow as pa
 import tyro
 from PIL import Image
 
+from pipelines.hashing import seeded_order
 from pipelines.shard_format import (
     CLASSES_FILE,
     cut_evenly,
-    seeded_order,
     shard_name,
     write_json,
     write_shard,
@@ -91,7 +91,7 @@ def choose(labels: np.ndarray, *, images_per_class: int | None) -> np.ndarray:
     Returns:
         Indices of the chosen images, shape (num_classes * images_per_class,).
     """
-    order = seeded_order(len(labels), seed=SEED)
+    order = seeded_order(len(labels), key=SEED)
     if images_per_class is None:
         return order
     ranks = np.empty(len(labels), dtype=np.int64)
@@ -100,7 +100,7 @@ def choose(labels: np.ndarray, *, images_per_class: int | None) -> np.ndarray:
         ranks[places] = np.arange(len(places))
     chosen = order[ranks < images_per_class]
     # Once more: at the end of the first order only the slowest classes were left.
-    return chosen[seeded_order(len(chosen), seed=SEED + 1)]
+    return chosen[seeded_order(len(chosen), key=SEED + 1)]
 
 
 def encode(pixels: np.ndarray) -> bytes:

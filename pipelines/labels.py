@@ -26,7 +26,8 @@ def read_val_labels(
 
     ImageNet's `ILSVRC2012_validation_ground_truth.txt` counts from 1 in an order of its
     own, not that of the sorted WordNet ids: it is refused without --synsets, a text of
-    lines `ID WORDNET_ID` written from the devkit's meta.mat.
+    lines `ID WORDNET_ID`. The devkit's meta.mat has both, as ILSVRC2012_ID and WNID of
+    its `synsets`; SciPy's `loadmat` reads it.
 
     Args:
         path: The text.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines.hf_parquet import unpack
 from pipelines.images import BadImageError, check_image
-from pipelines.shard_format import SCHEMA, write_shard
+from pipelines.shard_format import ROWS_PER_GROUP, SCHEMA, write_shard
 from pipelines.shard_plan import Done, Plan, read_records
 
 
@@ -26,39 +27,52 @@ def unpack_container(plan: Plan, container: int) -> Done:
 def build_shard(plan: Plan, shard: int) -> Done:
     """Read, check and write the images of one shard.
 
-    Holds the shard's images in memory about twice.
+    Holds the shard's images in memory, up to three times their size.
 
     Raises:
         OSError: A file of the source is gone or cannot be read.
     """
     records = read_records(plan, shard=shard)
     images = _read_images(plan, records=records)
-    columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}
+    tables: list[pa.Table] = []
     skipped: list[tuple[int, str]] = []
-    keys, labels = records["key"].to_pylist(), records["label"].to_pylist()
-    listed = records["listed"].to_pylist()
-    for row, key in enumerate(keys):
-        data, images[row] = images[row], b""  # frees it where it is shrunk
+    for start in range(0, len(records), ROWS_PER_GROUP):
+        some = records.slice(start, ROWS_PER_GROUP).to_pylist()
+        tables.append(_check_rows(plan, records=some, images=images, skipped=skipped))
+        images = images[len(some) :]  # frees them: the table has its own copy
+    rows = pa.concat_tables([SCHEMA.empty_table(), *tables])
+    write_shard(
+        plan.shard_path(shard),
+        rows=rows,
+        rows_per_group=plan.recipe.rows_per_group,
+        metadata={"digest": plan.digest, "skipped": json.dumps(skipped)},
+    )
+    return Done(num_rows=len(rows), num_skipped=len(skipped))
+
+
+def _check_rows(
+    plan: Plan,
+    *,
+    records: list[dict[str, Any]],
+    images: list[bytes],
+    skipped: list[tuple[int, str]],
+) -> pa.Table:
+    rows = []
+    for record, data in zip(records, images, strict=False):
         try:
-            checked = check_image(
+            image = check_image(
                 data,
                 full=plan.recipe.check == "full",
                 short_side=plan.recipe.short_side,
                 quality=plan.recipe.quality,
             )
         except BadImageError as error:
-            skipped.append((listed[row], str(error)))
+            skipped.append((record["listed"], str(error)))
             continue
-        values = (checked.data, labels[row], key, checked.width, checked.height)
-        for name, value in zip(SCHEMA.names, values, strict=True):
-            columns[name].append(value)
-    write_shard(
-        plan.shard_path(shard),
-        rows=pa.table(columns, schema=SCHEMA),
-        rows_per_group=plan.recipe.rows_per_group,
-        metadata={"digest": plan.digest, "skipped": json.dumps(skipped)},
-    )
-    return Done(num_rows=len(columns["key"]), num_skipped=len(skipped))
+        size = {"width": image.width, "height": image.height}
+        labels = {"label": record["label"], "key": record["key"]}
+        rows.append({"image": image.data, **labels, **size})
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def _read_images(plan: Plan, *, records: pa.Table) -> list[bytes]:

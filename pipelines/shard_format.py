@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -48,28 +47,6 @@ def partial_path(path: Path) -> Path:
     the file of the next.
     """
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
-
-
-def seeded_order(num: int, *, seed: int) -> np.ndarray:
-    """Permute `range(num)`, the same for ever for a seed.
-
-    Sorts by SplitMix64 (Steele et al., 2014), a bijection of 64-bit integers, so there
-    are no ties. NumPy's generators do not promise their streams across versions.
-
-    Returns:
-        int64 array of shape (num,).
-    """
-    with np.errstate(over="ignore"):
-        start = _mix(np.array([seed & (2**64 - 1)], dtype=np.uint64))
-        hashes = _mix(start + np.arange(num, dtype=np.uint64))
-    return np.argsort(hashes, kind="stable")
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def cut_evenly(num: int, *, num_parts: int) -> list[int]:
@@ -115,7 +92,7 @@ def write_shard(
             shrink; thousands of tiny JPEGs do, since their headers are alike.
         metadata: Text kept in the footer.
     """
-    rows = rows.select(SCHEMA.names).cast(SCHEMA).combine_chunks()
+    rows = rows.select(SCHEMA.names).cast(SCHEMA)
     sizes_bytes = pc.call_function("binary_length", [rows["image"]]).to_pylist()
     partial = partial_path(path)
     # Statistics and dictionaries of images would only fatten the footer and the pages.
@@ -130,7 +107,8 @@ def write_shard(
         for start, stop in group_bounds(
             sizes_bytes, rows_per_group=rows_per_group, bytes_per_group=bytes_per_group
         ):
-            writer.write_table(rows.slice(start, stop - start), row_group_size=stop)
+            group = rows.slice(start, stop - start).combine_chunks()
+            writer.write_table(group, row_group_size=len(group))
         if metadata:
             writer.add_key_value_metadata(metadata)
     os.replace(partial, path)

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.hashing import seeded_order
 from pipelines.listing import Listing, Skipped
 from pipelines.shard_format import (
     CLASSES_FILE,
@@ -29,7 +30,6 @@ from pipelines.shard_format import (
     ROWS_PER_GROUP,
     cut_evenly,
     partial_path,
-    seeded_order,
     shard_name,
     write_json,
 )
@@ -206,7 +206,7 @@ def _is_finished(plan: Plan) -> bool:
 
 
 def _write_records(plan: Plan, *, listing: Listing) -> None:
-    order = seeded_order(plan.num_rows, seed=plan.recipe.seed)
+    order = seeded_order(plan.num_rows, key=plan.recipe.seed)
     records = listing.records.take(order).append_column("listed", pa.array(order))
     path = plan.out / RECORDS_FILE
     partial = partial_path(path)

@@ -4,8 +4,15 @@
 
 All images are listed first, put into one seeded order and cut into shards; then one
 Ray Data task a shard gathers its images from wherever they lie. That reads a tar or a
-folder at random, so the source belongs on a disk that seeks well. A task holds one
-shard twice, whatever the size of the source.
+folder at random, so the source belongs on a disk that seeks well. Memory does not grow
+with the source: a task took 380 MB for a shard of 136 MB; the list of ImageNet's 1.28
+million images takes 0.7 GB in the driver and 91 MB on the disk.
+
+Where it runs on several machines, SOURCE and OUT lie on a file system they share.
+
+Measured on one core of an EPYC (500x375, 105 kB a photograph): --check full costs 1 ms
+an image, --check header 0.1 ms, --short-side 256 4 ms. zstd shrinks photographs by
+nothing, so the image column is not compressed.
 """
 
 from __future__ import annotations
@@ -211,7 +218,7 @@ def _watch(done: Iterator[Done], *, num_images: int, verb: str) -> Iterator[Done
         bar.update(item.num_rows + item.num_skipped)
         now_s = time.monotonic()
         if num_first == 0:  # until here it was Ray that started
-            num_first, start_s = num_done, now_s
+            num_first, start_s, last_s = num_done, now_s, now_s
         elif not is_terminal and now_s - last_s >= SECONDS_PER_LINE:
             rate = (num_done - num_first) / (now_s - start_s)
             left_s = max(0, num_images - num_done) / rate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def test_unpacking_keeps_every_image_and_is_done_once(tmp_path: Path) -> None:
     write_parquet(path, labels=[0] * 7, names=None)
     unpack(path, blob=blob)
     bounds, data = np.load(tmp_path / "x.npy"), blob.read_bytes()
-    images = [data[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    images = [data[a:b] for a, b in itertools.pairwise(bounds)]
     assert images == [bytes([i]) * i for i in range(7)]
     assert bounds[-1] == len(data)
     path.unlink()

@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from benchmarks.photographs import cut_photographs
 
+def test_photographs_are_like_imagenet_and_repeatable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The benchmarks are not installed with the package.
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    from benchmarks.photographs import cut_photographs
 
-def test_photographs_are_like_imagenet_and_repeatable(tmp_path: Path) -> None:
     paths = cut_photographs(tmp_path / "a", num_images=40, seed=0)
     sizes = [Image.open(path).size for path in paths]
     assert len({path.read_bytes() for path in paths}) == 40
