@@ -30,6 +30,8 @@ class SoViT(nn.Module):
     """
 
     pos_embed: Tensor
+    # What timm's builder leaves on every model it makes.
+    pretrained_cfg: dict[str, Any]
 
     def __init__(
         self,
@@ -82,7 +84,9 @@ class SoViT(nn.Module):
                     drop_path=rate,
                     norm_layer=norm_layer,  # pyright: ignore[reportArgumentType]
                 )
-                for rate in torch.linspace(0, drop_path_rate, depth).tolist()
+                for rate in (
+                    drop_path_rate * i / max(depth - 1, 1) for i in range(depth)
+                )
             )
         )
         self.norm = norm_layer(embed_dim)

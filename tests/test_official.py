@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import pickle
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -106,3 +109,159 @@ def test_number_of_trained_parameters_is_the_released_one(name: str) -> None:
     model = build(name)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert count == golden(name)["trainable_params"]
+
+
+def small(name: str = "so_vit_7", **kwargs: Any) -> tuple[sovit.SoViT, dict[str, Any]]:
+    """Return a shallow model and a released state dict of the same depth."""
+    model = build(name, depth=2, **kwargs)
+    weights = {
+        key: value
+        for key, value in official_weights(name).items()
+        if not key.startswith("blocks.") or int(key.split(".")[1]) < 2
+    }
+    return model, weights
+
+
+def first_difference(model: sovit.SoViT, weights: dict[str, Any]) -> float:
+    """Return how far the model's class classifier is from the given one."""
+    fc = model.get_submodule("head.fc_class").get_parameter("weight")
+    return (fc - weights["classifier.cls_fc.weight"]).abs().max().item()
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "state_dict_ema"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_every_layout_of_a_checkpoint_loads(key: str | None, prefix: str) -> None:
+    model, weights = small()
+    prefixed = {prefix + name: tensor for name, tensor in weights.items()}
+    got = sovit.load_official(model, {key: prefixed, "epoch": 3} if key else prefixed)
+    assert got is model
+    assert first_difference(model, weights) == 0
+
+
+def test_file_with_the_trainers_arguments_loads(tmp_path: Path) -> None:
+    model, weights = small()
+    averaged = {name: 2 * tensor for name, tensor in weights.items()}
+    averaged["pos_embed"] = weights["pos_embed"]
+    checkpoint = {
+        "epoch": 309,
+        "arch": "So_vit_7",
+        "args": argparse.Namespace(lr=1e-3, model="So_vit_7"),
+        "state_dict": weights,
+        "state_dict_ema": averaged,
+    }
+    path = tmp_path / "model_best.pth.tar"
+    torch.save(checkpoint, path)
+    sovit.load_official(model, path)
+    assert first_difference(model, weights) == 0
+    sovit.load_official(model, str(path), ema=True)
+    assert first_difference(model, averaged) == 0
+
+
+class Harmful:
+    """Something whose loading would run code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("code has run",))
+
+
+def test_file_with_code_is_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, weights = small()
+    path = tmp_path / "harmful.pth"
+    torch.save({"state_dict": weights, "hook": Harmful()}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        sovit.load_official(model, path)
+    assert "code has run" not in capsys.readouterr().out
+
+
+def test_averaged_weights_must_be_there() -> None:
+    model, weights = small()
+    with pytest.raises(ValueError, match="ema=True needs weights"):
+        sovit.load_official(model, {"state_dict": weights}, ema=True)
+    with pytest.raises(ValueError, match="ema=True needs weights"):
+        sovit.load_official(model, weights, ema=True)
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_loaded() -> None:
+    model, weights = small()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = "classifier.representation.conv_dr_block.1.0.weight"
+    missing = {key: tensor for key, tensor in weights.items() if key != name}
+    with pytest.raises(ValueError, match=f"1 tensors are missing: {re.escape(name)}"):
+        sovit.load_official(model, missing)
+    with pytest.raises(ValueError, match="1 tensors are unexpected: extra"):
+        sovit.load_official(model, {**weights, "extra": torch.ones(1)})
+    wrong = {**weights, name: torch.ones(12, 256, 1, 1)}
+    with pytest.raises(ValueError, match="1 tensors are of another shape") as caught:
+        sovit.load_official(model, wrong)
+    assert f"{name} (12, 256, 1, 1), the model has (24, 256)" in str(caught.value)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key])
+
+
+def test_at_most_five_names_are_told_and_all_are_counted() -> None:
+    model, weights = small()
+    with pytest.raises(ValueError, match="tensors are missing") as caught:
+        sovit.load_official(model, {"cls_token": weights["cls_token"]})
+    count = len(weights) - 1
+    assert f"{count} tensors are missing" in str(caught.value)
+    assert sum(name in str(caught.value) for name in weights) == 5
+
+
+def test_views_that_only_sum_up_are_refused() -> None:
+    _, weights = small()
+    swapped = build(depth=2, name="so_vit_7", pooling={"reduced_dim": (24, 48)})
+    with pytest.raises(ValueError, match="another shape"):
+        sovit.load_official(swapped, weights)
+
+
+def test_other_models_are_refused() -> None:
+    model, weights = small()
+    with pytest.raises(ValueError, match="tensors are missing"):
+        sovit.load_official(build("sot_tiny"), weights)
+    with pytest.raises(ValueError, match="A So-ViT or SoT model was wanted"):
+        sovit.load_official(torch.nn.Linear(2, 2), weights)
+    with pytest.raises(ValueError, match="of the released kinds"):
+        sovit.load_official(build("so_vit_7", fusion="concat"), weights)
+    with pytest.raises(ValueError, match="of the released kinds"):
+        sovit.load_official(build("so_vit_7", token_embed="linear"), weights)
+    with pytest.raises(ValueError, match="state dict of tensors was wanted"):
+        sovit.load_official(model, {"epoch": 3})
+
+
+def test_other_number_of_classes_needs_the_classifier_skipped() -> None:
+    model, weights = small(num_classes=7)
+    with pytest.raises(ValueError, match="skip_classifier=True") as caught:
+        sovit.load_official(model, weights)
+    assert "classifier.cls_fc.weight (1000, 256), the model has (7, 256)" in str(
+        caught.value
+    )
+    before = model.get_parameter("head.fc_class.weight").clone()
+    sovit.load_official(model, weights, skip_classifier=True)
+    assert torch.equal(model.get_parameter("head.fc_class.weight"), before)
+    assert torch.equal(model.cls_token, weights["cls_token"])
+    headless, _ = small(num_classes=0)
+    sovit.load_official(headless, weights, skip_classifier=True)
+    assert torch.equal(headless.cls_token, weights["cls_token"])
+
+
+def test_weights_of_another_image_size_load() -> None:
+    model, weights = small("sot_tiny", img_size=(64, 96))
+    assert weights["pos_embed"].shape == (1, 197, 240)
+    sovit.load_official(model, weights)
+    torch.testing.assert_close(model.pos_embed, sinusoid_table(25, 240))
+
+
+def test_timm_loads_released_files_by_itself(tmp_path: Path) -> None:
+    model, weights = small()
+    path = tmp_path / "official.pth"
+    torch.save({"state_dict": weights}, path)
+    sovit.load_official(model, weights)
+    settings = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    same = build("so_vit_7", depth=2, **settings)
+    with torch.no_grad():
+        torch.testing.assert_close(same(images()), model(images()))
+    tuned = build("so_vit_7", depth=2, num_classes=7, **settings)
+    assert torch.equal(tuned.cls_token, weights["cls_token"])
+    assert tuned(images()).shape == (2, 7)
