@@ -176,6 +176,8 @@ def make_shards(arguments: Arguments, *, execute: Executor = on_ray) -> Summary:
         )
     # Tasks run in other folders.
     source, out = arguments.source.absolute(), arguments.out.absolute()
+    if source == out or source in out.parents:
+        raise ValueError(f"OUT is within the source: put {out} elsewhere.")
     listing = list_source(
         source,
         kind=arguments.kind,

@@ -179,7 +179,8 @@ def test_user_errors_are_one_line_and_exit_code_2(
     source: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     out, gone = tmp_path / "out", tmp_path / "gone"
-    for words in [(gone, out), (source, source), (source, out, "--classes", gone)]:
+    bad = [(gone, out), (source, source / "new"), (source, out, "--classes", gone)]
+    for words in bad:
         assert run_main(monkeypatch, *words) == 2
         message = capsys.readouterr().err
         assert message.startswith("error: ")
