@@ -19,6 +19,7 @@ from pipelines.sqlite_file import check_writable, sole_creator
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+    from mlflow.models import Model
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ MAX_PER_BATCH = 100
 """Params, or tags, that MLflow takes at once."""
 RESTARTS_TAG = "num_restarts"
 REASON_TAG = "failure_reason"
+MODEL_NAME = "model"
 _MAX_VALUE_CHARS = 500
 _BAD_NAME_CHARS = re.compile(r"[^\w\-. :/]", re.ASCII)
 _SQLITE = "sqlite:///"
@@ -220,6 +222,33 @@ def log_params(client: MlflowClient, *, run: Run, params: Mapping[str, object]) 
         if known.get(key, text) != text
     }
     log_tags(client, run_id=run_id, tags=changed)
+
+
+def upload_model(
+    client: MlflowClient, *, run_id: str, folder: Path, described: Model
+) -> str:
+    """Keep a model folder as a logged model of a run; return its address."""
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models.model import MLMODEL_FILE_NAME
+
+    run = client.get_run(run_id)
+    model = client.create_logged_model(
+        run.info.experiment_id,
+        name=MODEL_NAME,
+        source_run_id=run_id,
+        params=run.data.params,
+    )
+    described.model_id = described.model_uuid = model.model_id
+    described.artifact_path = model.artifact_location
+    described.save(str(folder / MLMODEL_FILE_NAME))
+    try:
+        client.log_model_artifacts(model.model_id, str(folder))
+    except Exception:
+        client.finalize_logged_model(model.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    return model.model_uri
 
 
 def log_tags(client: MlflowClient, *, run_id: str, tags: Mapping[str, object]) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipelines.metric_buffer import MetricBuffer, Point, RefusedError
 from pipelines.mlflow_client import (
+    MODEL_NAME,
     NO_PROGRESS_BAR,
     PATIENCE,
     REASON_TAG,
@@ -33,6 +34,7 @@ from pipelines.mlflow_client import (
     log_tags,
     name_text,
     reopen_run,
+    upload_model,
     value_text,
 )
 from pipelines.provenance import without_credentials
@@ -40,7 +42,6 @@ from pipelines.provenance import without_credentials
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
-    from mlflow.models import Model
 
 __all__ = [
     "MetricWriter",
@@ -56,7 +57,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _MAX_DIGEST_CHARS = 36
-_MODEL_NAME = "model"
 _UPLOAD_TIMEOUT_S = 600.0
 
 
@@ -75,7 +75,8 @@ def open_run(
     `num_restarts`. Its params stay, as MLflow wants; one that has changed since is
     kept as a tag `resumed.<param>`. A run that is no longer there is created anew.
 
-    Returns "" and warns once where MLflow is away.
+    Where MLflow is away, warns once and returns the id that it was given: "" for a new
+    run, which is then not recorded; the metrics of an old one wait for MLflow.
     """
 
     def open_it(client: MlflowClient) -> Run | None:
@@ -89,9 +90,10 @@ def open_run(
         log_params(client, run=run, params=params)
         log_tags(client, run_id=run.info.run_id, tags=tags)
 
-    run = attempt(open_it, uri=uri, otherwise=None, loss="this training has no run")
+    loss = f"run {run_id} isn't opened again" if run_id else "this training has no run"
+    run = attempt(open_it, uri=uri, otherwise=None, loss=loss)
     if run is None:
-        return ""
+        return run_id
     loss = "some of the run's params and tags are missing"
     attempt(describe, uri=uri, otherwise=None, loss=loss)
     return run.info.run_id
@@ -179,14 +181,14 @@ def log_model(uri: str, run_id: str, *, checkpoint: Path, example: bytes) -> str
     from pipelines.mlflow_model import write_model
 
     with TemporaryDirectory() as scratch:
-        folder = Path(scratch) / _MODEL_NAME
+        folder = Path(scratch) / MODEL_NAME
         described = Model(run_id=run_id)
         with environment(NO_PROGRESS_BAR):
             write_model(
                 folder, checkpoint=checkpoint, example=example, mlflow_model=described
             )
         return attempt(
-            lambda client: _upload_model(
+            lambda client: upload_model(
                 client, run_id=run_id, folder=folder, described=described
             ),
             uri=uri,
@@ -275,29 +277,3 @@ class MetricWriter:
                 if error.error_code == "INVALID_PARAMETER_VALUE":
                     raise RefusedError(str(error)) from error
                 raise
-
-
-def _upload_model(
-    client: MlflowClient, *, run_id: str, folder: Path, described: Model
-) -> str:
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.models.model import MLMODEL_FILE_NAME
-
-    run = client.get_run(run_id)
-    model = client.create_logged_model(
-        run.info.experiment_id,
-        name=_MODEL_NAME,
-        source_run_id=run_id,
-        params=run.data.params,
-    )
-    described.model_id = described.model_uuid = model.model_id
-    described.artifact_path = model.artifact_location
-    described.save(str(folder / MLMODEL_FILE_NAME))
-    try:
-        client.log_model_artifacts(model.model_id, str(folder))
-    except Exception:
-        client.finalize_logged_model(model.model_id, "FAILED")
-        raise
-    client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    return model.model_uri
