@@ -1,0 +1,170 @@
+"""Plans: every row once an epoch, in batches that no number of workers changes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.plan import EpochPlan, GroupTable, Unit, plan_epoch, share
+
+FILES = st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=5)
+SOME_ROWS = FILES.filter(lambda files: sum(map(sum, files)) > 0)
+SETTINGS = st.fixed_dictionaries(
+    {
+        "batch_size": st.integers(1, 12),
+        "shuffle_rows": st.integers(1, 40),
+        "seed": st.integers(-5, 2**40),
+        "epoch": st.integers(0, 3),
+        "shuffle": st.booleans(),
+    }
+)
+
+
+def table(files: list[list[int]]) -> GroupTable:
+    rows = [
+        (file, at, num) for file, of in enumerate(files) for at, num in enumerate(of)
+    ]
+    columns = np.array(rows, dtype=np.int32).reshape(-1, 3)
+    return GroupTable(
+        paths=tuple(f"{file:03d}.parquet" for file in range(len(files))),
+        file=columns[:, 0],
+        place=columns[:, 1],
+        num_rows=columns[:, 2],
+    )
+
+
+def ids_of(unit: Unit) -> list[int]:
+    ranges = [np.arange(s.start, s.stop) + s.first_id for s in unit.slices]
+    return np.concatenate(ranges)[unit.order()].tolist()
+
+
+def batches_of(plan: EpochPlan, *, start_batch: int = 0) -> dict[int, list[int]]:
+    """Give each global batch's row ids, as the workers train on them."""
+    found: dict[int, list[int]] = {}
+    for unit in plan.units(start_batch=start_batch):
+        ids = ids_of(unit)
+        for at in range(unit.num_batches):
+            if unit.first_batch + at >= unit.start_batch:
+                begin = at * unit.batch_size
+                found[unit.first_batch + at] = ids[begin : begin + unit.batch_size]
+    return found
+
+
+@given(files=SOME_ROWS, arguments=SETTINGS, resume=st.floats(0, 1))
+@settings(max_examples=150, deadline=None)
+def test_every_row_comes_once_and_resuming_gives_the_rest(
+    files: list[list[int]], arguments: dict, resume: float
+) -> None:
+    groups = table(files)
+    plan = plan_epoch(groups, **arguments)
+    found = batches_of(plan)
+    assert list(found) == list(range(plan.num_batches))
+    ids = [i for batch in found.values() for i in batch]
+    assert sorted(ids) == list(range(groups.total_rows))
+    if not arguments["shuffle"]:
+        assert ids == sorted(ids)
+    sizes = [len(batch) for batch in found.values()]
+    assert sizes[:-1] == [arguments["batch_size"]] * (plan.num_batches - 1)
+    start = round(resume * plan.num_batches)
+    rest = {number: batch for number, batch in found.items() if number >= start}
+    assert batches_of(plan, start_batch=start) == rest
+
+
+@given(files=SOME_ROWS, arguments=SETTINGS)
+@settings(max_examples=80, deadline=None)
+def test_units_are_whole_batches_of_rows_that_their_groups_have(
+    files: list[list[int]], arguments: dict
+) -> None:
+    plan = plan_epoch(table(files), **arguments)
+    units = list(plan.units())
+    firsts = {
+        (f"{file:03d}.parquet", at): sum(map(sum, files[:file])) + sum(of[:at])
+        for file, of in enumerate(files)
+        for at in range(len(of))
+    }
+    for index, unit in enumerate(units):
+        assert unit == plan.unit(index)
+        assert unit.first_batch * unit.batch_size == index * plan.unit_rows
+        assert unit.ends_epoch == (index == len(units) - 1)
+        assert sum(s.stop - s.start for s in unit.slices) == unit.num_rows
+        for piece in unit.slices:
+            num_rows = files[int(piece.path[:3])][piece.place]
+            assert 0 <= piece.start <= piece.stop <= num_rows
+            assert piece.first_id == firsts[piece.path, piece.place]
+
+
+@given(num_rows=st.integers(0, 50), num_parts=st.integers(1, 8))
+def test_shares_cover_a_batch_in_order(num_rows: int, num_parts: int) -> None:
+    bounds = [share(num_rows, num_parts=num_parts, part=i) for i in range(num_parts)]
+    assert [i for pair in bounds for i in range(*pair)] == list(range(num_rows))
+    sizes = [stop - start for start, stop in bounds]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) == math.ceil(num_rows / num_parts)
+
+
+def test_another_epoch_or_seed_gives_another_order() -> None:
+    groups = table([[10] * 5] * 4)
+
+    def order(seed: int, epoch: int) -> list[int]:
+        plan = plan_epoch(groups, batch_size=8, shuffle_rows=32, seed=seed, epoch=epoch)
+        return [i for batch in batches_of(plan).values() for i in batch]
+
+    orders = [order(seed, epoch) for seed, epoch in [(0, 0), (0, 1), (1, 0), (1, 1)]]
+    assert order(0, 0) == orders[0]
+    for at, one in enumerate(orders):
+        for other in orders[at + 1 :]:
+            # Two random orders of 200 rows agree in one place, give or take one.
+            assert sum(a == b for a, b in zip(one, other, strict=True)) < 10
+
+
+def test_rows_are_shuffled_within_their_unit_only() -> None:
+    plan = plan_epoch(table([[10] * 10]), batch_size=5, shuffle_rows=20)
+    for unit in plan.units():
+        assert sorted(unit.order()) == list(range(20))
+        assert {i // 10 for i in ids_of(unit)} == {
+            s.first_id // 10 for s in unit.slices
+        }
+        assert ids_of(unit) != sorted(ids_of(unit))
+    orders = {tuple(unit.order()) for unit in plan.units()}
+    assert len(orders) == 5
+
+
+def test_a_group_that_straddles_a_bound_is_read_by_both_units() -> None:
+    plan = plan_epoch(table([[7, 7, 7]]), batch_size=5, shuffle_rows=6, shuffle=False)
+    assert plan.unit_rows == 10
+    pieces = [[(s.place, s.start, s.stop) for s in u.slices] for u in plan.units()]
+    assert pieces == [[(0, 0, 7), (1, 0, 3)], [(1, 3, 7), (2, 0, 6)], [(2, 6, 7)]]
+
+
+@pytest.mark.parametrize("files", [[], [[]], [[0], [0, 0]]])
+def test_a_set_without_rows_is_refused(files: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="with rows"):
+        plan_epoch(table(files), batch_size=2, shuffle_rows=4)
+
+
+def test_a_plan_of_billions_of_rows_holds_a_few_numbers_a_group() -> None:
+    num_files, per_file, rows = 100_000, 10, 5000
+    num_groups = num_files * per_file
+    groups = GroupTable(
+        paths=tuple(f"{number:06d}" for number in range(num_files)),
+        file=np.repeat(np.arange(num_files, dtype=np.int32), per_file),
+        place=np.tile(np.arange(per_file, dtype=np.int32), num_files),
+        num_rows=np.full(num_groups, rows, dtype=np.int32),
+    )
+    plan = plan_epoch(groups, batch_size=1024, shuffle_rows=20_480, seed=1)
+    assert plan.num_rows == 5 * 10**9
+    arrays = [value for value in vars(plan).values() if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in arrays) == 3 * 8 * num_groups
+    last = plan.unit(plan.num_units - 1)
+    assert last.ends_epoch
+    assert plan.unit_rows * (plan.num_units - 1) + last.num_rows == 5 * 10**9
+    for unit in (plan.unit(0), plan.unit(123_456), last):
+        assert len(unit.slices) <= 20_480 // rows + 2
+        assert len(set(ids_of(unit))) == unit.num_rows
+    assert max(s.first_id for s in plan.unit(123_456).slices) < 5 * 10**9
+    # Ids of so many rows do not fit 32 bits.
+    assert int(plan.first_ids[-1]) == 5 * 10**9 - rows
