@@ -57,12 +57,12 @@ def read_shard_set(address: str) -> ShardSet:
         (item for item in found if item.path.endswith(".parquet")),
         key=lambda item: item.path,
     )
-    classes = _read_classes(filesystem, f"{root}/{CLASSES_FILE}")
     if not files:
         raise ValueError(
             f"wanted *.parquet in {address!r}, came an empty set; "
             "write it with sovit-shards"
         )
+    classes = _read_classes(filesystem, f"{root}/{CLASSES_FILE}")
     paths = tuple(item.path for item in files)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         rows = list(pool.map(lambda path: _group_rows(filesystem, path), paths))
@@ -103,9 +103,13 @@ def _read_classes(filesystem: pafs.FileSystem, path: str) -> tuple[str, ...]:
             f"wanted {path} with a JSON list of class names, came {error}; "
             "write the set with sovit-shards"
         ) from error
-    if not isinstance(classes, list) or not classes:
-        raise ValueError(f"{path}: wanted a list of class names, came {classes!r:.60}")
-    return tuple(str(name) for name in classes)
+    is_list = isinstance(classes, list) and len(classes) > 0
+    if not is_list or not all(isinstance(name, str) for name in classes):
+        raise ValueError(
+            f"{path}: wanted a JSON list of class names, came {classes!r:.60}; "
+            "write the set with sovit-shards"
+        )
+    return tuple(classes)
 
 
 def _group_rows(filesystem: pafs.FileSystem, path: str) -> list[int]:
