@@ -41,6 +41,8 @@ class Rows:
     ids: np.ndarray
     heights: np.ndarray
     widths: np.ndarray
+    keys: pa.Array
+    """Names of the images, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +60,11 @@ class Shape:
 
 
 def image_views(values: pa.Array) -> list[np.ndarray]:
-    """View each element of a binary array as uint8, without a copy."""
+    """View each element of a large_binary array as uint8, without a copy."""
+    if len(values) == 0:  # its buffers may be missing
+        return []
     _, offset_buffer, data = values.buffers()
-    offsets = np.frombuffer(offset_buffer, np.int32)
+    offsets = np.frombuffer(offset_buffer, np.int64)
     bounds = offsets[values.offset : values.offset + len(values) + 1].tolist()
     content = np.frombuffer(data, np.uint8)
     return [content[start:stop] for start, stop in itertools.pairwise(bounds)]
@@ -81,6 +85,7 @@ def rows_of(table: pa.Table) -> Rows:
         ids=numbers(ROW_ID),
         heights=numbers("height"),
         widths=numbers("width"),
+        keys=column("key"),
     )
 
 
@@ -92,6 +97,7 @@ def cut(rows: Rows, *, start: int, stop: int) -> Rows:
         ids=rows.ids[start:stop],
         heights=rows.heights[start:stop],
         widths=rows.widths[start:stop],
+        keys=rows.keys[start:stop],
     )
 
 

@@ -38,7 +38,7 @@ def read_rows(unit: Unit, *, address: str, num_classes: int) -> pa.Table:
         try:
             with pq.ParquetFile(path, filesystem=filesystem) as parquet:
                 of_file = [(item, _read_slice(parquet, item)) for item in slices]
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
             raise ValueError(
                 f"{path}: wanted a whole shard, came one that can't be read ({error}); "
                 "write it again with sovit-shards"
@@ -54,7 +54,12 @@ def read_rows(unit: Unit, *, address: str, num_classes: int) -> pa.Table:
 
 def _read_slice(parquet: pq.ParquetFile, item: Slice) -> pa.Table:
     table = parquet.read_row_group(item.place, columns=SCHEMA.names)
+    table = table.select(SCHEMA.names)
     table = table.slice(item.start, item.stop - item.start)
+    # 32-bit offsets would overflow where a unit's images pass 2 GiB.
+    place = table.schema.get_field_index("image")
+    images = table["image"].cast(pa.large_binary())
+    table = table.set_column(place, "image", images)
     ids = np.arange(item.start, item.stop) + item.first_id
     return table.append_column(ROW_ID, pa.array(ids, pa.int64()))
 
@@ -101,8 +106,7 @@ def _share_table(
         "batch_rows": pa.array([batch_rows]),
     }
     for name in taken.column_names:
-        values = taken[name].combine_chunks()
-        values = values.chunk(0) if isinstance(values, pa.ChunkedArray) else values
+        values = pa.concat_arrays(taken[name].chunks)
         columns[name] = pa.ListArray.from_arrays(
             pa.array([0, len(values)], pa.int32()), values
         )
