@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
-from pipelines.provenance import without_credentials
+from pipelines.provenance import error_summary, without_credentials
 from pipelines.sqlite_file import check_writable, sole_creator
 
 if TYPE_CHECKING:
@@ -94,11 +94,10 @@ def attempt(
         return _within(None if is_file else timeout_s, call=connect_and_call)
     except Exception as error:  # MLflow lets requests', SQLAlchemy's and others through
         logger.warning(
-            "%s",
-            without_credentials(
-                f"MLflow at {uri} failed ({type(error).__name__}: {error}); "
-                f"training goes on, {loss}"
-            ),
+            "MLflow at %s failed (%s); training goes on, %s",
+            without_credentials(uri),
+            error_summary(error),
+            loss,
         )
         return otherwise
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 _PACKAGES = ("torch", "timm", "ray", "mlflow", "nvidia-dali-cuda130", "pyarrow")
 _COMMAND_TIMEOUT_S = 10
+_MAX_ERROR_CHARS = 300
 _HIDDEN = "***"
 # `user:password@` and `key@` after a scheme. Anything that can't stand inside an
 # address ends the search, so that JSON and sentences around addresses stay whole.
@@ -33,6 +34,12 @@ def without_credentials(text: str) -> str:
     for pattern in (_USER_INFO, _SLASHED_SECRET):
         text = pattern.sub("", text)
     return _SECRET_ARGUMENT.sub(rf"\1{_HIDDEN}", text)
+
+
+def error_summary(error: BaseException) -> str:
+    """Say an error's type and first line, without credentials, for a log."""
+    line = next(iter(without_credentials(str(error)).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line[:_MAX_ERROR_CHARS]}"
 
 
 def provenance_tags() -> dict[str, str]:

@@ -96,7 +96,7 @@ def test_refused_points_are_lost_and_later_ones_are_not(
         buffer.add(_points([1]))
         assert buffer.close(60) == 1
     assert arrived == [1]
-    assert "refused 1 points: bad name" in caplog.text
+    assert "refused 1 points: RefusedError: bad name" in caplog.text
 
 
 def test_an_empty_buffer_closes() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipelines.provenance import (
+    error_summary,
     git_tags,
     gpu_summary,
     hardware_tags,
@@ -107,3 +108,12 @@ def test_credentials_leave_addresses(text: str, clean: str) -> None:
 )
 def test_other_text_stays(text: str) -> None:
     assert without_credentials(text) == text
+
+
+def test_an_error_is_told_in_one_line_without_password() -> None:
+    address = "https://me:" + "p" * 400 + "@host"
+    told = error_summary(OSError(f"no {address} {'x' * 900}\n[SQL: CREATE TABLE]"))
+    assert told.startswith("OSError: no https://host xxx")
+    assert "SQL" not in told
+    assert len(told) < 320
+    assert error_summary(OSError()) == "OSError: "
