@@ -49,8 +49,7 @@ def cross_covariance(
     with autocast_off(x.device.type):
         x = center(at_least_float32(x), centering=centering)
         y = center(at_least_float32(y), centering=centering)
-        # Scaling the smaller operand is cheaper than scaling the map or the product.
-        return matmul(x.mT, y / num_tokens)
+        return matmul(x.mT, y) / num_tokens
 
 
 def covariance(

@@ -159,8 +159,9 @@ def _create(name: str, *, pretrained: bool, **kwargs: Any) -> SoViT:
         )
     _check_keywords(name, kwargs)
     arguments = {"fusion": "sum", **ARCHITECTURES[name], **kwargs}
-    if isinstance(arguments["pooling"], Mapping):
-        arguments["pooling"] = default_pooling(name).changed(arguments["pooling"])
+    pooling = arguments["pooling"] or {}
+    if isinstance(pooling, Mapping):
+        arguments["pooling"] = default_pooling(name).changed(pooling)
     first_conv = "proj" if arguments["token_embed"] == "linear" else "stem"
     names = {
         "first_conv": f"patch_embed.{first_conv}",

@@ -72,6 +72,7 @@ class SoViT(nn.Module):
         num_positions = self.grid_size[0] * self.grid_size[1] + 1
         self.register_buffer("pos_embed", sinusoid_table(num_positions, embed_dim))
         norm_layer = partial(nn.LayerNorm, eps=1e-5)
+        drop_path_rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(
             *(
                 Block(
@@ -84,9 +85,7 @@ class SoViT(nn.Module):
                     drop_path=rate,
                     norm_layer=norm_layer,  # pyright: ignore[reportArgumentType]
                 )
-                for rate in (
-                    drop_path_rate * i / max(depth - 1, 1) for i in range(depth)
-                )
+                for rate in drop_path_rates
             )
         )
         self.norm = norm_layer(embed_dim)
