@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipelines.config import Data
 from pipelines.feed import Decoder, Rows, geometry_of
-from pipelines.torch_decode import TorchDecoder
+from pipelines.torch_decode import TorchDecoder, find_damaged
 
 
 def make_decoder(
@@ -53,12 +53,25 @@ def make_decoder(
 def decode_rows(
     decoder: Decoder, *, data: Data, img_size: int, seed: int, train: bool
 ) -> Callable[[Rows, int], Tensor]:
-    """Bind a decoder to its windows: rows of an epoch go in, images come out."""
+    """Bind a decoder to its windows: rows of an epoch go in, images come out.
+
+    The result raises ValueError, naming the image, where one can't be decoded.
+    """
 
     def decode(rows: Rows, epoch: int) -> Tensor:
         geometry = geometry_of(
             rows, data=data, img_size=img_size, seed=seed, epoch=epoch, train=train
         )
-        return decoder(rows.views, geometry)
+        try:
+            return decoder(rows.views, geometry)
+        except Exception as error:
+            found = find_damaged(rows.views)
+            if found is None:  # the images are whole: memory, a driver
+                raise
+            raise ValueError(
+                f"wanted an image that can be decoded, came {rows.keys[found]}, row "
+                f"{rows.ids[found]} of the set; write the shards again with "
+                "sovit-shards, which leaves such images out"
+            ) from error
 
     return decode

@@ -53,7 +53,7 @@ class TorchDecoder:
         self, data: np.ndarray | bytes, geometry: Geometry, at: int
     ) -> np.ndarray:
         # Pillow does not apply the EXIF rotation unless asked, as timm's loader.
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = _open(data).convert("RGB")
         top, left = geometry.start[at].tolist()
         height, width = geometry.window[at].tolist()
         window = image.crop((left, top, left + width, top + height))
@@ -65,9 +65,23 @@ class TorchDecoder:
         return pixels[:, ::-1] if geometry.flip[at] else pixels
 
 
+def _open(data: np.ndarray | bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data if isinstance(data, bytes) else data.tobytes()))
+
+
+def find_damaged(encoded: Encoded) -> int | None:
+    """Find the first image that can't be decoded; None where all can."""
+    for at, data in enumerate(encoded):
+        try:
+            _open(data).load()
+        except Exception:  # Pillow raises OSError, SyntaxError, its own and more
+            return at
+    return None
+
+
 def decode_eval(encoded: Encoded, *, data: Data, img_size: int) -> Tensor:
     """Decode images for evaluation: float32 (B, 3, img_size, img_size) on the CPU."""
-    sizes = np.array([Image.open(io.BytesIO(item)).size for item in encoded])
+    sizes = np.array([_open(item).size for item in encoded])
     decoder = TorchDecoder(
         img_size=img_size,
         mean=data.mean,
