@@ -11,12 +11,14 @@ import torch
 
 from pipelines.batch import Batch
 
+_CLOSE_TIMEOUT_S = 5.0
+
 
 class Prefetcher:
     """Run an iterator on a thread and hand its items over through a bounded queue.
 
     An error of the iterator is raised where the items are taken. `close` ends the
-    thread; it is safe at any moment.
+    thread; it is safe at any moment, and taking items after it ends at once.
     """
 
     def __init__(
@@ -31,7 +33,13 @@ class Prefetcher:
         self._thread.start()
 
     def __iter__(self) -> Iterator[Batch]:
-        while (item := self._queue.get()) is not None:
+        while not self._closed.is_set():
+            item = self._queue.get()
+            if item is None or isinstance(item, BaseException):
+                # The end stays: who asks again must not wait for ever.
+                self._queue.put(item)
+            if item is None:
+                return
             if isinstance(item, BaseException):
                 raise item
             if item.images.is_cuda:
@@ -43,7 +51,9 @@ class Prefetcher:
     def close(self) -> None:
         """Stop the thread, and wait a moment for it."""
         self._closed.set()
-        self._thread.join(timeout=5)
+        self._thread.join(timeout=_CLOSE_TIMEOUT_S)
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)  # wakes whoever waits for an item
 
     def _fill(self, items: Iterable[Batch]) -> None:
         last: BaseException | None = None
