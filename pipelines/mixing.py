@@ -77,9 +77,9 @@ def _box(
     """Place cutmix's box; what hangs over the edge is cut off."""
     edges = []
     for length, at in zip(size, center, strict=True):
-        half = int(length * (1 - lam) ** 0.5) // 2
+        cut = int(length * (1 - lam) ** 0.5)
         middle = int(at * length)
-        edges += [max(middle - half, 0), min(middle + half, length)]
+        edges += [max(middle - cut // 2, 0), min(middle + (cut + 1) // 2, length)]
     return edges[0], edges[1], edges[2], edges[3]
 
 
