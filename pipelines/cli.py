@@ -12,13 +12,13 @@ from typing import NoReturn, TypeVar
 import tyro
 
 T = TypeVar("T")
-_BOX = re.compile(r"[─-╿]+|\s+")
+_BOX = re.compile(r"[─-╿\s]+")
 
 
 def parse(
     kind: type[T],
     *,
-    default: T,
+    default: T | None = None,
     arguments: Sequence[str],
     prog: str,
     text: str | None = None,
@@ -33,7 +33,7 @@ def parse(
         with contextlib.redirect_stderr(said):
             return tyro.cli(
                 kind,
-                default=default,
+                default=tyro.MISSING_NONPROP if default is None else default,
                 args=list(arguments),
                 prog=prog,
                 description=text,

@@ -20,8 +20,9 @@ def _check(owner: object, section: str, **rules: tuple[bool, str]) -> None:
         if not holds:
             came = getattr(owner, name)
             field_name = f"{section}{name}"
+            option = field_name.replace("_", "-")
             raise ValueError(
-                f"{field_name}: wanted {wanted}, came {came!r}; set --{field_name}"
+                f"{field_name}: wanted {wanted}, came {came!r}; set --{option}"
             )
 
 
@@ -102,6 +103,7 @@ class Data:
             ),
             crop_pct=(0 < self.crop_pct <= 1, "0 < share <= 1"),
             hflip=(0 <= self.hflip <= 1, "a probability"),
+            std=(min(self.std) > 0, "three numbers above 0"),
         )
 
 
@@ -153,6 +155,10 @@ class Optim:
             ema_decay=(0 <= self.ema_decay < 1, "0 <= decay < 1"),
             weight_decay=(self.weight_decay >= 0, "at least 0"),
             clip_grad_norm=(self.clip_grad_norm >= 0, "at least 0"),
+            warmup_lr=(self.warmup_lr >= 0, "at least 0"),
+            min_lr=(self.min_lr >= 0, "at least 0"),
+            betas=(min(self.betas) >= 0 and max(self.betas) < 1, "0 <= beta < 1"),
+            eps=(self.eps > 0, "above 0"),
         )
 
     @property
@@ -219,6 +225,12 @@ class Run:
                 "data.batch_size: wanted at least 2 images a worker and micro-batch, "
                 f"came {self.data.batch_size} over {self.scale.num_workers} workers; "
                 "raise --data.batch-size or lower --scale.num-workers"
+            )
+        if self.data.eval_batch_size < self.scale.num_workers:
+            raise ValueError(
+                "data.eval_batch_size: wanted at least 1 image a worker, came "
+                f"{self.data.eval_batch_size} over {self.scale.num_workers} workers; "
+                "raise --data.eval-batch-size or lower --scale.num-workers"
             )
 
     @property

@@ -9,9 +9,10 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import ray
-from ray.actor import ActorProxy
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from tqdm import tqdm
 
@@ -44,9 +45,9 @@ class Board:
         return events
 
 
-def start_board() -> ActorProxy[Board]:
+def start_board() -> ActorHandle:
     """Start the actor that the workers post to; it needs no CPU of its own."""
-    return ray.remote(num_cpus=0)(Board).remote()
+    return cast(ActorHandle, ray.remote(num_cpus=0)(Board).remote())
 
 
 class Display:
@@ -54,7 +55,7 @@ class Display:
 
     def __init__(
         self,
-        board: ActorProxy[Board],
+        board: ActorHandle,
         *,
         num_steps: int,
         num_epochs: int,

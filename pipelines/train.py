@@ -20,13 +20,17 @@ from pathlib import Path
 import ray
 import ray.train
 import ray.train.torch
+import torch
 from ray.train import UserCallback
 
 from pipelines import tracking
+from pipelines.checkpoint import build_model
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
+from pipelines.entry import work
 from pipelines.failures import RunFailedError, StopOnValueError, reason_of
 from pipelines.footers import ShardSet, read_shard_set
+from pipelines.job import Job
 from pipelines.plan import plan_epoch
 from pipelines.progress import Display, start_board
 from pipelines.provenance import provenance_tags, without_credentials
@@ -36,7 +40,6 @@ from pipelines.runfile import flat_params
 from pipelines.runs import Record, new_record, read_record, write_record
 from pipelines.session import per_worker, ray_session
 from pipelines.stream import training_plan
-from pipelines.worker import Job, work
 
 _PROG = "sovit-train"
 
@@ -60,14 +63,15 @@ def fit(
     is marked FAILED with the reason.
     """
     train_shards, val_shards = _read_shards(run)
+    num_params = _count_params(run, num_classes=len(train_shards.classes))
     run = _absolute(run)
     record = new_record(run, name=name) if record is None else record
     record = dataclasses.replace(record, run=run)
     uri = tracking.default_uri(run.storage)
     with ray_session(run.scale):
-        run_id = _open_tracking(
-            record, uri=uri, shards={"train": train_shards, "val": val_shards}
-        )
+        run_id = _open_tracking(record, uri=uri, num_params=num_params)
+        for context, shards in (("train", train_shards), ("val", val_shards)):
+            _log_shards(shards, uri=uri, run_id=run_id, context=context)
         record = dataclasses.replace(record, mlflow_run_id=run_id)
         write_record(record)
         board = start_board()
@@ -150,27 +154,35 @@ def _absolute(run: Run) -> Run:
     return dataclasses.replace(run, data=data, storage=absolute(run.storage))
 
 
-def _open_tracking(record: Record, *, uri: str, shards: dict[str, ShardSet]) -> str:
-    run_id = tracking.open_run(
+def _count_params(run: Run, *, num_classes: int) -> int:
+    """Build the model without memory: a bad setting shows before Ray is started."""
+    with torch.device("meta"):
+        model = build_model(run.model, num_classes=num_classes)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _open_tracking(record: Record, *, uri: str, num_params: int) -> str:
+    return tracking.open_run(
         uri,
         experiment=record.run.experiment,
         name=record.name,
-        params=flat_params(record.run),
+        params=flat_params(record.run) | {"model.num_params": num_params},
         tags=provenance_tags(),
         run_id=record.mlflow_run_id,
     )
-    for context, shard_set in shards.items():
-        tracking.log_dataset(
-            uri,
-            run_id,
-            name=Path(shard_set.address).name,
-            source=shard_set.address,
-            num_rows=shard_set.groups.total_rows,
-            num_shards=len(shard_set.groups.paths),
-            digest=shard_set.digest,
-            context=context,
-        )
-    return run_id
+
+
+def _log_shards(shards: ShardSet, *, uri: str, run_id: str, context: str) -> None:
+    tracking.log_dataset(
+        uri,
+        run_id,
+        name=Path(shards.address).name,
+        source=shards.address,
+        num_rows=shards.groups.total_rows,
+        num_shards=len(shards.groups.paths),
+        digest=shards.digest,
+        context=context,
+    )
 
 
 def _log_model(

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from torch import nn
 
 from pipelines import checkpoint as ckpt
 from pipelines.checkpoint import Position
-from pipelines.config import Run
 from pipelines.decoder import decode_rows, make_decoder
 from pipelines.feed import Shape, batches
 from pipelines.footers import ShardSet
+from pipelines.job import Job
 from pipelines.loop import LoopSettings, TrainState, evaluate, share_buffers, train
 from pipelines.optim import build_optimizer
 from pipelines.plan import Unit
@@ -35,20 +34,8 @@ from pipelines.stream import EpochStream, evaluation_plan, training_plan
 from pipelines.tracking import MetricWriter
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """Hold what the driver gives every worker."""
-
-    run: Run
-    train_shards: ShardSet
-    val_shards: ShardSet
-    board: Any
-    tracking_uri: str
-    mlflow_run_id: str
-
-
-def work(config: Mapping[str, Any]) -> None:
-    """Train as one worker of a group: Ray Train's `train_loop_per_worker`."""
+def run_worker(config: Mapping[str, Any]) -> None:
+    """Train as one worker of a group, with the job that `config` refers to."""
     job: Job = ray.get(config["job"])
     context = ray.train.get_context()
     worker = _Worker(
@@ -221,8 +208,10 @@ class _Worker:
     def _end_epoch(self, state: TrainState) -> None:
         """Evaluate, write a checkpoint, report, and make the next dataset ready."""
         model = state.ema.module if state.ema is not None else state.model
-        for module in {state.model, model}:
-            share_buffers(module)
+        # In the same order on every worker: these are collectives.
+        share_buffers(state.model)
+        if model is not state.model:
+            share_buffers(model)
         held_out = evaluate(model, self._val_batches, settings=self.settings)
         expected = self.job.val_shards.groups.total_rows
         if held_out["num_images"] != expected:
