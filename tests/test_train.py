@@ -21,8 +21,8 @@ from pipelines.evaluate import Options, evaluate_checkpoint
 from pipelines.failures import RunFailedError
 from pipelines.runs import read_record
 from pipelines.train import _main, fit
+from tests.demo_runs import part_of_demo, small_demo
 from tests.processes import descendants_named
-from tests.small_runs import small_run, small_set
 
 pytestmark = pytest.mark.ray
 
@@ -61,7 +61,7 @@ def runs_of(storage: str) -> list:
 
 def test_worker_killed(ray_local: None, tmp_path: Path) -> None:
     """A worker dies by SIGKILL: all epochs are trained, and it is one MLflow run."""
-    run = small_run(tmp_path, num_epochs=8)
+    run = small_demo(tmp_path, num_epochs=8)
     killer = kill_one_worker_after(tmp_path / "runs" / "killed" / "epoch_0001")
     result = fit(run, name="killed")
     assert killer.result(timeout=0) > 0, "nobody was killed"
@@ -92,7 +92,7 @@ def test_worker_killed(ray_local: None, tmp_path: Path) -> None:
 
 def test_failed_run_is_resumed(ray_local: None, tmp_path: Path) -> None:
     """A run that failed says so; resumed with one worker, it ends as the same run."""
-    run = small_run(tmp_path, num_epochs=6, max_failures=0)
+    run = small_demo(tmp_path, num_epochs=6, max_failures=0)
     killer = kill_one_worker_after(tmp_path / "runs" / "again" / "epoch_0002")
     with pytest.raises(RunFailedError):
         fit(run, name="again")
@@ -119,7 +119,7 @@ def test_failed_run_is_resumed(ray_local: None, tmp_path: Path) -> None:
 
 def test_damaged_shard_is_named(ray_local: None, tmp_path: Path) -> None:
     """A shard that is damaged past its footer ends the run at once, by its name."""
-    run = small_run(tmp_path, num_epochs=2, max_failures=3)
+    run = small_demo(tmp_path, num_epochs=2, max_failures=3)
     shard = sorted(Path(run.data.train).glob("*.parquet"))[0]
     content = bytearray(shard.read_bytes())
     # The first bytes of the file are the image column's first page.
@@ -134,18 +134,18 @@ def test_damaged_shard_is_named(ray_local: None, tmp_path: Path) -> None:
 
 def test_more_workers_than_there_are_cpus(ray_local: None, tmp_path: Path) -> None:
     """Too many workers are refused before anything waits for them."""
-    run = small_run(tmp_path, num_epochs=1, num_workers=9)
+    run = small_demo(tmp_path, num_epochs=1, num_workers=9)
     with pytest.raises(ValueError, match=r"scale\.num-workers"):
         fit(run, name="crowded")
 
 
 def test_sets_that_can_not_be_used(tmp_path: Path) -> None:
     """Missing, empty and mismatched sets are told apart before Ray is started."""
-    good = small_set(tmp_path / "good", source="train", num_rows=20)
+    good = part_of_demo(tmp_path / "good", split="train", num_rows=20)
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "classes.json").write_text((good / "classes.json").read_text())
-    few = small_set(tmp_path / "few", source="val", num_rows=20)
+    few = part_of_demo(tmp_path / "few", split="val", num_rows=20)
     (few / "classes.json").write_text('["one", "two"]')
     storage = ["--storage", str(tmp_path / "runs")]
 

@@ -1,0 +1,67 @@
+"""Make small shard sets and runs of the demo's kind, for tests on real Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from pipelines.config import Run, Scale
+from pipelines.shard_format import CLASSES_FILE, shard_name, write_shard
+from recipes.demo import demo
+
+
+def part_of_demo(
+    folder: Path, *, split: str, num_rows: int, num_shards: int = 2
+) -> Path:
+    """Write the first rows of an embedded split as a set of its own."""
+    data = demo().data
+    origin = Path(data.train if split == "train" else data.val)
+    table = pq.read_table(min(origin.glob("*.parquet"))).slice(0, num_rows)
+    assert table.num_rows == num_rows
+    folder.mkdir(parents=True)
+    shutil.copy(origin / CLASSES_FILE, folder)
+    for index in range(num_shards):
+        start = num_rows * index // num_shards
+        stop = num_rows * (index + 1) // num_shards
+        write_shard(
+            folder / shard_name(split, index=index, num_shards=num_shards),
+            rows=table.slice(start, stop - start),
+            rows_per_group=50,
+        )
+    return folder
+
+
+def small_demo(
+    folder: Path, *, num_epochs: int, num_workers: int = 2, max_failures: int = 1
+) -> Run:
+    """Make a run that trains an epoch in about a second: 301 and 101 images."""
+    base = demo()
+    model = dataclasses.replace(
+        base.model,
+        kwargs={"depth": 1, "embed_dim": 32, "num_heads": 2},
+        drop_path_rate=0.1,
+    )
+    data = dataclasses.replace(
+        base.data,
+        train=str(part_of_demo(folder / "train", split="train", num_rows=301)),
+        val=str(part_of_demo(folder / "val", split="val", num_rows=101)),
+        batch_size=32,
+        eval_batch_size=32,
+        shuffle_rows=100,
+    )
+    optim = dataclasses.replace(
+        base.optim, num_epochs=num_epochs, warmup_epochs=1, mixup=0.2, cutmix=0.2
+    )
+    return dataclasses.replace(
+        base,
+        recipe="small",
+        model=model,
+        data=data,
+        optim=optim,
+        scale=Scale(num_workers=num_workers, max_failures=max_failures),
+        storage=str(folder / "runs"),
+        log_every_steps=5,
+    )
