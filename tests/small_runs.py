@@ -37,7 +37,7 @@ PLAIN_VIT = Model(
 )
 SO_VIT = Model(
     name="so_vit_7",
-    img_size=16,
+    img_size=32,
     drop_path_rate=0.3,
     pooling=sovit.Pooling(reduced_dim=(6, 4)),
     kwargs={"depth": 2, "embed_dim": 32, "num_heads": 2},

@@ -1,0 +1,263 @@
+"""The loop: it learns, weighs every image once, and follows its schedule."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipelines.batch import Batch
+from pipelines.checkpoint import (
+    Position,
+)
+from pipelines.footers import ShardSet, read_shard_set
+from pipelines.loop import NonFiniteLossError, TrainState, evaluate, train
+from pipelines.mixing import smooth_targets, soft_cross_entropy
+from pipelines.optim import learning_rate
+from tests.small_runs import (
+    CPU,
+    batches_of,
+    settings_of,
+    small_run,
+    state_of,
+    stream_of,
+    train_run,
+)
+from tests.small_sets import write_set
+
+NUM_ROWS = 37
+RUN = small_run("none")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    folder = tmp_path_factory.mktemp("loop") / "set"
+    return read_shard_set(write_set(folder, groups=[[5, 9], [7], [1, 11, 4]]))
+
+
+def pictures(num: int) -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(3)
+    images = torch.randn(num, 3, 16, 16, generator=source)
+    return images, torch.randint(0, 3, (num,), generator=source)
+
+
+def batch_of(
+    images: Tensor, labels: Tensor, *, num_real: int | None = None, **place: Any
+) -> Batch:
+    num_real = len(labels) if num_real is None else num_real
+    given: dict[str, Any] = {
+        "epoch": 0,
+        "index": 0,
+        "micro": 0,
+        "global_rows": num_real,
+        "ends_step": True,
+        "ends_epoch": False,
+    }
+    weights = (torch.arange(len(labels)) < num_real).float()
+    return Batch(images=images, labels=labels, weights=weights, **(given | place))
+
+
+def run_loop(state: TrainState, items: list[Batch], *, run: Any = RUN) -> list[dict]:
+    logs: list[dict] = []
+    train(
+        state,
+        items,
+        settings=settings_of(run, steps_per_epoch=10),
+        on_log=lambda metrics, _: logs.append(dict(metrics)),
+        on_epoch_end=lambda _: None,
+    )
+    return logs
+
+
+def gradients_of(items: list[Batch], *, run: Any = RUN) -> dict[str, Tensor]:
+    """Give the gradient that the loop's optimiser sees at its one step."""
+    state = state_of(run)
+    seen: dict[str, Tensor] = {}
+
+    def keep(*_: object) -> None:
+        for name, parameter in state.model.named_parameters():
+            assert parameter.grad is not None
+            seen[name] = parameter.grad.clone()
+
+    state.optimizer.register_step_pre_hook(keep)
+    run_loop(state, items, run=run)
+    return seen
+
+
+def mean_loss_gradients(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    model = state_of(RUN).model.train()
+    targets = smooth_targets(labels, num_classes=3, smoothing=0.1)
+    soft_cross_entropy(model(images), targets).mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_loop_learns_64_images_by_heart() -> None:
+    run = small_run("none", lr=5e-3, label_smoothing=0.0, num_epochs=10)
+    images, labels = pictures(64)
+    state = state_of(run)
+    items = [batch_of(images, labels, index=i, ends_epoch=i == 59) for i in range(60)]
+    before = evaluate(
+        state.model, items[-1:], settings=settings_of(run, steps_per_epoch=1)
+    )
+    logs = run_loop(state, items, run=run)
+    after = evaluate(
+        state.model, items[-1:], settings=settings_of(run, steps_per_epoch=1)
+    )
+    assert before["top1"] < 70
+    assert after["top1"] == 100
+    assert after["loss"] < 0.1 < before["loss"]
+    assert logs[-1]["loss"] < 0.2
+
+
+def test_filling_rows_change_neither_loss_nor_gradient() -> None:
+    images, labels = pictures(5)
+    filled = [torch.cat([part, part[:3]]) for part in (images, labels)]
+    wanted = mean_loss_gradients(images, labels)
+    close(gradients_of([batch_of(images, labels)]), wanted)
+    close(gradients_of([batch_of(*filled, num_real=5)]), wanted)
+    logs = [
+        run_loop(state_of(RUN), [dataclasses.replace(item, ends_epoch=True)])[0]
+        for item in (batch_of(images, labels), batch_of(*filled, num_real=5))
+    ]
+    for name in ("loss", "top1", "top5"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
+    images, labels = pictures(12)
+    parts = [
+        batch_of(
+            images[start : start + 4],
+            labels[start : start + 4],
+            micro=micro,
+            global_rows=12,
+            ends_step=micro == 2,
+        )
+        for micro, start in enumerate((0, 4, 8))
+    ]
+    close(gradients_of(parts), gradients_of([batch_of(images, labels)]))
+
+
+def test_workers_talk_at_the_last_micro_batch_only() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module, self.calls, self.quiet = module, [], False
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.calls.append(self.quiet)
+            return self.module(images)
+
+        @contextlib.contextmanager
+        def no_sync(self) -> Iterator[None]:
+            self.quiet = True
+            yield
+            self.quiet = False
+
+    state = state_of(RUN)
+    state.forward = wrapped = Wrapped(state.model)
+    images, labels = pictures(4)
+    run_loop(
+        state,
+        [
+            batch_of(images, labels, micro=micro, ends_step=micro == 2, index=index)
+            for index in range(2)
+            for micro in range(3)
+        ],
+    )
+    assert wrapped.calls == [True, True, False] * 2
+    assert state.position == Position(epoch=0, batch=2, step=2)
+
+
+def test_rates_are_set_by_step_and_positions_follow_the_batches(
+    shards: ShardSet,
+) -> None:
+    run = small_run(shards.address, num_epochs=3, cooldown_epochs=1)
+    state = state_of(run)
+    rates, ends = [], []
+    state.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append([g["lr"] for g in optimizer.param_groups])
+    )
+    logs = train_run(
+        run,
+        shards=shards,
+        state=state,
+        on_epoch_end=lambda state: ends.append(state.position),
+    )
+    wanted = [learning_rate(i, optim=run.optim, steps_per_epoch=4) for i in range(16)]
+    assert rates == [[rate, rate] for rate in wanted]
+    assert ends == [Position(epoch=e, batch=0, step=4 * e) for e in range(1, 5)]
+    # Every two steps, an epoch's last included, with that step's rate.
+    assert [log["step"] for log in logs] == list(range(2, 17, 2))
+    assert [log["lr"] for log in logs] == wanted[1::2]
+    assert {"loss", "top1", "top5", "images_per_s", "waiting_share"} <= logs[0].keys()
+    assert all(0 <= log["waiting_share"] <= 1 for log in logs)
+
+
+def test_gradients_are_clipped_to_a_norm() -> None:
+    images, labels = pictures(8)
+    norms = []
+    for bound in (0.0, 0.01):
+        run = small_run("none", clip_grad_norm=bound)
+        gradients = gradients_of([batch_of(images, labels)], run=run)
+        norms.append(math.sqrt(sum(float((g**2).sum()) for g in gradients.values())))
+    assert norms[0] > 0.1
+    assert norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_names_the_step(value: float) -> None:
+    images, labels = pictures(4)
+    broken = images.clone()
+    broken[0, 0, 0, 0] = value
+    items = [batch_of(images, labels, index=i) for i in range(2)]
+    items += [batch_of(broken, labels, index=i) for i in (2, 3)]
+    with pytest.raises(NonFiniteLossError, match=r"step 4; lower --optim\.lr"):
+        run_loop(state_of(RUN), items)
+
+
+def test_evaluation_counts_every_image_once_and_stops_at_the_epochs_end(
+    shards: ShardSet,
+) -> None:
+    run = small_run(shards.address)
+    state = state_of(run)
+    stream = stream_of(run, shards=shards, train=False)
+    items = batches_of(run, stream=stream, train=False)
+    settings = settings_of(run, steps_per_epoch=1)
+    found = [evaluate(state.model, items, settings=settings) for _ in range(3)]
+    assert not state.model.training
+    assert found[0] == found[1] == found[2]
+    assert next(items, None) is None
+    again = stream_of(run, shards=shards, train=False)
+    losses, right = [], []
+    with torch.no_grad():
+        for item in batches_of(run, stream=again, train=False):
+            logits, real = state.model(item.images), item.weights == 1
+            losses += nn.functional.cross_entropy(
+                logits[real], item.labels[real], reduction="none"
+            ).tolist()
+            right += (logits.argmax(dim=1) == item.labels)[real].tolist()
+            if item.ends_epoch:
+                break
+    assert len(losses) == NUM_ROWS == found[0]["num_images"]
+    assert found[0]["loss"] == pytest.approx(sum(losses) / NUM_ROWS, rel=1e-5)
+    assert found[0]["top1"] == pytest.approx(100 * sum(right) / NUM_ROWS)
+
+
+def test_half_precision_stays_off_on_the_cpu() -> None:
+    with settings_of(RUN, steps_per_epoch=1).autocast:
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == torch.float32
+    assert settings_of(RUN, steps_per_epoch=1).device == CPU

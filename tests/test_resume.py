@@ -1,0 +1,148 @@
+"""A run that was resumed, or that two workers trained, is the plain run."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from pipelines.checkpoint import (
+    Position,
+    load_optimizer,
+    load_weights,
+    read_manifest,
+    save_checkpoint,
+)
+from pipelines.footers import ShardSet, read_shard_set
+from pipelines.loop import TrainState, evaluate
+from tests.small_runs import (
+    PLAIN_VIT,
+    SO_VIT,
+    batches_of,
+    plain,
+    settings_of,
+    small_run,
+    state_of,
+    stream_of,
+    train_as_worker,
+    train_run,
+)
+from tests.small_sets import write_set
+
+NUM_ROWS = 37
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    folder = tmp_path_factory.mktemp("resume") / "set"
+    return read_shard_set(write_set(folder, groups=[[5, 9], [7], [1, 11, 4]]))
+
+
+@pytest.mark.parametrize("model", [PLAIN_VIT, SO_VIT], ids=["plain", "so_vit"])
+@pytest.mark.parametrize("num_accumulation", [1, 2])
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
+    shards: ShardSet, tmp_path: Path, model: Any, num_accumulation: int
+) -> None:
+    run = small_run(
+        shards.address,
+        model=dataclasses.replace(model, drop_path_rate=0.3),
+        mixup=0.8,
+        cutmix=1.0,
+        ema_decay=0.9,
+        num_accumulation=num_accumulation,
+    )
+
+    def keep(state: TrainState) -> None:
+        folder = tmp_path / str(state.position.epoch)
+        folder.mkdir()
+        assert state.ema is not None
+        save_checkpoint(
+            folder,
+            run=run,
+            position=state.position,
+            classes=shards.classes,
+            metrics={},
+            model=state.model,
+            ema=state.ema.module,
+            optimizer=state.optimizer,
+        )
+
+    whole = state_of(run)
+    logs = train_run(run, shards=shards, state=whole, on_epoch_end=keep)
+    resumed = state_of(run, seed=77)
+    folder = tmp_path / "1"
+    resumed.position = read_manifest(folder).position
+    assert resumed.ema is not None
+    assert whole.ema is not None
+    load_weights(resumed.model, folder)
+    load_weights(resumed.ema.module, folder, ema=True)
+    load_optimizer(resumed.optimizer, folder)
+    torch.manual_seed(12345)  # what a new process has drawn must not matter
+    rest = train_run(run, shards=shards, state=resumed)
+    assert resumed.position == whole.position == Position(epoch=3, batch=0, step=12)
+    assert [log["loss"] for log in rest] == [log["loss"] for log in logs[2:]]
+    for ours, theirs in (
+        (resumed.model, whole.model),
+        (resumed.ema.module, whole.ema.module),
+    ):
+        other = plain(theirs)
+        for name, value in plain(ours).items():
+            assert torch.equal(value, other[name]), name
+    ours, theirs = resumed.optimizer.state_dict(), whole.optimizer.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for number, slots in ours["state"].items():
+        for name, value in slots.items():
+            assert torch.equal(value, theirs["state"][number][name])
+
+
+def test_drop_path_and_the_average_are_at_work(shards: ShardSet) -> None:
+    """Without this, the test above could pass with both of them idle."""
+    run = small_run(shards.address, model=SO_VIT, ema_decay=0.9)
+    weights = []
+    for rate in (0.0, 0.3):
+        model = dataclasses.replace(SO_VIT, drop_path_rate=rate)
+        state = state_of(dataclasses.replace(run, model=model))
+        train_run(run, shards=shards, state=state)
+        weights.append(plain(state.model)["cls_token"])
+        assert state.ema is not None
+        assert not torch.equal(weights[-1], plain(state.ema.module)["cls_token"])
+    assert not torch.equal(*weights)
+
+
+def test_two_workers_learn_what_one_learns(shards: ShardSet, tmp_path: Path) -> None:
+    # A large eps: Adam's first steps would blow up what the order of sums changes.
+    run = small_run(shards.address, eps=1e-3, num_accumulation=2)
+    # torch takes seconds to import: one process does, and the workers fork off it.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["tests.small_runs"]
+    )
+    mp.start_processes(  # pyright: ignore[reportPrivateImportUsage]
+        train_as_worker,
+        args=(run, str(tmp_path), 2),
+        nprocs=2,
+        start_method="forkserver",
+    )
+    alone = state_of(run)
+    logs = train_run(run, shards=shards, state=alone)
+    stream = stream_of(run, shards=shards, train=False)
+    held_out = evaluate(
+        alone.model,
+        batches_of(run, stream=stream, train=False),
+        settings=settings_of(run, steps_per_epoch=1),
+    )
+    assert held_out["num_images"] == NUM_ROWS
+    for rank in range(2):
+        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        for name, value in plain(alone.model).items():
+            ours = found["weights"][name]
+            torch.testing.assert_close(ours, value, rtol=1e-4, atol=1e-6)
+        assert found["held_out"] == pytest.approx(held_out, rel=1e-4)
+        assert found["buffer"].tolist() == [5.0] * 3
+        for log, wanted in zip(found["logs"], logs, strict=True):
+            for name in ("loss", "top1", "lr", "step", "epoch"):
+                assert log[name] == pytest.approx(wanted[name], rel=1e-4)
