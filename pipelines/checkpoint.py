@@ -2,14 +2,15 @@
 
 A checkpoint is a folder: `model.safetensors`, `ema.safetensors` where an average is
 kept, `optimizer.pt` (read with `weights_only=True`) and, written last,
-`checkpoint.json` with the run, the position, the classes, the metrics and each file's
-size and CRC-32. A folder whose files do not match it is refused.
+`checkpoint.json` with the run, the position, the classes, the metrics, each file's
+size and CRC-32, and its own. A folder whose files do not match it is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ def save_checkpoint(
         "metrics": dict(metrics),
         "files": {name: _fingerprint(folder / name) for name in names},
     }
+    content["crc32"] = _crc_of(content)
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(content, indent=2))
     partial.rename(folder / MANIFEST)
@@ -119,7 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"wanted a checkpoint folder with {MANIFEST}, came {folder}; "
             "name one that sovit-train printed"
         )
-    raw = json.loads(path.read_text())
+    raw = _read_json(path)
     for name, wanted in raw["files"].items():
         came = _fingerprint(folder / name) if (folder / name).is_file() else None
         if came != wanted:
@@ -136,6 +138,20 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text())
+        whole = raw.pop("crc32") == _crc_of(raw)
+    except (ValueError, AttributeError, KeyError):
+        whole, raw = False, {}
+    if not whole:
+        raise ValueError(
+            f"{path}: wanted a whole manifest, came one that was cut off or changed; "
+            "this checkpoint is damaged, use the one before it"
+        )
+    return raw
+
+
 def load_weights(model: nn.Module, folder: Path, *, ema: bool = False) -> None:
     """Load a checkpoint's weights, or their moving average, into a model."""
     path = folder / (EMA_FILE if ema else MODEL_FILE)
@@ -148,8 +164,19 @@ def load_weights(model: nn.Module, folder: Path, *, ema: bool = False) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Load a checkpoint's optimiser state; only tensors and plain values are read."""
-    state = torch.load(folder / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
+    """Load a checkpoint's optimiser state; only tensors and plain values are read.
+
+    Raises ValueError where the file is missing or holds any other object.
+    """
+    path = folder / OPTIMIZER_FILE
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: wanted an optimiser's state of tensors and plain values, came a "
+            f"file that can't be read as one ({str(error)[:200]}); "
+            "use a checkpoint that sovit-train wrote"
+        ) from error
     optimizer.load_state_dict(state)
 
 
@@ -170,6 +197,10 @@ def _plain(model: nn.Module) -> dict[str, Tensor]:
         name: value.detach().cpu().contiguous()
         for name, value in model.state_dict().items()
     }
+
+
+def _crc_of(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _fingerprint(path: Path) -> dict[str, int]:
