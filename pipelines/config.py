@@ -180,7 +180,7 @@ class Scale:
     start_timeout_s: float = 30.0
     """How long a cluster may take to have the workers' CPUs and GPUs."""
     amp: Literal["auto", "off"] = "auto"
-    """auto: bfloat16 autocast where the device is fast at it (CUDA)."""
+    """auto: bfloat16 autocast where the device has instructions for it."""
 
     def __post_init__(self) -> None:
         _check(
