@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +28,8 @@ def load_recipe(name: str) -> Run:
         try:
             module = importlib.import_module(f"recipes.{module_name}")
         except ModuleNotFoundError as error:
+            if not f"recipes.{module_name}".startswith(error.name or ""):
+                raise  # the recipe is there, and something that it imports is not
             raise ValueError(
                 f"wanted a recipe, came {name!r}; there are {', '.join(_modules())}, "
                 "or name a function of your own: my/file.py:run"
@@ -34,11 +37,12 @@ def load_recipe(name: str) -> Run:
     found = recipes_of(module)
     if function not in found:
         raise ValueError(
-            f"wanted a recipe of {module.__name__}, came {function!r}; "
-            f"there are {', '.join(found)}"
+            f"wanted a recipe of {module.__name__}, came {function!r}; there are "
+            f"{', '.join(found) or 'none: write a function without arguments -> Run'}"
         )
     run = getattr(module, function)()
-    assert isinstance(run, Run)
+    if not isinstance(run, Run):
+        raise ValueError(f"{name}: wanted a function that returns a Run, came {run!r}")
     return run
 
 
@@ -49,8 +53,19 @@ def recipes_of(module: ModuleType) -> list[str]:
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if not name.startswith("_")
         and function.__module__ == module.__name__
-        and inspect.signature(function).return_annotation in (Run, "Run")
+        and _returns_run(function)
     ]
+
+
+def _returns_run(function: Callable[..., object]) -> bool:
+    signature = inspect.signature(function)
+    needed = [
+        parameter
+        for parameter in signature.parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    return signature.return_annotation in (Run, "Run") and not needed
 
 
 def _module_of(path: Path) -> ModuleType:

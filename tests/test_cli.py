@@ -1,0 +1,178 @@
+"""Commands and recipes: one clear line for what the user can mend."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli import fail, parse, run_command
+from pipelines.config import Run
+from pipelines.recipe import load_recipe, recipes_of
+
+RECIPE_FILE = """
+from __future__ import annotations
+import dataclasses
+from pipelines.config import Run
+from recipes import demo
+
+def mine() -> Run:
+    return dataclasses.replace(demo.demo(), recipe="mine", seed=7)
+
+def variant(seed: int = 8) -> Run:
+    return dataclasses.replace(mine(), seed=seed)
+
+def helper(run: Run) -> Run:
+    return run
+
+def _hidden() -> Run:
+    return mine()
+
+def liar() -> Run:
+    return 3
+"""
+
+
+def parsed(*arguments: str) -> Run:
+    return parse(
+        Run, default=load_recipe("demo"), arguments=arguments, prog="sovit-train"
+    )
+
+
+def test_overrides_are_typed_and_nested() -> None:
+    run = parsed(
+        *("--data.batch-size", "64", "--optim.lr", "3e-4", "--seed", "3"),
+        *("--model.pooling.power", "0.25", "--model.kwargs.depth", "2"),
+        *("--data.crop-scale", "0.1", "0.9", "--scale.use-gpu"),
+    )
+    assert (run.data.batch_size, run.optim.lr, run.seed) == (64, 3e-4, 3)
+    assert run.model.pooling is not None
+    assert run.model.pooling.power == 0.25
+    assert run.model.kwargs["depth"] == 2
+    assert run.data.crop_scale == (0.1, 0.9)
+    assert run.scale.use_gpu
+    assert parsed() == load_recipe("demo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data.batchsize", "3"], ["--data.batchsize", "--data.batch-size"]),
+        (["--data.batch-size", "many"], ["--data.batch-size", "'many'"]),
+        (["--data.batch-size", "0"], ["data.batch_size: wanted at least 1, came 0"]),
+        (["--data.decoder", "cv2"], ["'cv2'", "--data.decoder", "dali"]),
+        (["--data.crop-scale", "0.5"], ["--data.crop-scale", "2 values"]),
+        (["--optim.warmup-epochs", "99"], ["warmup_epochs <= num_epochs"]),
+        (["--scale.num-workers", "999"], ["raise --data.batch-size"]),
+        (["--model.pooling.power", "7"], ["power", "at most 1"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_a_wrong_argument_is_one_line_that_names_it(
+    arguments: list[str], words: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        parsed(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "  " not in message
+    assert "│" not in message
+    for word in words:
+        assert word in message
+
+
+def test_help_is_printed_and_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parsed("--help")
+    assert not caught.value.code
+    assert "--data.batch-size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ValueError("wanted a,\n  came b"), 2, "tool: wanted a, came b\n"),
+        (KeyboardInterrupt(), 130, "tool: interrupted\n"),
+        (None, 0, ""),
+    ],
+)
+def test_a_command_ends_with_a_status_and_one_line(
+    error: BaseException | None,
+    status: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tool", "a", "b"])
+
+    def command(arguments: Sequence[str]) -> None:
+        assert arguments == ["a", "b"]
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(command, prog="tool")
+    assert caught.value.code == status
+    assert capsys.readouterr().err == said
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    def broken(_: Sequence[str]) -> None:
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run_command(broken, prog="tool")
+    with pytest.raises(SystemExit):
+        fail("x", status=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "nope", "nope.x", "../demo", "demo-1", "my/file.py", "recipes.demo"]
+)
+def test_an_unknown_recipe_gets_the_list(name: str) -> None:
+    with pytest.raises(ValueError, match="wanted a recipe, came") as caught:
+        load_recipe(name)
+    assert repr(name) in str(caught.value)
+    assert "demo" in str(caught.value)
+    assert "my/file.py:run" in str(caught.value)
+
+
+def test_an_unknown_function_gets_the_functions_of_its_file() -> None:
+    with pytest.raises(ValueError, match=r"'x'; there are .*demo"):
+        load_recipe("demo.x")
+    with pytest.raises(ValueError, match="there are none"):
+        load_recipe("fashion_mnist")
+
+
+def test_recipes_of_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "my_recipes.py"
+    path.write_text(RECIPE_FILE)
+    assert load_recipe(f"{path}:mine").seed == 7
+    assert load_recipe(f"{path}:variant").seed == 8
+    with pytest.raises(ValueError, match=r"'helper'; there are liar, mine, variant$"):
+        load_recipe(f"{path}:helper")
+    with pytest.raises(ValueError, match="returns a Run, came 3"):
+        load_recipe(f"{path}:liar")
+    missing = tmp_path / "none.py"
+    with pytest.raises(ValueError, match=r"none\.py"):
+        load_recipe(f"{missing}:mine")
+
+
+def test_a_recipe_that_lacks_a_library_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import recipes
+
+    (tmp_path / "needy.py").write_text("import no_such_library\n")
+    monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path)])
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        load_recipe("needy")
+
+
+def test_the_demo_is_a_recipe() -> None:
+    from recipes import demo
+
+    assert recipes_of(demo) == ["demo"]
+    assert load_recipe("demo") == load_recipe("demo.demo") == demo.demo()
