@@ -45,18 +45,25 @@ def read_record(storage: str, *, name: str) -> Record:
     filesystem, path = _place(storage, name)
     try:
         with filesystem.open_input_stream(f"{path}/{_RECORD}") as stream:
-            raw = json.loads(stream.read())
+            text = stream.read()
     except OSError as error:
         raise ValueError(
             f"wanted a run to resume, came {name!r}, which {storage!r} does not hold; "
             "look there for the names, or set --storage"
         ) from error
-    record = Record(
-        name=raw["name"],
-        run=from_json(json.dumps(raw["run"])),
-        mlflow_run_id=raw["mlflow_run_id"],
-        status=raw["status"],
-    )
+    try:
+        raw = json.loads(text)
+        record = Record(
+            name=raw["name"],
+            run=from_json(json.dumps(raw["run"])),
+            mlflow_run_id=raw["mlflow_run_id"],
+            status=raw["status"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}/{_RECORD}: wanted a run's record, came one that can't be read "
+            f"({error!r}); start a new run"
+        ) from error
     if record.status == "finished":
         raise ValueError(
             f"wanted a run that has not ended, came {name!r}, which has finished; "
