@@ -13,7 +13,7 @@ import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 import torch
-from nvidia.dali.pipeline import Pipeline, pipeline_def
+from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from pipelines.augment import Geometry
@@ -45,21 +45,33 @@ class DaliDecoder:
     ) -> None:
         self._device = device
         self._img_size = img_size
-        self._pipeline: Pipeline = _decode_pipeline(
-            img_size=img_size,
-            mean=[255 * value for value in mean],
-            std=[255 * value for value in std],
-            interpolation=_INTERPOLATIONS[interpolation],
-            on_gpu=device.type == "cuda",
+        on_gpu = device.type == "cuda"
+        self._pipeline = Pipeline(
             batch_size=batch_size,
             num_threads=num_threads,
-            device_id=device.index or 0 if device.type == "cuda" else None,
+            device_id=(device.index or 0) if on_gpu else None,
             prefetch_queue_depth=1,
+            exec_dynamic=True,
         )
+        with self._pipeline:
+            images = _images(interpolation=interpolation, on_gpu=on_gpu)
+            corner = _input("corner", dtype=types.DALIDataType.FLOAT)
+            normalized = fn.crop_mirror_normalize(
+                images,
+                crop=[img_size, img_size],
+                crop_pos_y=corner[0],
+                crop_pos_x=corner[1],
+                mirror=_input("flip", dtype=types.DALIDataType.INT32, ndim=0),
+                mean=[255 * value for value in mean],
+                std=[255 * value for value in std],
+                dtype=types.DALIDataType.FLOAT,
+                output_layout="HWC",
+            )
+            self._pipeline.set_outputs(normalized)
         self._pipeline.build()
 
     def __call__(self, encoded: Encoded, geometry: Geometry) -> Tensor:
-        """Decode a batch to float32 (B, 3, img_size, img_size).
+        """Decode a batch to float32 (B, 3, img_size, img_size), channels last.
 
         Raises RuntimeError where one image of the batch can't be decoded.
         """
@@ -83,48 +95,34 @@ class DaliDecoder:
             stream = torch.cuda.current_stream(self._device)
             (output,) = self._pipeline.run(cuda_stream=stream)
             # DALI's pool does not know which streams still read a tensor; torch's does.
-            return torch.from_dlpack(output.as_tensor()).clone()
+            return torch.from_dlpack(output.as_tensor()).clone().permute(0, 3, 1, 2)
         (output,) = self._pipeline.run()
         # With DALI's dynamic executor the tensor owns its memory: no copy is needed.
-        return torch.from_dlpack(output.as_tensor())
+        return torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
 
 
-@pipeline_def(exec_dynamic=True)
-def _decode_pipeline(
-    *,
-    img_size: int,
-    mean: list[float],
-    std: list[float],
-    interpolation: Any,
-    on_gpu: bool,
-) -> Any:
-    encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
-    start = fn.external_source(name="start", dtype=types.DALIDataType.INT32, ndim=1)
-    window = fn.external_source(name="window", dtype=types.DALIDataType.INT32, ndim=1)
-    resized = fn.external_source(name="resized", dtype=types.DALIDataType.FLOAT, ndim=1)
-    corner = fn.external_source(name="corner", dtype=types.DALIDataType.FLOAT, ndim=1)
-    flip = fn.external_source(name="flip", dtype=types.DALIDataType.INT32, ndim=0)
-    images = fn.decoders.image_slice(
-        encoded,
+def _input(name: str, *, dtype: types.DALIDataType, ndim: int = 1) -> Any:
+    return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+
+
+def _images(*, interpolation: Interpolation, on_gpu: bool) -> Any:
+    """Decode the window of each image and resize it."""
+    # The CPU's chroma upsampling on the GPU too; the CPU operator has no such choice.
+    only_gpu: dict[str, Any] = {"jpeg_fancy_upsampling": True} if on_gpu else {}
+    images: Any = fn.decoders.image_slice(
+        _input("encoded", dtype=types.DALIDataType.UINT8),
         device="mixed" if on_gpu else "cpu",
-        start=start,
-        shape=window,
+        start=_input("start", dtype=types.DALIDataType.INT32),
+        shape=_input("window", dtype=types.DALIDataType.INT32),
         axes=[0, 1],
         output_type=types.DALIImageType.RGB,
         # timm and torchvision do not rotate by EXIF either.
         adjust_orientation=False,
-        # The CPU decoder's chroma upsampling on the GPU too.
-        **({"jpeg_fancy_upsampling": True} if on_gpu else {}),
+        **only_gpu,
     )
-    images = fn.resize(images, size=resized, interp_type=interpolation, antialias=True)
-    return fn.crop_mirror_normalize(
+    return fn.resize(
         images,
-        crop=[img_size, img_size],
-        crop_pos_y=corner[0],
-        crop_pos_x=corner[1],
-        mirror=flip,
-        mean=mean,
-        std=std,
-        dtype=types.DALIDataType.FLOAT,
-        output_layout="CHW",
+        size=_input("resized", dtype=types.DALIDataType.FLOAT),
+        interp_type=_INTERPOLATIONS[interpolation],
+        antialias=True,
     )

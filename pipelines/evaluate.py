@@ -104,7 +104,8 @@ def evaluate_checkpoint(options: Options) -> dict[str, float]:
     prefetcher = Prefetcher(items, num_items=data.num_prefetch_batches, device=device)
     try:
         counted = _counted(prefetcher, num_images=plan.num_rows)
-        return evaluate(model.to(device), counted, settings=settings)
+        model.to(device).to(memory_format=torch.channels_last)
+        return evaluate(model, counted, settings=settings)
     finally:
         prefetcher.close()
 

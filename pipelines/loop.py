@@ -52,9 +52,19 @@ class LoopSettings:
 
     @property
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Give bfloat16 autocast where the run wants it and the device is fast."""
-        enabled = self.run.scale.amp == "auto" and self.device.type == "cuda"
+        """Give bfloat16 autocast where the run wants it and the device can."""
+        enabled = self.run.scale.amp == "auto" and has_bfloat16(self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device has instructions for bfloat16, not just the type."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 class NonFiniteLossError(ValueError):

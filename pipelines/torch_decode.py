@@ -42,12 +42,12 @@ class TorchDecoder:
         self._std = torch.tensor(std, device=device).view(1, 3, 1, 1) * 255
 
     def __call__(self, encoded: Encoded, geometry: Geometry) -> Tensor:
-        """Decode a batch to float32 (B, 3, img_size, img_size)."""
+        """Decode a batch to float32 (B, 3, img_size, img_size), channels last."""
         pixels = np.stack(
             [self._image(data, geometry, at) for at, data in enumerate(encoded)]
         )
         images = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2)
-        return ((images.float() - self._mean) / self._std).contiguous()
+        return (images.float() - self._mean) / self._std
 
     def _image(
         self, data: np.ndarray | bytes, geometry: Geometry, at: int

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import sovit
 from pipelines.batch import Batch
 from pipelines.checkpoint import Position, build_model
-from pipelines.config import Data, Model, Optim, Run
+from pipelines.config import Data, Model, Optim, Run, Scale
 from pipelines.decoder import decode_rows, make_decoder
 from pipelines.feed import Shape, batches
 from pipelines.footers import ShardSet, read_shard_set
@@ -62,6 +62,8 @@ def small_run(
             decoder="torch",
         ),
         optim=dataclasses.replace(OPTIM, **optim),
+        # Equalities are shown in float32.
+        scale=Scale(amp="off"),
         log_every_steps=2,
     )
 

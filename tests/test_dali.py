@@ -102,7 +102,7 @@ def test_dali_and_pillow_agree_on_photographs(
     for tensor in images:
         assert tensor.shape == (24, 3, 224, 224)
         assert tensor.dtype == torch.float32
-        assert tensor.is_contiguous()
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
     # Both decode JPEG alike to the bit. They resize with the same kernels, Pillow in
     # fixed point with a rounding between the two passes, DALI in floats with one at
     # the end: a level apart here and there, more where bicubic overshoots an edge.
