@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipelines import loop
 from pipelines.batch import Batch
 from pipelines.checkpoint import (
     Position,
@@ -256,8 +257,37 @@ def test_evaluation_counts_every_image_once_and_stops_at_the_epochs_end(
     assert found[0]["top1"] == pytest.approx(100 * sum(right) / NUM_ROWS)
 
 
-def test_half_precision_stays_off_on_the_cpu() -> None:
-    with settings_of(RUN, steps_per_epoch=1).autocast:
-        product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == torch.float32
-    assert settings_of(RUN, steps_per_epoch=1).device == CPU
+@pytest.mark.parametrize("has", [True, False])
+def test_half_precision_follows_the_run_and_the_device(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "has_bfloat16", lambda device: has)
+    dtypes = []
+    for amp in ("auto", "off"):
+        run = dataclasses.replace(RUN, scale=dataclasses.replace(RUN.scale, amp=amp))
+        with settings_of(run, steps_per_epoch=1).autocast:
+            dtypes.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+    assert dtypes == [torch.bfloat16 if has else torch.float32, torch.float32]
+
+
+def test_a_device_without_the_instructions_has_no_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for capabilities, has in (({}, False), ({"avx512_bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c)
+        assert loop.has_bfloat16(CPU) == has
+    assert not loop.has_bfloat16(torch.device("meta"))
+
+
+def test_a_run_in_bfloat16_learns_too() -> None:
+    """Also on a CPU that emulates it: losses and weights stay float32."""
+    images, labels = pictures(16)
+    run = small_run("none", lr=5e-3, label_smoothing=0.0, num_epochs=10)
+    run = dataclasses.replace(run, scale=dataclasses.replace(run.scale, amp="auto"))
+    state = state_of(run)
+    items = [batch_of(images, labels, index=i, ends_epoch=i == 39) for i in range(40)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "has_bfloat16", lambda device: True)
+        logs = run_loop(state, items, run=run)
+    assert logs[-1]["loss"] < 0.3 * logs[0]["loss"]
+    assert {p.dtype for p in state.model.parameters()} == {torch.float32}

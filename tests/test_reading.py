@@ -67,12 +67,15 @@ def test_rows_come_in_the_order_of_the_plan_with_their_own_ids(
     for unit in plan_of(shards).units():
         rows = read_rows(unit, address=shards.address, num_classes=3)
         ids = rows["row_id"].to_pylist()
+        planned = [np.arange(s.start, s.stop) + s.first_id for s in unit.slices]
+        assert ids == np.concatenate(planned)[unit.order()].tolist()
         assert rows["key"].to_pylist() == [f"k{i}" for i in ids]
         assert rows["label"].to_pylist() == [i % 3 for i in ids]
         assert rows["image"].to_pylist() == [jpeg(i) for i in ids]
         seen += ids
     assert sorted(seen) == list(range(NUM_ROWS))
-    assert seen != sorted(seen)
+    paths = [piece.path for unit in plan_of(shards).units() for piece in unit.slices]
+    assert paths != sorted(paths)
 
 
 def test_evaluation_reads_in_the_order_of_the_files(shards: ShardSet) -> None:
