@@ -21,17 +21,17 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from pipelines.batch import Batch
 from pipelines.checkpoint import load_model
 from pipelines.cli import parse, run_command
-from pipelines.decoder import decode_rows, make_decoder
-from pipelines.feed import Shape, batches
-from pipelines.footers import ShardSet, read_shard_set
+from pipelines.ingest.batch import Batch
+from pipelines.ingest.decoder import decode_rows, make_decoder
+from pipelines.ingest.feed import Shape, batches
+from pipelines.ingest.footers import ShardSet, read_shard_set
+from pipelines.ingest.plan import EpochPlan
+from pipelines.ingest.prefetch import Prefetcher
+from pipelines.ingest.reading import share_tables
+from pipelines.ingest.stream import evaluation_plan
 from pipelines.loop import LoopSettings, evaluate
-from pipelines.plan import EpochPlan
-from pipelines.prefetch import Prefetcher
-from pipelines.reading import share_tables
-from pipelines.stream import evaluation_plan
 
 _PROG = "sovit-eval"
 

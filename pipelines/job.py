@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ray.actor import ActorHandle
 
 from pipelines.config import Run
-from pipelines.footers import ShardSet
+from pipelines.ingest.footers import ShardSet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from pipelines.batch import Batch
 from pipelines.checkpoint import Position
 from pipelines.config import Run
 from pipelines.hashing import Purpose, key
+from pipelines.ingest.batch import Batch
 from pipelines.metrics import Sums
 from pipelines.mixing import draw_mix, mix, smooth_targets, soft_cross_entropy
 from pipelines.optim import learning_rate, set_learning_rate

@@ -10,7 +10,7 @@ from typing import Literal
 import pyarrow.fs as pafs
 
 from pipelines.config import Run
-from pipelines.footers import open_place
+from pipelines.ingest.footers import open_place
 from pipelines.runfile import from_json, to_json
 
 _RECORD = "run.json"

@@ -29,17 +29,17 @@ from pipelines.cli import parse, run_command
 from pipelines.config import Run
 from pipelines.entry import work
 from pipelines.failures import RunFailedError, StopOnValueError, reason_of
-from pipelines.footers import ShardSet, read_shard_set
+from pipelines.ingest.footers import ShardSet, read_shard_set
+from pipelines.ingest.plan import plan_epoch
+from pipelines.ingest.reading import read_rows
+from pipelines.ingest.stream import training_plan
 from pipelines.job import Job
-from pipelines.plan import plan_epoch
 from pipelines.progress import Display, start_board
-from pipelines.provenance import provenance_tags, without_credentials
-from pipelines.reading import read_rows
 from pipelines.recipe import load_recipe
 from pipelines.runfile import flat_params
 from pipelines.runs import Record, new_record, read_record, write_record
 from pipelines.session import per_worker, ray_session
-from pipelines.stream import training_plan
+from pipelines.tracking.provenance import provenance_tags, without_credentials
 
 _PROG = "sovit-train"
 

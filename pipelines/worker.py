@@ -20,18 +20,18 @@ from torch import nn
 
 from pipelines import checkpoint as ckpt
 from pipelines.checkpoint import Position
-from pipelines.decoder import decode_rows, make_decoder
-from pipelines.feed import Shape, batches
-from pipelines.footers import ShardSet
+from pipelines.ingest.decoder import decode_rows, make_decoder
+from pipelines.ingest.feed import Shape, batches
+from pipelines.ingest.footers import ShardSet
+from pipelines.ingest.plan import Unit
+from pipelines.ingest.prefetch import Prefetcher
+from pipelines.ingest.source import shares, split_units
+from pipelines.ingest.stream import EpochStream, evaluation_plan, training_plan
 from pipelines.job import Job
 from pipelines.loop import LoopSettings, TrainState, evaluate, share_buffers, train
 from pipelines.optim import build_optimizer
-from pipelines.plan import Unit
-from pipelines.prefetch import Prefetcher
 from pipelines.progress import Event
-from pipelines.source import shares, split_units
-from pipelines.stream import EpochStream, evaluation_plan, training_plan
-from pipelines.tracking import MetricWriter
+from pipelines.tracking.runs import MetricWriter
 
 
 def run_worker(config: Mapping[str, Any]) -> None:

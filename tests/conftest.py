@@ -11,6 +11,9 @@ from jaxtyping import install_import_hook
 # Before the package is imported: every annotated shape is then checked by beartype.
 install_import_hook("sovit", "beartype.beartype")
 
+# Tests keep to their own stores and their own Ray, wherever the user's point.
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+os.environ.pop("RAY_ADDRESS", None)
 # Workers of a test share two cores; more threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

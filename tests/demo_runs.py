@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from pipelines.config import Run, Scale
-from pipelines.shard_format import CLASSES_FILE, shard_name, write_shard
+from pipelines.shards.format import CLASSES_FILE, shard_name, write_shard
 from recipes.demo import demo
 
 

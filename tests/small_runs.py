@@ -16,16 +16,16 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 import sovit
-from pipelines.batch import Batch
 from pipelines.checkpoint import Position, build_model
 from pipelines.config import Data, Model, Optim, Run, Scale
-from pipelines.decoder import decode_rows, make_decoder
-from pipelines.feed import Shape, batches
-from pipelines.footers import ShardSet, read_shard_set
+from pipelines.ingest.batch import Batch
+from pipelines.ingest.decoder import decode_rows, make_decoder
+from pipelines.ingest.feed import Shape, batches
+from pipelines.ingest.footers import ShardSet, read_shard_set
+from pipelines.ingest.plan import Unit
+from pipelines.ingest.stream import EpochStream, evaluation_plan, training_plan
 from pipelines.loop import LoopSettings, TrainState, evaluate, share_buffers, train
 from pipelines.optim import build_optimizer
-from pipelines.plan import Unit
-from pipelines.stream import EpochStream, evaluation_plan, training_plan
 from tests.small_sets import worker_tables
 
 CPU = torch.device("cpu")

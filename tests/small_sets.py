@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipelines.footers import ShardSet
-from pipelines.plan import Unit
-from pipelines.reading import share_tables
-from pipelines.shard_format import CLASSES_FILE, SCHEMA
+from pipelines.ingest.footers import ShardSet
+from pipelines.ingest.plan import Unit
+from pipelines.ingest.reading import share_tables
+from pipelines.shards.format import CLASSES_FILE, SCHEMA
 
 
 @functools.cache

@@ -16,8 +16,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from benchmarks.photographs import cut_photographs
-from pipelines.augment import Geometry, center_crop, random_resized_crop
-from pipelines.torch_decode import TorchDecoder
+from pipelines.ingest.augment import Geometry, center_crop, random_resized_crop
+from pipelines.ingest.torch_decode import TorchDecoder
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 NUM_DRAWS = 20_000

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.photographs import cut_photographs
-from pipelines.augment import Geometry, center_crop, random_resized_crop
 from pipelines.config import Data, Interpolation
-from pipelines.decoder import make_decoder
-from pipelines.torch_decode import TorchDecoder, decode_eval
+from pipelines.ingest.augment import Geometry, center_crop, random_resized_crop
+from pipelines.ingest.decoder import make_decoder
+from pipelines.ingest.torch_decode import TorchDecoder, decode_eval
 from tests.small_sets import jpeg
 
 HAS_DALI = (

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.augment import Geometry
 from pipelines.config import Data
-from pipelines.decoder import decode_rows, make_decoder
-from pipelines.feed import Rows
-from pipelines.torch_decode import TorchDecoder, find_damaged
+from pipelines.ingest.augment import Geometry
+from pipelines.ingest.decoder import decode_rows, make_decoder
+from pipelines.ingest.feed import Rows
+from pipelines.ingest.torch_decode import TorchDecoder, find_damaged
 from tests.small_sets import jpeg
 
 HAS_DALI = (

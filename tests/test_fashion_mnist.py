@@ -15,8 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.fashion_mnist import CLASS_NAMES, SPLITS, choose, read_idx, write_split
-from pipelines.shard_format import SCHEMA
+from pipelines.shards.fashion_mnist import (
+    CLASS_NAMES,
+    SPLITS,
+    choose,
+    read_idx,
+    write_split,
+)
+from pipelines.shards.format import SCHEMA
 
 SET = Path(__file__).parents[1] / "recipes" / "fashion_mnist"
 IDX_DIR = Path("/usr/share/datasets/fashion-mnist")

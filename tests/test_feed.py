@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.batch import Batch
 from pipelines.config import Data
-from pipelines.decoder import decode_rows
-from pipelines.feed import Rows, Shape, batches, geometry_of, rows_of
-from pipelines.footers import ShardSet, read_shard_set
-from pipelines.plan import EpochPlan, plan_epoch
-from pipelines.torch_decode import TorchDecoder
+from pipelines.ingest.batch import Batch
+from pipelines.ingest.decoder import decode_rows
+from pipelines.ingest.feed import Rows, Shape, batches, geometry_of, rows_of
+from pipelines.ingest.footers import ShardSet, read_shard_set
+from pipelines.ingest.plan import EpochPlan, plan_epoch
+from pipelines.ingest.torch_decode import TorchDecoder
 from tests.small_sets import worker_tables, write_set
 
 CPU = torch.device("cpu")

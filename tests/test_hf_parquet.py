@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.hf_parquet import unpack
-from pipelines.sources import list_source
+from pipelines.shards.hf_parquet import unpack
+from pipelines.shards.sources import list_source
 
 
 def write_parquet(path: Path, *, labels: list[int], names: list[str] | None) -> None:

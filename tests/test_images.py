@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.images import BadImageError, check_image
+from pipelines.shards.images import BadImageError, check_image
 
 
 def picture(mode: str = "RGB", *, size: tuple[int, int] = (60, 40)) -> Image.Image:

@@ -17,12 +17,10 @@ from pipelines.recipe import load_recipe, recipes_of
 ROOT = Path(__file__).parents[1]
 LAYERS = ("sovit", "pipelines", "tuning", "recipes")
 HOMES = {
-    "ray.data": {"pipelines/source.py", "pipelines/shards.py"},
+    "ray.data": {"pipelines/ingest/source.py", "pipelines/shards/command.py"},
     "ray.train": {f"pipelines/{name}.py" for name in ("worker", "train", "failures")},
-    "nvidia": {"pipelines/dali.py"},
-    "mlflow": {
-        f"pipelines/{name}.py" for name in ("mlflow_client", "mlflow_model", "tracking")
-    },
+    "nvidia": {"pipelines/ingest/dali.py"},
+    "mlflow": {f"pipelines/tracking/{name}.py" for name in ("client", "model", "runs")},
 }
 RUNNING = ("ray", "mlflow", "nvidia")
 
@@ -79,7 +77,7 @@ def test_the_sources_are_found() -> None:
     files = {path.relative_to(ROOT).as_posix() for path in sources()}
     assert {"sovit/vit.py", "pipelines/loop.py", "recipes/demo.py"} <= files
     assert {file for homes in HOMES.values() for file in homes} <= files
-    names = {found.name for found in imports_of(ROOT / "pipelines/source.py")}
+    names = {found.name for found in imports_of(ROOT / "pipelines/ingest/source.py")}
     assert {"functools", "pyarrow", "ray.data.DataContext"} <= names
 
 
@@ -152,9 +150,9 @@ def reached_from(start: str) -> set[str]:
     "start",
     [
         "pipelines/loop.py",
-        "pipelines/plan.py",
-        "pipelines/feed.py",
-        "pipelines/stream.py",
+        "pipelines/ingest/plan.py",
+        "pipelines/ingest/feed.py",
+        "pipelines/ingest/stream.py",
         "pipelines/recipe.py",
         "recipes/demo.py",
     ],

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import loop
-from pipelines.batch import Batch
 from pipelines.checkpoint import (
     Position,
 )
-from pipelines.footers import ShardSet, read_shard_set
+from pipelines.ingest.batch import Batch
+from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.loop import NonFiniteLossError, TrainState, evaluate, train
 from pipelines.mixing import smooth_targets, soft_cross_entropy
 from pipelines.optim import learning_rate

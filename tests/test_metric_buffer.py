@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from pipelines.metric_buffer import (
+from pipelines.tracking.buffer import (
     MAX_POINTS_PER_SEND,
     MetricBuffer,
     Point,

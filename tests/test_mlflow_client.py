@@ -20,7 +20,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines import tracking
-from pipelines.mlflow_client import PATIENCE, attempt
+from pipelines.tracking.client import PATIENCE, attempt
 
 CLOSE_S = 120.0
 
@@ -68,7 +68,7 @@ def test_a_server_that_is_away_is_told_once_and_changes_nothing(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "9")
     away = f"http://me:word@127.0.0.1:{_free_port()}"
     assert _open(away, lr=1) == ""
-    warnings = [r for r in caplog.records if r.name == "pipelines.mlflow_client"]
+    warnings = [r for r in caplog.records if r.name == "pipelines.tracking.client"]
     assert len(warnings) == 1
     assert "this training has no run" in warnings[0].getMessage()
     assert "word" not in warnings[0].getMessage()

@@ -7,7 +7,6 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -31,8 +30,8 @@ from pipelines.checkpoint import (
     save_checkpoint,
 )
 from pipelines.config import Data, Model, Optim, Run
-from pipelines.mlflow_model import NUM_TOP, requirements, write_model
-from pipelines.torch_decode import decode_eval
+from pipelines.ingest.torch_decode import decode_eval
+from pipelines.tracking.model import NUM_TOP, requirements, write_model
 
 CLASSES = tuple("abcdefg")
 # The model's own copy of the code must do: nothing of this checkout may be found.
@@ -178,15 +177,14 @@ def test_the_command_line_answers_from_the_models_own_code(
 
 
 @pytest.fixture
-def run_of_store(tmp_path: Path) -> Iterator[tuple[str, str]]:
+def run_of_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     run_id = tracking.open_run(
         uri, experiment="models", name="a", params={"pooling.power": 0.5}, tags={}
     )
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
-    yield uri, run_id
-    mlflow.set_tracking_uri(before)
+    # Not mlflow.set_tracking_uri: that one stays in the environment for good.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri, run_id
 
 
 def test_a_run_keeps_its_model(

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pipelines.batch import Batch
-from pipelines.prefetch import Prefetcher
+from pipelines.ingest.batch import Batch
+from pipelines.ingest.prefetch import Prefetcher
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.provenance import (
+from pipelines.tracking.provenance import (
     error_summary,
     git_tags,
     gpu_summary,

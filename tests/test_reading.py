@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import reading
-from pipelines.feed import image_views, rows_of
-from pipelines.footers import ShardSet, read_shard_set
-from pipelines.plan import EpochPlan, plan_epoch
-from pipelines.reading import read_rows, share_tables
+from pipelines.ingest import reading
+from pipelines.ingest.feed import image_views, rows_of
+from pipelines.ingest.footers import ShardSet, read_shard_set
+from pipelines.ingest.plan import EpochPlan, plan_epoch
+from pipelines.ingest.reading import read_rows, share_tables
 from tests.small_sets import jpeg, worker_tables, write_set
 
 GROUPS = [[5, 9], [7], [], [1, 11, 4]]

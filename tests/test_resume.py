@@ -18,7 +18,7 @@ from pipelines.checkpoint import (
     read_manifest,
     save_checkpoint,
 )
-from pipelines.footers import ShardSet, read_shard_set
+from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.loop import TrainState, evaluate
 from tests.small_runs import (
     PLAIN_VIT,

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.hashing import seeded_order
-from pipelines.shard_format import SCHEMA, group_bounds, write_shard
+from pipelines.shards.format import SCHEMA, group_bounds, write_shard
 
 
 def test_row_groups_end_by_rows_or_bytes(tmp_path: Path) -> None:

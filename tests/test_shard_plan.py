@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.shard_plan import Done
-from pipelines.shards import (
+from pipelines.shards.command import (
     Arguments,
     Executor,
     Summary,
@@ -25,6 +24,7 @@ from pipelines.shards import (
     in_process,
     make_shards,
 )
+from pipelines.shards.planning import Done
 
 NUM_IMAGES = 30
 
@@ -142,7 +142,7 @@ def test_foreign_folders_are_never_touched(source: Path, tmp_path: Path) -> None
 KILLED = """
 import sys, time
 from pathlib import Path
-from pipelines.shards import Arguments, in_process, make_shards
+from pipelines.shards.command import Arguments, in_process, make_shards
 
 def slowly(task, indices):
     for done in in_process(task, indices):

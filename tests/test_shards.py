@@ -13,9 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.shard_format import SCHEMA
-from pipelines.shard_plan import Done
-from pipelines.shards import (
+from pipelines.shards.command import (
     Arguments,
     Summary,
     in_process,
@@ -23,6 +21,8 @@ from pipelines.shards import (
     make_shards,
     on_ray,
 )
+from pipelines.shards.format import SCHEMA
+from pipelines.shards.planning import Done
 
 NUM_GOOD = 30
 

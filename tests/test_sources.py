@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.listing import Listing
-from pipelines.sources import list_source
-from pipelines.tars import scan_tar
+from pipelines.shards.listing import Listing
+from pipelines.shards.sources import list_source
+from pipelines.shards.tars import scan_tar
 
 CLASSES = ["n01", "n02", "n03"]
 

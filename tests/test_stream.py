@@ -9,12 +9,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines import stream as stream_module
 from pipelines.checkpoint import Position
-from pipelines.feed import rows_of
-from pipelines.footers import ShardSet, read_shard_set
-from pipelines.plan import EpochPlan, Unit
-from pipelines.stream import EpochStream, evaluation_plan, training_plan
+from pipelines.ingest import stream as stream_module
+from pipelines.ingest.feed import rows_of
+from pipelines.ingest.footers import ShardSet, read_shard_set
+from pipelines.ingest.plan import EpochPlan, Unit
+from pipelines.ingest.stream import EpochStream, evaluation_plan, training_plan
 from tests.small_runs import small_run
 from tests.small_sets import worker_tables, write_set
 

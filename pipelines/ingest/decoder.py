@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pipelines.config import Data
-from pipelines.feed import Decoder, Rows, geometry_of
-from pipelines.torch_decode import TorchDecoder, find_damaged
+from pipelines.ingest.feed import Decoder, Rows, geometry_of
+from pipelines.ingest.torch_decode import TorchDecoder, find_damaged
 
 
 def make_decoder(
@@ -37,7 +37,7 @@ def make_decoder(
             interpolation=interpolation,
             device=device,
         )
-    from pipelines.dali import DaliDecoder
+    from pipelines.ingest.dali import DaliDecoder
 
     return DaliDecoder(
         batch_size=batch_size,

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pyarrow as pa
 
-from pipelines.shard_format import CLASSES_FILE
+from pipelines.shards.format import CLASSES_FILE
 
 RECORD_SCHEMA = pa.schema(
     [

@@ -19,10 +19,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipelines.augment import Geometry, center_crop, random_resized_crop
-from pipelines.batch import Batch
 from pipelines.config import Data
-from pipelines.reading import ROW_ID
+from pipelines.ingest.augment import Geometry, center_crop, random_resized_crop
+from pipelines.ingest.batch import Batch
+from pipelines.ingest.reading import ROW_ID
 
 
 class Decoder(Protocol):

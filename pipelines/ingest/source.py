@@ -10,9 +10,9 @@ import pyarrow as pa
 from ray.data import DataContext, DataIterator, Datasource, ReadTask, read_datasource
 from ray.data.block import BlockMetadata
 
-from pipelines.footers import ShardSet
-from pipelines.plan import Unit
-from pipelines.reading import share_tables
+from pipelines.ingest.footers import ShardSet
+from pipelines.ingest.plan import Unit
+from pipelines.ingest.reading import share_tables
 
 # Reads wait for storage more than they compute, so four of them share a CPU.
 CPUS_PER_READ = 0.25

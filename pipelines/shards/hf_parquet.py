@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.listing import Builder, Listing, resolve_texts
-from pipelines.shard_format import partial_path
+from pipelines.shards.format import partial_path
+from pipelines.shards.listing import Builder, Listing, resolve_texts
 
 
 def list_parquet(paths: Sequence[Path], *, classes: Sequence[str] | None) -> Listing:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.hf_parquet import unpack
-from pipelines.images import BadImageError, check_image
-from pipelines.shard_format import ROWS_PER_GROUP, SCHEMA, write_shard
-from pipelines.shard_plan import Done, Plan, read_records
+from pipelines.shards.format import ROWS_PER_GROUP, SCHEMA, write_shard
+from pipelines.shards.hf_parquet import unpack
+from pipelines.shards.images import BadImageError, check_image
+from pipelines.shards.planning import Done, Plan, read_records
 
 
 def unpack_container(plan: Plan, container: int) -> Done:

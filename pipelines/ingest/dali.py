@@ -16,11 +16,11 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
-from pipelines.augment import Geometry
 from pipelines.config import Interpolation
+from pipelines.ingest.augment import Geometry
 
 if TYPE_CHECKING:
-    from pipelines.torch_decode import Encoded
+    from pipelines.ingest.torch_decode import Encoded
 
 logger = logging.getLogger(__name__)
 _INTERPOLATIONS = {

@@ -1,6 +1,6 @@
 """Makes the Fashion-MNIST shard sets of the demo out of the four idx files.
 
-python -m pipelines.fashion_mnist IDX_DIR OUT [--whole]
+python -m pipelines.shards.fashion_mnist IDX_DIR OUT [--whole]
 
 Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017): 28x28 grey photographs of clothes in
 10 classes. The embedded choice is balanced: 1,200 training and 200 test images a class.
@@ -22,7 +22,7 @@ import tyro
 from PIL import Image
 
 from pipelines.hashing import seeded_order
-from pipelines.shard_format import (
+from pipelines.shards.format import (
     CLASSES_FILE,
     cut_evenly,
     shard_name,

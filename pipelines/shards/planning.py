@@ -23,8 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.hashing import seeded_order
-from pipelines.listing import Listing, Skipped
-from pipelines.shard_format import (
+from pipelines.shards.format import (
     CLASSES_FILE,
     PARTIAL_SUFFIX,
     ROWS_PER_GROUP,
@@ -33,6 +32,7 @@ from pipelines.shard_format import (
     shard_name,
     write_json,
 )
+from pipelines.shards.listing import Listing, Skipped
 
 logger = logging.getLogger(__name__)
 

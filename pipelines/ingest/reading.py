@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.footers import check_labels, open_place
-from pipelines.plan import Slice, Unit, share
-from pipelines.shard_format import SCHEMA
+from pipelines.ingest.footers import check_labels, open_place
+from pipelines.ingest.plan import Slice, Unit, share
+from pipelines.shards.format import SCHEMA
 
 # Large enough that Ray's cost for an object vanishes, small enough to wait a little
 # for; a single batch may be larger.

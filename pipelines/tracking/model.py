@@ -26,8 +26,9 @@ from mlflow.types.schema import Array
 
 import sovit
 from pipelines import checkpoint as checkpoints
-from pipelines import runfile, torch_decode
-from pipelines.provenance import without_credentials
+from pipelines import runfile
+from pipelines.ingest import torch_decode
+from pipelines.tracking.provenance import without_credentials
 
 NUM_TOP = 5
 _BATCH_SIZE = 32
@@ -102,7 +103,7 @@ def write_model(
             folder,
             python_model=__file__,
             artifacts={_CHECKPOINT: str(reduced)},
-            code_paths=[_package_folder(sovit), _package_folder(torch_decode)],
+            code_paths=[_package_folder(sovit), _package_folder(checkpoints)],
             signature=signature(),
             input_example=pd.DataFrame({"image": [example]}),
             pip_requirements=requirements(),

@@ -30,9 +30,9 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from pipelines.shard_build import build_shard, unpack_container
-from pipelines.shard_format import ROWS_PER_GROUP
-from pipelines.shard_plan import (
+from pipelines.shards.build import build_shard, unpack_container
+from pipelines.shards.format import ROWS_PER_GROUP
+from pipelines.shards.planning import (
     REPORT_FILE,
     Done,
     Plan,
@@ -43,7 +43,7 @@ from pipelines.shard_plan import (
     pending_shards,
     read_report,
 )
-from pipelines.sources import Kind, list_source
+from pipelines.shards.sources import Kind, list_source
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines.plan import GroupTable
-from pipelines.shard_format import CLASSES_FILE, SCHEMA
+from pipelines.ingest.plan import GroupTable
+from pipelines.shards.format import CLASSES_FILE, SCHEMA
 
 _NUM_THREADS = 16
 # Past this many files the labels are checked only as they are read.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from pipelines.batch import Batch
+from pipelines.ingest.batch import Batch
 
 _CLOSE_TIMEOUT_S = 5.0
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pipelines.hf_parquet import list_parquet
-from pipelines.listing import Builder, Listing, read_classes, resolve_names
-from pipelines.tars import (
+from pipelines.shards.hf_parquet import list_parquet
+from pipelines.shards.listing import Builder, Listing, read_classes, resolve_names
+from pipelines.shards.tars import (
     Member,
     list_class_tars,
     list_flat_tar,

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from pipelines.checkpoint import Position
 from pipelines.config import Data
-from pipelines.footers import ShardSet
-from pipelines.plan import EpochPlan, Unit, plan_epoch
+from pipelines.ingest.footers import ShardSet
+from pipelines.ingest.plan import EpochPlan, Unit, plan_epoch
 
 # A dataset holds its read tasks in memory; a thousand of them are a few megabytes.
 _UNITS_PER_DATASET = 1000

@@ -1,6 +1,6 @@
 """Decode with Pillow into torch tensors: DALI's twin where DALI has no wheel.
 
-The same contract as `pipelines.dali`, and the reference that it is tested against.
+The same contract as `pipelines.ingest.dali`, and the reference for its tests.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.augment import Geometry, center_crop
 from pipelines.config import Data, Interpolation
+from pipelines.ingest.augment import Geometry, center_crop
 
 _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,

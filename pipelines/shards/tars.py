@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from pipelines.labels import read_val_labels
-from pipelines.listing import (
+from pipelines.shards.labels import read_val_labels
+from pipelines.shards.listing import (
     Builder,
     Listing,
     check_member_name,
@@ -138,7 +138,7 @@ def list_flat_tar(
 ) -> Listing:
     """List a tar of images whose labels are in a text, as ImageNet's validation set.
 
-    See `pipelines.labels.read_val_labels` for what the text may be.
+    See `pipelines.shards.labels.read_val_labels` for what the text may be.
     """
     if labels_file is None:
         raise ValueError(

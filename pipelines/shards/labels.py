@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.listing import resolve_names, resolve_texts
+from pipelines.shards.listing import resolve_names, resolve_texts
 
 DEVKIT_NAME = "ILSVRC2012_validation_ground_truth"
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
-from pipelines.metric_buffer import MetricBuffer, Point, RefusedError
-from pipelines.mlflow_client import (
+from pipelines.tracking.buffer import MetricBuffer, Point, RefusedError
+from pipelines.tracking.client import (
     MODEL_NAME,
     NO_PROGRESS_BAR,
     PATIENCE,
@@ -27,7 +27,6 @@ from pipelines.mlflow_client import (
     attempt,
     connect,
     create_run,
-    default_uri,
     environment,
     find_run,
     log_params,
@@ -37,22 +36,11 @@ from pipelines.mlflow_client import (
     upload_model,
     value_text,
 )
-from pipelines.provenance import without_credentials
+from pipelines.tracking.provenance import without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
-
-__all__ = [
-    "MetricWriter",
-    "default_uri",
-    "end_run",
-    "log_dataset",
-    "log_file",
-    "log_model",
-    "log_text",
-    "open_run",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +151,7 @@ def log_file(uri: str, run_id: str, *, file: Path, folder: str = "") -> None:
 def log_model(uri: str, run_id: str, *, checkpoint: Path, example: bytes) -> str:
     """Log a checkpoint's model (its moving average, if kept) as an MLflow model.
 
-    `pipelines.mlflow_model` says what it takes and gives. `example` is one encoded
+    `pipelines.tracking.model` says what it takes and gives. `example` is one encoded
     image. Weights of hundreds of megabytes take their time, so this alone may wait for
     a server, ten minutes at most.
 
@@ -178,7 +166,7 @@ def log_model(uri: str, run_id: str, *, checkpoint: Path, example: bytes) -> str
         return ""
     from mlflow.models import Model
 
-    from pipelines.mlflow_model import write_model
+    from pipelines.tracking.model import write_model
 
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / MODEL_NAME

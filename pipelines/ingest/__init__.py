@@ -1,0 +1,1 @@
+"""Bring shards to the model: plan, read, stream, decode."""

@@ -1,0 +1,1 @@
+"""Turn images of many kinds of source into Parquet shards."""

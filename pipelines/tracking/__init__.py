@@ -1,0 +1,25 @@
+"""Keep a training as one MLflow run: the door to everything that talks to MLflow."""
+
+from __future__ import annotations
+
+from pipelines.tracking.client import default_uri
+from pipelines.tracking.runs import (
+    MetricWriter,
+    end_run,
+    log_dataset,
+    log_file,
+    log_model,
+    log_text,
+    open_run,
+)
+
+__all__ = [
+    "MetricWriter",
+    "default_uri",
+    "end_run",
+    "log_dataset",
+    "log_file",
+    "log_model",
+    "log_text",
+    "open_run",
+]
