@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -47,6 +48,7 @@ def parse(
 
 def run_command(command: Callable[[Sequence[str]], None], *, prog: str) -> NoReturn:
     """Run a command; what the user can mend becomes one line and exit status 2."""
+    _show_progress_of_ours()
     try:
         command(sys.argv[1:])
     except ValueError as error:
@@ -54,6 +56,12 @@ def run_command(command: Callable[[Sequence[str]], None], *, prog: str) -> NoRet
     except KeyboardInterrupt:
         fail(f"{prog}: interrupted", status=130)
     sys.exit(0)
+
+
+def _show_progress_of_ours() -> None:
+    """Print what our modules log at INFO, plainly; other libraries' warnings alone."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger(__package__).setLevel(logging.INFO)
 
 
 def fail(message: str, *, status: int) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ from pipelines.ingest.footers import open_place
 from pipelines.runfile import from_json, to_json
 
 _RECORD = "run.json"
+_NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +28,25 @@ class Record:
     status: Literal["running", "finished"] = "running"
 
 
-def new_record(run: Run, *, name: str) -> Record:
-    """Make a new run's folder; ValueError where that name is taken."""
-    filesystem, path = _place(run.storage, name)
+def check_name(storage: str, *, name: str) -> None:
+    """Raise ValueError where a new run's name is taken or can't name a folder."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"wanted a run's name of letters, digits, '.', '_' and '-', came {name!r}; "
+            "choose another --name"
+        )
+    filesystem, path = _place(storage, name)
     if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
         raise ValueError(
-            f"wanted a new name for this run, came {name!r}, which {run.storage!r} "
+            f"wanted a new name for this run, came {name!r}, which {storage!r} "
             f"already holds; choose another --name or go on with --resume {name}"
         )
+
+
+def new_record(run: Run, *, name: str) -> Record:
+    """Make a new run's folder; ValueError as `check_name`."""
+    check_name(run.storage, name=name)
+    filesystem, path = _place(run.storage, name)
     record = Record(name=name, run=run)
     filesystem.create_dir(path)
     write_record(record)

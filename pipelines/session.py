@@ -13,6 +13,7 @@ from ray.autoscaler.sdk import request_resources
 
 from pipelines.config import Scale
 
+logger = logging.getLogger(__name__)
 _POLL_S = 1.0
 # Readers need CPUs beside the workers'; they mostly wait, so these do not exist.
 _NUM_READER_CPUS = 2
@@ -35,6 +36,7 @@ def ray_session(scale: Scale) -> Iterator[None]:
     if not on_cluster:
         _check_machine(scale)
     try:
+        logger.info("joining Ray" if on_cluster else "starting Ray on this machine")
         ray.init(
             address=None if on_cluster else "local",
             num_cpus=None if on_cluster else (os.cpu_count() or 1) + _NUM_READER_CPUS,

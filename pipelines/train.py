@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,27 +20,33 @@ from pathlib import Path
 import ray
 import ray.train
 import ray.train.torch
-import torch
 from ray.train import UserCallback
 
 from pipelines import tracking
-from pipelines.checkpoint import build_model
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
 from pipelines.entry import work
 from pipelines.failures import RunFailedError, StopOnValueError, reason_of
-from pipelines.ingest.footers import ShardSet, read_shard_set
+from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.plan import plan_epoch
 from pipelines.ingest.reading import read_rows
 from pipelines.ingest.stream import training_plan
 from pipelines.job import Job
+from pipelines.preflight import CheckedRun, check_run, with_absolute_paths
 from pipelines.progress import Display, start_board
 from pipelines.recipe import load_recipe
 from pipelines.runfile import flat_params
-from pipelines.runs import Record, new_record, read_record, write_record
+from pipelines.runs import (
+    Record,
+    check_name,
+    new_record,
+    read_record,
+    write_record,
+)
 from pipelines.session import per_worker, ray_session
 from pipelines.tracking.provenance import provenance_tags, without_credentials
 
+logger = logging.getLogger(__name__)
 _PROG = "sovit-train"
 
 
@@ -62,44 +68,61 @@ def fit(
     RunFailedError where workers failed more often than the run allows. The MLflow run
     is marked FAILED with the reason.
     """
-    train_shards, val_shards = _read_shards(run)
-    num_params = _count_params(run, num_classes=len(train_shards.classes))
-    run = _absolute(run)
-    record = new_record(run, name=name) if record is None else record
-    record = dataclasses.replace(record, run=run)
+    run = with_absolute_paths(run)
+    if record is None:
+        check_name(run.storage, name=name)
+    checked = check_run(run)
+    logger.info("run %s: %s", name, checked.summary)
     uri = tracking.default_uri(run.storage)
     with ray_session(run.scale):
-        run_id = _open_tracking(record, uri=uri, num_params=num_params)
-        for context, shards in (("train", train_shards), ("val", val_shards)):
+        # Only now: a run that there is no room for leaves nothing behind.
+        record = record or new_record(run, name=name)
+        record = dataclasses.replace(record, run=run)
+        run_id = _open_tracking(record, uri=uri, num_params=checked.num_params)
+        for context, shards in (
+            ("train", checked.train_shards),
+            ("val", checked.val_shards),
+        ):
             _log_shards(shards, uri=uri, run_id=run_id, context=context)
         record = dataclasses.replace(record, mlflow_run_id=run_id)
         write_record(record)
-        board = start_board()
-        job = Job(
-            run=run,
-            train_shards=train_shards,
-            val_shards=val_shards,
-            board=board,
-            tracking_uri=uri,
-            mlflow_run_id=run_id,
-        )
-        plan = training_plan(train_shards, data=run.data, seed=run.seed, epoch=0)
-        with Display(
-            board,
-            num_steps=plan.num_batches * run.optim.total_epochs,
-            num_epochs=run.optim.total_epochs,
-        ):
-            result = _train(job, name=name, callbacks=callbacks)
-        _log_model(result, uri=uri, run_id=run_id, shards=val_shards)
+        try:
+            result = _train(
+                checked, run, name=name, callbacks=callbacks, uri=uri, run_id=run_id
+            )
+            logger.info("keeping the model in MLflow")
+            _log_model(result, uri=uri, run_id=run_id, shards=checked.val_shards)
+        except (ValueError, RunFailedError) as error:
+            tracking.end_run(uri, run_id, status="FAILED", reason=str(error))
+            raise
+        except BaseException as error:
+            tracking.end_run(uri, run_id, status="KILLED", reason=repr(error))
+            raise
     tracking.end_run(uri, run_id, status="FINISHED")
     write_record(dataclasses.replace(record, status="finished"))
     return result
 
 
 def _train(
-    job: Job, *, name: str, callbacks: Sequence[UserCallback]
+    checked: CheckedRun,
+    run: Run,
+    *,
+    name: str,
+    callbacks: Sequence[UserCallback],
+    uri: str,
+    run_id: str,
 ) -> ray.train.Result:
-    run = job.run
+    """Start the workers, show what they report, and wait for their end."""
+    logger.info("starting %d workers", run.scale.num_workers)
+    board = start_board()
+    job = Job(
+        run=run,
+        train_shards=checked.train_shards,
+        val_shards=checked.val_shards,
+        board=board,
+        tracking_uri=uri,
+        mlflow_run_id=run_id,
+    )
     trainer = ray.train.torch.TorchTrainer(
         work,
         train_loop_config={"job": ray.put(job)},
@@ -118,47 +141,14 @@ def _train(
             callbacks=[StopOnValueError(), *callbacks],
         ),
     )
-    ended = {"uri": job.tracking_uri, "run_id": job.mlflow_run_id}
+    plan = training_plan(checked.train_shards, data=run.data, seed=run.seed, epoch=0)
+    num_steps = plan.num_batches * run.optim.total_epochs
     try:
-        return trainer.fit()
+        with Display(board, num_steps=num_steps, num_epochs=run.optim.total_epochs):
+            return trainer.fit()
     except ray.train.TrainingFailedError as error:
         reason, can_mend = reason_of(error)
-        tracking.end_run(**ended, status="FAILED", reason=reason)
         raise (ValueError if can_mend else RunFailedError)(reason) from error
-    except BaseException as error:
-        tracking.end_run(**ended, status="KILLED", reason=repr(error))
-        raise
-
-
-def _read_shards(run: Run) -> tuple[ShardSet, ShardSet]:
-    train_shards = read_shard_set(run.data.train)
-    val_shards = read_shard_set(run.data.val)
-    if train_shards.classes != val_shards.classes:
-        raise ValueError(
-            f"wanted the same classes in {run.data.train!r} and {run.data.val!r}, came "
-            f"{len(train_shards.classes)} and {len(val_shards.classes)} that differ; "
-            "write the second with sovit-shards --classes of the first"
-        )
-    return train_shards, val_shards
-
-
-def _absolute(run: Run) -> Run:
-    """Make local folders absolute: workers have another working directory."""
-
-    def absolute(place: str) -> str:
-        return place if "://" in place else os.path.abspath(place)
-
-    data = dataclasses.replace(
-        run.data, train=absolute(run.data.train), val=absolute(run.data.val)
-    )
-    return dataclasses.replace(run, data=data, storage=absolute(run.storage))
-
-
-def _count_params(run: Run, *, num_classes: int) -> int:
-    """Build the model without memory: a bad setting shows before Ray is started."""
-    with torch.device("meta"):
-        model = build_model(run.model, num_classes=num_classes)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _open_tracking(record: Record, *, uri: str, num_params: int) -> str:
@@ -240,8 +230,8 @@ def _check_same(before: Run, now: Run) -> None:
     was, params = flat_params(before), flat_params(now)
     changed = [
         name
-        for name in params
-        if params[name] != was.get(name)
+        for name in sorted(params.keys() | was.keys())
+        if params.get(name) != was.get(name)
         and name not in free
         and not name.startswith("scale.")
     ]
@@ -258,7 +248,7 @@ def _new_name(run: Run) -> str:
 
 def _print_summary(result: ray.train.Result, *, run: Run, seconds: float) -> None:
     metrics = result.metrics or {}
-    uri = tracking.default_uri(_absolute(run).storage)
+    uri = tracking.default_uri(with_absolute_paths(run).storage)
     print(
         f"trained {run.model.name} in {seconds:.0f} s: "
         f"held-out top-1 {metrics.get('val/top1', float('nan')):.2f} % of "

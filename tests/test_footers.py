@@ -46,8 +46,11 @@ def test_the_digest_changes_when_the_set_changes(folder: Path, tmp_path: Path) -
     ]
     digests = {digest, *(read_shard_set(other).digest for other in others)}
     assert len(digests) == 5
-    (moved / FIRST).unlink()
-    assert read_shard_set(str(moved)).digest not in digests
+
+
+def test_a_set_with_a_missing_file_is_refused(folder: Path) -> None:
+    (folder / FIRST).unlink()
+    refused(folder, saying=("3 shards", "came 2"))
 
 
 def refused(folder: Path, *, saying: tuple[str, ...]) -> None:

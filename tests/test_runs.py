@@ -34,6 +34,13 @@ def test_a_taken_name_is_refused(run: Run) -> None:
     new_record(run, name="b")
 
 
+@pytest.mark.parametrize("name", ["", "a/b", "..", "-a", "a b"])
+def test_a_name_that_is_no_folder_is_refused(run: Run, name: str) -> None:
+    with pytest.raises(ValueError, match="another --name"):
+        new_record(run, name=name)
+    assert not Path(run.storage).exists()
+
+
 def test_a_run_that_is_not_there_is_refused(run: Run) -> None:
     with pytest.raises(ValueError, match=r"'a'.*does not hold.*--storage"):
         read_record(run.storage, name="a")

@@ -137,6 +137,7 @@ def test_more_workers_than_there_are_cpus(ray_local: None, tmp_path: Path) -> No
     run = small_demo(tmp_path, num_epochs=1, num_workers=9)
     with pytest.raises(ValueError, match=r"scale\.num-workers"):
         fit(run, name="crowded")
+    assert not Path(run.storage).exists()
 
 
 def test_sets_that_can_not_be_used(tmp_path: Path) -> None:

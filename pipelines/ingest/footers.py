@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pipelines.ingest.plan import GroupTable
 from pipelines.shards.format import CLASSES_FILE, SCHEMA
 
 _NUM_THREADS = 16
+_COUNT = re.compile(r"-of-(\d+)\.parquet$")
 # Past this many files the labels are checked only as they are read.
 _MAX_FILES_CHECKED = 2000
 
@@ -62,8 +64,9 @@ def read_shard_set(address: str) -> ShardSet:
             f"wanted *.parquet in {address!r}, came an empty set; "
             "write it with sovit-shards"
         )
-    classes = _read_classes(filesystem, f"{root}/{CLASSES_FILE}")
     paths = tuple(item.path for item in files)
+    _check_whole(paths, address=address)
+    classes = _read_classes(filesystem, f"{root}/{CLASSES_FILE}")
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         rows = list(pool.map(lambda path: _group_rows(filesystem, path), paths))
         if len(paths) <= _MAX_FILES_CHECKED:
@@ -91,6 +94,17 @@ def check_labels(labels: pa.ChunkedArray, *, num_classes: int, path: str) -> Non
             f"{path}: wanted labels 0 to {num_classes - 1} ({CLASSES_FILE} names "
             f"{num_classes} classes), came {found['min']} to {found['max']} and "
             f"{labels.null_count} missing; write the shards again with sovit-shards"
+        )
+
+
+def _check_whole(paths: Sequence[str], *, address: str) -> None:
+    """Refuse a set of which files are missing: their names say how many there are."""
+    counts = {int(found[1]) for path in paths if (found := _COUNT.search(path))}
+    if counts and counts != {len(paths)}:
+        wanted = " or ".join(str(count) for count in sorted(counts))
+        raise ValueError(
+            f"wanted {wanted} shards in {address!r} by their names, came {len(paths)}; "
+            "run sovit-shards again to finish the set, or remove what is not of it"
         )
 
 

@@ -145,8 +145,10 @@ def connect(uri: str, *, create: bool) -> MlflowClient:
     MLflow tries for over 100 s to open an SQLite file that it can't open, and two
     processes that create one at the same time break it, so both are settled here.
     """
-    # MLflow tells its makers how it is used unless told not to; who wants that sets it.
+    # MLflow tells its makers how it is used, and us what it does to its tables, unless
+    # told not to; who wants that sets it.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     from mlflow import MlflowClient
 
     path = _sqlite_path(uri)

@@ -1,0 +1,74 @@
+"""Check a run before anything is started: what can't work shows within seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+
+import torch
+
+from pipelines.checkpoint import build_model
+from pipelines.config import Run
+from pipelines.ingest.footers import ShardSet, read_shard_set
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRun:
+    """Hold what the checks found out."""
+
+    model_name: str
+    num_params: int
+    train_shards: ShardSet
+    val_shards: ShardSet
+
+    @property
+    def summary(self) -> str:
+        """Say in one line what is trained on what."""
+        return (
+            f"{self.model_name}, {self.num_params:,} parameters, on "
+            f"{self.train_shards.groups.total_rows:,} images of "
+            f"{len(self.train_shards.classes):,} classes, "
+            f"{self.val_shards.groups.total_rows:,} held out"
+        )
+
+
+def check_run(run: Run) -> CheckedRun:
+    """Read the shards' footers and build the model without memory.
+
+    Raises ValueError where a set can't be used, the two have other classes, or the
+    model can't be built so.
+    """
+    train_shards, val_shards = _read_shards(run)
+    with torch.device("meta"):
+        model = build_model(run.model, num_classes=len(train_shards.classes))
+    return CheckedRun(
+        model_name=run.model.name,
+        num_params=sum(parameter.numel() for parameter in model.parameters()),
+        train_shards=train_shards,
+        val_shards=val_shards,
+    )
+
+
+def _read_shards(run: Run) -> tuple[ShardSet, ShardSet]:
+    train_shards = read_shard_set(run.data.train)
+    val_shards = read_shard_set(run.data.val)
+    if train_shards.classes != val_shards.classes:
+        raise ValueError(
+            f"wanted the same classes in {run.data.train!r} and {run.data.val!r}, came "
+            f"{len(train_shards.classes)} and {len(val_shards.classes)} that differ; "
+            "write the second with sovit-shards --classes of the first"
+        )
+    return train_shards, val_shards
+
+
+def with_absolute_paths(run: Run) -> Run:
+    """Make local folders absolute: workers have another working directory."""
+
+    def absolute(place: str) -> str:
+        return place if "://" in place else os.path.abspath(place)
+
+    data = dataclasses.replace(
+        run.data, train=absolute(run.data.train), val=absolute(run.data.val)
+    )
+    return dataclasses.replace(run, data=data, storage=absolute(run.storage))
