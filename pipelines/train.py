@@ -13,6 +13,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -255,9 +258,17 @@ def _print_summary(result: ray.train.Result, *, run: Run, seconds: float) -> Non
         f"{metrics.get('val/num_images', 0):,.0f} images"
     )
     if result.checkpoint is not None:
-        print(f"checkpoint  {result.checkpoint.path}")
-        print(f"evaluate    sovit-eval {result.checkpoint.path} {run.data.val}")
-    print(f"compare     mlflow ui --backend-store-uri {without_credentials(uri)}")
+        folder = result.checkpoint.path
+        print(f"checkpoint  {folder}")
+        print(f"evaluate    {_installed('sovit-eval')} {folder} {run.data.val}")
+    address = without_credentials(uri)
+    print(f"compare     {_installed('mlflow')} ui --backend-store-uri {address}")
+
+
+def _installed(command: str) -> str:
+    """Give a command as it can be typed here, with its folder if it is on no path."""
+    beside = Path(sys.executable).with_name(command)
+    return command if shutil.which(command) else os.path.relpath(beside)
 
 
 if __name__ == "__main__":

@@ -20,18 +20,18 @@ from torch import nn
 
 from pipelines import checkpoint as ckpt
 from pipelines.checkpoint import Position
-from pipelines.ingest.decoder import decode_rows, make_decoder
-from pipelines.ingest.feed import Shape, batches
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.plan import Unit
-from pipelines.ingest.prefetch import Prefetcher
 from pipelines.ingest.source import shares, split_units
-from pipelines.ingest.stream import EpochStream, evaluation_plan, training_plan
+from pipelines.ingest.stream import training_plan
 from pipelines.job import Job
 from pipelines.loop import LoopSettings, TrainState, evaluate, share_buffers, train
 from pipelines.optim import build_optimizer
 from pipelines.progress import Event
-from pipelines.tracking.runs import MetricWriter
+from pipelines.supply import Supply
+from pipelines.tracking import MetricWriter
+
+_FLUSH_S = 15.0
 
 
 def run_worker(config: Mapping[str, Any]) -> None:
@@ -65,26 +65,39 @@ class _Worker:
             rank=rank,
         )
         self.state = self._restore()
-        self.train_stream = self._stream(train=True)
-        self.val_stream = self._stream(train=False)
-        self._open = contextlib.ExitStack()
+        # In the same order on every worker: opening is a collective.
+        self.supplies = {
+            split: Supply(
+                shards,
+                settings=self.settings,
+                train=split == "train",
+                start=self.state.position,
+                open_units=functools.partial(_open_units, shards, self.settings),
+            )
+            for split, shards in (
+                ("train", job.train_shards),
+                ("val", job.val_shards),
+            )
+        }
         self.writer = MetricWriter(
             job.tracking_uri, job.mlflow_run_id if not rank else ""
         )
         self._last_log: dict[str, float] = {}
 
     def __enter__(self) -> None:
-        self._open.callback(self.writer.close, 15.0)
+        for supply in self.supplies.values():
+            supply.start()
 
     def __exit__(self, *_: object) -> None:
-        self._open.close()
+        for supply in self.supplies.values():
+            supply.close()
+        self.writer.close(_FLUSH_S)
 
     def train(self) -> None:
         """Train to the end of the run."""
-        self._val_batches = iter(self._batches(self.val_stream, train=False))
         train(
             self.state,
-            self._batches(self.train_stream, train=True),
+            self.supplies["train"],
             settings=self.settings,
             on_log=self._log,
             on_epoch_end=self._end_epoch,
@@ -130,64 +143,6 @@ class _Worker:
             broadcast_buffers=False,
         )
 
-    def _stream(self, *, train: bool) -> EpochStream:
-        run, data = self.run, self.run.data
-        shards = self.job.train_shards if train else self.job.val_shards
-        if train:
-            plan = functools.partial(training_plan, shards, data=data, seed=run.seed)
-        else:
-            plan = functools.partial(evaluation_plan, shards, data=data)
-        start = self.state.position
-        return EpochStream(
-            plan=(lambda epoch: plan(epoch=epoch)) if self.rank == 0 else None,
-            open_units=functools.partial(self._open_units, shards),
-            units_per_epoch=plan(epoch=0).num_units,
-            start=start if train else Position(epoch=start.epoch),
-            num_epochs=run.optim.total_epochs,
-        )
-
-    def _open_units(
-        self, shards: ShardSet, units: list[Unit] | None
-    ) -> Iterator[pa.Table]:
-        """Have rank 0 start the dataset and hand every worker its iterator."""
-        handed = None
-        if units is not None:
-            split = split_units(
-                units,
-                shards=shards,
-                num_workers=self.settings.world_size,
-                num_readers=self.run.data.num_readers,
-            )
-            handed = [ray.put(split)]
-        # References travel, in a list so that Ray does not follow them.
-        handed = broadcast_from_rank_zero(handed)
-        assert handed is not None
-        return shares(ray.get(handed[0])[self.rank])
-
-    def _batches(self, stream: EpochStream, *, train: bool) -> Prefetcher:
-        run, data = self.run, self.run.data
-        batch_size = data.batch_size if train else data.eval_batch_size
-        shape = Shape(
-            share_rows=-(-batch_size // self.settings.world_size),
-            num_micro=run.optim.num_accumulation if train else 1,
-        )
-        decoder = make_decoder(
-            data,
-            img_size=run.model.img_size,
-            batch_size=shape.micro_rows,
-            train=train,
-            device=self.device,
-        )
-        decode = decode_rows(
-            decoder, data=data, img_size=run.model.img_size, seed=run.seed, train=train
-        )
-        items = batches(stream.tables(), shape=shape, decode=decode, device=self.device)
-        prefetcher = Prefetcher(
-            items, num_items=data.num_prefetch_batches, device=self.device
-        )
-        self._open.callback(prefetcher.close)
-        return prefetcher
-
     def _log(self, metrics: Mapping[str, float], position: Position) -> None:
         self._last_log = dict(metrics)
         if self.rank == 0:
@@ -213,7 +168,7 @@ class _Worker:
         share_buffers(state.model)
         if model is not state.model:
             share_buffers(model)
-        held_out = evaluate(model, self._val_batches, settings=self.settings)
+        held_out = evaluate(model, self.supplies["val"], settings=self.settings)
         expected = self.job.val_shards.groups.total_rows
         if held_out["num_images"] != expected:
             raise ValueError(
@@ -227,8 +182,8 @@ class _Worker:
         if self.rank == 0:
             self.writer.log(metrics | {"epoch": position.epoch}, step=position.step)
             self._post(position, held_out=held_out)
-        self.train_stream.epoch_ended(position.epoch)
-        self.val_stream.epoch_ended(position.epoch)
+        for supply in self.supplies.values():
+            supply.epoch_ended(position.epoch)
 
     def _report(self, state: TrainState, *, metrics: dict[str, float]) -> None:
         with contextlib.ExitStack() as stack:
@@ -251,3 +206,22 @@ class _Worker:
                 checkpoint=kept,
                 checkpoint_dir_name=f"epoch_{state.position.epoch:04d}",
             )
+
+
+def _open_units(
+    shards: ShardSet, settings: LoopSettings, units: list[Unit] | None
+) -> Iterator[pa.Table]:
+    """Have rank 0 start a dataset over units and hand every worker its iterator."""
+    handed = None
+    if units is not None:
+        split = split_units(
+            units,
+            shards=shards,
+            num_workers=settings.world_size,
+            num_readers=settings.run.data.num_readers,
+        )
+        handed = [ray.put(split)]
+    # References travel, in a list so that Ray does not follow them.
+    handed = broadcast_from_rank_zero(handed)
+    assert handed is not None
+    return shares(ray.get(handed[0])[settings.rank])
