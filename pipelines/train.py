@@ -98,8 +98,11 @@ def fit(
         except (ValueError, RunFailedError) as error:
             tracking.end_run(uri, run_id, status="FAILED", reason=str(error))
             raise
-        except BaseException as error:
-            tracking.end_run(uri, run_id, status="KILLED", reason=repr(error))
+        except (KeyboardInterrupt, SystemExit):  # Ray Train answers Ctrl-C with these
+            tracking.end_run(uri, run_id, status="KILLED", reason="interrupted")
+            raise
+        except Exception as error:
+            tracking.end_run(uri, run_id, status="FAILED", reason=repr(error))
             raise
     tracking.end_run(uri, run_id, status="FINISHED")
     write_record(dataclasses.replace(record, status="finished"))
