@@ -12,6 +12,8 @@ from typing import NoReturn, TypeVar
 
 import tyro
 
+from pipelines.errors import RunFailedError
+
 T = TypeVar("T")
 _BOX = re.compile(r"[─-╿\s]+")
 
@@ -47,12 +49,17 @@ def parse(
 
 
 def run_command(command: Callable[[Sequence[str]], None], *, prog: str) -> NoReturn:
-    """Run a command; what the user can mend becomes one line and exit status 2."""
+    """Run a command; what the user can mend becomes one line and exit status 2.
+
+    A run whose workers failed too often becomes one line and exit status 1.
+    """
     _show_progress_of_ours()
     try:
         command(sys.argv[1:])
     except ValueError as error:
         fail(f"{prog}: {error}", status=2)
+    except RunFailedError as error:
+        fail(f"{prog}: {error}; its checkpoints are kept, see --resume", status=1)
     except KeyboardInterrupt:
         fail(f"{prog}: interrupted", status=130)
     sys.exit(0)

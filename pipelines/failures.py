@@ -13,10 +13,6 @@ from ray.train import (
 )
 
 
-class RunFailedError(RuntimeError):
-    """Say that a run's workers failed more often than it allows."""
-
-
 class StopOnValueError(UserCallback):
     """End a run whose worker raised a ValueError, instead of starting it again.
 

@@ -29,7 +29,8 @@ from pipelines import tracking
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
 from pipelines.entry import work
-from pipelines.failures import RunFailedError, StopOnValueError, reason_of
+from pipelines.errors import RunFailedError
+from pipelines.failures import StopOnValueError, reason_of
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.plan import plan_epoch
 from pipelines.ingest.reading import read_rows

@@ -10,6 +10,7 @@ import pytest
 
 from pipelines.cli import fail, parse, run_command
 from pipelines.config import Run
+from pipelines.errors import RunFailedError
 from pipelines.recipe import load_recipe, recipes_of
 
 RECIPE_FILE = """
@@ -94,6 +95,11 @@ def test_help_is_printed_and_is_no_error(capsys: pytest.CaptureFixture[str]) -> 
     ("error", "status", "said"),
     [
         (ValueError("wanted a,\n  came b"), 2, "tool: wanted a, came b\n"),
+        (
+            RunFailedError("a, b"),
+            1,
+            "tool: a, b; its checkpoints are kept, see --resume\n",
+        ),
         (KeyboardInterrupt(), 130, "tool: interrupted\n"),
         (None, 0, ""),
     ],

@@ -183,7 +183,7 @@ def test_user_errors_are_one_line_and_exit_code_2(
     for words in bad:
         assert run_main(monkeypatch, *words) == 2
         message = capsys.readouterr().err
-        assert message.startswith("error: ")
+        assert message.startswith("sovit-shards: ")
         assert message.count("\n") == 1
     assert run_main(monkeypatch, source, out, "--kind", "zip") == 2
     assert not out.exists()

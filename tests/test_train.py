@@ -17,8 +17,8 @@ import pytest
 
 from pipelines import tracking
 from pipelines.checkpoint import read_manifest
+from pipelines.errors import RunFailedError
 from pipelines.evaluate import Options, evaluate_checkpoint
-from pipelines.failures import RunFailedError
 from pipelines.runs import read_record
 from pipelines.train import _main, fit
 from tests.demo_runs import part_of_demo, small_demo

@@ -30,6 +30,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
+from pipelines.cli import fail, parse, run_command
 from pipelines.shards.build import build_shard, unpack_container
 from pipelines.shards.format import ROWS_PER_GROUP
 from pipelines.shards.planning import (
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 Task = Callable[[int], Done]
 Executor = Callable[[Task, Sequence[int]], Iterator[Done]]
 SECONDS_PER_LINE = 15.0
+_PROG = "sovit-shards"
 
 
 @dataclass(frozen=True)
@@ -236,16 +238,18 @@ def _watch(done: Iterator[Done], *, num_images: int, verb: str) -> Iterator[Done
 
 def main() -> None:
     """Run the command: exit code 2 for a user's error, 1 for too many bad images."""
-    arguments = tyro.cli(Arguments)
+    run_command(_main, prog=_PROG)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    parsed = parse(Arguments, arguments=arguments, prog=_PROG)
     try:
-        summary = make_shards(arguments)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        summary = make_shards(parsed)
+    except OSError as error:
+        raise ValueError(f"{error}; the same command goes on from here") from error
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
-    raise SystemExit(_conclude(summary, max_bad_share=arguments.max_bad_share))
+        fail(f"{_PROG}: stopped; the same command goes on from here", status=130)
+    raise SystemExit(_conclude(summary, max_bad_share=parsed.max_bad_share))
 
 
 def _conclude(summary: Summary, *, max_bad_share: float) -> int:
@@ -257,7 +261,7 @@ def _conclude(summary: Summary, *, max_bad_share: float) -> int:
     share = done.num_skipped / (done.num_rows + done.num_skipped)
     if not done.num_rows or share > max_bad_share:
         print(
-            f"error: {share:.2%} of the images were left out, more than allowed",
+            f"{_PROG}: {share:.2%} of the images were left out, more than allowed",
             file=sys.stderr,
         )
         return 1

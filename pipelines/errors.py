@@ -1,0 +1,7 @@
+"""Define what can end a run beside a ValueError."""
+
+from __future__ import annotations
+
+
+class RunFailedError(RuntimeError):
+    """Say that a run's workers failed more often than it allows."""
