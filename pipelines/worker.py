@@ -176,8 +176,8 @@ class _Worker:
                 f"{held_out['num_images']:.0f}; the shards changed while they were read"
             )
         metrics = {f"val/{name}": value for name, value in held_out.items()}
-        metrics |= {f"train/{name}": value for name, value in self._last_log.items()}
-        self._report(state, metrics=metrics)
+        trained = {f"train/{name}": value for name, value in self._last_log.items()}
+        self._report(state, metrics=metrics | trained)
         position = state.position
         if self.rank == 0:
             self.writer.log(metrics | {"epoch": position.epoch}, step=position.step)
