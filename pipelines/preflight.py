@@ -11,6 +11,7 @@ import torch
 from pipelines.checkpoint import build_model
 from pipelines.config import Run
 from pipelines.ingest.footers import ShardSet, read_shard_set
+from pipelines.ingest.spot_check import spot_check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,14 @@ class CheckedRun:
 
 
 def check_run(run: Run) -> CheckedRun:
-    """Read the shards' footers and build the model without memory.
+    """Read the shards' footers and a sample of rows; build the model without memory.
 
     Raises ValueError where a set can't be used, the two have other classes, or the
     model can't be built so.
     """
     train_shards, val_shards = _read_shards(run)
+    for shards in (train_shards, val_shards):
+        spot_check(shards)
     with torch.device("meta"):
         model = build_model(run.model, num_classes=len(train_shards.classes))
     return CheckedRun(

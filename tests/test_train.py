@@ -117,19 +117,36 @@ def test_failed_run_is_resumed(ray_local: None, tmp_path: Path) -> None:
     assert tracked.info.status == "FINISHED"
 
 
-def test_damaged_shard_is_named(ray_local: None, tmp_path: Path) -> None:
-    """A shard that is damaged past its footer ends the run at once, by its name."""
-    run = small_demo(tmp_path, num_epochs=2, max_failures=3)
-    shard = sorted(Path(run.data.train).glob("*.parquet"))[0]
+def damage(folder: str) -> Path:
+    """Overwrite the first page of a set's first shard: its image column."""
+    shard = min(Path(folder).glob("*.parquet"))
     content = bytearray(shard.read_bytes())
-    # The first bytes of the file are the image column's first page.
     content[8:400] = bytes(392)
     shard.write_bytes(content)
+    return shard
+
+
+def test_damage_met_in_training_ends_the_run(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged shard that the check missed ends the run at once, by its name."""
+    run = small_demo(tmp_path, num_epochs=2, num_workers=1, max_failures=3)
+    shard = damage(run.data.train)
+    monkeypatch.setattr("pipelines.preflight.spot_check", lambda shards: 0)
     with pytest.raises(ValueError, match=shard.name):
         fit(run, name="damaged")
     (tracked,) = runs_of(run.storage)
     assert tracked.info.status == "FAILED"
     assert shard.name in tracked.data.tags["failure_reason"]
+
+
+def test_damage_is_found_before_anything_starts(tmp_path: Path) -> None:
+    """A damaged shard of a small set is named before Ray is started."""
+    run = small_demo(tmp_path, num_epochs=2)
+    shard = damage(run.data.val)
+    with pytest.raises(ValueError, match=shard.name):
+        fit(run, name="damaged")
+    assert not Path(run.storage).exists()
 
 
 def test_more_workers_than_there_are_cpus(ray_local: None, tmp_path: Path) -> None:
