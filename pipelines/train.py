@@ -94,7 +94,6 @@ def fit(
             result = _train(
                 checked, run, name=name, callbacks=callbacks, uri=uri, run_id=run_id
             )
-            logger.info("keeping the model in MLflow")
             _log_model(result, uri=uri, run_id=run_id, shards=checked.val_shards)
         except (ValueError, RunFailedError) as error:
             tracking.end_run(uri, run_id, status="FAILED", reason=str(error))
@@ -188,6 +187,7 @@ def _log_model(
     """Keep the final model in MLflow, with a held-out image as its example."""
     if result.checkpoint is None or not run_id:
         return
+    logger.info("keeping the model in MLflow")
     plan = plan_epoch(shards.groups, batch_size=1, shuffle_rows=1, shuffle=False)
     rows = read_rows(
         plan.unit(0), address=shards.address, num_classes=len(shards.classes)
@@ -266,7 +266,9 @@ def _print_summary(result: ray.train.Result, *, run: Run, seconds: float) -> Non
         print(f"checkpoint  {folder}")
         print(f"evaluate    {_installed('sovit-eval')} {folder} {run.data.val}")
     address = without_credentials(uri)
-    print(f"compare     {_installed('mlflow')} ui --backend-store-uri {address}")
+    is_server = address.startswith("http")
+    ui = f"{_installed('mlflow')} ui --backend-store-uri {address}"
+    print(f"compare     {address if is_server else ui}")
 
 
 def _installed(command: str) -> str:
