@@ -6,24 +6,27 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipelines.data_config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Augment,
+    Data,
+    Interpolation,
+)
+from pipelines.field_checks import check_fields
 from sovit import Pooling
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-Interpolation = Literal["bilinear", "bicubic"]
-
-
-def _check(owner: object, section: str, **rules: tuple[bool, str]) -> None:
-    """Raise ValueError for the first field whose rule does not hold."""
-    for name, (holds, wanted) in rules.items():
-        if not holds:
-            came = getattr(owner, name)
-            field_name = f"{section}{name}"
-            option = field_name.replace("_", "-")
-            raise ValueError(
-                f"{field_name}: wanted {wanted}, came {came!r}; set --{option}"
-            )
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Augment",
+    "Data",
+    "Interpolation",
+    "Model",
+    "Optim",
+    "Run",
+    "Scale",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,69 +44,11 @@ class Model:
     """Further keyword arguments for `timm.create_model`, such as depth."""
 
     def __post_init__(self) -> None:
-        _check(
+        check_fields(
             self,
             "model.",
             img_size=(self.img_size >= 1, "at least 1 pixel"),
             drop_path_rate=(0 <= self.drop_path_rate < 1, "0 <= rate < 1"),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Say which shards are read, in what order, and how pixels are made of them."""
-
-    train: str
-    """Folder of training shards, as sovit-shards writes them."""
-    val: str
-    """Folder of held-out shards."""
-    batch_size: int
-    """Images a step sees, over all workers."""
-    eval_batch_size: int = 256
-    """Images an evaluation step sees, over all workers."""
-    shuffle_rows: int = 2048
-    """Rows shuffled among each other: one read unit. Rounded up to whole batches."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    """Probability of a horizontal flip."""
-    train_interpolation: Interpolation = "bicubic"
-    eval_interpolation: Interpolation = "bicubic"
-    crop_pct: float = 0.875
-    """Evaluation resizes the short side to img_size / crop_pct, then crops."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    decoder: Literal["auto", "dali", "torch"] = "auto"
-    """auto: DALI where it is installed, else the torch path of the same contract."""
-    num_decode_threads: int = 1
-    """DALI threads of one worker."""
-    num_prefetch_batches: int = 4
-    """Decoded batches that wait for the model, at most."""
-    num_readers: int = 4
-    """Units that are read at the same time, at most, over all machines."""
-
-    def __post_init__(self) -> None:
-        counts = (
-            "batch_size",
-            "eval_batch_size",
-            "shuffle_rows",
-            "num_decode_threads",
-            "num_prefetch_batches",
-            "num_readers",
-        )
-        low, high = self.crop_scale
-        _check(
-            self,
-            "data.",
-            **{name: (getattr(self, name) >= 1, "at least 1") for name in counts},
-            crop_scale=(0 < low <= high <= 1, "0 < low <= high <= 1"),
-            crop_ratio=(
-                0 < self.crop_ratio[0] <= self.crop_ratio[1],
-                "0 < low <= high",
-            ),
-            crop_pct=(0 < self.crop_pct <= 1, "0 < share <= 1"),
-            hflip=(0 <= self.hflip <= 1, "a probability"),
-            std=(min(self.std) > 0, "three numbers above 0"),
         )
 
 
@@ -137,7 +82,7 @@ class Optim:
     """0 keeps no moving average of the weights."""
 
     def __post_init__(self) -> None:
-        _check(
+        check_fields(
             self,
             "optim.",
             lr=(self.lr > 0, "above 0"),
@@ -183,7 +128,7 @@ class Scale:
     """auto: bfloat16 autocast where the device has instructions for it."""
 
     def __post_init__(self) -> None:
-        _check(
+        check_fields(
             self,
             "scale.",
             num_workers=(self.num_workers >= 1, "at least 1"),
@@ -201,6 +146,7 @@ class Run:
     model: Model
     data: Data
     optim: Optim
+    augment: Augment = field(default_factory=Augment)
     scale: Scale = field(default_factory=Scale)
     seed: int = 42
     storage: str = "runs"
@@ -208,17 +154,30 @@ class Run:
     experiment: str = "sovit"
     """MLflow experiment."""
     log_every_steps: int = 50
+    checkpoint_every_steps: int = 0
+    """Steps between checkpoints within an epoch; 0 is none by steps."""
+    checkpoint_every_minutes: float = 30.0
+    """Minutes between checkpoints within an epoch, looked at when metrics are logged;
+    0 is none by time."""
     num_checkpoints_to_keep: int = 2
     published_top1: float | None = None
     """Top-1 in percent that the paper or its code reports, if any."""
 
     def __post_init__(self) -> None:
-        _check(
+        check_fields(
             self,
             "",
             log_every_steps=(self.log_every_steps >= 1, "at least 1"),
             num_checkpoints_to_keep=(self.num_checkpoints_to_keep >= 1, "at least 1"),
+            checkpoint_every_steps=(self.checkpoint_every_steps >= 0, "at least 0"),
+            checkpoint_every_minutes=(self.checkpoint_every_minutes >= 0, "at least 0"),
         )
+        if self.data.batch_size % self.augment.num_repeats:
+            raise ValueError(
+                "augment.num_repeats: wanted a divisor of data.batch_size, came "
+                f"{self.augment.num_repeats} and {self.data.batch_size}; set "
+                "--augment.num-repeats or --data.batch-size"
+            )
         share = self.data.batch_size / self.scale.num_workers
         if share < 2 * self.optim.num_accumulation:
             raise ValueError(

@@ -10,29 +10,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
 import torch
 import tyro
 from tqdm import tqdm
 
-from pipelines.checkpoint import load_model
+from pipelines.checkpoint import Position, load_model
 from pipelines.cli import parse, run_command
-from pipelines.ingest.batch import Batch
-from pipelines.ingest.decoder import decode_rows, make_decoder
-from pipelines.ingest.feed import Shape, batches
-from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.ingest.plan import EpochPlan
-from pipelines.ingest.prefetch import Prefetcher
-from pipelines.ingest.reading import share_tables
-from pipelines.ingest.stream import evaluation_plan
-from pipelines.loop import LoopSettings, evaluate
+from pipelines.ingest.batch import BadImage, Batch
+from pipelines.ingest.footers import read_shard_set
+from pipelines.ingest.stream import LocalOpener
+from pipelines.loop import LoopSettings, check_bad_share, evaluate
+from pipelines.supply import Supply, reading_of
 
+logger = logging.getLogger(__name__)
 _PROG = "sovit-eval"
 
 
@@ -58,7 +55,8 @@ def evaluate_checkpoint(options: Options) -> dict[str, float]:
     """Evaluate a checkpoint on a shard set.
 
     Returns:
-        loss, top1 and top5 (percent), and num_images.
+        loss, top1 and top5 (percent), num_images, and num_bad, the images that can't
+        be decoded.
 
     Raises ValueError where the checkpoint or the shards can't be used.
     """
@@ -77,50 +75,45 @@ def evaluate_checkpoint(options: Options) -> dict[str, float]:
         eval_batch_size=options.batch_size,
         decoder=options.decoder,
         num_decode_threads=options.num_decode_threads,
+        decode_on="workers",
     )
     run = dataclasses.replace(manifest.run, data=data)
-    plan = evaluation_plan(shards, data=data, epoch=0)
-    decoder = make_decoder(
-        data,
-        img_size=run.model.img_size,
-        batch_size=options.batch_size,
+    bad: list[BadImage] = []
+    supply = Supply(
+        shards,
+        run=run,
         train=False,
+        start=Position(),
+        opener=LocalOpener(reading_of(shards, run=run)),
         device=device,
+        num_epochs=1,
+        on_bad=bad.extend,
     )
-    items = batches(
-        _tables(plan, shards=shards),
-        shape=Shape(share_rows=options.batch_size),
-        decode=decode_rows(
-            decoder, data=data, img_size=run.model.img_size, seed=run.seed, train=False
-        ),
-        device=device,
-    )
+    num_images = shards.groups.total_rows
     settings = LoopSettings(
         run=run,
         num_classes=len(shards.classes),
-        steps_per_epoch=plan.num_batches,
+        steps_per_epoch=1,
+        images_per_epoch=num_images,
         device=device,
     )
-    prefetcher = Prefetcher(items, num_items=data.num_prefetch_batches, device=device)
+    supply.start()
     try:
-        counted = _counted(prefetcher, num_images=plan.num_rows)
         model.to(device).to(memory_format=torch.channels_last)
-        return evaluate(model, counted, settings=settings)
+        counted = _counted(supply, num_images=num_images)
+        result = evaluate(model, counted, settings=settings)
     finally:
-        prefetcher.close()
+        supply.close()
+        for image in bad:
+            shard = shards.groups.path_of(image.row_id)
+            logger.warning("%s of %s left out: %s", image.key, shard, image.reason)
+    check_bad_share(
+        round(result["num_bad"]), num_images=num_images, max_share=data.max_bad_share
+    )
+    return result
 
 
-def _tables(plan: EpochPlan, *, shards: ShardSet) -> Iterator[pa.Table]:
-    for unit in plan.units():
-        yield from share_tables(
-            unit,
-            address=shards.address,
-            num_classes=len(shards.classes),
-            num_workers=1,
-        )
-
-
-def _counted(batches: Prefetcher, *, num_images: int) -> Iterator[Batch]:
+def _counted(batches: Iterable[Batch], *, num_images: int) -> Iterator[Batch]:
     """Show progress with rate and time left; a bar is only drawn in a terminal."""
     with tqdm(total=num_images, unit="image", disable=None) as bar:
         for batch in batches:
@@ -139,7 +132,8 @@ def _main(arguments: Sequence[str]) -> None:
     result = evaluate_checkpoint(options)
     print(
         f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  "
-        f"loss {result['loss']:.4f}  {result['num_images']:,.0f} images counted"
+        f"loss {result['loss']:.4f}  {result['num_images']:,.0f} images counted, "
+        f"{result['num_bad']:,.0f} left out"
     )
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")

@@ -46,6 +46,8 @@ class LoopSettings:
     run: Run
     num_classes: int
     steps_per_epoch: int
+    images_per_epoch: int
+    """Images that an epoch trains on, repetitions included."""
     device: torch.device
     world_size: int = 1
     rank: int = 0
@@ -71,6 +73,10 @@ class NonFiniteLossError(ValueError):
     """Say that the loss is not a number any more."""
 
 
+class BadImagesError(ValueError):
+    """Say that more images than allowed could not be decoded."""
+
+
 def train(
     state: TrainState,
     batches: Iterable[Batch],
@@ -78,17 +84,23 @@ def train(
     settings: LoopSettings,
     on_log: Callable[[Mapping[str, float], Position], None],
     on_epoch_end: Callable[[TrainState], None],
+    on_checkpoint: Callable[[TrainState], None] = lambda state: None,
 ) -> None:
     """Train until the batches end.
 
     Args:
         on_log: gets means since the last call, on every worker alike.
         on_epoch_end: is called when an epoch's last batch was trained on.
+        on_checkpoint: is called within an epoch where the run wants a checkpoint, on
+            every worker at the same step.
 
-    Raises NonFiniteLossError, naming the step, where the loss is not finite.
+    Raises NonFiniteLossError, naming the step, where the loss is not finite, and
+    BadImagesError where too many images could not be decoded.
     """
+    run = settings.run
     sums = Sums(settings.device)
     clock = _Clock()
+    epoch_bad = 0
     state.forward.train()
     for batch in clock.waiting(batches):
         if batch.micro == 0:
@@ -98,22 +110,57 @@ def train(
             continue
         _end_step(state, batch, settings=settings)
         position = state.position
-        if position.step % settings.run.log_every_steps == 0 or batch.ends_epoch:
-            metrics = sums.total()
+        every = run.checkpoint_every_steps
+        is_due = every > 0 and position.step % every == 0
+        if position.step % run.log_every_steps == 0 or batch.ends_epoch:
+            # Workers' clocks differ: if one finds it is time, all of them do.
+            metrics = sums.total(vote=clock.is_time(run.checkpoint_every_minutes))
+            is_due = is_due or metrics.pop("num_votes") > 0
+            epoch_bad += round(metrics.pop("num_bad"))
+            _check(metrics, num_bad=epoch_bad, position=position, settings=settings)
             num_images = metrics.pop("num_images")
-            if not math.isfinite(metrics["loss"]):
-                raise NonFiniteLossError(
-                    f"wanted a finite loss, came {metrics['loss']} by step "
-                    f"{position.step}; lower --optim.lr or lengthen the warm-up"
-                )
             lr = state.optimizer.param_groups[0]["lr"]
-            on_log(metrics | clock.rates(num_images) | {"lr": lr}, position)
+            metrics |= clock.rates(num_images) | {"lr": lr, "bad_images": epoch_bad}
+            on_log(metrics, position)
         if batch.ends_epoch:
-            epoch = position.epoch + 1
+            epoch, epoch_bad = position.epoch + 1, 0
             state.position = Position(epoch=epoch, batch=0, step=position.step)
             on_epoch_end(state)
             state.forward.train()
-            clock.restart()
+        elif is_due:
+            on_checkpoint(state)
+        if batch.ends_epoch or is_due:
+            clock.restart(kept=True)
+
+
+def _check(
+    metrics: Mapping[str, float],
+    *,
+    num_bad: int,
+    position: Position,
+    settings: LoopSettings,
+) -> None:
+    """Raise where going on makes no sense."""
+    if not math.isfinite(metrics["loss"]):
+        raise NonFiniteLossError(
+            f"wanted a finite loss, came {metrics['loss']} by step "
+            f"{position.step}; lower --optim.lr or lengthen the warm-up"
+        )
+    check_bad_share(
+        num_bad,
+        num_images=settings.images_per_epoch,
+        max_share=settings.run.data.max_bad_share,
+    )
+
+
+def check_bad_share(num_bad: int, *, num_images: int, max_share: float) -> None:
+    """Raise BadImagesError where more than a share of a set's images is bad."""
+    if num_bad > max_share * num_images:
+        raise BadImagesError(
+            f"wanted at most {max_share:.2%} of {num_images:,} images undecodable, "
+            f"came {num_bad:,}, each named above and in MLflow's bad_images.csv; "
+            "write the shards again with sovit-shards or raise --data.max-bad-share"
+        )
 
 
 def _begin_step(state: TrainState, *, settings: LoopSettings) -> None:
@@ -148,7 +195,7 @@ def _forward_backward(
         # global batch, however its rows lie on the workers.
         scale = settings.world_size / batch.global_rows
         ((losses * batch.weights).sum() * scale).backward()
-    sums.add(logits, batch.labels, batch.weights, losses)
+    sums.add(logits, batch.labels, batch.weights, losses, num_bad=batch.num_bad)
 
 
 def _end_step(state: TrainState, batch: Batch, *, settings: LoopSettings) -> None:
@@ -178,7 +225,8 @@ def evaluate(
     """Evaluate on one epoch of batches; every image counts once.
 
     Returns:
-        Means of loss, top1 and top5 (percent) and num_images, over all workers.
+        Means of loss, top1 and top5 (percent), num_images, and num_bad, the images
+        that could not be decoded, over all workers.
     """
     model.eval()
     sums = Sums(settings.device)
@@ -188,21 +236,30 @@ def evaluate(
         losses = nn.functional.cross_entropy(
             logits.float(), batch.labels, reduction="none"
         )
-        sums.add(logits, batch.labels, batch.weights, losses)
+        sums.add(logits, batch.labels, batch.weights, losses, num_bad=batch.num_bad)
         if batch.ends_epoch and batch.ends_step:
             break
-    return sums.total()
+    metrics = sums.total()
+    del metrics["num_votes"]
+    return metrics
 
 
 class _Clock:
     """Measure the rate of images and the share of time that waits for them."""
 
     def __init__(self) -> None:
-        self.restart()
+        self.restart(kept=True)
 
-    def restart(self) -> None:
+    def restart(self, *, kept: bool = False) -> None:
+        """Measure from here; `kept` says that a checkpoint was just written."""
         self._start_s = time.perf_counter()
         self._waited_s = 0.0
+        if kept:
+            self._kept_s = self._start_s
+
+    def is_time(self, minutes: float) -> bool:
+        """Tell whether the last checkpoint is so old; never where minutes are 0."""
+        return 0 < minutes * 60 <= time.perf_counter() - self._kept_s
 
     def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         iterator = iter(batches)

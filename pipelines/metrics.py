@@ -18,11 +18,19 @@ class Sums:
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._num_bad = 0
 
     def add(
-        self, logits: Tensor, labels: Tensor, weights: Tensor, loss: Tensor
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        loss: Tensor,
+        *,
+        num_bad: int = 0,
     ) -> None:
         """Add a batch: logits (B, K), labels, weights and losses (B,)."""
+        self._num_bad += num_bad
         logits = logits.detach()
         columns = torch.stack(
             [
@@ -34,20 +42,25 @@ class Sums:
         )
         self._sums += (columns * weights).sum(dim=1)
 
-    def total(self) -> dict[str, float]:
+    def total(self, *, vote: bool = False) -> dict[str, float]:
         """Add up over all workers, give means, and start again.
 
-        Every worker must call this at the same step: it is a collective.
+        Every worker must call this at the same step: it is a collective. `num_votes`
+        counts the workers that gave their vote.
         """
-        sums = self._sums.clone()
+        counts = torch.tensor([self._num_bad, vote], dtype=torch.float64)
+        sums = torch.cat([self._sums, counts.to(self._sums.device)])
         self._sums.zero_()
+        self._num_bad = 0
         if dist.is_initialized():
             dist.all_reduce(sums)
-        loss, top1, top5, num_images = sums.tolist()
+        loss, top1, top5, num_images, num_bad, num_votes = sums.tolist()
         count = max(num_images, 1.0)
         return {
             "loss": loss / count,
             "top1": 100 * top1 / count,
             "top5": 100 * top5 / count,
             "num_images": num_images,
+            "num_bad": num_bad,
+            "num_votes": num_votes,
         }

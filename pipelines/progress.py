@@ -16,6 +16,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from tqdm import tqdm
 
+from pipelines.bad_images import BadImageLog, NamedBadImage
+
 _POLL_S = 0.5
 
 
@@ -33,13 +35,13 @@ class Board:
     """Hold events until the driver takes them; made an actor by `start_board`."""
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self._events: list[Event | NamedBadImage] = []
 
-    def post(self, event: Event) -> None:
+    def post(self, event: Event | NamedBadImage) -> None:
         """Add an event."""
         self._events.append(event)
 
-    def take(self) -> list[Event]:
+    def take(self) -> list[Event | NamedBadImage]:
         """Hand over all events and forget them."""
         events, self._events = self._events, []
         return events
@@ -59,8 +61,10 @@ class Display:
         *,
         num_steps: int,
         num_epochs: int,
+        bad_images: BadImageLog,
     ) -> None:
         self._board = board
+        self._bad_images = bad_images
         self._num_epochs = num_epochs
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
@@ -76,6 +80,7 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        self._bad_images.flush()
         self._bar.close()
 
     def _run(self) -> None:
@@ -89,11 +94,16 @@ class Display:
         except RayError:
             return  # Ray is going down; the result will say how it ended.
         for event in events:
-            self._show(event)
+            if isinstance(event, NamedBadImage):
+                if line := self._bad_images.add(event):
+                    self._say(line)
+            else:
+                self._show(event)
 
     def _show(self, event: Event) -> None:
         if event.epoch_metrics is not None:
             self._say(epoch_line(event, num_epochs=self._num_epochs))
+            self._bad_images.flush()
         elif self._is_terminal:
             # After a restart the bar goes back to where training goes on from.
             self._bar.n = event.step

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from pipelines.config import Data, Model, Optim, Run, Scale
+from pipelines.config import Augment, Data, Model, Optim, Run, Scale
 from sovit import Pooling
 
 
@@ -25,6 +25,7 @@ def from_json(text: str) -> Run:
             model=Model(**model, pooling=Pooling(**pooling) if pooling else None),
             data=Data(**raw.pop("data")),
             optim=Optim(**raw.pop("optim")),
+            augment=Augment(**raw.pop("augment")),
             scale=Scale(**raw.pop("scale")),
             **raw,
         )

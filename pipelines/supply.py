@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
 
 from pipelines.checkpoint import Position
-from pipelines.ingest.batch import Batch
-from pipelines.ingest.decoder import decode_rows, make_decoder
+from pipelines.config import Run
+from pipelines.ingest.batch import BadImage, Batch
+from pipelines.ingest.decoder import BatchDecoder
+from pipelines.ingest.draws import PixelSettings
 from pipelines.ingest.feed import Shape, batches
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.prefetch import Prefetcher
-from pipelines.ingest.stream import (
-    EpochStream,
-    Open,
-    evaluation_plan,
-    training_plan,
-)
-from pipelines.loop import LoopSettings
+from pipelines.ingest.reading import Reading
+from pipelines.ingest.stream import EpochStream, Opener, Plans
+
+OnBad = Callable[[tuple[BadImage, ...]], None]
+
+
+def ignore_bad(bad: tuple[BadImage, ...]) -> None:
+    """Tell nobody of bad images; they are counted all the same."""
+
+
+def pixel_settings(run: Run, *, train: bool) -> PixelSettings:
+    """Take out of a run what decides the pixels of a split."""
+    return PixelSettings(
+        data=run.data,
+        augment=run.augment,
+        img_size=run.model.img_size,
+        seed=run.seed,
+        train=train,
+    )
+
+
+def reading_of(
+    shards: ShardSet, *, run: Run, train: bool = False, num_workers: int = 1
+) -> Reading:
+    """Say how a split's units are read."""
+    decodes = run.data.decode_on == "readers"
+    return Reading(
+        address=shards.address,
+        num_classes=len(shards.classes),
+        num_workers=num_workers,
+        decode=pixel_settings(run, train=train) if decodes else None,
+    )
 
 
 class Supply:
@@ -28,75 +57,66 @@ class Supply:
 
     Args:
         start: Where to begin; evaluation begins with a whole epoch.
-        open_units: Starts reading units on all workers; see `EpochStream`.
+        opener: Starts reading units on all workers.
+        num_epochs: Where the batches end; the run's epochs by default.
+        on_bad: Is told, on a thread, of images that can't be decoded.
     """
 
     def __init__(
         self,
         shards: ShardSet,
         *,
-        settings: LoopSettings,
+        run: Run,
         train: bool,
         start: Position,
-        open_units: Open,
+        opener: Opener,
+        device: torch.device,
+        num_epochs: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        on_bad: OnBad = ignore_bad,
     ) -> None:
-        run = settings.run
-        self._settings = settings
-        self._train = train
+        self._run, self._train, self._device = run, train, device
+        self._world_size = world_size
+        self._on_bad = on_bad
         self._batches: Iterator[Batch] | None = None
         self._prefetcher: Prefetcher | None = None
-        if train:
-            plan = functools.partial(
-                training_plan, shards, data=run.data, seed=run.seed
-            )
-        else:
-            plan = functools.partial(evaluation_plan, shards, data=run.data)
         self._stream = EpochStream(
-            plan=(lambda epoch: plan(epoch=epoch)) if settings.rank == 0 else None,
-            open_units=open_units,
-            units_per_epoch=plan(epoch=0).num_units,
-            start=start if train else Position(epoch=start.epoch),
-            num_epochs=run.optim.total_epochs,
+            Plans(shards=shards, run=run, train=train),
+            opener=opener,
+            is_planner=rank == 0,
+            start=start if train else replace(start, batch=0),
+            num_epochs=num_epochs or run.optim.total_epochs,
         )
 
     def start(self) -> None:
         """Begin to read and decode ahead."""
-        settings, data = self._settings, self._settings.run.data
-        optim, img_size = settings.run.optim, settings.run.model.img_size
+        run, data = self._run, self._run.data
         batch_size = data.batch_size if self._train else data.eval_batch_size
         shape = Shape(
-            share_rows=-(-batch_size // settings.world_size),
-            num_micro=optim.num_accumulation if self._train else 1,
+            share_rows=-(-batch_size // self._world_size),
+            num_micro=run.optim.num_accumulation if self._train else 1,
         )
-        decoder = make_decoder(
-            data,
-            img_size=img_size,
-            batch_size=shape.micro_rows,
-            train=self._train,
-            device=settings.device,
-        )
-        decode = decode_rows(
-            decoder,
-            data=data,
-            img_size=img_size,
-            seed=settings.run.seed,
-            train=self._train,
+        decode = BatchDecoder(
+            pixel_settings(run, train=self._train),
+            num_rows=shape.micro_rows,
+            device=self._device,
+            on_bad=self._on_bad,
         )
         items = batches(
-            self._stream.tables(), shape=shape, decode=decode, device=settings.device
+            self._stream.tables(), shape=shape, decode=decode, device=self._device
         )
         self._prefetcher = Prefetcher(
-            items, num_items=data.num_prefetch_batches, device=settings.device
+            items, num_items=data.num_prefetch_batches, device=self._device
         )
         self._batches = iter(self._prefetcher)
 
     def __iter__(self) -> Iterator[Batch]:
         assert self._batches is not None, "start the supply first"
-        return self._batches
-
-    def epoch_ended(self, epoch: int) -> None:
-        """Make a further dataset ready where one is used up; all workers call it."""
-        self._stream.epoch_ended(epoch)
+        for batch in self._batches:
+            # All workers take the same batches, so they open the next segment in step.
+            self._stream.reached(batch.epoch, batch.index)
+            yield batch
 
     def close(self) -> None:
         """End the thread; safe at any moment."""

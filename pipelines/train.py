@@ -26,6 +26,7 @@ import ray.train.torch
 from ray.train import UserCallback
 
 from pipelines import tracking
+from pipelines.bad_images import FILE, BadImageLog
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
 from pipelines.entry import work
@@ -34,7 +35,8 @@ from pipelines.failures import StopOnValueError, reason_of
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.plan import plan_epoch
 from pipelines.ingest.reading import read_rows
-from pipelines.ingest.stream import training_plan
+from pipelines.ingest.stream import Plans
+from pipelines.ingest.torch_decode import is_whole
 from pipelines.job import Job
 from pipelines.preflight import CheckedRun, check_run, with_absolute_paths
 from pipelines.progress import Display, start_board
@@ -48,6 +50,7 @@ from pipelines.runs import (
     write_record,
 )
 from pipelines.session import per_worker, ray_session
+from pipelines.supply import reading_of
 from pipelines.tracking.provenance import provenance_tags, without_credentials
 
 logger = logging.getLogger(__name__)
@@ -94,7 +97,9 @@ def fit(
             result = _train(
                 checked, run, name=name, callbacks=callbacks, uri=uri, run_id=run_id
             )
-            _log_model(result, uri=uri, run_id=run_id, shards=checked.val_shards)
+            _log_model(
+                result, uri=uri, run_id=run_id, run=run, shards=checked.val_shards
+            )
         except (ValueError, RunFailedError) as error:
             tracking.end_run(uri, run_id, status="FAILED", reason=str(error))
             raise
@@ -147,10 +152,20 @@ def _train(
             callbacks=[StopOnValueError(), *callbacks],
         ),
     )
-    plan = training_plan(checked.train_shards, data=run.data, seed=run.seed, epoch=0)
-    num_steps = plan.num_batches * run.optim.total_epochs
+    plans = Plans(shards=checked.train_shards, run=run, train=True)
+    num_epochs = run.optim.total_epochs
+    bad_images = BadImageLog(
+        keep=lambda text: tracking.log_text(uri, run_id, text=text, path=FILE),
+        before=tracking.read_text(uri, run_id, path=FILE),
+    )
+    display = Display(
+        board,
+        num_steps=plans.shape(0).num_batches * num_epochs,
+        num_epochs=num_epochs,
+        bad_images=bad_images,
+    )
     try:
-        with Display(board, num_steps=num_steps, num_epochs=run.optim.total_epochs):
+        with display:
             return trainer.fit()
     except ray.train.TrainingFailedError as error:
         reason, can_mend = reason_of(error)
@@ -182,20 +197,17 @@ def _log_shards(shards: ShardSet, *, uri: str, run_id: str, context: str) -> Non
 
 
 def _log_model(
-    result: ray.train.Result, *, uri: str, run_id: str, shards: ShardSet
+    result: ray.train.Result, *, uri: str, run_id: str, run: Run, shards: ShardSet
 ) -> None:
     """Keep the final model in MLflow, with a held-out image as its example."""
     if result.checkpoint is None or not run_id:
         return
     logger.info("keeping the model in MLflow")
-    plan = plan_epoch(shards.groups, batch_size=1, shuffle_rows=1, shuffle=False)
-    rows = read_rows(
-        plan.unit(0), address=shards.address, num_classes=len(shards.classes)
-    )
+    plan = plan_epoch(shards.groups, batch_size=1, shuffle_rows=64, shuffle=False)
+    images = read_rows(plan.unit(0), reading=reading_of(shards, run=run))["image"]
+    example = next((i.as_py() for i in images if is_whole(i.as_py() or b"")), b"")
     with result.checkpoint.as_directory() as folder:
-        tracking.log_model(
-            uri, run_id, checkpoint=Path(folder), example=rows["image"][0].as_py()
-        )
+        tracking.log_model(uri, run_id, checkpoint=Path(folder), example=example)
 
 
 def main() -> None:

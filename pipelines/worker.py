@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train.collective import broadcast_from_rank_zero
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from pipelines import checkpoint as ckpt
+from pipelines.bad_images import BadImageTeller
 from pipelines.checkpoint import Position
-from pipelines.ingest.footers import ShardSet
-from pipelines.ingest.plan import Unit
-from pipelines.ingest.source import shares, split_units
-from pipelines.ingest.stream import training_plan
+from pipelines.ingest.stream import Plans
 from pipelines.job import Job
-from pipelines.loop import LoopSettings, TrainState, evaluate, share_buffers, train
+from pipelines.loop import (
+    LoopSettings,
+    TrainState,
+    check_bad_share,
+    evaluate,
+    share_buffers,
+    train,
+)
+from pipelines.opener import RayOpener
 from pipelines.optim import build_optimizer
 from pipelines.progress import Event
-from pipelines.supply import Supply
+from pipelines.supply import Supply, reading_of
 from pipelines.tracking import MetricWriter
 
 _FLUSH_S = 15.0
@@ -54,31 +57,20 @@ class _Worker:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(max(int(run.scale.cpus_per_worker), 1))
+        epoch = Plans(shards=job.train_shards, run=run, train=True).shape(0)
         self.settings = LoopSettings(
             run=run,
             num_classes=len(job.train_shards.classes),
-            steps_per_epoch=training_plan(
-                job.train_shards, data=run.data, seed=run.seed, epoch=0
-            ).num_batches,
+            steps_per_epoch=epoch.num_batches,
+            images_per_epoch=epoch.num_rows * epoch.num_repeats,
             device=self.device,
             world_size=world_size,
             rank=rank,
         )
         self.state = self._restore()
         # In the same order on every worker: opening is a collective.
-        self.supplies = {
-            split: Supply(
-                shards,
-                settings=self.settings,
-                train=split == "train",
-                start=self.state.position,
-                open_units=functools.partial(_open_units, shards, self.settings),
-            )
-            for split, shards in (
-                ("train", job.train_shards),
-                ("val", job.val_shards),
-            )
-        }
+        self.openers: list[RayOpener] = []
+        self.supplies = {split: self._supply(split) for split in ("train", "val")}
         self.writer = MetricWriter(
             job.tracking_uri, job.mlflow_run_id if not rank else ""
         )
@@ -91,6 +83,8 @@ class _Worker:
     def __exit__(self, *_: object) -> None:
         for supply in self.supplies.values():
             supply.close()
+        for opener in self.openers:
+            opener.close()
         self.writer.close(_FLUSH_S)
 
     def train(self) -> None:
@@ -101,6 +95,26 @@ class _Worker:
             settings=self.settings,
             on_log=self._log,
             on_epoch_end=self._end_epoch,
+            on_checkpoint=self._keep,
+        )
+
+    def _supply(self, split: str) -> Supply:
+        job, run, is_train = self.job, self.run, split == "train"
+        shards = job.train_shards if is_train else job.val_shards
+        world_size = self.settings.world_size
+        reading = reading_of(shards, run=run, train=is_train, num_workers=world_size)
+        opener = RayOpener(reading, data=run.data, rank=self.rank)
+        self.openers.append(opener)
+        return Supply(
+            shards,
+            run=run,
+            train=is_train,
+            start=self.state.position,
+            opener=opener,
+            device=self.device,
+            rank=self.rank,
+            world_size=world_size,
+            on_bad=BadImageTeller(job.board, split=split, groups=shards.groups),
         )
 
     def _restore(self) -> TrainState:
@@ -162,30 +176,42 @@ class _Worker:
         self.job.board.post.remote(event)
 
     def _end_epoch(self, state: TrainState) -> None:
-        """Evaluate, write a checkpoint, report, and make the next dataset ready."""
+        """Evaluate, write a checkpoint and report."""
         model = state.ema.module if state.ema is not None else state.model
         # In the same order on every worker: these are collectives.
         share_buffers(state.model)
         if model is not state.model:
             share_buffers(model)
         held_out = evaluate(model, self.supplies["val"], settings=self.settings)
+        num_bad = round(held_out.pop("num_bad"))
         expected = self.job.val_shards.groups.total_rows
-        if held_out["num_images"] != expected:
+        if held_out["num_images"] + num_bad != expected:
             raise ValueError(
                 f"wanted each of the {expected} held-out images counted once, came "
-                f"{held_out['num_images']:.0f}; the shards changed while they were read"
+                f"{held_out['num_images']:.0f} and {num_bad} that can't be decoded; "
+                "the shards changed while they were read"
             )
+        check_bad_share(
+            num_bad, num_images=expected, max_share=self.run.data.max_bad_share
+        )
         metrics = {f"val/{name}": value for name, value in held_out.items()}
-        trained = {f"train/{name}": value for name, value in self._last_log.items()}
-        self._report(state, metrics=metrics | trained)
+        metrics["val/bad_images"] = num_bad
+        self._report(state, name=f"epoch_{state.position.epoch:04d}", metrics=metrics)
         position = state.position
         if self.rank == 0:
             self.writer.log(metrics | {"epoch": position.epoch}, step=position.step)
             self._post(position, held_out=held_out)
-        for supply in self.supplies.values():
-            supply.epoch_ended(position.epoch)
 
-    def _report(self, state: TrainState, *, metrics: dict[str, float]) -> None:
+    def _keep(self, state: TrainState) -> None:
+        """Write a checkpoint within an epoch: nothing is evaluated."""
+        self._report(state, name=f"step_{state.position.step:08d}", metrics={})
+
+    def _report(
+        self, state: TrainState, *, name: str, metrics: dict[str, float]
+    ) -> None:
+        """Write a checkpoint with what was measured last; a barrier of all workers."""
+        trained = {f"train/{name}": value for name, value in self._last_log.items()}
+        metrics = trained | metrics
         with contextlib.ExitStack() as stack:
             kept = None
             if self.rank == 0:
@@ -204,24 +230,5 @@ class _Worker:
             ray.train.report(
                 metrics,
                 checkpoint=kept,
-                checkpoint_dir_name=f"epoch_{state.position.epoch:04d}",
+                checkpoint_dir_name=name,
             )
-
-
-def _open_units(
-    shards: ShardSet, settings: LoopSettings, units: list[Unit] | None
-) -> Iterator[pa.Table]:
-    """Have rank 0 start a dataset over units and hand every worker its iterator."""
-    handed = None
-    if units is not None:
-        split = split_units(
-            units,
-            shards=shards,
-            num_workers=settings.world_size,
-            num_readers=settings.run.data.num_readers,
-        )
-        handed = [ray.put(split)]
-    # References travel, in a list so that Ray does not follow them.
-    handed = broadcast_from_rank_zero(handed)
-    assert handed is not None
-    return shares(ray.get(handed[0])[settings.rank])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import sovit
-from pipelines.config import Data, Model, Optim, Run, Scale
+from pipelines.config import Augment, Data, Model, Optim, Run, Scale
 
 _IMAGES = Path(__file__).parent / "fashion_mnist"
 
@@ -30,11 +30,10 @@ def demo() -> Run:
             train=str(_IMAGES / "train"),
             val=str(_IMAGES / "val"),
             batch_size=128,
-            crop_scale=(0.6, 1.0),
-            train_interpolation="bilinear",
             crop_pct=1.0,
             num_readers=1,
         ),
+        augment=Augment(crop_scale=(0.6, 1.0), interpolation="bilinear"),
         optim=Optim(
             lr=2e-3,
             num_epochs=8,

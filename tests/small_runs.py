@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 from timm.utils.model_ema import ModelEmaV3
@@ -17,16 +15,13 @@ from torch import Tensor, nn
 
 import sovit
 from pipelines.checkpoint import Position, build_model
-from pipelines.config import Data, Model, Optim, Run, Scale
-from pipelines.ingest.batch import Batch
-from pipelines.ingest.decoder import decode_rows, make_decoder
-from pipelines.ingest.feed import Shape, batches
+from pipelines.config import Augment, Data, Model, Optim, Run, Scale
 from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.ingest.plan import Unit
-from pipelines.ingest.stream import EpochStream, evaluation_plan, training_plan
+from pipelines.ingest.stream import Plans
 from pipelines.loop import LoopSettings, TrainState, evaluate, share_buffers, train
 from pipelines.optim import build_optimizer
-from tests.small_sets import worker_tables
+from pipelines.supply import Supply, pixel_settings
+from tests.small_sets import WorkerOpener
 
 CPU = torch.device("cpu")
 # No BatchNorm: its statistics would depend on how a batch lies on the workers.
@@ -58,9 +53,9 @@ def small_run(
             batch_size=batch_size,
             eval_batch_size=8,
             shuffle_rows=2 * batch_size,
-            crop_scale=(0.5, 1.0),
             decoder="torch",
         ),
+        augment=Augment(crop_scale=(0.5, 1.0)),
         optim=dataclasses.replace(OPTIM, **optim),
         # Equalities are shown in float32.
         scale=Scale(amp="off"),
@@ -68,7 +63,7 @@ def small_run(
     )
 
 
-def stream_of(
+def supply_of(
     run: Run,
     *,
     shards: ShardSet,
@@ -76,51 +71,28 @@ def stream_of(
     start: Position | None = None,
     num_workers: int = 1,
     worker: int = 0,
-) -> EpochStream:
-    """Open one worker's stream of tables, read in this process."""
-
-    def plan(epoch: int) -> Any:
-        if train:
-            return training_plan(shards, data=run.data, seed=run.seed, epoch=epoch)
-        return evaluation_plan(shards, data=run.data, epoch=epoch)
-
-    def open_units(units: list[Unit] | None) -> Iterator[pa.Table]:
-        assert units is not None
-        return worker_tables(
-            units, shards=shards, num_workers=num_workers, worker=worker
-        )
-
-    return EpochStream(
-        plan=plan,
-        open_units=open_units,
-        units_per_epoch=plan(0).num_units,
+    **settings: Any,
+) -> Supply:
+    """Supply one worker's batches, read and planned in this process."""
+    decodes = run.data.decode_on == "readers"
+    opener = WorkerOpener(
+        shards,
+        num_workers=num_workers,
+        worker=worker,
+        decode=pixel_settings(run, train=train) if decodes else None,
+    )
+    supply = Supply(
+        shards,
+        run=run,
+        train=train,
         start=start or Position(),
-        num_epochs=run.optim.total_epochs,
+        opener=opener,
+        device=CPU,
+        world_size=num_workers,
+        **settings,
     )
-
-
-def batches_of(
-    run: Run,
-    *,
-    stream: EpochStream,
-    train: bool = True,
-    num_workers: int = 1,
-    device: torch.device = CPU,
-) -> Iterator[Batch]:
-    """Decode a stream as a worker does."""
-    batch_size = run.data.batch_size if train else run.data.eval_batch_size
-    shape = Shape(
-        share_rows=math.ceil(batch_size / num_workers),
-        num_micro=run.optim.num_accumulation if train else 1,
-    )
-    size = run.model.img_size
-    decoder = make_decoder(
-        run.data, img_size=size, batch_size=shape.micro_rows, train=train, device=device
-    )
-    decode = decode_rows(
-        decoder, data=run.data, img_size=size, seed=run.seed, train=train
-    )
-    return batches(stream.tables(), shape=shape, decode=decode, device=device)
+    supply.start()
+    return supply
 
 
 def state_of(run: Run, *, num_classes: int = 3, seed: int | None = None) -> TrainState:
@@ -142,6 +114,7 @@ def settings_of(run: Run, *, steps_per_epoch: int, **settings: Any) -> LoopSetti
         run=run,
         num_classes=3,
         steps_per_epoch=steps_per_epoch,
+        images_per_epoch=settings.pop("images_per_epoch", 1000),
         device=CPU,
         **settings,
     )
@@ -154,10 +127,10 @@ def train_run(
     state: TrainState,
     num_workers: int = 1,
     worker: int = 0,
-    on_epoch_end: Callable[[TrainState], None] = lambda state: None,
+    **callbacks: Callable[[TrainState], None],
 ) -> list[dict[str, float]]:
     """Train from the state's position to the end; give what was logged."""
-    stream = stream_of(
+    supply = supply_of(
         run,
         shards=shards,
         start=state.position,
@@ -165,24 +138,24 @@ def train_run(
         worker=worker,
     )
     logs: list[dict[str, float]] = []
-    plan = training_plan(shards, data=run.data, seed=run.seed, epoch=0)
-
-    def end_epoch(state: TrainState) -> None:
-        on_epoch_end(state)
-        stream.epoch_ended(state.position.epoch)
-
-    train(
-        state,
-        batches_of(run, stream=stream, num_workers=num_workers),
-        settings=settings_of(
-            run,
-            steps_per_epoch=plan.num_batches,
-            world_size=num_workers,
-            rank=worker,
-        ),
-        on_log=lambda metrics, position: logs.append({**metrics, **vars(position)}),
-        on_epoch_end=end_epoch,
-    )
+    epoch = Plans(shards=shards, run=run, train=True).shape(0)
+    try:
+        train(
+            state,
+            supply,
+            settings=settings_of(
+                run,
+                steps_per_epoch=epoch.num_batches,
+                images_per_epoch=epoch.num_rows * epoch.num_repeats,
+                world_size=num_workers,
+                rank=worker,
+            ),
+            on_log=lambda metrics, position: logs.append({**metrics, **vars(position)}),
+            on_epoch_end=callbacks.pop("on_epoch_end", lambda state: None),
+            **callbacks,
+        )
+    finally:
+        supply.close()
     return logs
 
 
@@ -215,14 +188,13 @@ def _train_together(run: Run, *, rank: int, num_workers: int) -> dict[str, Any]:
     buffers = nn.BatchNorm1d(3)
     buffers.running_mean = torch.full((3,), float(rank + 5))
     share_buffers(buffers)
-    stream = stream_of(
+    supply = supply_of(
         run, shards=shards, train=False, num_workers=num_workers, worker=rank
     )
     held_out = evaluate(
-        state.model,
-        batches_of(run, stream=stream, train=False, num_workers=num_workers),
-        settings=settings_of(run, steps_per_epoch=1),
+        state.model, supply, settings=settings_of(run, steps_per_epoch=1)
     )
+    supply.close()
     return {
         "weights": plain(state.model),
         "logs": logs,

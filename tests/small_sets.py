@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipelines.ingest.draws import PixelSettings
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.plan import Unit
-from pipelines.ingest.reading import share_tables
+from pipelines.ingest.reading import Reading, share_tables
 from pipelines.shards.format import CLASSES_FILE, SCHEMA
 
 
@@ -60,17 +61,60 @@ def write_set(
     return str(folder)
 
 
+def reading_of(
+    shards: ShardSet, *, num_workers: int = 1, decode: PixelSettings | None = None
+) -> Reading:
+    """Say how a set's units are read."""
+    return Reading(
+        address=shards.address,
+        num_classes=len(shards.classes),
+        num_workers=num_workers,
+        decode=decode,
+    )
+
+
 def worker_tables(
-    units: Iterable[Unit], *, shards: ShardSet, num_workers: int, worker: int
+    units: Iterable[Unit],
+    *,
+    shards: ShardSet,
+    num_workers: int,
+    worker: int,
+    decode: PixelSettings | None = None,
 ) -> Iterator[pa.Table]:
     """Give one worker its share tables: dealt out in turn, as Ray deals them."""
+    reading = reading_of(shards, num_workers=num_workers, decode=decode)
     tables = itertools.chain.from_iterable(
-        share_tables(
-            unit,
-            address=shards.address,
-            num_classes=len(shards.classes),
-            num_workers=num_workers,
-        )
-        for unit in units
+        share_tables(unit, reading=reading) for unit in units
     )
     return itertools.islice(tables, worker, None, num_workers)
+
+
+class WorkerOpener:
+    """Open units as one of some workers, each of which reads them itself."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        num_workers: int = 1,
+        worker: int = 0,
+        decode: PixelSettings | None = None,
+    ) -> None:
+        self.opened: list[list[Unit]] = []
+        self._units: list[Unit] = []
+        self._tables = functools.partial(
+            worker_tables,
+            shards=shards,
+            num_workers=num_workers,
+            worker=worker,
+            decode=decode,
+        )
+
+    def prepare(self, units: list[Unit]) -> None:
+        """Keep the units until they are opened."""
+        self._units = units
+
+    def open(self) -> Iterator[pa.Table]:
+        """Give this worker's tables."""
+        self.opened.append(self._units)
+        return self._tables(self._units)

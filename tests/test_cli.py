@@ -46,13 +46,13 @@ def test_overrides_are_typed_and_nested() -> None:
     run = parsed(
         *("--data.batch-size", "64", "--optim.lr", "3e-4", "--seed", "3"),
         *("--model.pooling.power", "0.25", "--model.kwargs.depth", "2"),
-        *("--data.crop-scale", "0.1", "0.9", "--scale.use-gpu"),
+        *("--augment.crop-scale", "0.1", "0.9", "--scale.use-gpu"),
     )
     assert (run.data.batch_size, run.optim.lr, run.seed) == (64, 3e-4, 3)
     assert run.model.pooling is not None
     assert run.model.pooling.power == 0.25
     assert run.model.kwargs["depth"] == 2
-    assert run.data.crop_scale == (0.1, 0.9)
+    assert run.augment.crop_scale == (0.1, 0.9)
     assert run.scale.use_gpu
     assert parsed() == load_recipe("demo")
 
@@ -64,7 +64,7 @@ def test_overrides_are_typed_and_nested() -> None:
         (["--data.batch-size", "many"], ["--data.batch-size", "'many'"]),
         (["--data.batch-size", "0"], ["data.batch_size: wanted at least 1, came 0"]),
         (["--data.decoder", "cv2"], ["'cv2'", "--data.decoder", "dali"]),
-        (["--data.crop-scale", "0.5"], ["--data.crop-scale", "2 values"]),
+        (["--augment.crop-scale", "0.5"], ["--augment.crop-scale", "2 values"]),
         (["--optim.warmup-epochs", "99"], ["warmup_epochs <= num_epochs"]),
         (["--scale.num-workers", "999"], ["raise --data.batch-size"]),
         (["--model.pooling.power", "7"], ["power", "at most 1"]),

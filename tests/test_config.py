@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sovit
-from pipelines.config import Data, Model, Optim, Run, Scale
+from pipelines.config import Augment, Data, Model, Optim, Run, Scale
 from pipelines.runfile import flat_params, from_json, to_json
 
 MODEL = Model(
@@ -19,6 +19,8 @@ MODEL = Model(
 )
 DATA = Data(train="t", val="v", batch_size=64)
 OPTIM = Optim(lr=1e-3, num_epochs=10)
+AUGMENT = Augment()
+RANDOM = Augment(auto_augment="rand-m9-mstd0.5-inc1")
 RUN = Run(recipe="r", model=MODEL, data=DATA, optim=OPTIM)
 
 BAD = [
@@ -28,14 +30,23 @@ BAD = [
     *((DATA, name, 0) for name in ("batch_size", "eval_batch_size", "shuffle_rows")),
     *((DATA, f"num_{name}", 0) for name in ("decode_threads", "readers")),
     (DATA, "num_prefetch_batches", 0),
-    (DATA, "crop_scale", (0.0, 1.0)),
-    (DATA, "crop_scale", (0.5, 0.4)),
-    (DATA, "crop_scale", (0.5, 1.1)),
-    (DATA, "crop_ratio", (2.0, 1.0)),
+    (AUGMENT, "crop_scale", (0.0, 1.0)),
+    (AUGMENT, "crop_scale", (0.5, 0.4)),
+    (AUGMENT, "crop_scale", (0.5, 1.1)),
+    (AUGMENT, "crop_ratio", (2.0, 1.0)),
     (DATA, "crop_pct", 0.0),
     (DATA, "crop_pct", 1.01),
-    (DATA, "hflip", 1.5),
+    (AUGMENT, "hflip", 1.5),
+    (AUGMENT, "color_jitter", 1.5),
+    (RANDOM, "color_jitter", 0.4),
+    (AUGMENT, "re_prob", -0.1),
+    (AUGMENT, "re_count", 0),
+    (AUGMENT, "num_repeats", 0),
     (DATA, "std", (0.2, 0.0, 0.2)),
+    (DATA, "hw_decoder_load", 1.5),
+    (DATA, "max_bad_share", -0.5),
+    (DATA, "read_ahead_mb", 0),
+    (DATA, "reader_label", "role"),
     (OPTIM, "lr", 0.0),
     (OPTIM, "lr", float("nan")),
     (OPTIM, "num_epochs", 0),
@@ -58,6 +69,8 @@ BAD = [
     (Scale(), "max_failures", -1),
     (RUN, "log_every_steps", 0),
     (RUN, "num_checkpoints_to_keep", 0),
+    (RUN, "checkpoint_every_steps", -1),
+    (RUN, "checkpoint_every_minutes", -1.0),
 ]
 
 
@@ -71,6 +84,13 @@ def test_a_bad_value_is_refused_by_name(good: Any, name: str, value: Any) -> Non
     assert f"{name}: wanted" in message
     assert repr(value) in message
     assert name.replace("_", "-") in message
+
+
+def test_repeats_must_fit_a_batch_and_a_policy_be_one() -> None:
+    with pytest.raises(ValueError, match=r"--augment\.num-repeats"):
+        dataclasses.replace(RUN, augment=Augment(num_repeats=3))
+    with pytest.raises(ValueError, match="rand-m9"):
+        Augment(auto_augment="randy-m9")
 
 
 def test_workers_need_images_to_share() -> None:
@@ -114,7 +134,8 @@ def test_a_run_comes_back_from_json(pooling: sovit.Pooling | None) -> None:
     run = dataclasses.replace(
         RUN,
         model=model,
-        data=dataclasses.replace(DATA, crop_scale=(0.25, 0.75)),
+        data=dataclasses.replace(DATA, reader_label="role=data"),
+        augment=dataclasses.replace(AUGMENT, crop_scale=(0.25, 0.75)),
         optim=dataclasses.replace(OPTIM, betas=(0.8, 0.9), lr=1 / 3),
         scale=Scale(num_workers=3, use_gpu=True),
         published_top1=82.3,

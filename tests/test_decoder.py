@@ -1,4 +1,4 @@
-"""Decoders bound to their windows: what can't be decoded is named."""
+"""Decoders are chosen by the settings, and pixels follow the epoch."""
 
 from __future__ import annotations
 
@@ -6,82 +6,14 @@ import dataclasses
 import importlib.util
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from torch import Tensor
 
-from pipelines.config import Data
-from pipelines.ingest.augment import Geometry
-from pipelines.ingest.decoder import decode_rows, make_decoder
-from pipelines.ingest.feed import Rows
-from pipelines.ingest.torch_decode import TorchDecoder, find_damaged
+from pipelines.ingest.decoder import BatchDecoder, make_decoder
+from pipelines.ingest.host import HostDecoder, Threads
 from tests.small_sets import jpeg
-
-HAS_DALI = (
-    importlib.util.find_spec("nvidia") is not None
-    and importlib.util.find_spec("nvidia.dali") is not None
-)
-needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI has no wheel here")
-DATA = Data(train="t", val="v", batch_size=8)
-
-
-def decoder_of(kind: Any) -> Any:
-    data = dataclasses.replace(DATA, decoder=kind)
-    device = torch.device("cpu")
-    return make_decoder(data, img_size=64, batch_size=8, train=True, device=device)
-
-
-def rows_with(encoded: list[bytes]) -> Rows:
-    return Rows(
-        views=[np.frombuffer(data, np.uint8) for data in encoded],
-        labels=np.zeros(len(encoded), np.int64),
-        ids=np.arange(40, 40 + len(encoded)),
-        heights=np.full(len(encoded), 60),
-        widths=np.full(len(encoded), 80),
-        keys=pa.array([f"photo/{i}.jpg" for i in range(len(encoded))]),
-    )
-
-
-@pytest.mark.parametrize("kind", ["torch", pytest.param("dali", marks=needs_dali)])
-@pytest.mark.parametrize("damage", ["cut", "no image", "empty"])
-def test_an_image_that_does_not_decode_is_named(kind: Any, damage: str) -> None:
-    good = jpeg(3, size=(80, 60))
-    bad = {"cut": good[:-300], "no image": b"<html>" * 20, "empty": b""}[damage]
-    decode = decode_rows(decoder_of(kind), data=DATA, img_size=64, seed=0, train=False)
-    with pytest.raises(ValueError, match=r"photo/2\.jpg, row 42 .* sovit-shards"):
-        decode(rows_with([good, good, bad, good]), 0)
-    # The decoder goes on with the next batch.
-    assert decode(rows_with([good] * 3), 0).shape == (3, 3, 64, 64)
-
-
-def test_other_errors_of_a_decoder_pass_as_they_are() -> None:
-    def broken(encoded: list[np.ndarray], geometry: Geometry) -> Tensor:
-        raise RuntimeError("out of memory")
-
-    decode = decode_rows(broken, data=DATA, img_size=64, seed=0, train=True)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        decode(rows_with([jpeg(3, size=(80, 60))]), 0)
-    assert find_damaged([jpeg(1), jpeg(2)]) is None
-    assert find_damaged([jpeg(1), b"x"]) == 1
-
-
-def test_training_windows_follow_the_epoch() -> None:
-    seen = []
-
-    def keep(encoded: list[np.ndarray], geometry: Geometry) -> Tensor:
-        seen.append(geometry.window.tolist())
-        return torch.zeros(len(encoded), 3, 64, 64)
-
-    rows = rows_with([jpeg(3, size=(80, 60))] * 5)
-    decode = decode_rows(keep, data=DATA, img_size=64, seed=0, train=True)
-    for epoch in (0, 1, 0):
-        decode(rows, epoch)
-    assert seen[0] == seen[2] != seen[1]
-    decode = decode_rows(keep, data=DATA, img_size=64, seed=0, train=False)
-    decode(rows, 0)
-    assert seen[3] == [[60, 80]] * 5
+from tests.test_dali import decoder_of, draws_for, needs_dali
+from tests.test_salvage import CPU, SETTINGS, rows_with, settings_of
 
 
 def test_dali_that_is_asked_for_and_missing_is_refused(
@@ -89,5 +21,65 @@ def test_dali_that_is_asked_for_and_missing_is_refused(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--data\.decoder torch"):
-        decoder_of("dali")
-    assert isinstance(decoder_of("auto"), TorchDecoder)
+        make_decoder(settings_of("dali"), batch_size=8, device=CPU)
+    assert isinstance(make_decoder(SETTINGS, batch_size=8, device=CPU), HostDecoder)
+
+
+def test_training_follows_the_epoch_and_evaluation_does_not() -> None:
+    rows = rows_with([jpeg(i, size=(80, 60)) for i in range(4)])
+    for train in (True, False):
+        settings = dataclasses.replace(SETTINGS, train=train)
+        decode = BatchDecoder(settings, num_rows=4, device=CPU)
+        seen = [decode(rows, epoch).images.clone() for epoch in (0, 1, 0)]
+        assert torch.equal(seen[0], seen[2])
+        assert torch.equal(seen[0], seen[1]) != train
+
+
+def test_memory_is_lent_again_only_when_nobody_looks_at_it() -> None:
+    decode = BatchDecoder(settings_of("torch"), num_rows=2, device=CPU)
+    rows = rows_with([jpeg(1, size=(80, 60))] * 2)
+    first = decode(rows, 0).images
+    view, address, kept = first[1:, :1], first.data_ptr(), first.clone()
+    second = decode(rows, 1).images
+    assert second.data_ptr() != address
+    del first
+    assert decode(rows, 2).images.data_ptr() not in (address, second.data_ptr())
+    assert torch.equal(view, kept[1:, :1])
+    del view
+    assert decode(rows, 3).images.data_ptr() == address
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_threads_do_every_place_once_and_raise(num_threads: int) -> None:
+    seen: list[int] = []
+    threads = Threads(num_threads)
+    threads.each(seen.append, num=50)
+    assert sorted(seen) == list(range(50))
+
+    def fail(at: int) -> None:
+        if at == 33:
+            raise KeyError(at)
+
+    with pytest.raises(KeyError, match="33"):
+        threads.each(fail, num=50)
+    threads.each(fail, num=20)
+
+
+@needs_dali
+@pytest.mark.gpu
+def test_a_gpu_gives_the_pixels_of_the_cpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from pipelines.ingest.dali import DaliDecoder
+
+    encoded = [jpeg(i, size=(80, 60)) for i in range(8)]
+    views = rows_with(encoded).views
+    for train in (True, False):
+        draws = draws_for(encoded, train=train, img_size=64)
+        data = dataclasses.replace(SETTINGS.data, deterministic=True)
+        settings = dataclasses.replace(SETTINGS, data=data, img_size=64, train=False)
+        decode = DaliDecoder(settings, batch_size=8, device=torch.device("cuda", 0))
+        found: Any = decode(views, draws).cpu().float()
+        wanted = decoder_of("graph")(encoded, draws).float()
+        assert (found - wanted).abs().mean() < 1
+        assert torch.equal(decode(views, draws).cpu().float(), found)

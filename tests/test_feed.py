@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.config import Data
+from pipelines.config import Augment, Data
 from pipelines.ingest.batch import Batch
-from pipelines.ingest.decoder import decode_rows
-from pipelines.ingest.feed import Rows, Shape, batches, geometry_of, rows_of
+from pipelines.ingest.decoder import BatchDecoder, Decoded
+from pipelines.ingest.draws import PixelSettings
+from pipelines.ingest.feed import Shape, batches
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.ingest.plan import EpochPlan, plan_epoch
-from pipelines.ingest.torch_decode import TorchDecoder
+from pipelines.ingest.rows import Rows, rows_of
 from tests.small_sets import worker_tables, write_set
 
 CPU = torch.device("cpu")
@@ -38,10 +41,21 @@ def plan_of(shards: ShardSet) -> EpochPlan:
     )
 
 
-def show_ids(rows: Rows, epoch: int) -> Tensor:
-    """Decode each row to its id, so that batches can be told apart."""
-    assert epoch == 1
-    return torch.from_numpy(rows.ids).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+@dataclass
+class ShowIds:
+    """Decode each row to its id, so that batches can be told apart; no id is -1."""
+
+    num_rows: int
+    last: int = -1
+
+    def __call__(self, rows: Rows, epoch: int) -> Decoded:
+        assert epoch == 1
+        weights = (np.arange(self.num_rows) < len(rows)).astype(np.float32)
+        ids = rows.ids if len(rows) else np.array([self.last])
+        self.last = int(ids[0])
+        ids = np.resize(ids, self.num_rows)
+        images = torch.from_numpy(ids).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        return Decoded(images=images, labels=ids % 3, weights=weights, bad=())
 
 
 def fed(
@@ -57,7 +71,7 @@ def fed(
                     units, shards=shards, num_workers=num_workers, worker=worker
                 ),
                 shape=shape,
-                decode=show_ids,
+                decode=ShowIds(shape.micro_rows),
                 device=CPU,
             )
         )
@@ -104,28 +118,6 @@ def test_weights_of_a_batch_sum_to_its_rows(shards: ShardSet) -> None:
     assert sums.tolist() == [12, 12, 12, 1]
 
 
-def test_filling_rows_copy_real_rows_in_turn_with_their_labels(
-    shards: ShardSet,
-) -> None:
-    for worker, of_worker in enumerate(fed(shards, num_workers=5, num_micro=1)):
-        for batch in of_worker:
-            ids, num_real = ids_of(batch), int(batch.weights.sum())
-            assert batch.weights.tolist() == [1.0] * num_real + [0.0] * (3 - num_real)
-            if num_real:
-                assert ids.tolist() == np.resize(ids[:num_real], 3).tolist()
-                assert (batch.labels.numpy() == ids % 3).all()
-            else:
-                # An empty share shows an image that this worker had before.
-                assert batch.index == 3
-                assert set(ids) <= set(ids_of(of_worker[-2]))
-                assert worker < 4
-
-
-def test_a_start_without_images_is_refused(shards: ShardSet) -> None:
-    with pytest.raises(ValueError, match="fewer workers"):
-        fed(shards, num_workers=2, num_micro=1, start_batch=3)
-
-
 def test_resuming_feeds_the_rest(shards: ShardSet) -> None:
     whole = fed(shards, num_workers=2, num_micro=2)
     rest = fed(shards, num_workers=2, num_micro=2, start_batch=2)
@@ -136,48 +128,71 @@ def test_resuming_feeds_the_rest(shards: ShardSet) -> None:
             assert (one.index, one.micro) == (other.index, other.micro)
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
+def pixels(
+    shards: ShardSet, *, num_workers: int, augment: Augment, decode_on: Any = "workers"
+) -> dict[tuple[int, int], Tensor]:
+    """Give every image of an epoch by row and repetition, as some workers see it."""
+    data = Data(train="t", val="v", batch_size=BATCH_SIZE, decode_on=decode_on)
+    settings = PixelSettings(
+        data=data, augment=augment, img_size=16, seed=9, train=True
+    )
+    plan = plan_epoch(
+        shards.groups,
+        batch_size=BATCH_SIZE,
+        shuffle_rows=24,
+        seed=3,
+        epoch=1,
+        num_repeats=augment.num_repeats,
+    )
+    found: dict[tuple[int, int], Tensor] = {}
+    num_rows = math.ceil(BATCH_SIZE / num_workers)
+    for worker in range(num_workers):
+        decode = BatchDecoder(settings, num_rows=num_rows, device=CPU)
+        for table in worker_tables(
+            plan.units(),
+            shards=shards,
+            num_workers=num_workers,
+            worker=worker,
+            decode=settings if decode_on == "readers" else None,
+        ):
+            rows, start = rows_of(table), 0
+            for size in table["share_rows"][0].as_py():
+                part = rows.cut(start, start + size)
+                start += size
+                images = decode(part, 1).images.clone()
+                names = zip(part.ids.tolist(), part.repeats.tolist(), strict=True)
+                found |= dict(zip(names, images, strict=False))
+    return found
+
+
+ALL = Augment(
+    interpolation="random",
+    auto_augment="rand-m9-mstd0.5-inc1",
+    re_prob=0.5,
+    num_repeats=2,
+)
+
+
+@pytest.mark.parametrize("num_workers", [2, 3, 4])
 def test_pixels_do_not_depend_on_the_number_of_workers(
     shards: ShardSet, num_workers: int
 ) -> None:
-    data = Data(train="t", val="v", batch_size=BATCH_SIZE)
-    decoder = TorchDecoder(
-        img_size=8, mean=data.mean, std=data.std, interpolation="bicubic", device=CPU
+    alone = pixels(shards, num_workers=1, augment=ALL)
+    together = pixels(shards, num_workers=num_workers, augment=ALL)
+    assert len(alone) == 36  # half of the set, rounded down, twice each
+    assert together.keys() == alone.keys()
+    assert all(torch.equal(together[name], alone[name]) for name in alone)
+    assert not any(
+        torch.equal(alone[row, 0], alone[row, 1]) for row, time in alone if time
     )
-    decode = decode_rows(decoder, data=data, img_size=8, seed=9, train=True)
-
-    def pixels(num_workers: int) -> dict[int, Tensor]:
-        found: dict[int, Tensor] = {}
-        for worker in range(num_workers):
-            tables = worker_tables(
-                plan_of(shards).units(),
-                shards=shards,
-                num_workers=num_workers,
-                worker=worker,
-            )
-            for table in tables:
-                rows = rows_of(table)
-                if rows.views:
-                    images = decode(rows, table["epoch"][0].as_py())
-                    found |= dict(zip(rows.ids.tolist(), images, strict=True))
-        return found
-
-    alone, together = pixels(1), pixels(num_workers)
-    assert sorted(together) == list(range(NUM_ROWS))
-    assert all(torch.equal(together[i], alone[i]) for i in alone)
 
 
-def test_evaluation_windows_are_the_whole_image(shards: ShardSet) -> None:
-    data = Data(train="t", val="v", batch_size=BATCH_SIZE)
-    tables = worker_tables(
-        plan_of(shards).units(), shards=shards, num_workers=1, worker=0
-    )
-    rows = rows_of(next(tables))
-    arguments = {"data": data, "img_size": 8, "seed": 0, "epoch": 1}
-    fixed = geometry_of(rows, **arguments, train=False)
-    assert (fixed.window == [12, 16]).all()
-    drawn = geometry_of(rows, **arguments, train=True)
-    assert len({tuple(window) for window in drawn.window.tolist()}) > 5
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_readers_decode_to_the_same_pixels(shards: ShardSet, num_workers: int) -> None:
+    here = pixels(shards, num_workers=num_workers, augment=ALL)
+    there = pixels(shards, num_workers=num_workers, augment=ALL, decode_on="readers")
+    assert there.keys() == here.keys()
+    assert all(torch.equal(there[name], here[name]) for name in here)
 
 
 def test_tables_are_let_go_of_when_they_are_fed(shards: ShardSet) -> None:
@@ -191,7 +206,7 @@ def test_tables_are_let_go_of_when_they_are_fed(shards: ShardSet) -> None:
             yield table
 
     shape = Shape(share_rows=12)
-    for _ in batches(counted(), shape=shape, decode=show_ids, device=CPU):
+    for _ in batches(counted(), shape=shape, decode=ShowIds(12), device=CPU):
         pass
     assert len(alive) == 16
     assert max(alive) < 1.5 * max(alive[:4])

@@ -28,8 +28,7 @@ def test_a_set_is_read_by_file_and_place(folder: Path) -> None:
     assert [Path(path).name for path in found.groups.paths] == [
         f"set-{number:05d}-of-00003.parquet" for number in range(3)
     ]
-    assert found.groups.file.tolist() == [0, 0, 2]
-    assert found.groups.place.tolist() == [0, 1, 0]
+    assert found.groups.num_groups.tolist() == [2, 0, 1]
     assert found.groups.num_rows.tolist() == [3, 4, 5]
     assert found.groups.total_rows == 12
 

@@ -18,16 +18,21 @@ from pipelines.checkpoint import (
 )
 from pipelines.ingest.batch import Batch
 from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.loop import NonFiniteLossError, TrainState, evaluate, train
+from pipelines.loop import (
+    BadImagesError,
+    NonFiniteLossError,
+    TrainState,
+    evaluate,
+    train,
+)
 from pipelines.mixing import smooth_targets, soft_cross_entropy
 from pipelines.optim import learning_rate
 from tests.small_runs import (
     CPU,
-    batches_of,
     settings_of,
     small_run,
     state_of,
-    stream_of,
+    supply_of,
     train_run,
 )
 from tests.small_sets import write_set
@@ -64,14 +69,17 @@ def batch_of(
     return Batch(images=images, labels=labels, weights=weights, **(given | place))
 
 
-def run_loop(state: TrainState, items: list[Batch], *, run: Any = RUN) -> list[dict]:
+def run_loop(
+    state: TrainState, items: list[Batch], *, run: Any = RUN, **callbacks: Any
+) -> list[dict]:
     logs: list[dict] = []
     train(
         state,
         items,
-        settings=settings_of(run, steps_per_epoch=10),
+        settings=settings_of(run, steps_per_epoch=10, images_per_epoch=100),
         on_log=lambda metrics, _: logs.append(dict(metrics)),
-        on_epoch_end=lambda _: None,
+        on_epoch_end=callbacks.pop("on_epoch_end", lambda _: None),
+        **callbacks,
     )
     return logs
 
@@ -234,17 +242,17 @@ def test_evaluation_counts_every_image_once_and_stops_at_the_epochs_end(
 ) -> None:
     run = small_run(shards.address)
     state = state_of(run)
-    stream = stream_of(run, shards=shards, train=False)
-    items = batches_of(run, stream=stream, train=False)
+    items = supply_of(run, shards=shards, train=False)
     settings = settings_of(run, steps_per_epoch=1)
     found = [evaluate(state.model, items, settings=settings) for _ in range(3)]
     assert not state.model.training
     assert found[0] == found[1] == found[2]
-    assert next(items, None) is None
-    again = stream_of(run, shards=shards, train=False)
+    assert next(iter(items), None) is None
+    items.close()
+    again = supply_of(run, shards=shards, train=False)
     losses, right = [], []
     with torch.no_grad():
-        for item in batches_of(run, stream=again, train=False):
+        for item in again:
             logits, real = state.model(item.images), item.weights == 1
             losses += nn.functional.cross_entropy(
                 logits[real], item.labels[real], reduction="none"
@@ -252,6 +260,7 @@ def test_evaluation_counts_every_image_once_and_stops_at_the_epochs_end(
             right += (logits.argmax(dim=1) == item.labels)[real].tolist()
             if item.ends_epoch:
                 break
+    again.close()
     assert len(losses) == NUM_ROWS == found[0]["num_images"]
     assert found[0]["loss"] == pytest.approx(sum(losses) / NUM_ROWS, rel=1e-5)
     assert found[0]["top1"] == pytest.approx(100 * sum(right) / NUM_ROWS)
@@ -291,3 +300,80 @@ def test_a_run_in_bfloat16_learns_too() -> None:
         logs = run_loop(state, items, run=run)
     assert logs[-1]["loss"] < 0.3 * logs[0]["loss"]
     assert {p.dtype for p in state.model.parameters()} == {torch.float32}
+
+
+def some_batches(num: int, **places: Any) -> list[Batch]:
+    images, labels = pictures(4)
+    return [
+        batch_of(images, labels, index=i, **({"ends_epoch": i == num - 1} | places))
+        for i in range(num)
+    ]
+
+
+def test_checkpoints_come_by_steps_and_not_twice_at_an_epochs_end() -> None:
+    run = dataclasses.replace(RUN, checkpoint_every_steps=3)
+    kept, ended = [], []
+    items = [*some_batches(6), *some_batches(5)]
+    run_loop(
+        state_of(run),
+        items,
+        run=run,
+        on_checkpoint=lambda state: kept.append(state.position),
+        on_epoch_end=lambda state: ended.append(state.position),
+    )
+    assert kept == [
+        Position(epoch=0, batch=3, step=3),
+        Position(epoch=1, batch=3, step=9),
+    ]
+    assert ended == [Position(epoch=1, step=6), Position(epoch=2, step=11)]
+
+
+def test_checkpoints_come_by_time_when_metrics_are_logged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = dataclasses.replace(RUN, checkpoint_every_minutes=1.0)  # logs every 2 steps
+    kept: list[int] = []
+    clock = {"now": 0.0}
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock["now"])
+
+    def slowly(items: list[Batch]) -> Iterator[Batch]:
+        for item in items:
+            clock["now"] += 25.0
+            yield item
+
+    run_loop(
+        state_of(run),
+        slowly(some_batches(12, ends_epoch=False)),  # pyright: ignore
+        run=run,
+        on_checkpoint=lambda state: kept.append(state.position.step),
+    )
+    # 100 s after the start and after every one: the first log past 60 s.
+    assert kept == [4, 8, 12]
+    never = dataclasses.replace(run, checkpoint_every_minutes=0.0)
+    run_loop(
+        state_of(never),
+        slowly(some_batches(6, ends_epoch=False)),  # pyright: ignore
+        run=never,
+        on_checkpoint=lambda state: kept.append(-1),
+    )
+    assert kept == [4, 8, 12]
+
+
+def test_bad_images_are_counted_by_epoch_and_stop_a_run_past_their_share() -> None:
+    images, labels = pictures(4)
+
+    def items(*bad: int) -> list[Batch]:
+        last = len(bad) - 1
+        return [
+            batch_of(
+                images, labels, num_bad=num, index=i, num_real=4, ends_epoch=i == last
+            )
+            for i, num in enumerate(bad)
+        ]
+
+    data = dataclasses.replace(RUN.data, max_bad_share=0.03)  # of 100 images
+    run = dataclasses.replace(RUN, data=data)
+    logs = run_loop(state_of(run), [*items(1, 0, 1, 1), *items(0, 1)], run=run)
+    assert [log["bad_images"] for log in logs] == [1, 3, 1]
+    with pytest.raises(BadImagesError, match=r"at most 3\.00% of 100 .* came 4"):
+        run_loop(state_of(run), items(1, 1, 1, 1, 0), run=run)

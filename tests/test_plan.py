@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -25,15 +26,10 @@ SETTINGS = st.fixed_dictionaries(
 
 
 def table(files: list[list[int]]) -> GroupTable:
-    rows = [
-        (file, at, num) for file, of in enumerate(files) for at, num in enumerate(of)
-    ]
-    columns = np.array(rows, dtype=np.int32).reshape(-1, 3)
     return GroupTable(
         paths=tuple(f"{file:03d}.parquet" for file in range(len(files))),
-        file=columns[:, 0],
-        place=columns[:, 1],
-        num_rows=columns[:, 2],
+        num_groups=np.array([len(of_file) for of_file in files], dtype=np.int32),
+        num_rows=np.array([num for of_file in files for num in of_file], np.int32),
     )
 
 
@@ -62,14 +58,14 @@ def test_every_row_comes_once_and_resuming_gives_the_rest(
     groups = table(files)
     plan = plan_epoch(groups, **arguments)
     found = batches_of(plan)
-    assert list(found) == list(range(plan.num_batches))
+    assert list(found) == list(range(plan.shape.num_batches))
     ids = [i for batch in found.values() for i in batch]
     assert sorted(ids) == list(range(groups.total_rows))
     if not arguments["shuffle"]:
         assert ids == sorted(ids)
     sizes = [len(batch) for batch in found.values()]
-    assert sizes[:-1] == [arguments["batch_size"]] * (plan.num_batches - 1)
-    start = round(resume * plan.num_batches)
+    assert sizes[:-1] == [arguments["batch_size"]] * (plan.shape.num_batches - 1)
+    start = round(resume * plan.shape.num_batches)
     rest = {number: batch for number, batch in found.items() if number >= start}
     assert batches_of(plan, start_batch=start) == rest
 
@@ -88,7 +84,7 @@ def test_units_are_whole_batches_of_rows_that_their_groups_have(
     }
     for index, unit in enumerate(units):
         assert unit == plan.unit(index)
-        assert unit.first_batch * unit.batch_size == index * plan.unit_rows
+        assert unit.first_batch * unit.batch_size == index * plan.shape.unit_rows
         assert unit.ends_epoch == (index == len(units) - 1)
         assert sum(s.stop - s.start for s in unit.slices) == unit.num_rows
         for piece in unit.slices:
@@ -135,7 +131,7 @@ def test_rows_are_shuffled_within_their_unit_only() -> None:
 
 def test_a_group_that_straddles_a_bound_is_read_by_both_units() -> None:
     plan = plan_epoch(table([[7, 7, 7]]), batch_size=5, shuffle_rows=6, shuffle=False)
-    assert plan.unit_rows == 10
+    assert plan.shape.unit_rows == 10
     pieces = [[(s.place, s.start, s.stop) for s in u.slices] for u in plan.units()]
     assert pieces == [[(0, 0, 7), (1, 0, 3)], [(1, 3, 7), (2, 0, 6)], [(2, 6, 7)]]
 
@@ -151,20 +147,41 @@ def test_a_plan_of_billions_of_rows_holds_a_few_numbers_a_group() -> None:
     num_groups = num_files * per_file
     groups = GroupTable(
         paths=tuple(f"{number:06d}" for number in range(num_files)),
-        file=np.repeat(np.arange(num_files, dtype=np.int32), per_file),
-        place=np.tile(np.arange(per_file, dtype=np.int32), num_files),
+        num_groups=np.full(num_files, per_file, dtype=np.int32),
         num_rows=np.full(num_groups, rows, dtype=np.int32),
     )
     plan = plan_epoch(groups, batch_size=1024, shuffle_rows=20_480, seed=1)
-    assert plan.num_rows == 5 * 10**9
+    shape = plan.shape
+    assert shape.num_rows == 5 * 10**9
     arrays = [value for value in vars(plan).values() if isinstance(value, np.ndarray)]
-    assert sum(array.nbytes for array in arrays) == 3 * 8 * num_groups
-    last = plan.unit(plan.num_units - 1)
+    assert sum(array.nbytes for array in arrays) == (4 + 8) * num_groups
+    last = plan.unit(shape.num_units - 1)
     assert last.ends_epoch
-    assert plan.unit_rows * (plan.num_units - 1) + last.num_rows == 5 * 10**9
+    assert shape.unit_rows * (shape.num_units - 1) + last.num_rows == 5 * 10**9
     for unit in (plan.unit(0), plan.unit(123_456), last):
         assert len(unit.slices) <= 20_480 // rows + 2
         assert len(set(ids_of(unit))) == unit.num_rows
-    assert max(s.first_id for s in plan.unit(123_456).slices) < 5 * 10**9
     # Ids of so many rows do not fit 32 bits.
-    assert int(plan.first_ids[-1]) == 5 * 10**9 - rows
+    assert groups.slice_of(num_groups - 1).first_id == 5 * 10**9 - rows
+    assert groups.path_of(5 * 10**9 - 1) == "099999"
+    assert groups.path_of(0) == "000000"
+
+
+def test_a_plan_of_a_billion_rows_fits_half_a_gigabyte() -> None:
+    """10^5 shards of 157 groups of 64 rows; traced, NumPy's memory included."""
+    num_files, per_file = 100_000, 157
+    groups = GroupTable(
+        paths=tuple(f"train-{n:06d}-of-100000.parquet" for n in range(num_files)),
+        num_groups=np.full(num_files, per_file, dtype=np.int32),
+        num_rows=np.full(num_files * per_file, 64, dtype=np.int32),
+    )
+    tracemalloc.start()
+    try:
+        plan = plan_epoch(groups, batch_size=4096, shuffle_rows=65_536, seed=1)
+        units = [plan.unit(at) for at in range(50)]
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert groups.total_rows > 10**9
+    assert sum(unit.num_rows for unit in units) == 50 * 65_536
+    assert peak_bytes + groups.num_rows.nbytes < 500 * 2**20

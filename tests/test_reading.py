@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.ingest import reading
-from pipelines.ingest.feed import image_views, rows_of
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.ingest.plan import EpochPlan, plan_epoch
 from pipelines.ingest.reading import read_rows, share_tables
-from tests.small_sets import jpeg, worker_tables, write_set
+from pipelines.ingest.rows import image_views, rows_of
+from tests.small_sets import jpeg, reading_of, worker_tables, write_set
 
 GROUPS = [[5, 9], [7], [], [1, 11, 4]]
 NUM_ROWS = 37
@@ -65,10 +65,10 @@ def test_rows_come_in_the_order_of_the_plan_with_their_own_ids(
 ) -> None:
     seen = []
     for unit in plan_of(shards).units():
-        rows = read_rows(unit, address=shards.address, num_classes=3)
+        rows = read_rows(unit, reading=reading_of(shards))
         ids = rows["row_id"].to_pylist()
         planned = [np.arange(s.start, s.stop) + s.first_id for s in unit.slices]
-        assert ids == np.concatenate(planned)[unit.order()].tolist()
+        assert ids == np.concatenate(planned).tolist()
         assert rows["key"].to_pylist() == [f"k{i}" for i in ids]
         assert rows["label"].to_pylist() == [i % 3 for i in ids]
         assert rows["image"].to_pylist() == [jpeg(i) for i in ids]
@@ -96,13 +96,49 @@ def test_a_batch_holds_the_same_rows_at_any_number_of_workers(
     assert rest == {number: alone[number] for number in (3, 4)}
 
 
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 5])
+def test_repeats_come_in_one_batch_and_a_pass_takes_as_many_epochs(
+    shards: ShardSet, num_workers: int
+) -> None:
+    """Three epochs of batches of four images, each three times, make the set."""
+    seen: list[int] = []
+    for epoch in range(3):
+        plan = plan_epoch(
+            shards.groups,
+            batch_size=12,
+            shuffle_rows=24,
+            seed=3,
+            epoch=epoch,
+            num_repeats=3,
+        )
+        batches: dict[int, list[tuple[int, int]]] = {}
+        for worker in range(num_workers):
+            for table in worker_tables(
+                plan.units(), shards=shards, num_workers=num_workers, worker=worker
+            ):
+                rows, start = rows_of(table), 0
+                for at, size in enumerate(table["share_rows"][0].as_py()):
+                    part = rows.cut(start, start + size)
+                    start += size
+                    pairs = zip(part.ids.tolist(), part.repeats.tolist(), strict=True)
+                    number = table["first_batch"][0].as_py() + at
+                    batches.setdefault(number, []).extend(pairs)
+                    keys = [f"k{i}" for i in part.ids]
+                    assert part.keys.to_pylist() == keys
+        assert len(batches) == plan.shape.num_batches == 4 if epoch == 0 else 3
+        for pairs in batches.values():
+            ids = sorted({row for row, _ in pairs})
+            assert sorted(pairs) == [(row, time) for row in ids for time in range(3)]
+            seen += ids
+        assert all(len(batches[number]) == 12 for number in range(3))
+    assert sorted(seen) == list(range(NUM_ROWS))
+
+
 def test_shares_of_a_batch_differ_by_one_row_at_most(shards: ShardSet) -> None:
     units = list(plan_of(shards).units())
     shares, tables = np.zeros((7, 1)), []
     for unit in units:
-        tables = list(
-            share_tables(unit, address=shards.address, num_classes=3, num_workers=7)
-        )
+        tables = list(share_tables(unit, reading=reading_of(shards, num_workers=7)))
         assert len(tables) == 7
         shares = np.array([table["share_rows"][0].as_py() for table in tables])
         assert (shares.max(axis=0) - shares.min(axis=0) <= 1).all()
@@ -122,11 +158,10 @@ def test_a_unit_becomes_tables_within_a_size(
     plan = plan_of(shards, shuffle_rows=100)
     whole = batch_ids(plan, shards=shards, num_workers=2)
     unit = plan.unit(0)
-    rows = read_rows(unit, address=shards.address, num_classes=3)
-    share_bytes = rows.nbytes // 5 // 2
-    monkeypatch.setattr(reading, "_MAX_SHARE_BYTES", int(2.5 * share_bytes))
-    arguments = {"address": shards.address, "num_classes": 3, "num_workers": 2}
-    tables = list(share_tables(unit, **arguments))
+    images = read_rows(unit, reading=reading_of(shards))["image"].to_pylist()
+    share_bytes = sum(map(len, images)) // 5 // 2
+    monkeypatch.setattr(reading, "MAX_SHARE_BYTES", int(2.5 * share_bytes))
+    tables = list(share_tables(unit, reading=reading_of(shards, num_workers=2)))
     sizes = [len(table["share_rows"][0]) for table in tables]
     assert sizes == [2, 2, 2, 2, 1, 1]
     assert [t["ends_epoch"][0].as_py() for t in tables] == [False] * 4 + [True] * 2
@@ -135,8 +170,7 @@ def test_a_unit_becomes_tables_within_a_size(
 
 def test_views_lie_in_the_tables_own_memory(shards: ShardSet) -> None:
     unit = plan_of(shards).unit(0)
-    arguments = {"address": shards.address, "num_classes": 3, "num_workers": 2}
-    sent = list(share_tables(unit, **arguments))[1]
+    sent = list(share_tables(unit, reading=reading_of(shards, num_workers=2)))[1]
     # As it arrives: out of a buffer that another process wrote.
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, sent.schema) as writer:

@@ -18,23 +18,29 @@ from pipelines.checkpoint import (
     read_manifest,
     save_checkpoint,
 )
+from pipelines.config import Augment
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.loop import TrainState, evaluate
 from tests.small_runs import (
     PLAIN_VIT,
     SO_VIT,
-    batches_of,
     plain,
     settings_of,
     small_run,
     state_of,
-    stream_of,
+    supply_of,
     train_as_worker,
     train_run,
 )
 from tests.small_sets import write_set
 
 NUM_ROWS = 37
+AUGMENT = Augment(
+    crop_scale=(0.5, 1.0),
+    interpolation="random",
+    auto_augment="rand-m9-mstd0.5-inc1",
+    re_prob=0.5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +51,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 @pytest.mark.parametrize("model", [PLAIN_VIT, SO_VIT], ids=["plain", "so_vit"])
 @pytest.mark.parametrize("num_accumulation", [1, 2])
+@pytest.mark.parametrize("step", [4, 6], ids=["epoch's end", "mid-epoch"])
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
-    shards: ShardSet, tmp_path: Path, model: Any, num_accumulation: int
+    shards: ShardSet, tmp_path: Path, model: Any, num_accumulation: int, step: int
 ) -> None:
     run = small_run(
         shards.address,
@@ -56,9 +63,10 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
         ema_decay=0.9,
         num_accumulation=num_accumulation,
     )
+    run = dataclasses.replace(run, augment=AUGMENT, checkpoint_every_steps=2)
 
     def keep(state: TrainState) -> None:
-        folder = tmp_path / str(state.position.epoch)
+        folder = tmp_path / str(state.position.step)
         folder.mkdir()
         assert state.ema is not None
         save_checkpoint(
@@ -73,10 +81,13 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
         )
 
     whole = state_of(run)
-    logs = train_run(run, shards=shards, state=whole, on_epoch_end=keep)
+    logs = train_run(
+        run, shards=shards, state=whole, on_epoch_end=keep, on_checkpoint=keep
+    )
     resumed = state_of(run, seed=77)
-    folder = tmp_path / "1"
+    folder = tmp_path / str(step)
     resumed.position = read_manifest(folder).position
+    assert resumed.position == Position(epoch=1, batch=step - 4, step=step)
     assert resumed.ema is not None
     assert whole.ema is not None
     load_weights(resumed.model, folder)
@@ -85,7 +96,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
     torch.manual_seed(12345)  # what a new process has drawn must not matter
     rest = train_run(run, shards=shards, state=resumed)
     assert resumed.position == whole.position == Position(epoch=3, batch=0, step=12)
-    assert [log["loss"] for log in rest] == [log["loss"] for log in logs[2:]]
+    assert [log["loss"] for log in rest] == [log["loss"] for log in logs[step // 2 :]]
     for ours, theirs in (
         (resumed.model, whole.model),
         (resumed.ema.module, whole.ema.module),
@@ -129,12 +140,11 @@ def test_two_workers_learn_what_one_learns(shards: ShardSet, tmp_path: Path) -> 
     )
     alone = state_of(run)
     logs = train_run(run, shards=shards, state=alone)
-    stream = stream_of(run, shards=shards, train=False)
+    supply = supply_of(run, shards=shards, train=False)
     held_out = evaluate(
-        alone.model,
-        batches_of(run, stream=stream, train=False),
-        settings=settings_of(run, steps_per_epoch=1),
+        alone.model, supply, settings=settings_of(run, steps_per_epoch=1)
     )
+    supply.close()
     assert held_out["num_images"] == NUM_ROWS
     for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)

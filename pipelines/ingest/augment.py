@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -20,7 +21,8 @@ _NUM_TRIES = 10
 class Geometry:
     """Say for each image of a batch what is cut, how it is resized, what is kept.
 
-    All arrays are int64 of shape (n, 2), height first, but `flip`, bool of shape (n,).
+    All arrays are int64 of shape (n, 2), height first, but `bicubic` and `flip`, bool
+    of shape (n,).
     """
 
     start: np.ndarray
@@ -29,6 +31,8 @@ class Geometry:
     """Height and width of that window."""
     resized: np.ndarray
     """Height and width that the window is resized to."""
+    bicubic: np.ndarray
+    """Whether it is resized so, else bilinearly; antialiased both."""
     crop: np.ndarray
     """Top left corner of the final square in the resized window."""
     flip: np.ndarray
@@ -45,6 +49,7 @@ def random_resized_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     hflip: float,
+    interpolation: Literal["bilinear", "bicubic", "random"],
 ) -> Geometry:
     """Draw the windows of training: Inception's random resized crop, as torchvision's.
 
@@ -53,7 +58,8 @@ def random_resized_crop(
     window within `ratio`.
 
     Args:
-        ids: int64 of shape (n,): sample ids that the draws depend on.
+        ids: int64 of shape (n,): draw ids, a number for each image and repetition.
+        interpolation: random tosses a coin for each image, as timm does.
     """
     draws = uniform(ids, key=key(seed, epoch, Purpose.CROP), num_draws=4 * _NUM_TRIES)
     area_draw, ratio_draw, top, left = np.moveaxis(
@@ -76,10 +82,13 @@ def random_resized_crop(
     window[none_fits] = _largest_window(size[none_fits], ratio=ratio)
     start[none_fits] = (size[none_fits] - window[none_fits]) // 2
     flip = uniform(ids, key=key(seed, epoch, Purpose.FLIP))[:, 0] < hflip
+    coin = uniform(ids, key=key(seed, epoch, Purpose.INTERPOLATION))[:, 0]
+    share = {"bilinear": 0.0, "random": 0.5, "bicubic": 1.0}[interpolation]
     return Geometry(
         start=start,
         window=window,
         resized=np.full_like(window, img_size),
+        bicubic=coin < share,
         crop=np.zeros_like(window),
         flip=flip,
     )
@@ -95,7 +104,12 @@ def _largest_window(size: np.ndarray, *, ratio: tuple[float, float]) -> np.ndarr
 
 
 def center_crop(
-    *, heights: np.ndarray, widths: np.ndarray, img_size: int, crop_pct: float
+    *,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    img_size: int,
+    crop_pct: float,
+    interpolation: Literal["bilinear", "bicubic"],
 ) -> Geometry:
     """Give the windows of evaluation: short side to img_size / crop_pct, centre crop.
 
@@ -111,6 +125,7 @@ def center_crop(
         start=np.zeros_like(size),
         window=size,
         resized=resized,
+        bicubic=np.full(len(size), interpolation == "bicubic"),
         crop=np.rint((resized - img_size) / 2).astype(np.int64),
         flip=np.zeros(len(size), dtype=bool),
     )

@@ -8,6 +8,16 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
+class BadImage:
+    """Name an image that could not be decoded."""
+
+    row_id: int
+    """Place of its row in the set."""
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Hold one micro-batch of one worker on its device."""
 
@@ -17,6 +27,8 @@ class Batch:
     """int64 (B,)."""
     weights: Tensor
     """float32 (B,): 1 for an image, 0 for a row that only fills the shape."""
+    num_bad: int = 0
+    """Images of these rows that could not be decoded; their weight is 0."""
     epoch: int
     index: int
     """Number of the global batch within the epoch."""

@@ -1,26 +1,44 @@
-"""Choose and build a worker's decoder."""
+"""Make a worker's images of rows: draw, decode, fill, normalise, erase."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.config import Data
-from pipelines.ingest.feed import Decoder, Rows, geometry_of
-from pipelines.ingest.torch_decode import TorchDecoder, find_damaged
+from pipelines.ingest.batch import BadImage
+from pipelines.ingest.draws import PixelSettings, draw
+from pipelines.ingest.finish import Finisher
+from pipelines.ingest.host import HostDecoder
+from pipelines.ingest.rows import Rows
+from pipelines.ingest.salvage import PixelDecoder, SafeDecoder, Salvaged
+from pipelines.ingest.torch_decode import PillowWindows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """Hold a micro-batch of one shape, its rows beyond the good ones filled."""
+
+    images: Tensor
+    """float32 (num_rows, 3, H, W), channels last."""
+    labels: np.ndarray
+    weights: np.ndarray
+    """float32 (num_rows,): 1 where a row was decoded, else 0."""
+    bad: tuple[BadImage, ...]
 
 
 def make_decoder(
-    data: Data, *, img_size: int, batch_size: int, train: bool, device: torch.device
-) -> Decoder:
-    """Build DALI's decoder where it is wanted and installed, else the torch one.
+    settings: PixelSettings, *, batch_size: int, device: torch.device
+) -> PixelDecoder:
+    """Build DALI's decoder where it is wanted and installed, else Pillow's.
 
     Raises ValueError where DALI is asked for by name and is not installed.
     """
-    interpolation = data.train_interpolation if train else data.eval_interpolation
+    data = settings.data
     # find_spec imports the parent package, which may itself be missing.
     has_nvidia = importlib.util.find_spec("nvidia") is not None
     has_dali = has_nvidia and importlib.util.find_spec("nvidia.dali") is not None
@@ -30,48 +48,111 @@ def make_decoder(
             "'train' on Linux or set --data.decoder torch"
         )
     if data.decoder == "torch" or not has_dali:
-        return TorchDecoder(
-            img_size=img_size,
-            mean=data.mean,
-            std=data.std,
-            interpolation=interpolation,
-            device=device,
-        )
-    from pipelines.ingest.dali import DaliDecoder
+        windows = PillowWindows()
+    else:
+        from pipelines.ingest.dali import DaliDecoder, DaliWindows
 
-    return DaliDecoder(
-        batch_size=batch_size,
-        img_size=img_size,
-        mean=data.mean,
-        std=data.std,
-        interpolation=interpolation,
-        device=device,
+        if device.type == "cuda":
+            return DaliDecoder(settings, batch_size=batch_size, device=device)
+        windows = DaliWindows(
+            batch_size=batch_size, num_threads=data.num_decode_threads
+        )
+    return HostDecoder(
+        windows,
+        img_size=settings.img_size,
+        fill=settings.fill,
         num_threads=data.num_decode_threads,
     )
 
 
-def decode_rows(
-    decoder: Decoder, *, data: Data, img_size: int, seed: int, train: bool
-) -> Callable[[Rows, int], Tensor]:
-    """Bind a decoder to its windows: rows of an epoch go in, images come out.
+class BatchDecoder:
+    """Make normalised images of rows, all batches of one shape.
 
-    The result raises ValueError, naming the image, where one can't be decoded.
+    Rows that fill the shape, and those whose image is bad, repeat the good ones with
+    their labels: real pixels keep BatchNorm's statistics. Their weight is 0.
+
+    Args:
+        num_rows: Rows of every batch that comes out.
+        on_bad: Is told of bad images as they are met, in every epoch again.
     """
 
-    def decode(rows: Rows, epoch: int) -> Tensor:
-        geometry = geometry_of(
-            rows, data=data, img_size=img_size, seed=seed, epoch=epoch, train=train
+    def __init__(
+        self,
+        settings: PixelSettings,
+        *,
+        num_rows: int,
+        device: torch.device,
+        on_bad: Callable[[tuple[BadImage, ...]], None] = lambda bad: None,
+    ) -> None:
+        self._settings = settings
+        self._num_rows = num_rows
+        self._on_bad = on_bad
+        # Where the readers decode there is nothing left to decode.
+        self._decode = (
+            SafeDecoder(make_decoder(settings, batch_size=num_rows, device=device))
+            if settings.data.decode_on == "workers"
+            else None
         )
-        try:
-            return decoder(rows.views, geometry)
-        except Exception as error:
-            found = find_damaged(rows.views)
-            if found is None:  # the images are whole: memory, a driver
-                raise
-            raise ValueError(
-                f"wanted an image that can be decoded, came {rows.keys[found]}, row "
-                f"{rows.ids[found]} of the set; write the shards again with "
-                "sovit-shards, which leaves such images out"
-            ) from error
+        self._finish = Finisher(
+            settings, device=device, num_threads=settings.data.num_decode_threads
+        )
+        # What a share without a good image shows: the last one, or grey.
+        size = settings.img_size
+        self._last = torch.tensor(settings.fill, dtype=torch.uint8, device=device)
+        self._last = self._last.expand(1, size, size, 3)
 
-    return decode
+    def __call__(self, rows: Rows, epoch: int) -> Decoded:
+        """Decode some rows of an epoch."""
+        draws = draw(rows, settings=self._settings, epoch=epoch)
+        found = (
+            pixels_of(rows, img_size=self._settings.img_size)
+            if self._decode is None
+            else self._decode(rows, draws)
+        )
+        bad = tuple(
+            BadImage(
+                row_id=int(rows.ids[at]), key=str(rows.keys[at].as_py()), reason=reason
+            )
+            for at, reason in found.reasons.items()
+        )
+        if bad:
+            self._on_bad(bad)
+        pixels, sources = self._filled(found)
+        labels = np.concatenate([rows.labels, [0]])[sources]
+        weights = np.zeros(self._num_rows, np.float32)
+        weights[found.good] = 1
+        if not found.good:
+            draws = replace(draws, boxes=None)
+        elif draws.boxes is not None:
+            draws = draws.take(sources)
+        return Decoded(
+            images=self._finish(pixels, draws), labels=labels, weights=weights, bad=bad
+        )
+
+    def _filled(self, found: Salvaged) -> tuple[Tensor, list[int]]:
+        """Give pixels of the whole shape, and which row each shows; -1 for none."""
+        if found.pixels is None:
+            shape = (self._num_rows, -1, -1, -1)
+            return self._last.expand(shape), [-1] * self._num_rows
+        self._last = found.pixels[:1].clone()
+        if len(found.good) == self._num_rows:
+            return found.pixels, found.good
+        places = np.arange(self._num_rows) % len(found.good)
+        # A good row stays at its own place.
+        places[found.good] = np.arange(len(found.good))
+        pixels = found.pixels[torch.from_numpy(places).to(found.pixels.device)]
+        return pixels, [found.good[place] for place in places]
+
+
+def pixels_of(rows: Rows, *, img_size: int) -> Salvaged:
+    """Take pixels that the readers decoded out of the rows."""
+    assert rows.reasons is not None
+    said = rows.reasons.to_pylist()
+    good = [at for at in range(len(rows)) if not said[at]]
+    shape = (img_size, img_size, 3)
+    pixels = [rows.views[at].reshape(shape) for at in good]
+    return Salvaged(
+        pixels=torch.from_numpy(np.stack(pixels)) if good else None,
+        good=good,
+        reasons={at: reason for at, reason in enumerate(said) if reason},
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -160,12 +161,10 @@ def _labels(filesystem: pafs.FileSystem, path: str) -> pa.ChunkedArray:
 
 
 def _group_table(paths: tuple[str, ...], *, rows: Sequence[list[int]]) -> GroupTable:
-    num_groups = [len(of_file) for of_file in rows]
     return GroupTable(
         paths=paths,
-        file=np.repeat(np.arange(len(rows), dtype=np.int32), num_groups),
-        place=np.concatenate([np.arange(num, dtype=np.int32) for num in num_groups]),
-        num_rows=np.array([num for of_file in rows for num in of_file], dtype=np.int32),
+        num_groups=np.array([len(of_file) for of_file in rows], dtype=np.int32),
+        num_rows=np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32),
     )
 
 

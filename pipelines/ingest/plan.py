@@ -5,10 +5,16 @@ row groups gives a sequence of rows; it is cut into units of `unit_rows`, and th
 of a unit are shuffled among each other. Unit bounds are batch bounds, so the n-th
 batch of an epoch holds the same rows at any number of workers, and "how far" is one
 number. A row group that straddles a bound is read by both units, each taking its part.
+
+With repeated augmentation a batch holds fewer rows, each several times, and an epoch
+its part of the sequence: the whole passes once in `num_repeats` epochs. Rows are
+counted without their repetitions here.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,21 +26,50 @@ from pipelines.hashing import Purpose, key, seeded_order
 
 @dataclass(frozen=True, kw_only=True)
 class GroupTable:
-    """List the row groups of a shard set, by file and then by place in the file."""
+    """List the row groups of a shard set, by file and then by place in the file.
+
+    Small enough for 10^9 rows: four bytes a group, and a few numbers a file.
+    """
 
     paths: tuple[str, ...]
     """Files of the set, sorted."""
-    file: np.ndarray
-    """int32 (num_groups,): which file."""
-    place: np.ndarray
-    """int32 (num_groups,): which row group of that file."""
+    num_groups: np.ndarray
+    """int32 (num_files,): row groups of each file."""
     num_rows: np.ndarray
     """int32 (num_groups,)."""
 
     @property
     def total_rows(self) -> int:
         """Count the rows of the set."""
-        return int(self.num_rows.sum(dtype=np.int64))
+        return int(self._first_rows[-1])
+
+    @functools.cached_property
+    def _first_groups(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.num_groups, dtype=np.int64)])
+
+    @functools.cached_property
+    def _first_rows(self) -> np.ndarray:
+        bounds = itertools.pairwise(self._first_groups.tolist())
+        rows = [int(self.num_rows[a:b].sum(dtype=np.int64)) for a, b in bounds]
+        return np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+
+    def slice_of(self, group: int, *, start: int = 0, stop: int | None = None) -> Slice:
+        """Name rows `start` to `stop` of one group; all of them by default."""
+        file = int(np.searchsorted(self._first_groups, group, side="right")) - 1
+        first_group = int(self._first_groups[file])
+        before = int(self.num_rows[first_group:group].sum(dtype=np.int64))
+        return Slice(
+            path=self.paths[file],
+            place=group - first_group,
+            start=start,
+            stop=int(self.num_rows[group]) if stop is None else stop,
+            first_id=int(self._first_rows[file]) + before,
+        )
+
+    def path_of(self, row_id: int) -> str:
+        """Name the file that holds a row."""
+        file = int(np.searchsorted(self._first_rows, row_id, side="right")) - 1
+        return self.paths[file]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +99,8 @@ class Unit:
     ends_epoch: bool
     start_batch: int = 0
     """Batches of the epoch before this one are left out: they were trained on."""
+    num_repeats: int = 1
+    """Times that each row comes in its batch."""
 
     @property
     def num_batches(self) -> int:
@@ -78,26 +115,17 @@ class Unit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochPlan:
-    """Hold one epoch's order; cheap to build, units are worked out when asked for."""
+class EpochShape:
+    """Count what an epoch consists of; needs no footers but their number of rows."""
 
-    groups: GroupTable
-    order: np.ndarray
-    """int64 (num_groups,): row groups in reading order."""
-    ends: np.ndarray
-    """int64 (num_groups,): rows up to and including each group, in reading order."""
-    first_ids: np.ndarray
-    """int64 (num_groups,): id of each group's first row, by group."""
+    epoch: int
+    first_row: int
+    """Where the epoch's part of the sequence of rows begins."""
+    num_rows: int
     unit_rows: int
     batch_size: int
-    row_key: int | None
-    """Key of the shuffle within units; None keeps the order of the files."""
-    epoch: int
-
-    @property
-    def num_rows(self) -> int:
-        """Count the rows of the epoch."""
-        return int(self.ends[-1])
+    """Rows of a batch, without their repetitions."""
+    num_repeats: int
 
     @property
     def num_batches(self) -> int:
@@ -114,24 +142,79 @@ class EpochPlan:
         """Count the batches of every unit but the last."""
         return self.unit_rows // self.batch_size
 
+
+def epoch_shape(
+    total_rows: int,
+    *,
+    batch_size: int,
+    shuffle_rows: int,
+    epoch: int = 0,
+    num_repeats: int = 1,
+) -> EpochShape:
+    """Work out an epoch's counts; arguments as for `plan_epoch`.
+
+    Raises ValueError where there are not enough rows.
+    """
+    if total_rows < 1:
+        raise ValueError("wanted a shard set with rows, came one with none")
+    if total_rows < num_repeats:
+        raise ValueError(
+            f"wanted at least {num_repeats} images, one for each epoch in which a part "
+            f"of them comes, came {total_rows}; lower --augment.num-repeats"
+        )
+    part = epoch % num_repeats
+    # Rounded up, so that epoch 0 is the longest of a pass: it gives the step count.
+    first_row, stop = (
+        -(-total_rows * bound // num_repeats) for bound in (part, part + 1)
+    )
+    return EpochShape(
+        epoch=epoch,
+        first_row=first_row,
+        num_rows=stop - first_row,
+        unit_rows=math.ceil(shuffle_rows / batch_size) * (batch_size // num_repeats),
+        batch_size=batch_size // num_repeats,
+        num_repeats=num_repeats,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochPlan:
+    """Hold one epoch's order; cheap to build, units are worked out when asked for."""
+
+    shape: EpochShape
+    groups: GroupTable
+    order: np.ndarray
+    """uint32 (num_groups,): row groups in reading order."""
+    ends: np.ndarray
+    """int64 (num_groups,): rows up to and including each group, in reading order."""
+    row_key: int | None
+    """Key of the shuffle within units; None keeps the order of the files."""
+
     def unit(self, index: int, *, start_batch: int = 0) -> Unit:
         """Work out one read unit."""
-        start = index * self.unit_rows
-        stop = min(start + self.unit_rows, self.num_rows)
+        shape = self.shape
+        start = index * shape.unit_rows
+        stop = min(start + shape.unit_rows, shape.num_rows)
         return Unit(
-            epoch=self.epoch,
-            first_batch=start // self.batch_size,
-            batch_size=self.batch_size,
+            epoch=shape.epoch,
+            first_batch=start // shape.batch_size,
+            batch_size=shape.batch_size,
             num_rows=stop - start,
-            slices=tuple(self._slices(start, stop)),
+            slices=tuple(self._slices(shape.first_row + start, shape.first_row + stop)),
             row_key=None if self.row_key is None else key(self.row_key, index),
-            ends_epoch=stop == self.num_rows,
+            ends_epoch=stop == shape.num_rows,
             start_batch=start_batch,
+            num_repeats=shape.num_repeats,
         )
 
-    def units(self, *, start_batch: int = 0) -> Iterator[Unit]:
-        """Yield the units that hold batches from `start_batch` on."""
-        for index in range(start_batch // self.batches_per_unit, self.num_units):
+    def units(
+        self, *, start_batch: int = 0, places: range | None = None
+    ) -> Iterator[Unit]:
+        """Yield units that hold batches from `start_batch` on: all, or some places."""
+        if places is None:
+            first = start_batch // self.shape.batches_per_unit
+            places = range(first, self.shape.num_units)
+        for index in places:
             yield self.unit(index, start_batch=start_batch)
 
     def _slices(self, start: int, stop: int) -> Iterator[Slice]:
@@ -140,12 +223,10 @@ class EpochPlan:
         for at in range(first, last + 1):
             group = int(self.order[at])
             begin = int(self.ends[at]) - int(self.groups.num_rows[group])
-            yield Slice(
-                path=self.groups.paths[self.groups.file[group]],
-                place=int(self.groups.place[group]),
+            yield self.groups.slice_of(
+                group,
                 start=max(start - begin, 0),
                 stop=min(stop, int(self.ends[at])) - begin,
-                first_id=int(self.first_ids[group]),
             )
 
 
@@ -157,31 +238,35 @@ def plan_epoch(
     seed: int = 0,
     epoch: int = 0,
     shuffle: bool = True,
+    num_repeats: int = 1,
 ) -> EpochPlan:
     """Plan an epoch; the same arguments give the same plan on every machine.
 
     Args:
+        batch_size: Images of a batch, repetitions included.
         shuffle_rows: Rows shuffled among each other, rounded up to whole batches.
         shuffle: False reads the files in order, for evaluation.
+        num_repeats: Times that a row comes in its batch (Hoffer et al., 2020). timm
+            draws a part of the rows anew each epoch; here the parts of `num_repeats`
+            epochs are disjoint and make the whole set.
     """
-    num_groups = len(groups.num_rows)
-    if num_groups == 0 or groups.total_rows == 0:
-        raise ValueError("wanted a shard set with rows, came one with none")
-    order = (
-        seeded_order(num_groups, key=key(seed, epoch, Purpose.GROUPS))
-        if shuffle
-        else np.arange(num_groups)
+    shape = epoch_shape(
+        groups.total_rows,
+        batch_size=batch_size,
+        shuffle_rows=shuffle_rows,
+        epoch=epoch,
+        num_repeats=num_repeats,
     )
-    rows = groups.num_rows.astype(np.int64)
+    num_groups = len(groups.num_rows)
+    group_key = key(seed, epoch // num_repeats, Purpose.GROUPS)
+    order = seeded_order(num_groups, key=group_key) if shuffle else range(num_groups)
+    order = np.asarray(order, dtype=np.uint32)
     return EpochPlan(
+        shape=shape,
         groups=groups,
         order=order,
-        ends=np.cumsum(rows[order]),
-        first_ids=np.cumsum(rows) - rows,
-        unit_rows=math.ceil(shuffle_rows / batch_size) * batch_size,
-        batch_size=batch_size,
+        ends=np.cumsum(groups.num_rows[order], dtype=np.int64),
         row_key=key(seed, epoch, Purpose.ROWS) if shuffle else None,
-        epoch=epoch,
     )
 
 

@@ -4,34 +4,50 @@ What travels is a *share table* of one row: one worker's part of some consecutiv
 global batches, the rows of an image set nested in lists. A Ray dataset made of them
 deals them out in turn, so each worker gets its own share of every batch, whatever the
 number of workers, and an empty share still is a row.
+
+An image's bytes are copied once here, out of the Parquet page into the share.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.ingest.draws import PixelSettings
 from pipelines.ingest.footers import check_labels, open_place
 from pipelines.ingest.plan import Slice, Unit, share
+from pipelines.ingest.reader_decode import ReaderDecoder
+from pipelines.ingest.rows import REPEAT, ROW_ID, image_views, nested
 from pipelines.shards.format import SCHEMA
 
 # Large enough that Ray's cost for an object vanishes, small enough to wait a little
 # for; a single batch may be larger.
-_MAX_SHARE_BYTES = 16 << 20
-ROW_ID = "row_id"
+MAX_SHARE_BYTES = 16 << 20
 
 
-def read_rows(unit: Unit, *, address: str, num_classes: int) -> pa.Table:
-    """Read a unit's rows in training order, with their ids in a column `row_id`.
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Say what read tasks need to know beside their unit."""
+
+    address: str
+    num_classes: int
+    num_workers: int = 1
+    decode: PixelSettings | None = None
+    """Given where the readers decode, so that pixels travel."""
+
+
+def read_rows(unit: Unit, *, reading: Reading) -> pa.Table:
+    """Read a unit's rows in the order of its slices, with their ids in `row_id`.
 
     Raises ValueError, naming the shard, where it is gone, damaged or mislabelled.
     """
-    filesystem, _ = open_place(address)
+    filesystem, _ = open_place(reading.address)
     tables: list[tuple[Slice, pa.Table]] = []
     by_path = attrgetter("path")
     for path, slices in itertools.groupby(sorted(unit.slices, key=by_path), by_path):
@@ -44,12 +60,11 @@ def read_rows(unit: Unit, *, address: str, num_classes: int) -> pa.Table:
                 "write it again with sovit-shards"
             ) from error
         for _, table in of_file:
-            check_labels(table["label"], num_classes=num_classes, path=path)
+            check_labels(table["label"], num_classes=reading.num_classes, path=path)
         tables += of_file
     place = {item: at for at, item in enumerate(unit.slices)}
     tables.sort(key=lambda pair: place[pair[0]])
-    rows = pa.concat_tables([table for _, table in tables]).combine_chunks()
-    return rows.take(pa.array(unit.order()))
+    return pa.concat_tables([table for _, table in tables])
 
 
 def _read_slice(parquet: pq.ParquetFile, item: Slice) -> pa.Table:
@@ -64,50 +79,81 @@ def _read_slice(parquet: pq.ParquetFile, item: Slice) -> pa.Table:
     return table.append_column(ROW_ID, pa.array(ids, pa.int64()))
 
 
-def share_tables(
-    unit: Unit, *, address: str, num_classes: int, num_workers: int
-) -> Iterator[pa.Table]:
+def share_tables(unit: Unit, *, reading: Reading) -> Iterator[pa.Table]:
     """Read a unit and yield its share tables: worker 0's, worker 1's, ... in turn."""
-    rows = read_rows(unit, address=address, num_classes=num_classes)
+    rows = read_rows(unit, reading=reading)
+    images = [view for chunk in rows["image"].chunks for view in image_views(chunk)]
+    num_bytes = sum(view.nbytes for view in images)
+    make_pixels = None
+    if reading.decode is not None:
+        share_rows = -(-unit.batch_size * unit.num_repeats // reading.num_workers)
+        make_pixels = ReaderDecoder(reading.decode, batch_size=share_rows)
+        num_bytes = len(images) * make_pixels.bytes_per_image
+    cutter = Cutter(unit, rows=rows.drop_columns("image"), images=images)
     first = max(unit.start_batch - unit.first_batch, 0)
-    bytes_per_share = max(rows.nbytes // unit.num_batches // num_workers, 1)
-    num_batches = max(_MAX_SHARE_BYTES // bytes_per_share, 1)
+    num_shares = unit.num_batches * reading.num_workers
+    bytes_per_share = max(num_bytes * unit.num_repeats // num_shares, 1)
+    num_batches = max(MAX_SHARE_BYTES // bytes_per_share, 1)
     for start in range(first, unit.num_batches, num_batches):
-        stop = min(start + num_batches, unit.num_batches)
-        for worker in range(num_workers):
-            yield _share_table(
-                unit,
-                rows=rows,
-                batches=range(start, stop),
-                worker=worker,
-                num_workers=num_workers,
+        batches = range(start, min(start + num_batches, unit.num_batches))
+        for worker in range(reading.num_workers):
+            table = cutter.share_table(
+                batches, worker=worker, num_workers=reading.num_workers
             )
+            yield table if make_pixels is None else make_pixels(table)
 
 
-def _share_table(
-    unit: Unit, *, rows: pa.Table, batches: Sequence[int], worker: int, num_workers: int
-) -> pa.Table:
-    """Nest one worker's rows of some batches into a table of one row."""
-    bounds, batch_rows = [], []
-    for batch in batches:
-        begin = batch * unit.batch_size
-        num_rows = min(unit.batch_size, unit.num_rows - begin)
-        start, stop = share(num_rows, num_parts=num_workers, part=worker)
-        bounds.append((begin + start, begin + stop))
-        batch_rows.append(num_rows)
-    taken = rows.take(pa.array(np.concatenate([np.arange(*pair) for pair in bounds])))
-    columns: dict[str, pa.Array] = {
-        "epoch": pa.array([unit.epoch]),
-        "first_batch": pa.array([unit.first_batch + batches[0]]),
-        "ends_epoch": pa.array(
-            [unit.ends_epoch and batches[-1] + 1 == unit.num_batches]
-        ),
-        "share_rows": pa.array([[stop - start for start, stop in bounds]]),
-        "batch_rows": pa.array([batch_rows]),
-    }
-    for name in taken.column_names:
-        values = pa.concat_arrays(taken[name].chunks)
-        columns[name] = pa.ListArray.from_arrays(
-            pa.array([0, len(values)], pa.int32()), values
-        )
-    return pa.table(columns)
+class Cutter:
+    """Cut a unit's rows into share tables."""
+
+    def __init__(
+        self, unit: Unit, *, rows: pa.Table, images: Sequence[np.ndarray]
+    ) -> None:
+        self._unit = unit
+        self._order = unit.order()
+        self._images = images
+        self._rows = rows.combine_chunks()
+
+    def share_table(
+        self, batches: Sequence[int], *, worker: int, num_workers: int
+    ) -> pa.Table:
+        """Nest one worker's rows of some batches into a table of one row."""
+        unit = self._unit
+        places, repeats, share_rows, batch_rows = [], [], [], []
+        for batch in batches:
+            begin = batch * unit.batch_size
+            rows = self._order[begin : begin + unit.batch_size]
+            total = len(rows) * unit.num_repeats
+            start, stop = share(total, num_parts=num_workers, part=worker)
+            places.append(np.tile(rows, unit.num_repeats)[start:stop])
+            repeats.append(np.arange(start, stop) // max(len(rows), 1))
+            share_rows.append(stop - start)
+            batch_rows.append(total)
+        taken = np.concatenate(places)
+        table = self._rows.take(pa.array(taken))
+        values = {name: _one_chunk(table[name]) for name in table.column_names}
+        values[REPEAT] = pa.array(np.concatenate(repeats), pa.int64())
+        values["image"] = _joined([self._images[place] for place in taken])
+        cells = {
+            "epoch": pa.array([unit.epoch]),
+            "first_batch": pa.array([unit.first_batch + batches[0]]),
+            "ends_epoch": pa.array(
+                [unit.ends_epoch and batches[-1] + 1 == unit.num_batches]
+            ),
+            "share_rows": pa.array([share_rows]),
+            "batch_rows": pa.array([batch_rows]),
+        }
+        return pa.table(cells | {name: nested(found) for name, found in values.items()})
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks)
+
+
+def _joined(views: Sequence[np.ndarray]) -> pa.Array:
+    """Join images to a large_binary array: the one copy of their bytes."""
+    offsets = np.zeros(len(views) + 1, np.int64)
+    np.cumsum([view.nbytes for view in views], out=offsets[1:])
+    content = np.concatenate(views) if views else np.empty(0, np.uint8)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(content)]
+    return pa.Array.from_buffers(pa.large_binary(), len(views), buffers)

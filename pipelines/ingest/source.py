@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import queue
+import threading
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 import pyarrow as pa
-from ray.data import DataContext, DataIterator, Datasource, ReadTask, read_datasource
+from ray.data import (
+    DataContext,
+    DataIterator,
+    Datasource,
+    ExecutionResources,
+    ReadTask,
+    read_datasource,
+)
 from ray.data.block import BlockMetadata
 
-from pipelines.ingest.footers import ShardSet
+from pipelines.config import Data
 from pipelines.ingest.plan import Unit
-from pipelines.ingest.reading import share_tables
+from pipelines.ingest.reading import MAX_SHARE_BYTES, Reading, share_tables
 
 # Reads wait for storage more than they compute, so four of them share a CPU.
 CPUS_PER_READ = 0.25
-_NUM_PREFETCH_SHARES = 2
+_MIB = 1 << 20
+T = TypeVar("T")
 
 
 class UnitSource(Datasource):
     """Offer units as read tasks, in order; each yields its workers' shares."""
 
-    def __init__(
-        self, units: Sequence[Unit], *, shards: ShardSet, num_workers: int
-    ) -> None:
+    def __init__(self, units: Sequence[Unit], *, reading: Reading) -> None:
         super().__init__()
         self._units = units
-        self._shards = shards
-        self._num_workers = num_workers
+        self._reading = reading
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Decline to guess: shares are small and back-pressure is by their number."""
@@ -45,13 +53,7 @@ class UnitSource(Datasource):
 
     def _task(self, unit: Unit) -> ReadTask:
         # A task carries its own unit only: the set's footers would be megabytes.
-        read = functools.partial(
-            share_tables,
-            unit,
-            address=self._shards.address,
-            num_classes=len(self._shards.classes),
-            num_workers=self._num_workers,
-        )
+        read = functools.partial(share_tables, unit, reading=self._reading)
         metadata = BlockMetadata(
             num_rows=None,
             size_bytes=None,
@@ -62,32 +64,62 @@ class UnitSource(Datasource):
 
 
 def split_units(
-    units: Sequence[Unit], *, shards: ShardSet, num_workers: int, num_readers: int
+    units: Sequence[Unit], *, reading: Reading, data: Data
 ) -> list[DataIterator]:
-    """Start a dataset over units and split it: one iterator for each worker.
+    """Make a dataset over units and split it: one iterator for each worker.
 
     Ray deals blocks to the worker that has the fewest rows. Here a block is one row, a
     worker's share of some batches, so with the order preserved they go round in turn.
     """
-    source = UnitSource(units, shards=shards, num_workers=num_workers)
+    decodes = reading.decode is not None
+    label, _, value = data.reader_label.partition("=")
     dataset = read_datasource(
-        source,
-        num_cpus=CPUS_PER_READ,
-        concurrency=num_readers,
+        UnitSource(units, reading=reading),
+        num_cpus=float(data.num_decode_threads) if decodes else CPUS_PER_READ,
+        concurrency=data.num_readers,
         override_num_blocks=len(units),
+        label_selector={label: value} if label else None,
     )
-    dataset.context.execution_options.preserve_order = True
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    # What was read and waits in the object store, over all workers.
+    options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=reading.num_workers * data.read_ahead_mb * _MIB
+    )
     # Blocks are cut where they pass this size, and never within a row: one row each.
     dataset.context.target_max_block_size = 1
     dataset.context.enable_progress_bars = False
-    return dataset.streaming_split(num_workers, equal=False)
+    return dataset.streaming_split(reading.num_workers, equal=False)
 
 
-def shares(iterator: DataIterator) -> Iterator[pa.Table]:
+def shares(iterator: DataIterator, *, data: Data) -> Iterator[pa.Table]:
     """Yield a worker's share tables; their bytes stay in Ray's shared memory."""
     # None, "whole blocks", is documented but missing from the annotation.
-    yield from iterator.iter_batches(
+    tables = iterator.iter_batches(
         batch_size=cast(int, None),
         batch_format="pyarrow",
-        prefetch_batches=_NUM_PREFETCH_SHARES,
+        prefetch_batches=max(data.read_ahead_mb * _MIB // MAX_SHARE_BYTES, 1),
     )
+    return begun(iter(tables))
+
+
+def begun(items: Iterator[T]) -> Iterator[T]:
+    """Take the first item on a thread at once: Ray begins to read when it is asked."""
+    first: queue.Queue[tuple[list[T], BaseException | None]] = queue.Queue()
+
+    def take() -> None:
+        try:
+            first.put((list(itertools.islice(items, 1)), None))
+        except BaseException as error:
+            first.put(([], error))
+
+    threading.Thread(target=take, name="first share", daemon=True).start()
+
+    def rest() -> Iterator[T]:
+        taken, error = first.get()
+        if error is not None:
+            raise error
+        yield from taken
+        yield from items
+
+    return rest()

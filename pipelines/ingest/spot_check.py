@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pipelines.hashing import seeded_order
 from pipelines.ingest.footers import ShardSet
-from pipelines.ingest.plan import Slice, Unit
-from pipelines.ingest.reading import read_rows
+from pipelines.ingest.plan import Unit
+from pipelines.ingest.reading import Reading, read_rows
 
 # A few seconds of reading: small sets are read whole, of large ones a sample.
 _MAX_BYTES = 256 << 20
@@ -35,22 +35,16 @@ def spot_check(shards: ShardSet, *, max_bytes: int = _MAX_BYTES) -> int:
 
 def _read(shards: ShardSet, *, group: int) -> int:
     """Read one row group; return its bytes."""
-    num_rows = int(shards.groups.num_rows[group])
-    whole = Slice(
-        path=shards.groups.paths[shards.groups.file[group]],
-        place=int(shards.groups.place[group]),
-        start=0,
-        stop=num_rows,
-        first_id=0,
-    )
+    whole = shards.groups.slice_of(group)
     unit = Unit(
         epoch=0,
         first_batch=0,
         batch_size=1,
-        num_rows=num_rows,
+        num_rows=whole.stop,
         slices=(whole,),
         row_key=None,
         ends_epoch=False,
     )
-    rows = read_rows(unit, address=shards.address, num_classes=len(shards.classes))
+    reading = Reading(address=shards.address, num_classes=len(shards.classes))
+    rows = read_rows(unit, reading=reading)
     return rows.nbytes

@@ -11,6 +11,7 @@ from pipelines.tracking.runs import (
     log_model,
     log_text,
     open_run,
+    read_text,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "log_model",
     "log_text",
     "open_run",
+    "read_text",
 ]

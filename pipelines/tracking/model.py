@@ -27,7 +27,7 @@ from mlflow.types.schema import Array
 import sovit
 from pipelines import checkpoint as checkpoints
 from pipelines import runfile
-from pipelines.ingest import torch_decode
+from pipelines.ingest.decode_eval import decode_eval
 from pipelines.tracking.provenance import without_credentials
 
 NUM_TOP = 5
@@ -69,9 +69,7 @@ class ImageClassifier(PythonModel):
     @torch.inference_mode()
     def _classify(self, encoded: list[bytes]) -> list[dict[str, Any]]:
         run, classes = self._manifest.run, self._manifest.classes
-        pixels = torch_decode.decode_eval(
-            encoded, data=run.data, img_size=run.model.img_size
-        )
+        pixels = decode_eval(encoded, data=run.data, img_size=run.model.img_size)
         logits = self._model(pixels.to(self._device)).float()
         top = logits.softmax(dim=-1).topk(min(NUM_TOP, len(classes)))
         rows = []

@@ -137,6 +137,24 @@ def log_text(uri: str, run_id: str, *, text: str, path: str) -> None:
         )
 
 
+def read_text(uri: str, run_id: str, *, path: str) -> str:
+    """Read a text that `log_text` kept; "" where there is none, or MLflow is away."""
+
+    def read(client: MlflowClient) -> str:
+        from mlflow.exceptions import MlflowException
+
+        with TemporaryDirectory() as folder, environment(NO_PROGRESS_BAR):
+            try:
+                found = client.download_artifacts(run_id, path, folder)
+            except (MlflowException, OSError):  # a run that kept no such file
+                return ""
+            return Path(found).read_text()
+
+    if not run_id:
+        return ""
+    return attempt(read, uri=uri, otherwise="", loss=f"{path} is not read")
+
+
 def log_file(uri: str, run_id: str, *, file: Path, folder: str = "") -> None:
     """Keep a file, a figure say, as an artifact of a run; its content goes as it is."""
     if run_id:

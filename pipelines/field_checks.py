@@ -1,0 +1,20 @@
+"""Check a dataclass's fields when it is built, and name what is wrong as typed."""
+
+from __future__ import annotations
+
+
+def check_fields(owner: object, section: str, **rules: tuple[bool, str]) -> None:
+    """Raise ValueError for the first field whose rule does not hold.
+
+    Args:
+        section: What stands before the field's name on the command line: `data.`.
+        rules: For a field, whether it holds and what was wanted.
+    """
+    for name, (holds, wanted) in rules.items():
+        if not holds:
+            came = getattr(owner, name)
+            field_name = f"{section}{name}"
+            option = field_name.replace("_", "-")
+            raise ValueError(
+                f"{field_name}: wanted {wanted}, came {came!r}; set --{option}"
+            )

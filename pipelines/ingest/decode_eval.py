@@ -1,0 +1,38 @@
+"""Decode images as evaluation does, without Ray, DALI or shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.config import Augment, Data
+from pipelines.ingest.augment import center_crop
+from pipelines.ingest.draws import Draws, PixelSettings
+from pipelines.ingest.finish import Finisher
+from pipelines.ingest.host import HostDecoder
+from pipelines.ingest.torch_decode import PillowWindows, stored_size
+
+
+def decode_eval(encoded: Sequence[bytes], *, data: Data, img_size: int) -> Tensor:
+    """Decode images for evaluation: float32 (B, 3, img_size, img_size) on the CPU."""
+    settings = PixelSettings(
+        data=data, augment=Augment(), img_size=img_size, seed=0, train=False
+    )
+    sizes = np.array([stored_size(item) for item in encoded])
+    geometry = center_crop(
+        heights=sizes[:, 0],
+        widths=sizes[:, 1],
+        img_size=img_size,
+        crop_pct=data.crop_pct,
+        interpolation=data.eval_interpolation,
+    )
+    decoder = HostDecoder(
+        PillowWindows(), img_size=img_size, fill=settings.fill, num_threads=1
+    )
+    draws = Draws(geometry=geometry, ops=None, boxes=None)
+    views = [np.frombuffer(item, np.uint8) for item in encoded]
+    finisher = Finisher(settings, device=torch.device("cpu"), num_threads=1)
+    return finisher(decoder(views, draws), draws)

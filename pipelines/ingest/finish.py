@@ -1,0 +1,86 @@
+"""Finish a batch on the worker's device: normalise, then erase."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.ingest.draws import Draws, PixelSettings
+from pipelines.ingest.erasing import EraseMode, erase
+from pipelines.ingest.host import Threads
+
+
+class Finisher:
+    """Turn uint8 pixels (n, H, W, 3) into float32 (n, 3, H, W), channels last."""
+
+    def __init__(
+        self, settings: PixelSettings, *, device: torch.device, num_threads: int
+    ) -> None:
+        size = settings.img_size
+        mean = 255 * np.array(settings.data.mean)
+        std = 255 * np.array(settings.data.std)
+        # One number a channel, or on the CPU one a value of an image: a plain
+        # elementwise pass over memory is several times as fast as a broadcast one.
+        num_pixels = 1 if device.type == "cuda" else size * size
+        self._scale = _tiled(1 / std, num_pixels, device=device)
+        self._offset = _tiled(-mean / std, num_pixels, device=device)
+        self._mode: EraseMode = settings.augment.re_mode
+        self._device = device
+        self._threads = Threads(num_threads)
+        self._buffers = Buffers()
+
+    def __call__(self, pixels: Tensor, draws: Draws) -> Tensor:
+        """Normalise, and erase boxes where some were drawn."""
+        if self._device.type == "cuda":
+            if not pixels.is_cuda:  # decoded by the readers
+                pixels = pixels.pin_memory()
+            on_device = pixels.to(self._device, non_blocking=True)
+            normalized = torch.addcmul(self._offset, on_device, self._scale)
+        else:
+            normalized = self._on_cpu(pixels)
+        images = normalized.permute(0, 3, 1, 2)
+        if draws.boxes is not None:
+            images = erase(images, draws.boxes, mode=self._mode)
+        return images
+
+    def _on_cpu(self, pixels: Tensor) -> Tensor:
+        normalized = self._buffers.take(tuple(pixels.shape))
+        flat, out = pixels.flatten(1), normalized.flatten(1)
+
+        def finish(at: int) -> None:
+            values = flat[at].float()
+            torch.addcmul(self._offset, values, self._scale, out=out[at])
+
+        self._threads.each(finish, num=len(pixels))
+        return normalized
+
+
+class Buffers:
+    """Lend float32 memory for batches, and lend it again when nobody refers to it.
+
+    Fresh memory costs a page fault every 4 kB: a quarter of a millisecond an image of
+    224x224, a fifth of all its work.
+    """
+
+    def __init__(self) -> None:
+        self._lent: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """Give a float32 tensor with any content."""
+        self._lent = [array for array in self._lent if array.shape == shape]
+        for array in self._lent:
+            # A tensor refers to its array until the last view of it is gone. These two
+            # are this loop's and the list's; the third is the call's own.
+            if sys.getrefcount(array) == 3:
+                return torch.from_numpy(array)
+        array = np.empty(shape, np.float32)
+        self._lent.append(array)
+        return torch.from_numpy(array)
+
+
+def _tiled(values: np.ndarray, num_pixels: int, *, device: torch.device) -> Tensor:
+    tiled = np.tile(values.astype(np.float32), num_pixels)
+    return torch.from_numpy(tiled).to(device)

@@ -1,0 +1,102 @@
+"""Decode what can be decoded of a batch: a bad image costs that image alone.
+
+Bytes are screened first. Where a decoder still refuses a batch, DALI often does not
+say for which image, so each is tried alone and the rest goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from pipelines.ingest.draws import Draws
+from pipelines.ingest.rows import Rows
+from pipelines.ingest.screen import screen
+from pipelines.ingest.torch_decode import is_whole
+
+
+class PixelDecoder(Protocol):
+    """Anything that makes uint8 pixels (n, H, W, 3) of encoded images."""
+
+    def __call__(self, encoded: Sequence[np.ndarray], draws: Draws) -> Tensor: ...
+
+    def reset(self) -> None:
+        """Be as new after an error."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Salvaged:
+    """Hold the pixels that some rows have, and why others have none."""
+
+    pixels: Tensor | None
+    """uint8 (len(good), H, W, 3); None where no image is good."""
+    good: list[int]
+    """Places of the rows that were decoded."""
+    reasons: dict[int, str]
+    """Why the row at a place was not."""
+
+
+class SafeDecoder:
+    """Decode rows with a decoder that refuses a whole batch for one bad image."""
+
+    def __init__(self, decoder: PixelDecoder) -> None:
+        self._decoder = decoder
+        # A whole-looking image that failed once is not tried again.
+        self._known: dict[int, str] = {}
+
+    def __call__(self, rows: Rows, draws: Draws) -> Salvaged:
+        """Decode; raises only what is not an image's fault: memory, a driver."""
+        reasons: dict[int, str] = {}
+        for at, view in enumerate(rows.views):
+            size = {"height": int(rows.heights[at]), "width": int(rows.widths[at])}
+            reason = self._known.get(int(rows.ids[at]), "") or screen(view, **size)
+            if reason:
+                reasons[at] = reason
+        good = [at for at in range(len(rows)) if at not in reasons]
+        try:
+            pixels = self._decode(rows, draws, good)
+        except Exception as error:
+            self._decoder.reset()
+            found = self._find(rows, draws, good)
+            blames_all = len(found) == len(good) > 1
+            if not found or (blames_all and any(is_whole(v) for v in rows.views)):
+                raise  # the images are whole
+            self._known |= {int(rows.ids[at]): why for at, why in found.items()}
+            reasons |= found
+            good = [at for at in good if at not in found]
+            try:
+                pixels = self._decode(rows, draws, good)
+            except Exception:
+                raise error from None
+        return Salvaged(pixels=pixels, good=good, reasons=reasons)
+
+    def _decode(self, rows: Rows, draws: Draws, places: list[int]) -> Tensor | None:
+        if not places:
+            return None
+        if len(places) == len(rows):
+            return self._decoder(rows.views, draws)
+        return self._decoder([rows.views[at] for at in places], draws.take(places))
+
+    def _find(self, rows: Rows, draws: Draws, places: list[int]) -> dict[int, str]:
+        """Try each image alone; say why the bad ones can't be decoded."""
+        found = {}
+        for at in places:
+            try:
+                self._decode(rows, draws, [at])
+            except Exception as error:  # each decoder has its own
+                self._decoder.reset()
+                found[at] = _reason(error)
+        return found
+
+
+def _reason(error: Exception) -> str:
+    """Give the line of a decoder's message that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "fail" in line.lower()]
+    said = (telling or lines or [type(error).__name__])[-1]
+    return f"the decoder refuses it: {said[:120]}"
