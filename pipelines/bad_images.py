@@ -6,11 +6,13 @@ import csv
 import io
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
+from typing import TYPE_CHECKING
 
 from ray.actor import ActorHandle
 
-from pipelines.ingest.batch import BadImage
-from pipelines.ingest.plan import GroupTable
+if TYPE_CHECKING:  # the board starts without torch
+    from pipelines.ingest.batch import BadImage
+    from pipelines.ingest.plan import GroupTable
 
 FILE = "bad_images.csv"
 

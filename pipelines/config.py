@@ -160,6 +160,9 @@ class Run:
     """Minutes between checkpoints within an epoch, looked at when metrics are logged;
     0 is none by time."""
     num_checkpoints_to_keep: int = 2
+    key_log: str = ""
+    """Folder in which every worker notes what it trained on, for audits; none if empty.
+    See `pipelines.key_log`."""
     published_top1: float | None = None
     """Top-1 in percent that the paper or its code reports, if any."""
 

@@ -85,6 +85,7 @@ def train(
     on_log: Callable[[Mapping[str, float], Position], None],
     on_epoch_end: Callable[[TrainState], None],
     on_checkpoint: Callable[[TrainState], None] = lambda state: None,
+    on_batch: Callable[[Batch, int], None] = lambda batch, step: None,
 ) -> None:
     """Train until the batches end.
 
@@ -93,6 +94,7 @@ def train(
         on_epoch_end: is called when an epoch's last batch was trained on.
         on_checkpoint: is called within an epoch where the run wants a checkpoint, on
             every worker at the same step.
+        on_batch: is called with each micro-batch that was trained on, and its step.
 
     Raises NonFiniteLossError, naming the step, where the loss is not finite, and
     BadImagesError where too many images could not be decoded.
@@ -106,6 +108,7 @@ def train(
         if batch.micro == 0:
             _begin_step(state, settings=settings)
         _forward_backward(state, batch, settings=settings, sums=sums)
+        on_batch(batch, state.position.step)
         if not batch.ends_step:
             continue
         _end_step(state, batch, settings=settings)

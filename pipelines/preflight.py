@@ -74,4 +74,7 @@ def with_absolute_paths(run: Run) -> Run:
     data = dataclasses.replace(
         run.data, train=absolute(run.data.train), val=absolute(run.data.val)
     )
-    return dataclasses.replace(run, data=data, storage=absolute(run.storage))
+    key_log = os.path.abspath(run.key_log) if run.key_log else ""
+    return dataclasses.replace(
+        run, data=data, storage=absolute(run.storage), key_log=key_log
+    )

@@ -245,7 +245,8 @@ def _main(arguments: Sequence[str]) -> None:
 
 def _check_same(before: Run, now: Run) -> None:
     """Refuse to go on with other settings than those that change nothing learnt."""
-    free = {"log_every_steps", "num_checkpoints_to_keep", "storage"}
+    free = {"log_every_steps", "num_checkpoints_to_keep", "storage", "key_log"}
+    free |= {"checkpoint_every_steps", "checkpoint_every_minutes"}
     was, params = flat_params(before), flat_params(now)
     changed = [
         name

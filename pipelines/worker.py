@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.collective import broadcast_from_rank_zero
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from pipelines import checkpoint as ckpt
 from pipelines.bad_images import BadImageTeller
 from pipelines.checkpoint import Position
+from pipelines.ingest.batch import Batch
 from pipelines.ingest.stream import Plans
 from pipelines.job import Job
+from pipelines.key_log import KeyLog
 from pipelines.loop import (
     LoopSettings,
     TrainState,
@@ -74,6 +78,7 @@ class _Worker:
         self.writer = MetricWriter(
             job.tracking_uri, job.mlflow_run_id if not rank else ""
         )
+        self.key_log = self._open_key_log()
         self._last_log: dict[str, float] = {}
 
     def __enter__(self) -> None:
@@ -86,6 +91,8 @@ class _Worker:
         for opener in self.openers:
             opener.close()
         self.writer.close(_FLUSH_S)
+        if self.key_log is not None:
+            self.key_log.close()
 
     def train(self) -> None:
         """Train to the end of the run."""
@@ -96,6 +103,22 @@ class _Worker:
             on_log=self._log,
             on_epoch_end=self._end_epoch,
             on_checkpoint=self._keep,
+            on_batch=self._note,
+        )
+
+    def _note(self, batch: Batch, step: int) -> None:
+        if self.key_log is not None:
+            self.key_log(batch, step)
+
+    def _open_key_log(self) -> KeyLog | None:
+        if not self.run.key_log:
+            return None
+        return KeyLog(
+            Path(self.run.key_log),
+            attempt=broadcast_from_rank_zero(time.time_ns()),
+            step=self.state.position.step,
+            rank=self.rank,
+            num_repeats=self.run.augment.num_repeats,
         )
 
     def _supply(self, split: str) -> Supply:

@@ -23,6 +23,12 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Start one Ray for the whole session: it takes 10 to 25 seconds."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    # The label stands for machines that read and decode for others.
+    ray.init(
+        num_cpus=4,
+        labels={"role": "data"},
+        include_dashboard=False,
+        log_to_driver=False,
+    )
     yield
     ray.shutdown()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import Run, Scale
@@ -14,13 +16,26 @@ from recipes.demo import demo
 
 
 def part_of_demo(
-    folder: Path, *, split: str, num_rows: int, num_shards: int = 2
+    folder: Path,
+    *,
+    split: str,
+    num_rows: int,
+    num_shards: int = 2,
+    bad_rows: Sequence[int] = (),
 ) -> Path:
-    """Write the first rows of an embedded split as a set of its own."""
+    """Write the first rows of an embedded split as a set of its own.
+
+    The images of `bad_rows` are cut off.
+    """
     data = demo().data
     origin = Path(data.train if split == "train" else data.val)
     table = pq.read_table(min(origin.glob("*.parquet"))).slice(0, num_rows)
     assert table.num_rows == num_rows
+    images = table["image"].to_pylist()
+    for row in bad_rows:
+        images[row] = images[row][:-40]
+    column = table.schema.get_field_index("image")
+    table = table.set_column(column, "image", pa.array(images, pa.binary()))
     folder.mkdir(parents=True)
     shutil.copy(origin / CLASSES_FILE, folder)
     for index in range(num_shards):
@@ -35,7 +50,12 @@ def part_of_demo(
 
 
 def small_demo(
-    folder: Path, *, num_epochs: int, num_workers: int = 2, max_failures: int = 1
+    folder: Path,
+    *,
+    num_epochs: int,
+    num_workers: int = 2,
+    max_failures: int = 1,
+    bad_rows: Sequence[int] = (),
 ) -> Run:
     """Make a run that trains an epoch in about a second: 301 and 101 images."""
     base = demo()
@@ -46,8 +66,16 @@ def small_demo(
     )
     data = dataclasses.replace(
         base.data,
-        train=str(part_of_demo(folder / "train", split="train", num_rows=301)),
-        val=str(part_of_demo(folder / "val", split="val", num_rows=101)),
+        train=str(
+            part_of_demo(
+                folder / "train", split="train", num_rows=301, bad_rows=bad_rows
+            )
+        ),
+        val=str(
+            part_of_demo(
+                folder / "val", split="val", num_rows=101, bad_rows=bad_rows[:1]
+            )
+        ),
         batch_size=32,
         eval_batch_size=32,
         shuffle_rows=100,

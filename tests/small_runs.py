@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +126,7 @@ def train_run(
     state: TrainState,
     num_workers: int = 1,
     worker: int = 0,
-    **callbacks: Callable[[TrainState], None],
+    **callbacks: Any,
 ) -> list[dict[str, float]]:
     """Train from the state's position to the end; give what was logged."""
     supply = supply_of(

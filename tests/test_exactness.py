@@ -148,6 +148,7 @@ def show_rows(rows: Rows, epoch: int, *, num_rows: int, history: History) -> Dec
         images=torch.from_numpy(images),
         labels=np.zeros(num_rows, np.int64),
         weights=weights,
+        draw_ids=np.full(num_rows, -1),
         bad=tuple(BadImage(row_id=0, key="", reason="bad") for is_bad in bad if is_bad),
     )
 

@@ -55,7 +55,9 @@ class ShowIds:
         self.last = int(ids[0])
         ids = np.resize(ids, self.num_rows)
         images = torch.from_numpy(ids).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-        return Decoded(images=images, labels=ids % 3, weights=weights, bad=())
+        return Decoded(
+            images=images, labels=ids % 3, weights=weights, draw_ids=ids, bad=()
+        )
 
 
 def fed(

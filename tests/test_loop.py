@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ def batch_of(
         "global_rows": num_real,
         "ends_step": True,
         "ends_epoch": False,
+        "draw_ids": np.arange(len(labels)),
     }
     weights = (torch.arange(len(labels)) < num_real).float()
     return Batch(images=images, labels=labels, weights=weights, **(given | place))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ def batch(index: int) -> Batch:
         images=torch.full((2, 3, 1, 1), float(index)),
         labels=torch.zeros(2, dtype=torch.int64),
         weights=torch.ones(2),
+        draw_ids=np.arange(2),
         epoch=0,
         index=index,
         micro=0,

@@ -175,6 +175,7 @@ def test_bad_rows_show_good_ones_with_their_labels_and_no_weight() -> None:
     found = decode(rows, 0)
     assert found.images.shape == (7, 3, 32, 32)
     assert found.weights.tolist() == [1, 0, 1, 1, 0, 0, 0]
+    assert found.draw_ids.tolist() == [40, -1, 42, 43, -1, -1, -1]
     assert list(found.bad) == told
     assert [(bad.row_id, bad.key) for bad in told] == [
         (41, "photo/1.jpg"),

@@ -12,17 +12,23 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray.train import Result
 
 from pipelines import tracking
 from pipelines.checkpoint import read_manifest
+from pipelines.config import Augment, Run
 from pipelines.errors import RunFailedError
 from pipelines.evaluate import Options, evaluate_checkpoint
+from pipelines.ingest.footers import read_shard_set
+from pipelines.key_log import KeyLog, Trained, trained
 from pipelines.runs import read_record
 from pipelines.train import _main, fit
 from tests.demo_runs import part_of_demo, small_demo
 from tests.processes import descendants_named
+from tests.small_runs import supply_of
 
 pytestmark = pytest.mark.ray
 
@@ -59,30 +65,97 @@ def runs_of(storage: str) -> list:
     return client.search_runs([experiment.experiment_id])
 
 
+AUGMENT = Augment(
+    interpolation="random", auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25
+)
+BAD_ROWS = (33, 290)
+
+
+def audited_run(folder: Path, **settings: Any) -> Run:
+    """Make a run with bad images that keeps checkpoints within epochs and a key log."""
+    return dataclasses.replace(
+        small_demo(folder, bad_rows=BAD_ROWS, **settings),
+        augment=AUGMENT,
+        checkpoint_every_steps=4,
+        key_log=str(folder / "keys"),
+    )
+
+
+def as_planned(run: Run) -> list[Trained]:
+    """Give what a run should be trained on, pixels included: one worker, no Ray."""
+    data = dataclasses.replace(run.data, num_decode_threads=2)
+    shards = read_shard_set(run.data.train)
+    supply = supply_of(dataclasses.replace(run, data=data), shards=shards)
+    log = KeyLog(
+        Path(run.storage).parent / "planned", attempt=0, step=0, rank=0, num_repeats=1
+    )
+    step = 0
+    for batch in supply:
+        log(batch, step)
+        step += batch.ends_step
+    supply.close()
+    log.close()
+    return trained(Path(run.storage).parent / "planned")
+
+
+def check_exact(run: Run) -> None:
+    """Every good image once an epoch; batches and pixels as one worker makes them."""
+    found = trained(Path(run.key_log))
+    good = sorted(set(range(301)) - set(BAD_ROWS))
+    for epoch in range(run.optim.num_epochs):
+        rows = [item.row for item in found if item.epoch == epoch]
+        assert sorted(rows) == good
+    planned = as_planned(run)
+    assert found == planned
+    assert len({item.crc32 for item in found}) > 0.99 * len(found)
+
+
+def attempts_of(run: Run) -> list[tuple[int, int]]:
+    """Give the step that each group of workers began at, and how many there were."""
+    found: dict[str, list[int]] = {}
+    for path in sorted(Path(run.key_log).glob("*.csv")):
+        attempt, step, _ = path.stem.split("-")
+        found.setdefault(attempt, []).append(int(step))
+    return [(steps[0], len(steps)) for steps in found.values()]
+
+
 def test_worker_killed(ray_local: None, tmp_path: Path) -> None:
-    """A worker dies by SIGKILL: all epochs are trained, and it is one MLflow run."""
-    run = small_demo(tmp_path, num_epochs=8)
-    killer = kill_one_worker_after(tmp_path / "runs" / "killed" / "epoch_0001")
+    """A worker dies within an epoch: every image is trained on once all the same."""
+    run = audited_run(tmp_path, num_epochs=6)
+    killer = kill_one_worker_after(tmp_path / "runs" / "killed" / "step_00000012")
     result = fit(run, name="killed")
     assert killer.result(timeout=0) > 0, "nobody was killed"
 
     assert result.checkpoint is not None
     folder = Path(result.checkpoint.path)
     manifest = read_manifest(folder)
-    assert manifest.position.epoch == 8
-    assert manifest.position.step == 8 * 10  # ceil(301 / 32)
-    assert manifest.metrics["val/num_images"] == 101
+    assert manifest.position.epoch == 6
+    assert manifest.position.step == 6 * 10  # ceil(301 / 32)
+    assert manifest.metrics["val/num_images"] == 100
+    assert manifest.metrics["val/bad_images"] == 1
+    assert manifest.metrics["train/bad_images"] == 2
+
+    begun = attempts_of(run)
+    assert [num_workers for _, num_workers in begun] == [2, 2]
+    assert begun[1][0] % 4 == 0 < begun[1][0] % 10  # within an epoch
+    check_exact(run)
 
     (tracked,) = runs_of(run.storage)
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["pooling.power"] == "0.5"
-    assert tracked.data.metrics["epoch"] == 8
+    assert tracked.data.metrics["epoch"] == 6
     assert tracked.data.metrics["train/images_per_s"] > 0
+    uri = tracking.default_uri(run.storage)
+    kept = tracking.read_text(uri, tracked.info.run_id, path="bad_images.csv")
+    named = sorted(line.split(",")[0] for line in kept.splitlines())
+    assert named == ["split", "train", "train", "val"]
+    assert kept.count("cut off") == 3
 
     # The same weights on the same images, in one process and without Ray.
     options = Options(checkpoint=str(folder), shards=run.data.val, batch_size=64)
     again = evaluate_checkpoint(options)
-    assert again["num_images"] == 101
+    assert again["num_images"] == 100
+    assert again["num_bad"] == 1
     assert again["top1"] == pytest.approx(manifest.metrics["val/top1"])
     assert again["loss"] == pytest.approx(manifest.metrics["val/loss"], rel=1e-4)
 
@@ -90,10 +163,13 @@ def test_worker_killed(ray_local: None, tmp_path: Path) -> None:
         read_record(run.storage, name="killed")
 
 
-def test_failed_run_is_resumed(ray_local: None, tmp_path: Path) -> None:
-    """A run that failed says so; resumed with one worker, it ends as the same run."""
-    run = small_demo(tmp_path, num_epochs=6, max_failures=0)
-    killer = kill_one_worker_after(tmp_path / "runs" / "again" / "epoch_0002")
+def test_a_failed_run_goes_on_with_one_worker_and_with_three(
+    ray_local: None, tmp_path: Path
+) -> None:
+    """Two workers, then one, then three: the same batches, the same pixels."""
+    run = audited_run(tmp_path, num_epochs=4, max_failures=0)
+    runs = tmp_path / "runs" / "again"
+    killer = kill_one_worker_after(runs / "step_00000008")
     with pytest.raises(RunFailedError):
         fit(run, name="again")
     assert killer.result(timeout=0) > 0, "nobody was killed"
@@ -106,15 +182,41 @@ def test_failed_run_is_resumed(ray_local: None, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"optim\.lr"):
         _main(["--resume", "again", "--storage", run.storage, "--optim.lr", "1"])
 
-    record = read_record(run.storage, name="again")
-    scale = dataclasses.replace(record.run.scale, num_workers=1)
-    one_worker = dataclasses.replace(record.run, scale=scale)
-    result = fit(one_worker, name="again", record=record)
+    killer = kill_one_worker_after(runs / "step_00000024")
+    with pytest.raises(RunFailedError):
+        fit_again(run, num_workers=1)
+    assert killer.result(timeout=0) > 0, "nobody was killed"
+    result = fit_again(run, num_workers=3)
     assert result.checkpoint is not None
     position = read_manifest(Path(result.checkpoint.path)).position
-    assert (position.epoch, position.step) == (6, 60)
+    assert (position.epoch, position.step) == (4, 40)
+    assert [num_workers for _, num_workers in attempts_of(run)] == [2, 1, 3]
+    check_exact(run)
     (tracked,) = runs_of(run.storage)
     assert tracked.info.status == "FINISHED"
+
+
+def fit_again(run: Run, *, num_workers: int) -> Result:
+    """Go on with the run named again."""
+    record = read_record(run.storage, name="again")
+    scale = dataclasses.replace(record.run.scale, num_workers=num_workers)
+    run = dataclasses.replace(record.run, scale=scale)
+    return fit(run, name="again", record=record)
+
+
+def test_too_many_bad_images_stop_a_run_by_name(
+    ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = small_demo(tmp_path, num_epochs=2, bad_rows=range(40, 60), num_workers=1)
+    with pytest.raises(ValueError, match=r"at most 1\.00% of 301 .* undecodable"):
+        fit(run, name="rotten")
+    said = capsys.readouterr().out
+    assert said.count("bad image: ") >= 4
+    assert "train-0000" in said
+    assert "cut off" in said
+    (tracked,) = runs_of(run.storage)
+    assert tracked.info.status == "FAILED"
+    assert "undecodable" in tracked.data.tags["failure_reason"]
 
 
 def damage(folder: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 
@@ -27,6 +28,9 @@ class Batch:
     """int64 (B,)."""
     weights: Tensor
     """float32 (B,): 1 for an image, 0 for a row that only fills the shape."""
+    draw_ids: np.ndarray
+    """int64 (B,): which image of the set, and which of its repetitions, was drawn:
+    row * num_repeats + repetition; -1 where the weight is 0."""
     num_bad: int = 0
     """Images of these rows that could not be decoded; their weight is 0."""
     epoch: int

@@ -86,14 +86,16 @@ def apply_ops(
         num_columns: Operations for an image.
         fill: The colour where an operation moved the image away.
     """
-    kinds = fn.external_source(name="op_kinds", dtype=_BOOL, ndim=2)
-    ids = fn.external_source(name="op_ids", dtype=_INT32, ndim=1)
-    matrices = fn.external_source(name="op_matrices", dtype=_FLOAT, ndim=3)
-    factors = fn.external_source(name="op_factors", dtype=_FLOAT, ndim=1)
-    levels = fn.external_source(name="op_levels", dtype=_UINT8, ndim=1)
+    kinds: Any = fn.external_source(name="op_kinds", dtype=_BOOL, ndim=2)
+    ids: Any = fn.external_source(name="op_ids", dtype=_INT32, ndim=1)
+    matrices: Any = fn.external_source(name="op_matrices", dtype=_FLOAT, ndim=3)
+    factors: Any = fn.external_source(name="op_factors", dtype=_FLOAT, ndim=1)
+    levels: Any = fn.external_source(name="op_levels", dtype=_UINT8, ndim=1)
     for column in range(num_columns):
         op = ids[column]
-        is_of = {kind: kinds[column, at] for at, kind in enumerate(_Kind)}
+        is_of: dict[_Kind, Any] = {
+            kind: kinds[column, at] for at, kind in enumerate(_Kind)
+        }
         # One after another, not else: a nested branch splits all that it reads again.
         if is_of[_Kind.MOVE]:
             images = _move(images, matrix=matrices[column], fill=fill)
@@ -108,7 +110,7 @@ def apply_ops(
 
 def _move(images: Any, *, matrix: Any, fill: tuple[int, int, int]) -> Any:
     """Move pixels, bilinearly: DALI has no bicubic warp, which timm may draw."""
-    moved = fn.warp_affine(images, matrix=matrix, dtype=_FLOAT)
+    moved: Any = fn.warp_affine(images, matrix=matrix, dtype=_FLOAT)
     moved = fn.cast(moved - _CUT, dtype=_UINT8)
     # In Pillow the border reaches half a pixel out, and there the fill begins at once.
     # DALI's own fill is one level for all channels, and blended into the border.
@@ -144,7 +146,7 @@ def _enhance(images: Any, *, op: Any, factor: Any, img_size: int) -> Any:
 
 def _smooth(images: Any, *, img_size: int) -> Any:
     """Smooth all but the outermost pixels, which Pillow leaves as they are."""
-    kernel = types.Constant(_SMOOTH, device=images.device)
+    kernel: Any = types.Constant(_SMOOTH, device=images.device)
     change = fn.filter(images, kernel, mode="valid") ^ images[1:-1, 1:-1]
     return images ^ fn.slice(
         change,
@@ -168,28 +170,25 @@ def _remap(images: Any, *, op: Any, level: Any) -> Any:
 
 
 def _stretch(images: Any, *, op: Any) -> Any:
+    """Equalize each channel's histogram, or stretch it.
+
+    Equalizing, DALI counts a level itself among those up to it, as OpenCV; Pillow does
+    not. On the inverted image the two come to the same, but Pillow divides by a whole
+    number: up to two levels apart, and 0.4 in the mean.
+    """
     if op == int(Op.EQUALIZE):
-        images = _equalize(images)
+        most = types.Constant(255).uint8()
+        equal: Any = fn.equalize(images ^ most)
+        images = equal ^ most
     else:
         images = _auto_contrast(images)
     return images
 
 
-def _equalize(images: Any) -> Any:
-    """Equalize each channel's histogram.
-
-    DALI counts a level itself among those up to it, as OpenCV; Pillow does not. On the
-    inverted image the two come to the same, but Pillow divides by a whole number: up to
-    two levels apart, and 0.4 in the mean.
-    """
-    most = types.Constant(255).uint8()
-    return fn.equalize(images ^ most) ^ most
-
-
 def _auto_contrast(images: Any) -> Any:
     """Stretch each channel to all levels; a channel of one level stays."""
-    low = fn.reductions.min(images, axis_names="HW", keep_dims=True)
-    high = fn.reductions.max(images, axis_names="HW", keep_dims=True)
+    low: Any = fn.reductions.min(images, axis_names="HW", keep_dims=True)
+    high: Any = fn.reductions.max(images, axis_names="HW", keep_dims=True)
     is_flat = high == low
     scale = 255.0 / (high - low + is_flat * types.Constant(255).uint8())
     low = low * (high > low)

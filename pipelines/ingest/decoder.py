@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipelines.ingest.batch import BadImage
-from pipelines.ingest.draws import PixelSettings, draw
+from pipelines.ingest.draws import PixelSettings, draw, draw_ids_of
 from pipelines.ingest.finish import Finisher
 from pipelines.ingest.host import HostDecoder
 from pipelines.ingest.rows import Rows
@@ -28,6 +28,8 @@ class Decoded:
     labels: np.ndarray
     weights: np.ndarray
     """float32 (num_rows,): 1 where a row was decoded, else 0."""
+    draw_ids: np.ndarray
+    """int64 (num_rows,): what such a row draws by, else -1."""
     bad: tuple[BadImage, ...]
 
 
@@ -121,12 +123,18 @@ class BatchDecoder:
         labels = np.concatenate([rows.labels, [0]])[sources]
         weights = np.zeros(self._num_rows, np.float32)
         weights[found.good] = 1
+        draw_ids = np.full(self._num_rows, -1, np.int64)
+        draw_ids[found.good] = draw_ids_of(rows, settings=self._settings)[found.good]
         if not found.good:
             draws = replace(draws, boxes=None)
         elif draws.boxes is not None:
             draws = draws.take(sources)
         return Decoded(
-            images=self._finish(pixels, draws), labels=labels, weights=weights, bad=bad
+            images=self._finish(pixels, draws),
+            labels=labels,
+            weights=weights,
+            draw_ids=draw_ids,
+            bad=bad,
         )
 
     def _filled(self, found: Salvaged) -> tuple[Tensor, list[int]]:

@@ -72,6 +72,12 @@ def _take(arrays: T, places: list[int]) -> T:
     return dataclasses.replace(arrays, **found)
 
 
+def draw_ids_of(rows: Rows, *, settings: PixelSettings) -> np.ndarray:
+    """Number every image and repetition: int64 (n,)."""
+    num_repeats = settings.augment.num_repeats if settings.train else 1
+    return rows.ids * num_repeats + rows.repeats
+
+
 def draw(rows: Rows, *, settings: PixelSettings, epoch: int) -> Draws:
     """Draw for training; give the fixed windows of evaluation."""
     data, augment = settings.data, settings.augment
@@ -84,7 +90,7 @@ def draw(rows: Rows, *, settings: PixelSettings, epoch: int) -> Draws:
             interpolation=data.eval_interpolation,
         )
         return Draws(geometry=geometry, ops=None, boxes=None)
-    ids = rows.ids * augment.num_repeats + rows.repeats
+    ids = draw_ids_of(rows, settings=settings)
     geometry = random_resized_crop(
         ids,
         heights=rows.heights,

@@ -1,9 +1,4 @@
-"""Erase boxes of normalised images (Zhong et al., 2020), as timm's RandomErasing.
-
-Where and whether is drawn as numbers before a pixel is touched; what a box holds comes
-from a generator that the box's own key seeds, so neither depends on the batch. DALI's
-`erase` knows constants only, so this is plain torch, on any device.
-"""
+"""Erase boxes at random (Zhong et al., 2017), as timm does, by numbers drawn before."""
 
 from __future__ import annotations
 
@@ -15,28 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.hashing import Purpose, key, mix64, uniform
+from pipelines.hashing import Purpose, key, uniform
 
-EraseMode = Literal["const", "rand", "pixel"]
-_MIN_AREA, _MAX_AREA, _MIN_ASPECT = 0.02, 1 / 3, 0.3
+_MIN_AREA, _MAX_AREA = 0.02, 1 / 3
+_MIN_ASPECT = 0.3
 _NUM_TRIES = 10
-# A try draws area, aspect, top and left; two draws are for all of an image's boxes.
-_DRAWS_PER_TRY, _SHARED_DRAWS = 4, 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Boxes:
-    """Say for each image which boxes are erased, in order; a height of 0 is none.
+    """Say which boxes of each image are erased, one after another.
 
-    All arrays are int64 of shape (n, k), but `keys`, uint64.
+    All arrays are int64 of shape (n, count), in pixels; where there is no box, heights
+    and widths are 0.
     """
 
     tops: np.ndarray
     lefts: np.ndarray
     heights: np.ndarray
     widths: np.ndarray
-    keys: np.ndarray
-    """Seeds of what the boxes hold."""
+    noise_keys: np.ndarray
+    """Seeds for what the boxes are filled with."""
 
 
 def erase_boxes(
@@ -50,63 +44,77 @@ def erase_boxes(
 ) -> Boxes:
     """Draw boxes by timm's rules.
 
-    An image is chosen with `prob` and gets 1 to `count` boxes. They share out an area
-    of 2 % to a third of the image, each with an aspect log-uniform from 0.3 to 1 / 0.3;
-    the first of ten tries that is smaller than the image in both directions is taken.
+    An image is erased with probability `prob`, then in 1 to `count` boxes, all as
+    likely. A box's area is uniform in 2 % to a third of the image's, divided by the
+    number of boxes; its aspect ratio log-uniform in 0.3 to 1 / 0.3; the first of ten
+    tries that is smaller than the image is taken, else none.
 
     Args:
         draw_ids: Whole numbers of shape (n,).
     """
-    erase_key = key(seed, epoch, Purpose.ERASE)
-    num_draws = _SHARED_DRAWS + count * _NUM_TRIES * _DRAWS_PER_TRY
-    draws = uniform(draw_ids, key=erase_key, num_draws=num_draws)
-    chosen = draws[:, 0] < prob
-    num_boxes = np.where(chosen, 1 + np.floor(draws[:, 1] * count), 0)[:, None]
-    tries = draws[:, _SHARED_DRAWS:].reshape(-1, count, _NUM_TRIES, _DRAWS_PER_TRY)
-    area, aspect, top, left = np.moveaxis(tries, 3, 0)
+    shape = (len(draw_ids), count, _NUM_TRIES, 4)
+    draws = uniform(
+        draw_ids,
+        key=key(seed, epoch, Purpose.ERASE),
+        num_draws=2 + math.prod(shape[1:]),
+    )
+    num_boxes = 1 + np.floor(draws[:, 1] * count).astype(np.int64)
+    num_boxes = np.where(draws[:, 0] < prob, num_boxes, 0)[:, None]
+    area, aspect, top, left = np.moveaxis(draws[:, 2:].reshape(shape), 3, 0)
     area = (_MIN_AREA + area * (_MAX_AREA - _MIN_AREA)) * img_size**2
     area /= np.maximum(num_boxes, 1)[:, :, None]
-    log_aspect = math.log(_MIN_ASPECT)
-    aspect = np.exp(log_aspect * (1 - 2 * aspect))
-    height = np.rint(np.sqrt(area * aspect)).astype(np.int64)
-    width = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (height < img_size) & (width < img_size)
+    aspect = np.exp((2 * aspect - 1) * math.log(1 / _MIN_ASPECT))
+    heights = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    widths = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (heights < img_size) & (widths < img_size)
+    is_there = fits.any(axis=2) & (np.arange(count) < num_boxes)
     first = fits.argmax(axis=2)[:, :, None]
 
     def of_first(values: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(values, first, axis=2)[:, :, 0]
+        return np.where(is_there, np.take_along_axis(values, first, axis=2)[:, :, 0], 0)
 
-    wanted = of_first(fits) & (np.arange(count) < num_boxes)
-    heights = np.where(wanted, of_first(height), 0)
-    widths = np.where(wanted, of_first(width), 0)
-    with np.errstate(over="ignore"):
-        keys = mix64(draw_ids.astype(np.uint64) ^ np.uint64(erase_key))[:, None]
-        keys = mix64(keys + np.arange(count, dtype=np.uint64))
+    noise = uniform(draw_ids, key=key(seed, epoch, Purpose.ERASE, 1), num_draws=count)
     return Boxes(
-        tops=np.floor(of_first(top) * (img_size - heights + 1)).astype(np.int64),
-        lefts=np.floor(of_first(left) * (img_size - widths + 1)).astype(np.int64),
-        heights=heights,
-        widths=widths,
-        keys=keys,
+        tops=of_first(np.floor(top * (img_size - heights + 1)).astype(np.int64)),
+        lefts=of_first(np.floor(left * (img_size - widths + 1)).astype(np.int64)),
+        heights=of_first(heights),
+        widths=of_first(widths),
+        noise_keys=(noise * 2**53).astype(np.int64),
     )
 
 
-def erase(images: Tensor, boxes: Boxes, *, mode: EraseMode) -> Tensor:
-    """Erase boxes of float images (B, C, H, W), in place; returns the same tensor.
+def erase(
+    images: Tensor, boxes: Boxes, *, mode: Literal["const", "rand", "pixel"]
+) -> Tensor:
+    """Erase boxes of normalised images, in place.
 
-    const fills with zeros, rand with one normal number a channel, pixel with normal
-    numbers.
+    A box's noise depends on its key and the kind of device alone: not on the batch, or
+    on how the images lie in memory. torch promises a seed's numbers for one version.
+
+    Args:
+        images: Floats of shape (B, 3, H, W).
+        mode: What boxes hold: const is zeros, the mean colour; rand one normal colour;
+            pixel a normal value for each value.
+
+    Returns:
+        The images that were given.
     """
-    source = torch.Generator(device=images.device)
-    for row, column in np.argwhere(boxes.heights > 0).tolist():
-        top, left = int(boxes.tops[row, column]), int(boxes.lefts[row, column])
-        height, width = int(boxes.heights[row, column]), int(boxes.widths[row, column])
-        box = images[row, :, top : top + height, left : left + width]
+    generator = torch.Generator(images.device)
+    for at, which in zip(*np.nonzero(boxes.heights * boxes.widths), strict=True):
+        height, width = int(boxes.heights[at, which]), int(boxes.widths[at, which])
+        top, left = int(boxes.tops[at, which]), int(boxes.lefts[at, which])
+        box = images[at, :, top : top + height, left : left + width]
         if mode == "const":
             box.zero_()
             continue
-        # Generators take seeds of 63 bits.
-        source.manual_seed(int(boxes.keys[row, column]) >> 1)
-        size = (len(box), height, width) if mode == "pixel" else (len(box), 1, 1)
-        box.copy_(torch.randn(size, generator=source, device=images.device))
+        generator.manual_seed(int(boxes.noise_keys[at, which]))
+        shape = (height, width) if mode == "pixel" else (1, 1)
+        # Channels last, as images lie in training.
+        noise = torch.randn(
+            (*shape, len(box)),
+            generator=generator,
+            device=images.device,
+            dtype=images.dtype,
+        )
+        box.copy_(noise.permute(2, 0, 1))
     return images

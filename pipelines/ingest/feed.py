@@ -57,6 +57,7 @@ def batches(
                 images=found.images,
                 labels=torch.from_numpy(found.labels).to(device, non_blocking=True),
                 weights=torch.from_numpy(found.weights).to(device, non_blocking=True),
+                draw_ids=found.draw_ids,
                 num_bad=len(found.bad),
                 epoch=cells["epoch"],
                 **place,

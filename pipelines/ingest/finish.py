@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipelines.ingest.draws import Draws, PixelSettings
-from pipelines.ingest.erasing import EraseMode, erase
+from pipelines.ingest.erasing import erase
 from pipelines.ingest.host import Threads
 
 
@@ -27,7 +28,7 @@ class Finisher:
         num_pixels = 1 if device.type == "cuda" else size * size
         self._scale = _tiled(1 / std, num_pixels, device=device)
         self._offset = _tiled(-mean / std, num_pixels, device=device)
-        self._mode: EraseMode = settings.augment.re_mode
+        self._mode: Literal["const", "rand", "pixel"] = settings.augment.re_mode
         self._device = device
         self._threads = Threads(num_threads)
         self._buffers = Buffers()

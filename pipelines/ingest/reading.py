@@ -14,17 +14,19 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.ingest.draws import PixelSettings
 from pipelines.ingest.footers import check_labels, open_place
 from pipelines.ingest.plan import Slice, Unit, share
-from pipelines.ingest.reader_decode import ReaderDecoder
 from pipelines.ingest.rows import REPEAT, ROW_ID, image_views, nested
 from pipelines.shards.format import SCHEMA
+
+if TYPE_CHECKING:  # read tasks start without torch
+    from pipelines.ingest.draws import PixelSettings
 
 # Large enough that Ray's cost for an object vanishes, small enough to wait a little
 # for; a single batch may be larger.
@@ -86,6 +88,8 @@ def share_tables(unit: Unit, *, reading: Reading) -> Iterator[pa.Table]:
     num_bytes = sum(view.nbytes for view in images)
     make_pixels = None
     if reading.decode is not None:
+        from pipelines.ingest.reader_decode import ReaderDecoder
+
         share_rows = -(-unit.batch_size * unit.num_repeats // reading.num_workers)
         make_pixels = ReaderDecoder(reading.decode, batch_size=share_rows)
         num_bytes = len(images) * make_pixels.bytes_per_image

@@ -1,0 +1,175 @@
+"""Show what training makes of images: `python -m pipelines.preview RECIPE`.
+
+    python -m pipelines.preview demo
+    python -m pipelines.preview imagenet.so_vit_14 --data.train /shards/train
+
+A row an image, first as evaluation sees it, then as training does in the first epochs,
+by the very code and numbers of a training. Written as a PNG and kept in MLflow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines import tracking
+from pipelines.cli import parse, run_command
+from pipelines.config import Run
+from pipelines.ingest.decoder import BatchDecoder
+from pipelines.ingest.draws import PixelSettings, draw
+from pipelines.ingest.footers import read_shard_set
+from pipelines.ingest.ops import Op
+from pipelines.ingest.rows import Rows, rows_of
+from pipelines.ingest.stream import LocalOpener, Plans
+from pipelines.preflight import with_absolute_paths
+from pipelines.recipe import load_recipe
+from pipelines.supply import pixel_settings, reading_of
+
+_PROG = "pipelines.preview"
+_INCHES_PER_IMAGE = 2.0
+
+
+def preview(run: Run, *, num_images: int, num_epochs: int, path: Path) -> None:
+    """Write a picture grid of a run's first images as a PNG.
+
+    Raises ValueError where the shards can't be used, or where fewer images than wanted
+    are whole.
+    """
+    shards = read_shard_set(run.data.train)
+    plan = Plans(shards=shards, run=run, train=True).plan(0)
+    opener = LocalOpener(reading_of(shards, run=run))
+    opener.prepare([plan.unit(0)])
+    rows = rows_of(next(opener.open())).cut(0, num_images)
+    if len(rows) < num_images:
+        raise ValueError(
+            f"wanted {num_images} images, came {len(rows)} in the first share; "
+            "lower --num-images"
+        )
+    columns = [("evaluation", *_pixels(rows, run=run, train=False, epoch=0))]
+    for epoch in range(num_epochs):
+        images, texts = _pixels(rows, run=run, train=True, epoch=epoch)
+        columns.append((f"epoch {epoch}", images, texts))
+    names = [shards.classes[label] for label in rows.labels]
+    _draw(columns, names=names, path=path)
+
+
+def _pixels(
+    rows: Rows, *, run: Run, train: bool, epoch: int
+) -> tuple[np.ndarray, list[str]]:
+    """Give float images (n, H, W, 3) from 0 to 1, and what was done to each."""
+    settings = pixel_settings(run, train=train)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    decode = BatchDecoder(settings, num_rows=len(rows), device=device)
+    found = decode(rows, epoch)
+    if found.bad:
+        raise ValueError(
+            f"wanted images that decode, came {found.bad[0].key}: "
+            f"{found.bad[0].reason}; set another --seed"
+        )
+    images = _denormalized(found.images, run=run)
+    return images, _texts(rows, settings=settings, epoch=epoch)
+
+
+def _denormalized(images: Tensor, *, run: Run) -> np.ndarray:
+    mean, std = (torch.tensor(value) for value in (run.data.mean, run.data.std))
+    pixels = images.cpu().permute(0, 2, 3, 1) * std + mean
+    return pixels.clamp(0, 1).numpy()
+
+
+def _texts(rows: Rows, *, settings: PixelSettings, epoch: int) -> list[str]:
+    ops = draw(rows, settings=settings, epoch=epoch).ops
+    if ops is None:
+        return [""] * len(rows)
+    return [
+        "\n".join(
+            f"{Op(op).name.lower()} {arg:.2g}" if arg else Op(op).name.lower()
+            for op, arg in zip(ids, args, strict=True)
+            if op
+        )
+        for ids, args in zip(ops.ids.tolist(), ops.args.tolist(), strict=True)
+    ]
+
+
+def _draw(
+    columns: Sequence[tuple[str, np.ndarray, list[str]]],
+    *,
+    names: Sequence[str],
+    path: Path,
+) -> None:
+    from matplotlib.figure import Figure
+
+    size = (_INCHES_PER_IMAGE * len(columns), 1.25 * _INCHES_PER_IMAGE * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(names), len(columns), squeeze=False)
+    for at, (title, images, texts) in enumerate(columns):
+        for row, name in enumerate(names):
+            place = axes[row, at]
+            place.imshow(images[row])
+            place.set_xticks([])
+            place.set_yticks([])
+            place.set_xlabel(texts[row], fontsize=7)
+            if at == 0:
+                place.set_ylabel(name[:24], fontsize=8)
+            if row == 0:
+                place.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def _keep(run: Run, *, path: Path) -> None:
+    """Keep the picture in MLflow, as a run of its own."""
+    uri = tracking.default_uri(run.storage)
+    run_id = tracking.open_run(
+        uri,
+        experiment=run.experiment,
+        name=f"preview-{run.recipe}",
+        params={"recipe": run.recipe},
+        tags={"kind": "preview"},
+    )
+    tracking.log_file(uri, run_id, file=path)
+    tracking.end_run(uri, run_id, status="FINISHED")
+
+
+def main() -> None:
+    """Run the command line."""
+    run_command(_main, prog=_PROG)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(
+            "wanted a recipe first, such as demo, came none; "
+            f"try python -m {_PROG} demo"
+        )
+    recipe, *rest = arguments
+    parser = argparse.ArgumentParser(_PROG, add_help=False, allow_abbrev=False)
+    parser.add_argument("--num-images", type=int, default=6)
+    parser.add_argument("--num-epochs", type=int, default=6)
+    parser.add_argument("--out", type=Path, default=Path("preview.png"))
+    chosen, rest = parser.parse_known_args(rest)
+    if chosen.num_images < 1 or chosen.num_epochs < 1:
+        raise ValueError(
+            f"wanted at least 1 image and 1 epoch, came {chosen.num_images} and "
+            f"{chosen.num_epochs}; set --num-images and --num-epochs"
+        )
+    run = parse(
+        Run, default=load_recipe(recipe), arguments=rest, prog=_PROG, text=__doc__
+    )
+    run = with_absolute_paths(run)
+    preview(
+        run,
+        num_images=chosen.num_images,
+        num_epochs=chosen.num_epochs,
+        path=chosen.out,
+    )
+    _keep(run, path=chosen.out)
+    print(f"picture  {chosen.out}", file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
