@@ -40,7 +40,7 @@ pins:
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 pyproject.toml \
 	  --extra train --no-header --no-annotate -o requirements.txt
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 pyproject.toml \
-	  --all-extras --no-header --no-annotate -o requirements-dev.txt
+	  --extra dev --no-header --no-annotate -o requirements-dev.txt
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
