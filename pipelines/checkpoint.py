@@ -8,11 +8,13 @@ size and CRC-32, and its own. A folder whose files do not match it is refused.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pickle
+import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 import sovit
 from pipelines.config import Model, Run
+from pipelines.files import Place
 from pipelines.runfile import from_json, to_json
 
 MANIFEST = "checkpoint.json"
@@ -123,12 +126,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     raw = _read_json(path)
     for name, wanted in raw["files"].items():
-        came = _fingerprint(folder / name) if (folder / name).is_file() else None
-        if came != wanted:
-            raise ValueError(
-                f"{folder / name}: wanted {wanted}, came {came}; "
-                "this checkpoint is damaged, use the one before it"
-            )
+        _check_file(folder / name, wanted=wanted, shown=str(folder / name))
     return Manifest(
         run=from_json(json.dumps(raw["run"])),
         position=Position(**raw["position"]),
@@ -138,7 +136,59 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def opened(address: str) -> Iterator[Path]:
+    """Give the local folder of a checkpoint that may lie in a bucket.
+
+    A folder on a path is given as it is. Of a remote one, the manifest and the files
+    that it names are copied, each held against its size and CRC-32, and removed after
+    use. Raises ValueError, naming the address, where there is no checkpoint, it is
+    damaged, or the store does not answer.
+    """
+    place = Place(address)
+    if not place.is_remote:
+        yield Path(place.open()[1])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _copy(place, Path(folder))
+        except ConnectionError as error:
+            raise ValueError(str(error)) from error
+        yield Path(folder)
+
+
+def _copy(place: Place, folder: Path) -> None:
+    manifest = place.within(MANIFEST)
+    try:
+        manifest.download(folder / MANIFEST)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"wanted a checkpoint with {MANIFEST}, came {str(place)!r}; "
+            "name one that sovit-train printed"
+        ) from error
+    raw = _read_json(folder / MANIFEST, shown=str(manifest))
+    for name, wanted in raw["files"].items():
+        file = place.within(name)
+        if Path(name).name != name:
+            raise ValueError(
+                f"{manifest}: wanted plain names of files, came {name!r}; "
+                "do not trust this checkpoint"
+            )
+        with contextlib.suppress(FileNotFoundError):
+            file.download(folder / name)
+        _check_file(folder / name, wanted=wanted, shown=str(file))
+
+
+def _check_file(path: Path, *, wanted: dict[str, int], shown: str) -> None:
+    came = _fingerprint(path) if path.is_file() else None
+    if came != wanted:
+        raise ValueError(
+            f"{shown}: wanted {wanted}, came {came}; "
+            "this checkpoint is damaged, use the one before it"
+        )
+
+
+def _read_json(path: Path, *, shown: str = "") -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text())
         whole = raw.pop("crc32") == _crc_of(raw)
@@ -146,8 +196,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         whole, raw = False, {}
     if not whole:
         raise ValueError(
-            f"{path}: wanted a whole manifest, came one that was cut off or changed; "
-            "this checkpoint is damaged, use the one before it"
+            f"{shown or path}: wanted a whole manifest, came one that was cut off or "
+            "changed; this checkpoint is damaged, use the one before it"
         )
     return raw
 

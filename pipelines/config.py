@@ -174,6 +174,7 @@ class Run:
             num_checkpoints_to_keep=(self.num_checkpoints_to_keep >= 1, "at least 1"),
             checkpoint_every_steps=(self.checkpoint_every_steps >= 0, "at least 0"),
             checkpoint_every_minutes=(self.checkpoint_every_minutes >= 0, "at least 0"),
+            key_log=("://" not in self.key_log, "a local or shared folder"),
         )
         if self.data.batch_size % self.augment.num_repeats:
             raise ValueError(

@@ -21,7 +21,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from pipelines.checkpoint import Position, load_model
+from pipelines.checkpoint import Position, load_model, opened
 from pipelines.cli import parse, run_command
 from pipelines.ingest.batch import BadImage, Batch
 from pipelines.ingest.footers import read_shard_set
@@ -38,9 +38,9 @@ class Options:
     """Say what is evaluated, on what, and how."""
 
     checkpoint: tyro.conf.Positional[str]
-    """Folder that sovit-train printed."""
+    """Folder or bucket address that sovit-train printed."""
     shards: tyro.conf.Positional[str]
-    """Folder of shards, as sovit-shards writes them."""
+    """Folder or bucket of shards, as sovit-shards writes them."""
     weights: Literal["auto", "ema", "raw"] = "auto"
     """auto takes the moving average where the checkpoint has one."""
     batch_size: int = 256
@@ -61,7 +61,8 @@ def evaluate_checkpoint(options: Options) -> dict[str, float]:
     Raises ValueError where the checkpoint or the shards can't be used.
     """
     ema = {"auto": None, "ema": True, "raw": False}[options.weights]
-    model, manifest = load_model(Path(options.checkpoint), ema=ema)
+    with opened(options.checkpoint) as folder:
+        model, manifest = load_model(folder, ema=ema)
     shards = read_shard_set(options.shards)
     if shards.classes != manifest.classes:
         raise ValueError(

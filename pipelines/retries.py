@@ -74,27 +74,32 @@ def retrying(
     if not is_remote(address):
         return function()
     name = without_credentials(address)
-    for wait_s in _WAITS_S:
+    waits_s = iter(_WAITS_S)
+    while True:
         try:
             return function()
         except OSError as error:
             if not _may_pass(error):
-                raise _explained(error, name=name) from error
+                explained = _explained(error, name=name)
+                if explained is None:
+                    raise
+                raise explained from error
+            wait_s = next(waits_s, None)
+            if wait_s is None:
+                raise _no_answer(error, name=name) from error
             wait_s *= 1 + _JITTER * random.SystemRandom().uniform(-1, 1)
             logger.warning(
                 "%s: %s; trying again in %.1f s", name, error_summary(error), wait_s
             )
             sleep(wait_s)
-    try:
-        return function()
-    except OSError as error:
-        if not _may_pass(error):
-            raise _explained(error, name=name) from error
-        raise ConnectionError(
-            f"{name}: wanted an answer of the store, came {error_summary(error)} at "
-            f"each of {len(_WAITS_S) + 1} tries; see whether it is up and reached from "
-            "here (AWS_ENDPOINT_URL for one that is not Amazon's)"
-        ) from error
+
+
+def _no_answer(error: OSError, *, name: str) -> ConnectionError:
+    return ConnectionError(
+        f"{name}: wanted an answer of the store, came {error_summary(error)} at the "
+        f"last of {len(_WAITS_S) + 1} tries; see whether it is up and can be reached "
+        "(AWS_ENDPOINT_URL names one that is not Amazon's)"
+    )
 
 
 def _may_pass(error: OSError) -> bool:
@@ -109,7 +114,7 @@ def _may_pass(error: OSError) -> bool:
     return isinstance(error, TimeoutError) or bool(_PASSING.search(text))
 
 
-def _explained(error: OSError, *, name: str) -> Exception:
+def _explained(error: OSError, *, name: str) -> ValueError | OSError | None:
     text, summary = str(error), error_summary(error)
     if _REFUSED.search(text):
         return ValueError(
@@ -124,4 +129,4 @@ def _explained(error: OSError, *, name: str) -> Exception:
         )
     if _GONE.search(text):
         return FileNotFoundError(errno.ENOENT, f"not in the store ({summary})", name)
-    return error
+    return None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import pyarrow.fs as pafs
 
 from pipelines.config import Run
-from pipelines.ingest.footers import open_place
+from pipelines.files import Place
 from pipelines.runfile import from_json, to_json
 
 _RECORD = "run.json"
@@ -29,40 +31,46 @@ class Record:
 
 
 def check_name(storage: str, *, name: str) -> None:
-    """Raise ValueError where a new run's name is taken or can't name a folder."""
+    """Raise ValueError where a new run's name is taken or can't name a folder.
+
+    The same where the storage is a bucket that is not there, or does not answer.
+    """
     if not _NAME.fullmatch(name):
         raise ValueError(
             f"wanted a run's name of letters, digits, '.', '_' and '-', came {name!r}; "
             "choose another --name"
         )
-    filesystem, path = _place(storage, name)
-    if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
-        raise ValueError(
-            f"wanted a new name for this run, came {name!r}, which {storage!r} "
-            f"already holds; choose another --name or go on with --resume {name}"
-        )
+    root = Place(storage)
+    with _answering():
+        if root.within(name).kind() != pafs.FileType.NotFound:
+            raise ValueError(
+                f"wanted a new name for this run, came {name!r}, which {str(root)!r} "
+                f"already holds; choose another --name or go on with --resume {name}"
+            )
+        root.check_bucket()
 
 
 def new_record(run: Run, *, name: str) -> Record:
     """Make a new run's folder; ValueError as `check_name`."""
     check_name(run.storage, name=name)
-    filesystem, path = _place(run.storage, name)
     record = Record(name=name, run=run)
-    filesystem.create_dir(path)
+    with _answering():
+        Place(run.storage).within(name).make_folder()
     write_record(record)
     return record
 
 
 def read_record(storage: str, *, name: str) -> Record:
     """Read a run that is to go on; ValueError where it is not there or has finished."""
-    filesystem, path = _place(storage, name)
+    root = Place(storage)
+    file = root.within(name).within(_RECORD)
     try:
-        with filesystem.open_input_stream(f"{path}/{_RECORD}") as stream:
-            text = stream.read()
+        with _answering():
+            text = file.read()
     except OSError as error:
         raise ValueError(
-            f"wanted a run to resume, came {name!r}, which {storage!r} does not hold; "
-            "look there for the names, or set --storage"
+            f"wanted a run to resume, came {name!r}, which {str(root)!r} does "
+            "not hold; look there for the names, or set --storage"
         ) from error
     try:
         raw = json.loads(text)
@@ -74,7 +82,7 @@ def read_record(storage: str, *, name: str) -> Record:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}/{_RECORD}: wanted a run's record, came one that can't be read "
+            f"{file}: wanted a run's record, came one that can't be read "
             f"({error!r}); start a new run"
         ) from error
     if record.status == "finished":
@@ -86,15 +94,17 @@ def read_record(storage: str, *, name: str) -> Record:
 
 
 def write_record(record: Record) -> None:
-    """Write a run's record in place of the one before."""
-    filesystem, path = _place(record.run.storage, record.name)
+    """Write a run's record in place of the one before, whole or not at all."""
     content = dataclasses.asdict(record) | {"run": json.loads(to_json(record.run))}
-    partial = f"{path}/{_RECORD}.partial"
-    with filesystem.open_output_stream(partial) as stream:
-        stream.write(json.dumps(content, indent=2).encode())
-    filesystem.move(partial, f"{path}/{_RECORD}")
+    file = Place(record.run.storage).within(record.name).within(_RECORD)
+    with _answering():
+        file.write(json.dumps(content, indent=2).encode())
 
 
-def _place(storage: str, name: str) -> tuple[pafs.FileSystem, str]:
-    filesystem, root = open_place(storage)
-    return filesystem, f"{root}/{name}"
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    """Raise ValueError where a store does not answer: the user sees to that."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise ValueError(str(error)) from error

@@ -32,12 +32,11 @@ from pipelines.config import Run
 from pipelines.entry import work
 from pipelines.errors import RunFailedError
 from pipelines.failures import StopOnValueError, reason_of
-from pipelines.ingest.footers import ShardSet
-from pipelines.ingest.plan import plan_epoch
-from pipelines.ingest.reading import read_rows
+from pipelines.files import Place
 from pipelines.ingest.stream import Plans
-from pipelines.ingest.torch_decode import is_whole
 from pipelines.job import Job
+from pipelines.keeping import log_model, log_shards, open_tracking
+from pipelines.places import is_remote, open_place
 from pipelines.preflight import CheckedRun, check_run, with_absolute_paths
 from pipelines.progress import Display, start_board
 from pipelines.recipe import load_recipe
@@ -50,8 +49,7 @@ from pipelines.runs import (
     write_record,
 )
 from pipelines.session import per_worker, ray_session
-from pipelines.supply import reading_of
-from pipelines.tracking.provenance import provenance_tags, without_credentials
+from pipelines.tracking.provenance import without_credentials
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-train"
@@ -85,19 +83,19 @@ def fit(
         # Only now: a run that there is no room for leaves nothing behind.
         record = record or new_record(run, name=name)
         record = dataclasses.replace(record, run=run)
-        run_id = _open_tracking(record, uri=uri, num_params=checked.num_params)
+        run_id = open_tracking(record, uri=uri, num_params=checked.num_params)
         for context, shards in (
             ("train", checked.train_shards),
             ("val", checked.val_shards),
         ):
-            _log_shards(shards, uri=uri, run_id=run_id, context=context)
+            log_shards(shards, uri=uri, run_id=run_id, context=context)
         record = dataclasses.replace(record, mlflow_run_id=run_id)
         write_record(record)
         try:
             result = _train(
                 checked, run, name=name, callbacks=callbacks, uri=uri, run_id=run_id
             )
-            _log_model(
+            log_model(
                 result, uri=uri, run_id=run_id, run=run, shards=checked.val_shards
             )
         except (ValueError, RunFailedError) as error:
@@ -134,6 +132,7 @@ def _train(
         tracking_uri=uri,
         mlflow_run_id=run_id,
     )
+    filesystem, path = open_place(run.storage)
     trainer = ray.train.torch.TorchTrainer(
         work,
         train_loop_config={"job": ray.put(job)},
@@ -144,7 +143,8 @@ def _train(
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=run.storage,
+            storage_path=path,
+            storage_filesystem=filesystem if is_remote(run.storage) else None,
             failure_config=ray.train.FailureConfig(max_failures=run.scale.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=run.num_checkpoints_to_keep
@@ -170,44 +170,6 @@ def _train(
     except ray.train.TrainingFailedError as error:
         reason, can_mend = reason_of(error)
         raise (ValueError if can_mend else RunFailedError)(reason) from error
-
-
-def _open_tracking(record: Record, *, uri: str, num_params: int) -> str:
-    return tracking.open_run(
-        uri,
-        experiment=record.run.experiment,
-        name=record.name,
-        params=flat_params(record.run) | {"model.num_params": num_params},
-        tags=provenance_tags(),
-        run_id=record.mlflow_run_id,
-    )
-
-
-def _log_shards(shards: ShardSet, *, uri: str, run_id: str, context: str) -> None:
-    tracking.log_dataset(
-        uri,
-        run_id,
-        name=Path(shards.address).name,
-        source=shards.address,
-        num_rows=shards.groups.total_rows,
-        num_shards=len(shards.groups.paths),
-        digest=shards.digest,
-        context=context,
-    )
-
-
-def _log_model(
-    result: ray.train.Result, *, uri: str, run_id: str, run: Run, shards: ShardSet
-) -> None:
-    """Keep the final model in MLflow, with a held-out image as its example."""
-    if result.checkpoint is None or not run_id:
-        return
-    logger.info("keeping the model in MLflow")
-    plan = plan_epoch(shards.groups, batch_size=1, shuffle_rows=64, shuffle=False)
-    images = read_rows(plan.unit(0), reading=reading_of(shards, run=run))["image"]
-    example = next((i.as_py() for i in images if is_whole(i.as_py() or b"")), b"")
-    with result.checkpoint.as_directory() as folder:
-        tracking.log_model(uri, run_id, checkpoint=Path(folder), example=example)
 
 
 def main() -> None:
@@ -240,7 +202,7 @@ def _main(arguments: Sequence[str]) -> None:
     name = chosen.resume or chosen.name or _new_name(run)
     start_s = time.monotonic()
     result = fit(run, name=name, record=record)
-    _print_summary(result, run=run, seconds=time.monotonic() - start_s)
+    _print_summary(result, run=run, name=name, seconds=time.monotonic() - start_s)
 
 
 def _check_same(before: Run, now: Run) -> None:
@@ -266,7 +228,9 @@ def _new_name(run: Run) -> str:
     return f"{run.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _print_summary(result: ray.train.Result, *, run: Run, seconds: float) -> None:
+def _print_summary(
+    result: ray.train.Result, *, run: Run, name: str, seconds: float
+) -> None:
     metrics = result.metrics or {}
     uri = tracking.default_uri(with_absolute_paths(run).storage)
     print(
@@ -275,9 +239,11 @@ def _print_summary(result: ray.train.Result, *, run: Run, seconds: float) -> Non
         f"{metrics.get('val/num_images', 0):,.0f} images"
     )
     if result.checkpoint is not None:
-        folder = result.checkpoint.path
+        # Of a bucket, Ray gives the path alone.
+        folder = Place(run.storage, f"{name}/{Path(result.checkpoint.path).name}")
+        val = without_credentials(run.data.val)
         print(f"checkpoint  {folder}")
-        print(f"evaluate    {_installed('sovit-eval')} {folder} {run.data.val}")
+        print(f"evaluate    {_installed('sovit-eval')} {folder} {val}")
     address = without_credentials(uri)
     is_server = address.startswith("http")
     ui = f"{_installed('mlflow')} ui --backend-store-uri {address}"

@@ -7,6 +7,7 @@ writes down every request and can refuse some, cut their connection or hold them
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -102,6 +103,7 @@ def _cut(
         start_response("200 OK", [("Content-Length", "100")])
         yield b"x" * 50
     connection.shutdown(socket.SHUT_RDWR)
+    raise ConnectionResetError
 
 
 class _Quiet(WSGIRequestHandler):
@@ -139,10 +141,11 @@ def s3_server() -> Iterator[Line]:
 @contextlib.contextmanager
 def checked_credentials() -> Iterator[dict[str, str]]:
     """Let the store check who asks, and give the environment of a user who may."""
-    iam = boto3.client("iam")
+    iam = boto3.client("iam", region_name="us-east-1")
     iam.create_user(UserName="reader")
     key = iam.create_access_key(UserName="reader")["AccessKey"]
-    policy = '{"Statement": {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}}'
+    allowed = {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": allowed})
     iam.put_user_policy(UserName="reader", PolicyName="all", PolicyDocument=policy)
     with mock.patch.object(settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0):
         yield {

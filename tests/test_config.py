@@ -70,6 +70,7 @@ BAD = [
     (RUN, "log_every_steps", 0),
     (RUN, "num_checkpoints_to_keep", 0),
     (RUN, "checkpoint_every_steps", -1),
+    (RUN, "key_log", "s3://bucket/keys"),
     (RUN, "checkpoint_every_minutes", -1.0),
 ]
 

@@ -20,7 +20,8 @@ LAYERS = ("sovit", "pipelines", "tuning", "recipes")
 HOMES = {
     "ray.data": {"pipelines/ingest/source.py", "pipelines/shards/command.py"},
     "ray.train": {
-        f"pipelines/{name}.py" for name in ("worker", "train", "failures", "opener")
+        f"pipelines/{name}.py"
+        for name in ("worker", "train", "failures", "opener", "keeping")
     },
     "nvidia": {f"pipelines/ingest/{name}.py" for name in ("dali", "dali_ops")},
     "mlflow": {f"pipelines/tracking/{name}.py" for name in ("client", "model", "runs")},

@@ -6,23 +6,32 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipelines.files import Place
 from pipelines.ingest.plan import GroupTable
+from pipelines.places import open_place, retrying
 from pipelines.shards.format import CLASSES_FILE, SCHEMA
 
-_NUM_THREADS = 16
+T = TypeVar("T")
+# Its callers are moving to pipelines.places.
+__all__ = ["ShardSet", "check_labels", "open_place", "read_shard_set"]
+# pyarrow's S3 client keeps 25 connections.
+_NUM_THREADS = 24
+_MAX_WAITING = 4096
 _COUNT = re.compile(r"-of-(\d+)\.parquet$")
-# Past this many files the labels are checked only as they are read.
-_MAX_FILES_CHECKED = 2000
+# Past this many files, or row groups in a bucket, labels are checked as they are read.
+_MAX_LABEL_REQUESTS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,54 +44,61 @@ class ShardSet:
     digest: str
 
 
-def open_place(address: str) -> tuple[pafs.FileSystem, str]:
-    """Find the filesystem and path of a folder or a bucket address."""
-    if "://" in address:
-        return pafs.FileSystem.from_uri(address)
-    return pafs.LocalFileSystem(), address
-
-
 def read_shard_set(address: str) -> ShardSet:
     """Read the footers, classes and label range of a set.
 
+    A bucket is asked n + 3 times for a set of n shards, and once more for each further
+    thousand; for labels that no statistics cover, 2000 times more at most.
+
     Raises ValueError, naming the file, where the folder is missing or empty, a footer
-    is damaged, columns are not those of a shard, or a label lies outside the classes.
+    is damaged, columns are not those of a shard, a label lies outside the classes, or
+    the store does not answer.
     """
-    filesystem, root = open_place(address)
-    info = filesystem.get_file_info(root)
-    if info.type != pafs.FileType.Directory:
-        raise ValueError(
-            f"wanted a folder of shards, came {address!r}, which is not there; "
-            "write one with sovit-shards or set --data.train and --data.val"
-        )
-    found = filesystem.get_file_info(pafs.FileSelector(root))
-    files = sorted(
-        (item for item in found if item.path.endswith(".parquet")),
-        key=lambda item: item.path,
-    )
-    if not files:
-        raise ValueError(
-            f"wanted *.parquet in {address!r}, came an empty set; "
-            "write it with sovit-shards"
-        )
+    try:
+        return _read_shard_set(Place(address))
+    except ConnectionError as error:
+        raise ValueError(str(error)) from error
+
+
+def _read_shard_set(place: Place) -> ShardSet:
+    files = _list_files(place)
     paths = tuple(item.path for item in files)
-    _check_whole(paths, address=address)
-    classes = _read_classes(filesystem, f"{root}/{CLASSES_FILE}")
+    _check_whole(paths, place=place)
+    classes = _read_classes(place.within(CLASSES_FILE))
+    reader = _Reader(place=place, num_files=len(files), num_classes=len(classes))
+    rows: list[list[int]] = []
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        rows = list(pool.map(lambda path: _group_rows(filesystem, path), paths))
-        if len(paths) <= _MAX_FILES_CHECKED:
-            labels = pool.map(lambda path: _labels(filesystem, path), paths)
-            for path, of_file in zip(paths, labels, strict=True):
-                check_labels(of_file, num_classes=len(classes), path=path)
+        # In parts: what waits in a pool takes 2 kB each, and there may be 10^5.
+        for start in range(0, len(files), _MAX_WAITING):
+            rows += pool.map(reader.read, files[start : start + _MAX_WAITING])
     groups = _group_table(paths, rows=rows)
     if groups.total_rows == 0:
-        raise ValueError(f"wanted rows in {address!r}, came {len(paths)} empty shards")
+        raise ValueError(
+            f"wanted rows in {str(place)!r}, came {len(paths)} empty shards"
+        )
     return ShardSet(
-        address=address,
+        address=place.address,
         classes=classes,
         groups=groups,
         digest=_digest(files, rows=rows, classes=classes),
     )
+
+
+def _list_files(place: Place) -> list[pafs.FileInfo]:
+    try:
+        found = place.entries()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(
+            f"wanted a folder of shards, came {str(place)!r}, which is not there; "
+            "write one with sovit-shards or set --data.train and --data.val"
+        ) from error
+    files = [item for item in found if item.path.endswith(".parquet")]
+    if not files:
+        raise ValueError(
+            f"wanted *.parquet in {str(place)!r}, came an empty set; "
+            "write it with sovit-shards"
+        )
+    return files
 
 
 def check_labels(labels: pa.ChunkedArray, *, num_classes: int, path: str) -> None:
@@ -98,43 +114,102 @@ def check_labels(labels: pa.ChunkedArray, *, num_classes: int, path: str) -> Non
         )
 
 
-def _check_whole(paths: Sequence[str], *, address: str) -> None:
+def _check_whole(paths: Sequence[str], *, place: Place) -> None:
     """Refuse a set of which files are missing: their names say how many there are."""
     counts = {int(found[1]) for path in paths if (found := _COUNT.search(path))}
     if counts and counts != {len(paths)}:
         wanted = " or ".join(str(count) for count in sorted(counts))
         raise ValueError(
-            f"wanted {wanted} shards in {address!r} by their names, came {len(paths)}; "
-            "run sovit-shards again to finish the set, or remove what is not of it"
+            f"wanted {wanted} shards in {str(place)!r} by their names, came "
+            f"{len(paths)}; run sovit-shards again to finish the set, or remove what "
+            "is not of it"
         )
 
 
-def _read_classes(filesystem: pafs.FileSystem, path: str) -> tuple[str, ...]:
+def _read_classes(file: Place) -> tuple[str, ...]:
     try:
-        with filesystem.open_input_stream(path) as stream:
-            classes = json.loads(stream.read())
+        classes = json.loads(file.read())
+    except ConnectionError:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"wanted {path} with a JSON list of class names, came {error}; "
+            f"wanted {file} with a JSON list of class names, came {error}; "
             "write the set with sovit-shards"
         ) from error
     is_list = isinstance(classes, list) and len(classes) > 0
     if not is_list or not all(isinstance(name, str) for name in classes):
         raise ValueError(
-            f"{path}: wanted a JSON list of class names, came {classes!r:.60}; "
+            f"{file}: wanted a JSON list of class names, came {classes!r:.60}; "
             "write the set with sovit-shards"
         )
     return tuple(classes)
 
 
-def _group_rows(filesystem: pafs.FileSystem, path: str) -> list[int]:
+@dataclass(frozen=True, kw_only=True)
+class _Reader:
+    """Read a shard's footer, and its labels where that is cheap."""
+
+    place: Place
+    num_files: int
+    num_classes: int
+
+    def read(self, info: pafs.FileInfo) -> list[int]:
+        """Give the rows of each row group; ValueError as `read_shard_set`."""
+        name = str(self.place.within(info.base_name))
+        filesystem, _ = self.place.open()
+        # Told the size, a fragment needs one request: the file's end.
+        fragment = ds.ParquetFileFormat().make_fragment(
+            info.path, filesystem=filesystem, file_size=info.size
+        )
+        footer = _fetched(lambda: fragment.metadata, name=name, part="footer")
+        _check_columns(footer, name=name)
+        labels = self._known_labels(footer)
+        if labels is None and self._may_read_labels(footer):
+            labels = _fetched(lambda: _labels(fragment), name=name, part="labels")
+        if labels is not None:
+            check_labels(labels, num_classes=self.num_classes, path=name)
+        return [footer.row_group(at).num_rows for at in range(footer.num_row_groups)]
+
+    def _may_read_labels(self, footer: pq.FileMetaData) -> bool:
+        # A bucket is asked for each row group's labels, a path for each file's.
+        num_requests = footer.num_row_groups if self.place.is_remote else 1
+        return num_requests * self.num_files <= _MAX_LABEL_REQUESTS
+
+    def _known_labels(self, footer: pq.FileMetaData) -> pa.ChunkedArray | None:
+        """Give the least and the greatest label of each row group by its statistics.
+
+        None where one has none, and on a path: there the labels themselves are read,
+        which shows damage too.
+        """
+        if not self.place.is_remote:
+            return None
+        column = footer.schema.names.index("label")
+        found: list[int | None] = []
+        for at in range(footer.num_row_groups):
+            known = footer.row_group(at).column(column).statistics
+            if known is None or not known.has_min_max or not known.has_null_count:
+                return None
+            found += [known.min, known.max, *[None] * known.null_count]
+        return pa.chunked_array([found], pa.int64())
+
+
+def _fetched(function: Callable[[], T], *, name: str, part: str) -> T:
     try:
-        footer = pq.read_metadata(path, filesystem=filesystem)
+        return retrying(function, address=name)
+    except ConnectionError:
+        raise
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(
-            f"wanted a Parquet shard, came {path}, whose footer can't be read "
+            f"{name}: wanted a Parquet shard, came one whose {part} can't be read "
             f"({error}); write it again with sovit-shards"
         ) from error
+
+
+def _labels(fragment: ds.ParquetFileFragment) -> pa.ChunkedArray:
+    return fragment.to_table(columns=["label"], use_threads=False)["label"]
+
+
+def _check_columns(footer: pq.FileMetaData, *, name: str) -> None:
     columns = footer.schema.to_arrow_schema()
     wrong = [
         f"{field.name}: {field.type}"
@@ -144,20 +219,9 @@ def _group_rows(filesystem: pafs.FileSystem, path: str) -> list[int]:
     ]
     if wrong:
         raise ValueError(
-            f"{path}: wanted the columns {', '.join(wrong)}, came "
+            f"{name}: wanted the columns {', '.join(wrong)}, came "
             f"{', '.join(columns.names)}; write the shard with sovit-shards"
         )
-    return [footer.row_group(at).num_rows for at in range(footer.num_row_groups)]
-
-
-def _labels(filesystem: pafs.FileSystem, path: str) -> pa.ChunkedArray:
-    try:
-        with pq.ParquetFile(path, filesystem=filesystem) as file:
-            return file.read(columns=["label"])["label"]
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(
-            f"{path}: its labels can't be read ({error}); write the shard again"
-        ) from error
 
 
 def _group_table(paths: tuple[str, ...], *, rows: Sequence[list[int]]) -> GroupTable:

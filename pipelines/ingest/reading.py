@@ -10,6 +10,7 @@ An image's bytes are copied once here, out of the Parquet page into the share.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines.ingest.footers import check_labels, open_place
+from pipelines.ingest.footers import check_labels
 from pipelines.ingest.plan import Slice, Unit, share
 from pipelines.ingest.rows import REPEAT, ROW_ID, image_views, nested
+from pipelines.places import open_place, retrying
 from pipelines.shards.format import SCHEMA
 
 if TYPE_CHECKING:  # read tasks start without torch
@@ -47,15 +50,20 @@ class Reading:
 def read_rows(unit: Unit, *, reading: Reading) -> pa.Table:
     """Read a unit's rows in the order of its slices, with their ids in `row_id`.
 
-    Raises ValueError, naming the shard, where it is gone, damaged or mislabelled.
+    Raises ValueError, naming the shard, where it is gone, damaged or mislabelled, and
+    ConnectionError where a store does not answer.
     """
     filesystem, _ = open_place(reading.address)
     tables: list[tuple[Slice, pa.Table]] = []
     by_path = attrgetter("path")
     for path, slices in itertools.groupby(sorted(unit.slices, key=by_path), by_path):
+        read = functools.partial(
+            _read_slices, path, slices=list(slices), filesystem=filesystem
+        )
         try:
-            with pq.ParquetFile(path, filesystem=filesystem) as parquet:
-                of_file = [(item, _read_slice(parquet, item)) for item in slices]
+            of_file = retrying(read, address=reading.address)
+        except ConnectionError:  # the store is down, the shard may be whole
+            raise
         except (OSError, pa.ArrowInvalid, KeyError) as error:
             raise ValueError(
                 f"{path}: wanted a whole shard, came one that can't be read ({error}); "
@@ -67,6 +75,13 @@ def read_rows(unit: Unit, *, reading: Reading) -> pa.Table:
     place = {item: at for at, item in enumerate(unit.slices)}
     tables.sort(key=lambda pair: place[pair[0]])
     return pa.concat_tables([table for _, table in tables])
+
+
+def _read_slices(
+    path: str, *, slices: Sequence[Slice], filesystem: pafs.FileSystem
+) -> list[tuple[Slice, pa.Table]]:
+    with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as parquet:
+        return [(item, _read_slice(parquet, item)) for item in slices]
 
 
 def _read_slice(parquet: pq.ParquetFile, item: Slice) -> pa.Table:

@@ -17,8 +17,9 @@ _NUM_THREADS = 8
 def spot_check(shards: ShardSet, *, max_bytes: int = _MAX_BYTES) -> int:
     """Read row groups all over a set until `max_bytes` have passed.
 
-    Returns how many groups were read. Raises ValueError naming a damaged shard; what
-    is damaged elsewhere shows when it is read for training.
+    Returns how many groups were read. Raises ValueError naming a damaged shard, or a
+    store that does not answer; what is damaged elsewhere shows when it is read for
+    training.
     """
     order = seeded_order(len(shards.groups.num_rows), key=0)
     num_read, num_bytes = 0, 0
@@ -46,5 +47,8 @@ def _read(shards: ShardSet, *, group: int) -> int:
         ends_epoch=False,
     )
     reading = Reading(address=shards.address, num_classes=len(shards.classes))
-    rows = read_rows(unit, reading=reading)
+    try:
+        rows = read_rows(unit, reading=reading)
+    except ConnectionError as error:
+        raise ValueError(str(error)) from error
     return rows.nbytes

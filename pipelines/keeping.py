@@ -1,0 +1,62 @@
+"""Keep what the driver knows of a training in MLflow."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import ray.train
+
+from pipelines import tracking
+from pipelines.config import Run
+from pipelines.files import Place
+from pipelines.ingest.footers import ShardSet
+from pipelines.ingest.plan import plan_epoch
+from pipelines.ingest.reading import read_rows
+from pipelines.ingest.torch_decode import is_whole
+from pipelines.runfile import flat_params
+from pipelines.runs import Record
+from pipelines.supply import reading_of
+from pipelines.tracking.provenance import provenance_tags
+
+logger = logging.getLogger(__name__)
+
+
+def open_tracking(record: Record, *, uri: str, num_params: int) -> str:
+    """Open the MLflow run of a record, new or not; return its id."""
+    return tracking.open_run(
+        uri,
+        experiment=record.run.experiment,
+        name=record.name,
+        params=flat_params(record.run) | {"model.num_params": num_params},
+        tags=provenance_tags(),
+        run_id=record.mlflow_run_id,
+    )
+
+
+def log_shards(shards: ShardSet, *, uri: str, run_id: str, context: str) -> None:
+    """Record a shard set as an input of the run."""
+    tracking.log_dataset(
+        uri,
+        run_id,
+        name=Place(shards.address).name,
+        source=shards.address,
+        num_rows=shards.groups.total_rows,
+        num_shards=len(shards.groups.paths),
+        digest=shards.digest,
+        context=context,
+    )
+
+
+def log_model(
+    result: ray.train.Result, *, uri: str, run_id: str, run: Run, shards: ShardSet
+) -> None:
+    """Keep the final model in MLflow, with a held-out image as its example."""
+    if result.checkpoint is None or not run_id:
+        return
+    logger.info("keeping the model in MLflow")
+    plan = plan_epoch(shards.groups, batch_size=1, shuffle_rows=64, shuffle=False)
+    images = read_rows(plan.unit(0), reading=reading_of(shards, run=run))["image"]
+    example = next((i.as_py() for i in images if is_whole(i.as_py() or b"")), b"")
+    with result.checkpoint.as_directory() as folder:
+        tracking.log_model(uri, run_id, checkpoint=Path(folder), example=example)
