@@ -21,6 +21,9 @@ from pipelines.tracking.provenance import error_summary, without_credentials
 
 __all__ = ["is_remote", "open_place", "retrying"]
 
+# How often pyarrow's S3 client makes a request before it reports a failure; see
+# `retries` for what that comes to.
+_CLIENT_TRIES = 3
 _OF_ARROW = frozenset({"file", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
 _S3_TEXTS = ("region", "scheme", "endpoint_override", "tls_ca_file_path")
 _S3_SWITCHES = ("anonymous", "force_virtual_addressing")
@@ -110,7 +113,10 @@ def _s3_client(
     }
     texts = {name: value for name, value in options if name not in _S3_SWITCHES}
     # Files up to 10 MB are put in one request, larger ones in parts of as much.
-    return pafs.S3FileSystem(**texts, **switches, allow_delayed_open=True)
+    patience = pafs.AwsStandardS3RetryStrategy(max_attempts=_CLIENT_TRIES)
+    return pafs.S3FileSystem(
+        **texts, **switches, allow_delayed_open=True, retry_strategy=patience
+    )
 
 
 def _open_fsspec(address: str, *, scheme: str) -> tuple[pafs.FileSystem, str]:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 from unittest import mock
+from urllib.request import urlopen
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import boto3
@@ -61,6 +62,11 @@ class Line:
         """
         with self._lock:
             self._orders.append(_Order(re.compile(pattern), fault, num))
+
+    def mend(self) -> None:
+        """Let no request fail any more."""
+        with self._lock:
+            self._orders.clear()
 
     def taken(self) -> list[str]:
         """Give the requests since the last call, each as "METHOD path?query"."""
@@ -116,7 +122,7 @@ def s3_server() -> Iterator[Line]:
     """Serve an empty `BUCKET` on a free port, and point the environment at it."""
     line = Line(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, line, threaded=True, request_handler=_Quiet)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     settled = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
@@ -129,6 +135,8 @@ def s3_server() -> Iterator[Line]:
         with mock.patch.dict(os.environ, settled):
             for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
                 os.environ.pop(name, None)
+            # The store is this process's: it may hold what a test before left.
+            urlopen(f"{settled['AWS_ENDPOINT_URL']}/moto-api/reset", b"").close()
             boto3.client("s3").create_bucket(Bucket=BUCKET)
             line.taken()
             yield line

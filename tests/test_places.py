@@ -60,12 +60,14 @@ def test_s3_takes_its_settings_from_the_environment(
     assert found["region"] == "eu-north-1"
     assert found["endpoint_override"] == "http://127.0.0.1:9"
     assert open_place("s3://bucket/other")[0] is filesystem
+    s3_environment.setenv("AWS_CA_BUNDLE", __file__)
     s3_environment.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:7")
     s3_environment.delenv("AWS_REGION")
     s3_environment.setenv("AWS_DEFAULT_REGION", "eu-west-3")
     found = settings_of(open_place("s3://bucket/a")[0])
     assert found["endpoint_override"] == "http://127.0.0.1:7"
     assert found["region"] == "eu-west-3"
+    assert found["tls_ca_file_path"] == __file__
 
 
 def test_someone_else_gets_another_client(s3_environment: pytest.MonkeyPatch) -> None:

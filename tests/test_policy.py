@@ -1,64 +1,86 @@
-"""RandAugment's text is read as timm reads it."""
+"""RandAugment's texts: read as timm reads them, refused where timm guesses."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.data.auto_augment import RandAugment as TimmRandAugment
 from timm.data.auto_augment import rand_augment_transform
 
 from pipelines.ingest.policy import RandAugment, parse_rand_augment
 
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "rand-m9-mstd0.5-inc1",
-        "rand-m9-n3-mstd0.5",
-        "rand-m7-mstd101-inc1",
-        "rand-m15-mmax20-p0.8",
-        "rand-inc1-m4-n1",
-        "rand-m0",
-    ],
-)
-def test_the_settings_are_those_that_timm_builds(text: str) -> None:
-    found = parse_rand_augment(text)
-    timms = rand_augment_transform(text, {})
-    assert found.num_layers == timms.num_layers
-    assert len(timms.ops) == 15
-    for op in timms.ops:
-        assert op.prob == found.prob
-        assert op.magnitude == found.magnitude
-        assert op.magnitude_std == found.magnitude_std
-        assert (op.magnitude_max or 10) == found.magnitude_max
-    names = {op.name for op in timms.ops}
-    assert ("PosterizeIncreasing" in names) == found.increasing
-    assert ("ColorIncreasing" in names) == found.increasing
+NUMBERS = {
+    "m": st.integers(0, 40).map(str),
+    "n": st.integers(1, 6).map(str),
+    "mstd": st.decimals(0, 150, places=2).map(str),
+    "mmax": st.integers(1, 40).map(str),
+    "inc": st.sampled_from(["0", "1"]),
+    "p": st.decimals(0, 1, places=2).map(str),
+}
 
 
-def test_the_papers_policy() -> None:
+@st.composite
+def texts(draw: st.DrawFn) -> str:
+    keys = draw(st.lists(st.sampled_from(sorted(NUMBERS)), unique=True))
+    return "-".join(["rand", *(key + draw(NUMBERS[key]) for key in keys)])
+
+
+def timms(text: str) -> tuple[TimmRandAugment, RandAugment]:
+    transform = rand_augment_transform(text, {})
+    first = transform.ops[0]
+    return transform, RandAugment(
+        magnitude=first.magnitude,
+        num_layers=transform.num_layers,
+        magnitude_std=first.magnitude_std,
+        magnitude_max=first.magnitude_max or 10,
+        increasing=any(op.name == "ColorIncreasing" for op in transform.ops),
+        prob=first.prob,
+    )
+
+
+@given(text=texts())
+@settings(max_examples=200, deadline=None)
+def test_a_text_means_what_it_means_to_timm(text: str) -> None:
+    transform, wanted = timms(text)
+    assert parse_rand_augment(text) == wanted
+    assert transform.choice_weights is None
+    assert len(transform.ops) == 15
+
+
+def test_the_recipes_text_is_read() -> None:
     assert parse_rand_augment("rand-m9-mstd0.5-inc1") == RandAugment(
-        magnitude=9, num_layers=2, magnitude_std=0.5, increasing=True, prob=0.5
+        magnitude=9, magnitude_std=0.5, increasing=True
     )
     assert parse_rand_augment("rand-mstd101").magnitude_std == math.inf
+    assert parse_rand_augment("rand") == RandAugment()
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("randy-m9", "begin with rand"),
         ("", "begin with rand"),
-        ("rand-m9-m8", "once"),
-        ("rand-x3", r"m \(magnitude\)"),
-        ("rand-m", "whole number"),
-        ("rand-m-3", "whole number"),
-        ("rand-m9.5", "whole number"),
-        ("rand-n0", "at least 1"),
-        ("rand-p1.5", "to 1"),
-        ("rand-w0", "left out"),
-        ("rand-t1", "left out"),
+        ("original-mstd0.5", "begin with rand"),
+        ("rand-", "got '' in 'rand-'"),
+        ("rand-x3", r"m \(magnitude\), n .* mstd .* mmax .* inc .* p "),
+        ("rand-M9", "Wanted any of m"),
+        ("rand-m9-9", "Wanted any of m"),
+        ("rand-mstd.5", "Wanted any of m|Wanted mstd"),
+        ("rand-w0", "remove this part"),
+        ("rand-tweights", "remove this part"),
+        ("rand-m", "m with a whole number, at least 0, got 'm'"),
+        ("rand-m9.5", "m with a whole number"),
+        ("rand-m-1", "m with a whole number"),
+        ("rand-n0", "n with a whole number, at least 1"),
+        ("rand-mmax0", "mmax with a whole number, at least 1"),
+        ("rand-p1.1", "p with a number from 0 to 1"),
+        ("rand-mstdnan", "got 'mstdnan'"),
+        ("rand-m9\n", "m with a whole number"),
+        ("rand-m9-m8", "each key once"),
     ],
 )
-def test_what_can_not_be_read_is_refused(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_other_texts_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         parse_rand_augment(text)

@@ -126,21 +126,27 @@ def _move(images: Any, *, matrix: Any, fill: tuple[int, int, int]) -> Any:
 
 def _enhance(images: Any, *, op: Any, factor: Any, img_size: int) -> Any:
     """Blend with what the image is at factor 0, as Pillow's ImageEnhance."""
+    # Each by itself: DALI 2.4 adds wrongly where a batch holds samples that are all
+    # broadcast, of shape (1, 1, 1), beside samples that are not.
     if op == int(Op.SHARPNESS):
-        least = _smooth(images, img_size=img_size)
+        images = _blend(images, _smooth(images, img_size=img_size), factor=factor)
     elif op == int(Op.BRIGHTNESS):
-        least = types.Constant(
-            np.zeros((1, 1, 1), np.uint8), layout="HWC", device=images.device
-        )
+        images = fn.cast(images * factor - _CUT, dtype=_UINT8)
     else:
-        least = fn.color_space_conversion(
+        grey = fn.color_space_conversion(
             images,
             image_type=types.DALIImageType.RGB,
             output_type=types.DALIImageType.GRAY,
         )
         if op == int(Op.CONTRAST):
-            mean = fn.reductions.mean(least, axis_names="HW", keep_dims=True)
-            least = fn.cast(mean, dtype=_UINT8)
+            mean = fn.reductions.mean(grey, axis_names="HW", keep_dims=True)
+            images = _blend(images, fn.cast(mean, dtype=_UINT8), factor=factor)
+        else:
+            images = _blend(images, grey, factor=factor)
+    return images
+
+
+def _blend(images: Any, least: Any, *, factor: Any) -> Any:
     return fn.cast(images * factor + (least * (1 - factor) - _CUT), dtype=_UINT8)
 
 

@@ -20,12 +20,10 @@ import pyarrow.parquet as pq
 
 from pipelines.files import Place
 from pipelines.ingest.plan import GroupTable
-from pipelines.places import open_place, retrying
+from pipelines.places import retrying
 from pipelines.shards.format import CLASSES_FILE, SCHEMA
 
 T = TypeVar("T")
-# Its callers are moving to pipelines.places.
-__all__ = ["ShardSet", "check_labels", "open_place", "read_shard_set"]
 # pyarrow's S3 client keeps 25 connections.
 _NUM_THREADS = 24
 _MAX_WAITING = 4096
@@ -239,9 +237,10 @@ def _digest(
     classes: Sequence[str],
 ) -> str:
     """Digest names, sizes, row counts and classes: what changes when a set changes."""
-    lines = [
-        [item.base_name, item.size, counts]
-        for item, counts in zip(files, rows, strict=True)
-    ]
-    content = json.dumps([lines, list(classes)])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    # The JSON of [[[name, size, counts], ...], classes], a shard at a time.
+    digest = hashlib.sha256(b"[[")
+    for at, (item, counts) in enumerate(zip(files, rows, strict=True)):
+        line = json.dumps([item.base_name, item.size, counts])
+        digest.update(f"{', ' if at else ''}{line}".encode())
+    digest.update(f"], {json.dumps(list(classes))}]".encode())
+    return digest.hexdigest()[:16]

@@ -12,13 +12,14 @@ import pyarrow as pa
 from pipelines.shards.format import ROWS_PER_GROUP, SCHEMA, write_shard
 from pipelines.shards.hf_parquet import unpack
 from pipelines.shards.images import BadImageError, check_image
-from pipelines.shards.planning import Done, Plan, read_records
+from pipelines.shards.planning import Done, Plan
+from pipelines.shards.state import read_records
 
 
 def unpack_container(plan: Plan, container: int) -> Done:
     """Unpack one Parquet file of the source, so that its images can be read alone."""
     blob = plan.blob_path(container)
-    blob.parent.mkdir(exist_ok=True)
+    blob.parent.mkdir(parents=True, exist_ok=True)
     unpack(Path(plan.containers[container]), blob=blob)
     bounds = np.load(blob.with_suffix(".npy"), mmap_mode="r")
     return Done(num_rows=len(bounds) - 1, num_skipped=0)
@@ -42,7 +43,7 @@ def build_shard(plan: Plan, shard: int) -> Done:
         images = images[len(some) :]  # frees them: the table has its own copy
     rows = pa.concat_tables([SCHEMA.empty_table(), *tables])
     write_shard(
-        plan.shard_path(shard),
+        plan.shard(shard),
         rows=rows,
         rows_per_group=plan.recipe.rows_per_group,
         metadata={"digest": plan.digest, "skipped": json.dumps(skipped)},

@@ -8,7 +8,10 @@ folder at random, so the source belongs on a disk that seeks well. Memory does n
 with the source: a task took 380 MB for a shard of 136 MB; the list of ImageNet's 1.28
 million images takes 0.7 GB in the driver and 91 MB on the disk.
 
-Where it runs on several machines, SOURCE and OUT lie on a file system they share.
+OUT may be in a bucket, s3://bucket/train: then a shard is written to a temporary file
+and put there whole. Where the command runs on several machines, SOURCE (and OUT, or
+--scratch) lie on a file system they share, and each has the store's settings in its
+environment.
 
 Measured on one core of an EPYC (500x375, 105 kB a photograph): --check full costs 1 ms
 an image, --check header 0.1 ms, --short-side 256 4 ms. zstd shrinks photographs by
@@ -31,20 +34,18 @@ import tyro
 from tqdm import tqdm
 
 from pipelines.cli import fail, parse, run_command
+from pipelines.files import Place
 from pipelines.shards.build import build_shard, unpack_container
 from pipelines.shards.format import ROWS_PER_GROUP
-from pipelines.shards.planning import (
+from pipelines.shards.planning import Done, Plan, Recipe, make_plan
+from pipelines.shards.sources import Kind, list_source
+from pipelines.shards.state import (
     REPORT_FILE,
-    Done,
-    Plan,
-    Recipe,
     finish,
-    make_plan,
     open_out,
     pending_shards,
     read_report,
 )
-from pipelines.shards.sources import Kind, list_source
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,10 @@ class Arguments:
         source: A folder with a folder a class; ILSVRC2012_img_train.tar or its class
             tars; ILSVRC2012_img_val.tar; WebDataset tars; Hugging Face Parquet files.
             Several files: their folder, or a quoted pattern, 'data/train-*.parquet'.
-        out: Folder of the shard set.
+        out: Folder of the shard set: a path or an address such as s3://bucket/train.
         kind: What the source is, found out where it is not given.
         classes: Class names in the order of their labels: a text, a JSON list, or
-            another set's folder. Give a validation set the training set's.
+            another set's folder or address. Give a validation set the training set's.
         labels: Labels of ILSVRC2012_img_val.tar: one class name or place counted from
             0 a line in the order of the images' names, or lines NAME LABEL.
         synsets: Lines ID WORDNET_ID of the devkit's meta.mat. Needed where the labels
@@ -79,12 +80,14 @@ class Arguments:
         quality: JPEG quality of those.
         max_bad_share: Exit with 1 where a larger share of the images was left out.
         overwrite: Delete the set in OUT and start anew.
+        scratch: Folder that Parquet files of the source are unpacked to for the time of
+            the work; within OUT where it is not given. Needed where OUT is no path.
     """
 
     source: tyro.conf.Positional[Path]
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[str | Path]
     kind: Kind | None = None
-    classes: Path | None = None
+    classes: str | Path | None = None
     labels: Path | None = None
     synsets: Path | None = None
     name: str | None = None
@@ -96,6 +99,7 @@ class Arguments:
     quality: int = 90
     max_bad_share: float = 1.0
     overwrite: bool = False
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def on_ray(task: Task, indices: Sequence[int]) -> Iterator[Done]:
     Starts a local Ray if none runs and RAY_ADDRESS names none.
 
     Raises:
-        OSError: A task raised one; its text is kept.
+        OSError: A task raised one, or a ValueError; its text is kept.
     """
     import ray
     import ray.data
@@ -136,7 +140,7 @@ def on_ray(task: Task, indices: Sequence[int]) -> Iterator[Done]:
         # An exception would come back as Ray's own, among pages of its log.
         try:
             done = task(int(row["index"]))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return {"num_rows": 0, "num_skipped": 0, "error": str(error)}
         return {**asdict(done), "error": ""}
 
@@ -176,9 +180,9 @@ def make_shards(arguments: Arguments, *, execute: Executor = on_ray) -> Summary:
             f"Wanted a share from 0 to 1, got {arguments.max_bad_share}: mend "
             "--max-bad-share."
         )
-    # Tasks run in other folders.
-    source, out = arguments.source.absolute(), arguments.out.absolute()
-    if source == out or source in out.parents:
+    source = arguments.source.absolute()  # tasks run in other folders
+    out = _absolute(Place(str(arguments.out)))
+    if not out.is_remote and source in (Path(out.address), *Path(out.address).parents):
         raise ValueError(f"OUT is within the source: put {out} elsewhere.")
     listing = list_source(
         source,
@@ -190,11 +194,18 @@ def make_shards(arguments: Arguments, *, execute: Executor = on_ray) -> Summary:
     name = arguments.name or out.name
     if Path(name).name != name:
         raise ValueError(f"Wanted a plain --name for the files, got {name!r}.")
-    plan = make_plan(listing, out=out, name=name, recipe=recipe)
+    scratch = None if arguments.scratch is None else arguments.scratch.absolute()
+    plan = make_plan(listing, out=out, name=name, recipe=recipe, scratch=scratch)
     if open_out(plan, listing=listing, overwrite=arguments.overwrite):
         return Summary(plan, done=read_report(plan), was_finished=True)
     _run(plan, execute=execute)
     return Summary(plan, done=finish(plan, listing=listing), was_finished=False)
+
+
+def _absolute(place: Place) -> Place:
+    if place.is_remote:
+        return place
+    return Place(str(Path(place.open()[1]).absolute()))
 
 
 def _run(plan: Plan, *, execute: Executor) -> None:
@@ -256,7 +267,7 @@ def _conclude(summary: Summary, *, max_bad_share: float) -> int:
     plan, done = summary.plan, summary.done
     state = "finished before, nothing to do: " if summary.was_finished else ""
     print(f"{state}{done.num_rows:,} rows in {plan.num_shards} shards in {plan.out}")
-    report = plan.out / REPORT_FILE
+    report = plan.out.within(REPORT_FILE)
     print(f"{done.num_skipped:,} left out, each with its reason in {report}")
     share = done.num_skipped / (done.num_rows + done.num_skipped)
     if not done.num_rows or share > max_bad_share:

@@ -8,8 +8,6 @@ file's footer says how many rows each of its row groups holds; there is no other
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.files import Place
+
 CLASSES_FILE = "classes.json"
-PARTIAL_SUFFIX = ".partial"
 SCHEMA = pa.schema(
     [
         ("image", pa.binary()),  # the encoded file, byte for byte
@@ -38,15 +37,6 @@ ROWS_PER_GROUP = 64
 def shard_name(name: str, *, index: int, num_shards: int) -> str:
     """Name one file of a set, for example `train-00002-of-00008.parquet`."""
     return f"{name}-{index:05d}-of-{num_shards:05d}.parquet"
-
-
-def partial_path(path: Path) -> Path:
-    """Name a file that is to become `path` once it is whole.
-
-    Every call names another: a process left over from a killed run must not write into
-    the file of the next.
-    """
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
 
 
 def cut_evenly(num: int, *, num_parts: int) -> list[int]:
@@ -73,7 +63,7 @@ def group_bounds(
 
 
 def write_shard(
-    path: Path,
+    file: Place | Path,
     *,
     rows: pa.Table,
     rows_per_group: int = ROWS_PER_GROUP,
@@ -81,10 +71,10 @@ def write_shard(
     image_compression: str = "none",
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write one file of a set under a partial name, then rename it.
+    """Write one file of a set, so that it is there whole or not at all.
 
     Args:
-        path: The file's final name; replaced if it is there.
+        file: The file's final place; replaced if it is there.
         rows: A table with the columns of `SCHEMA`.
         rows_per_group: Most rows of a row group.
         bytes_per_group: Most image bytes of a row group, unless one image is larger.
@@ -94,7 +84,6 @@ def write_shard(
     """
     rows = rows.select(SCHEMA.names).cast(SCHEMA)
     sizes_bytes = pc.call_function("binary_length", [rows["image"]]).to_pylist()
-    partial = partial_path(path)
     # Statistics and dictionaries of images would only fatten the footer and the pages.
     settings: dict[str, Any] = {
         "compression": dict.fromkeys(SCHEMA.names, "zstd")
@@ -103,7 +92,10 @@ def write_shard(
         "write_statistics": False,
         "store_schema": False,
     }
-    with pq.ParquetWriter(partial, SCHEMA, **settings) as writer:
+    with (
+        _place(file).writing() as path,
+        pq.ParquetWriter(path, SCHEMA, **settings) as writer,
+    ):
         for start, stop in group_bounds(
             sizes_bytes, rows_per_group=rows_per_group, bytes_per_group=bytes_per_group
         ):
@@ -111,12 +103,13 @@ def write_shard(
             writer.write_table(group, row_group_size=len(group))
         if metadata:
             writer.add_key_value_metadata(metadata)
-    os.replace(partial, path)
 
 
-def write_json(path: Path, *, value: object) -> None:
+def write_json(file: Place | Path, *, value: object) -> None:
     """Write a JSON file whole or not at all."""
-    partial = partial_path(path)
     text = json.dumps(value, indent=1, ensure_ascii=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    _place(file).write(f"{text}\n".encode())
+
+
+def _place(file: Place | Path) -> Place:
+    return file if isinstance(file, Place) else Place(str(file))

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.shards.format import partial_path
+from pipelines.files import partial_name
 from pipelines.shards.listing import Builder, Listing, resolve_texts
 
 
@@ -134,7 +134,7 @@ def unpack(path: Path, *, blob: Path) -> None:
     if blob.exists() and index.exists():
         return
     sizes = [0]
-    partial, partial_index = partial_path(blob), partial_path(index)
+    partial, partial_index = (Path(partial_name(str(p))) for p in (blob, index))
     with _open(path) as file, partial.open("wb") as out:
         column = _image_column(file)
         for group in range(file.num_row_groups):

@@ -12,7 +12,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 
+from pipelines.files import Place
 from pipelines.shards.format import CLASSES_FILE
 
 RECORD_SCHEMA = pa.schema(
@@ -155,24 +157,32 @@ def check_member_name(name: str, *, tar: Path) -> str:
     return str(path)
 
 
-def read_classes(path: Path) -> list[str]:
+def read_classes(address: str | Path) -> list[str]:
     """Read class names in the order of their labels.
 
     Args:
-        path: A JSON list, a text with one name a line, or the folder of a shard set.
+        address: A JSON list, a text with one name a line, or the folder of a shard set,
+            on a path or in a bucket.
 
     Raises:
-        ValueError: There is no name, or one occurs twice.
+        ValueError: There is nothing, no name, or one occurs twice.
+        OSError: It cannot be read.
     """
-    if path.is_dir():
-        path = path / CLASSES_FILE
-    text = path.read_text(encoding="utf-8")
+    place = Place(str(address))
+    kind = place.kind()
+    if kind == pafs.FileType.NotFound:
+        raise ValueError(f"There is no {place}.")
+    if kind == pafs.FileType.Directory:
+        place = place.within(CLASSES_FILE)
+    text = place.read().decode("utf-8")
     names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     names = [str(name).strip() for name in names]
     names = [name for name in names if name]
     if not names or len(set(names)) < len(names):
         found = "no name" if not names else "a name twice"
-        raise ValueError(f"Wanted class names, each once, and found {found} in {path}.")
+        raise ValueError(
+            f"Wanted class names, each once, and found {found} in {place}."
+        )
     return names
 
 

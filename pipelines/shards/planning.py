@@ -1,45 +1,20 @@
-"""Turns a listing into a shard set, a shard at a time, in any number of processes.
-
-The folder's state is its files, each renamed into place when it is whole:
-`_plan.json` says what is being made, `_records.arrow` holds all records in their final
-order, and a shard's footer carries the plan's digest and what was left out of it. So
-work that was interrupted goes on, and no shard can be of another plan.
-"""
+"""Decides what shards a listing becomes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import re
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines.hashing import seeded_order
-from pipelines.shards.format import (
-    CLASSES_FILE,
-    PARTIAL_SUFFIX,
-    ROWS_PER_GROUP,
-    cut_evenly,
-    partial_path,
-    shard_name,
-    write_json,
-)
-from pipelines.shards.listing import Listing, Skipped
+from pipelines.files import Place
+from pipelines.shards.format import ROWS_PER_GROUP, shard_name
+from pipelines.shards.listing import Listing
 
-logger = logging.getLogger(__name__)
-
-PLAN_FILE = "_plan.json"
-RECORDS_FILE = "_records.arrow"
 UNPACKED_FOLDER = "_unpacked"
-REPORT_FILE = "report.json"
 BYTES_PER_SHARD = 128 * 2**20
 MIN_SHARDS = 8
 
@@ -77,7 +52,9 @@ class Recipe:
 class Plan:
     """All that a process needs to make one shard; small enough to send around."""
 
-    out: Path
+    out: Place
+    scratch: Path | None
+    """Folder for what is unpacked on the way; None where nothing is."""
     name: str
     kind: str
     containers: tuple[str, ...]
@@ -86,14 +63,15 @@ class Plan:
     digest: str
     recipe: Recipe
 
-    def shard_path(self, index: int) -> Path:
+    def shard(self, index: int) -> Place:
         """Give the place of one shard."""
         name = shard_name(self.name, index=index, num_shards=self.num_shards)
-        return self.out / name
+        return self.out.within(name)
 
     def blob_path(self, container: int) -> Path:
         """Give the place of one unpacked Parquet file."""
-        return self.out / UNPACKED_FOLDER / f"{container:05d}.bin"
+        assert self.scratch is not None
+        return self.scratch / f"{container:05d}.bin"
 
 
 @dataclass(frozen=True)
@@ -104,8 +82,19 @@ class Done:
     num_skipped: int
 
 
-def make_plan(listing: Listing, *, out: Path, name: str, recipe: Recipe) -> Plan:
-    """Decide on the shards, and digest everything that their bytes depend on."""
+def make_plan(
+    listing: Listing,
+    *,
+    out: Place,
+    name: str,
+    recipe: Recipe,
+    scratch: Path | None = None,
+) -> Plan:
+    """Decide on the shards, and digest everything that their bytes depend on.
+
+    Raises:
+        ValueError: There is no place to unpack the source to.
+    """
     num_rows = len(listing.records)
     num_shards = recipe.num_shards
     if num_shards is None:
@@ -113,165 +102,30 @@ def make_plan(listing: Listing, *, out: Path, name: str, recipe: Recipe) -> Plan
         num_shards = max(MIN_SHARDS, -(-total_bytes // BYTES_PER_SHARD))
     num_shards = min(num_shards, num_rows)
     options = json.dumps([name, num_shards, asdict(recipe)], sort_keys=True)
+    digest = hashlib.sha256(f"{listing.digest()}{options}".encode()).hexdigest()
     return Plan(
         out=out,
+        scratch=_unpacked(listing, out=out, scratch=scratch, digest=digest),
         name=name,
         kind=listing.kind,
         containers=tuple(listing.containers),
         num_rows=num_rows,
         num_shards=num_shards,
-        digest=hashlib.sha256(f"{listing.digest()}{options}".encode()).hexdigest(),
+        digest=digest,
         recipe=recipe,
     )
 
 
-def open_out(plan: Plan, *, listing: Listing, overwrite: bool = False) -> bool:
-    """Make the folder ready, and say whether its set is finished already.
-
-    Raises:
-        ValueError: The folder holds something else, or a set of another plan.
-    """
-    out = plan.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"Wanted a folder to write to, but {out} is a file.")
-    if overwrite and out.exists():
-        clear(out)
-    found = _read_plan(out)
-    if found and found["digest"] != plan.digest:
-        raise ValueError(
-            f"{out} holds a set of another source or other options: "
-            f"{_difference(found, plan)}. Use the same, another OUT, or --overwrite."
-        )
-    if found and _is_finished(plan):
-        shutil.rmtree(out / UNPACKED_FOLDER, ignore_errors=True)
-        return True
-    if found:
-        logger.info("going on with the set in %s", out)
-    out.mkdir(parents=True, exist_ok=True)
-    for partial in out.rglob(f"*{PARTIAL_SUFFIX}"):
-        partial.unlink(missing_ok=True)
-    write_json(out / PLAN_FILE, value=_describe(plan))
-    write_json(out / CLASSES_FILE, value=listing.classes)
-    _write_records(plan, listing=listing)
-    return False
-
-
-def _describe(plan: Plan) -> dict[str, object]:
-    return {
-        "digest": plan.digest,
-        "name": plan.name,
-        "num_images": plan.num_rows,
-        **asdict(plan.recipe),
-        "num_shards": plan.num_shards,
-    }
-
-
-def _difference(found: dict[str, object], plan: Plan) -> str:
-    wanted = _describe(plan)
-    changed = [k for k in wanted if k != "digest" and found.get(k) != wanted[k]]
-    parts = [f"{k} was {found.get(k)!r}, is {wanted[k]!r}" for k in changed]
-    return "; ".join(parts) or "the source's files, labels or classes changed"
-
-
-def _read_plan(out: Path) -> dict[str, object]:
-    names = [entry.name for entry in out.iterdir()] if out.exists() else []
-    if all(name.endswith(PARTIAL_SUFFIX) for name in names):
-        return {}
-    try:
-        found = json.loads((out / PLAN_FILE).read_text(encoding="utf-8"))
-        return {"digest": found["digest"], "name": found["name"], **found}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{out} is not empty and not a set that this command began: name another "
-            "folder."
-        ) from None
-
-
-def clear(out: Path) -> None:
-    """Delete a set that this command made, its plan last, and no other file."""
-    name = _read_plan(out).get("name", "")
-    for path in out.glob("*-of-*.parquet"):
-        if re.fullmatch(rf"{re.escape(str(name))}-\d+-of-\d+\.parquet", path.name):
-            path.unlink()
-    shutil.rmtree(out / UNPACKED_FOLDER, ignore_errors=True)
-    for name in (REPORT_FILE, CLASSES_FILE, RECORDS_FILE, PLAN_FILE):
-        (out / name).unlink(missing_ok=True)
-
-
-def _is_finished(plan: Plan) -> bool:
-    path = plan.out / REPORT_FILE
-    if not path.exists() or pending_shards(plan):
-        return False
-    return json.loads(path.read_text(encoding="utf-8"))["digest"] == plan.digest
-
-
-def _write_records(plan: Plan, *, listing: Listing) -> None:
-    order = seeded_order(plan.num_rows, key=plan.recipe.seed)
-    records = listing.records.take(order).append_column("listed", pa.array(order))
-    path = plan.out / RECORDS_FILE
-    partial = partial_path(path)
-    with pa.ipc.new_file(str(partial), records.schema) as writer:
-        writer.write_table(records)
-    os.replace(partial, path)
-
-
-def read_records(plan: Plan, *, shard: int) -> pa.Table:
-    """Read the records of one shard, in the order of its rows."""
-    bounds = cut_evenly(plan.num_rows, num_parts=plan.num_shards)
-    with pa.memory_map(str(plan.out / RECORDS_FILE)) as source:
-        table = pa.ipc.open_file(source).read_all()
-    return table.slice(bounds[shard], bounds[shard + 1] - bounds[shard])
-
-
-def pending_shards(plan: Plan) -> list[int]:
-    """List the shards that are not there, or are of another plan."""
-    return [i for i in range(plan.num_shards) if _footer(plan, shard=i) is None]
-
-
-def _footer(plan: Plan, *, shard: int) -> pq.FileMetaData | None:
-    try:
-        footer = pq.read_metadata(plan.shard_path(shard))
-    except (FileNotFoundError, pa.ArrowInvalid):
+def _unpacked(
+    listing: Listing, *, out: Place, scratch: Path | None, digest: str
+) -> Path | None:
+    if listing.kind != "parquet":
         return None
-    text = (footer.metadata or {}).get(b"digest", b"")
-    return footer if text.decode() == plan.digest else None
-
-
-def finish(plan: Plan, *, listing: Listing) -> Done:
-    """Write the report out of the shards' footers, and clear the work files."""
-    skipped = list(listing.skipped)
-    num_rows = 0
-    for shard in range(plan.num_shards):
-        footer = _footer(plan, shard=shard)
-        assert footer is not None, plan.shard_path(shard)
-        num_rows += footer.num_rows
-        for place, reason in json.loads(footer.metadata[b"skipped"]):
-            skipped.append(_name_skipped(listing, place=place, reason=reason))
-    assert num_rows + len(skipped) == plan.num_rows + len(listing.skipped)
-    done = Done(num_rows=num_rows, num_skipped=len(skipped))
-    skipped.sort(key=lambda item: item.key)
-    report = {"digest": plan.digest, **asdict(done)}
-    write_json(
-        plan.out / REPORT_FILE,
-        value=report | {"skipped": [asdict(item) for item in skipped]},
-    )
-    shutil.rmtree(plan.out / UNPACKED_FOLDER, ignore_errors=True)
-    (plan.out / RECORDS_FILE).unlink(missing_ok=True)
-    return done
-
-
-def _name_skipped(listing: Listing, *, place: int, reason: str) -> Skipped:
-    record = listing.records.slice(place, 1).to_pylist()[0]
-    container = listing.containers[record["container"]]
-    if listing.kind == "folder":
-        source = str(Path(container) / record["key"])
-    else:
-        unit = "byte" if listing.kind == "tar" else "row"
-        source = f"{container}, {unit} {record['offset']}"
-    return Skipped(record["key"], source=source, reason=reason)
-
-
-def read_report(plan: Plan) -> Done:
-    """Read the counts of a finished set."""
-    report = json.loads((plan.out / REPORT_FILE).read_text(encoding="utf-8"))
-    return Done(num_rows=report["num_rows"], num_skipped=report["num_skipped"])
+    if scratch is not None:  # other sets may be made there at the same time
+        return scratch / f"{UNPACKED_FOLDER}-{digest[:16]}"
+    if out.is_remote:
+        raise ValueError(
+            f"Parquet files are unpacked before {out} is written: name a folder with "
+            "room for all images, which every machine sees, by --scratch."
+        )
+    return Path(out.open()[1]) / UNPACKED_FOLDER

@@ -27,7 +27,7 @@ def list_source(
     kind: Kind | None = None,
     labels: Path | None = None,
     synsets: Path | None = None,
-    classes_file: Path | None = None,
+    classes_file: str | Path | None = None,
 ) -> Listing:
     """List the images of a source.
 
@@ -36,12 +36,12 @@ def list_source(
         kind: What the source is; None finds out.
         labels: Text of labels, for "ilsvrc-val" only.
         synsets: Text that maps the devkit's ids to class names, beside `labels`.
-        classes_file: Class names in the order of their labels.
+        classes_file: Class names in the order of their labels, as `read_classes`.
 
     Raises:
         ValueError: The source is missing, empty, damaged or unclear.
     """
-    for path in (labels, synsets, classes_file):
+    for path in (labels, synsets):
         if path is not None and not path.exists():
             raise ValueError(f"There is no {path}.")
     paths = _find(source)

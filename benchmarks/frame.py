@@ -1,0 +1,129 @@
+"""Run loaders in turn, each time in a process of its own, and collect the rounds."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import multiprocessing
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from benchmarks.checks import Moments, check_batches
+from benchmarks.timing import Clock, Round, time_batches
+from benchmarks.work import Loader, Work
+
+T = TypeVar("T")
+_NUM_LOOKED_AT = 4
+# Readers need CPUs beside the decoders'; they mostly wait, so these do not exist.
+_NUM_READER_CPUS = 2
+_THREAD_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Pair a loader with the images that it reads."""
+
+    name: str
+    loader: Loader
+    work: Work
+    reference: Moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Durations:
+    """Say how long a round takes."""
+
+    warm_s: float
+    measure_s: float
+
+
+def run_rounds(
+    entries: Sequence[Entry], *, num_rounds: int, durations: Durations
+) -> dict[str, list[Round]]:
+    """Time all loaders, one after the other, again and again.
+
+    The rounds are interleaved, so that a machine's drift hits all alike. Every round
+    has a process of its own: threads, readers that load ahead and memory are gone
+    before the next loader starts.
+
+    Raises ValueError, naming the loader, where one does not do the work.
+    """
+    rounds: dict[str, list[Round]] = {entry.name: [] for entry in entries}
+    for number in range(num_rounds):
+        for entry in entries:
+            found = run_alone(functools.partial(time_entry, entry, durations=durations))
+            rounds[entry.name].append(found)
+            print(
+                f"round {number + 1} of {num_rounds}  {entry.name:<24}"
+                f"{found.images_per_s:8.0f} images/s  "
+                f"others on {found.other_cores:.2f} cores",
+                file=sys.stderr,
+            )
+    return rounds
+
+
+def run_alone(function: Callable[[], T]) -> T:
+    """Call a function in a fresh process, which then ends."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
+        return pool.submit(function).result()
+
+
+def time_entry(entry: Entry, *, durations: Durations) -> Round:
+    """Time one round of one loader in this process."""
+    loader, work = entry.loader, entry.work
+    for name in loader.libraries:
+        importlib.import_module(name)
+    torch.set_num_threads(work.num_threads)
+    on_gpu = work.device == "cuda"
+    clock = Clock(wait_for_device=torch.cuda.synchronize) if on_gpu else Clock()
+    with contextlib.ExitStack() as stack:
+        if loader.on_ray:
+            stack.enter_context(ray_session(work.num_threads))
+        batches = stack.enter_context(contextlib.closing(loader.batches(work)))
+        try:
+            return time_batches(
+                batches,
+                look=functools.partial(
+                    check_batches, work=work, reference=entry.reference
+                ),
+                num_looked_at=_NUM_LOOKED_AT,
+                warm_s=durations.warm_s,
+                measure_s=durations.measure_s,
+                clock=clock,
+            )
+        except ValueError as error:
+            raise ValueError(f"{entry.name}: {error}") from error
+
+
+@contextlib.contextmanager
+def ray_session(num_threads: int) -> Iterator[None]:
+    """Have a Ray of our own while the block runs, or the one that is there."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(
+        address="local",
+        num_cpus=num_threads + _NUM_READER_CPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+    threads = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        # Ray ends the process where a thread still asks for a block after this.
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(timeout=_THREAD_TIMEOUT_S)
+        ray.shutdown()

@@ -1,0 +1,113 @@
+"""Load as a training does: planned units through Ray Data, decoded in this process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pyarrow as pa
+import torch
+
+from benchmarks.work import Batches, Work, to_device
+from pipelines.checkpoint import Position
+from pipelines.config import Augment, Data, Model, Optim, Run
+from pipelines.ingest.footers import ShardSet, read_shard_set
+from pipelines.ingest.plan import Unit
+from pipelines.ingest.reading import Reading
+from pipelines.ingest.source import shares, split_units
+from pipelines.ingest.stream import Plans
+from pipelines.loop import LoopSettings
+from pipelines.supply import Supply, reading_of
+
+# More epochs than a round can see; datasets are opened a thousand units at a time.
+_NUM_EPOCHS = 100_000
+_POLICY = "rand-m9-mstd0.5-inc1"
+
+
+class LocalSplit:
+    """Open datasets for a single worker, on the Ray that is there."""
+
+    def __init__(self, reading: Reading, *, data: Data) -> None:
+        self._reading = reading
+        self._data = data
+        self._units: list[Unit] = []
+
+    def prepare(self, units: list[Unit]) -> None:
+        """Keep the units until they are opened."""
+        self._units = units
+
+    def open(self) -> Iterator[pa.Table]:
+        """Start a dataset and give its tables."""
+        (iterator,) = split_units(self._units, reading=self._reading, data=self._data)
+        return shares(iterator, data=self._data)
+
+
+def ours(work: Work, *, num_epochs: int = _NUM_EPOCHS) -> Batches:
+    """Load shards as one worker of a training does, without Ray Train.
+
+    Raises ValueError where the last batch would be filled up: its rows are not images
+    that were decoded.
+    """
+    if work.num_images % work.batch_size:
+        raise ValueError(
+            f"wanted a multiple of {work.batch_size} images, came {work.num_images}; "
+            "set --num-images"
+        )
+    supply = open_supply(describe_run(work, num_epochs=num_epochs), work=work)
+    supply.start()
+    try:
+        for batch in supply:
+            yield to_device(batch.images, batch.labels, work=work)
+    finally:
+        supply.close()
+
+
+def describe_run(work: Work, *, num_epochs: int, model: Model | None = None) -> Run:
+    """Describe a run that reads the work's shards the way all loaders do."""
+    shards = str(work.folder / "shards")
+    return Run(
+        recipe="benchmark",
+        model=model or Model(name="so_vit_7", img_size=work.img_size),
+        data=Data(
+            train=shards,
+            val=shards,
+            batch_size=work.batch_size,
+            num_decode_threads=work.num_threads,
+        ),
+        augment=Augment(
+            crop_scale=work.scale,
+            crop_ratio=work.ratio,
+            hflip=work.hflip,
+            interpolation="bilinear",
+            auto_augment=_POLICY if work.rand_augment else "",
+        ),
+        optim=Optim(lr=1e-4, num_epochs=num_epochs, warmup_epochs=0),
+        # At epochs' ends alone.
+        log_every_steps=sys.maxsize,
+    )
+
+
+def loop_settings(run: Run, *, shards: ShardSet, work: Work) -> LoopSettings:
+    """Give what the loop of a single worker needs to know."""
+    epoch = Plans(shards=shards, run=run, train=True).shape(0)
+    return LoopSettings(
+        run=run,
+        num_classes=len(shards.classes),
+        steps_per_epoch=epoch.num_batches,
+        images_per_epoch=epoch.num_rows,
+        device=torch.device(work.device),
+    )
+
+
+def open_supply(run: Run, *, work: Work) -> Supply:
+    """Open the supply of batches of a single worker, on the Ray that is there."""
+    shards = read_shard_set(run.data.train)
+    reading = reading_of(shards, run=run, train=True)
+    return Supply(
+        shards,
+        run=run,
+        train=True,
+        start=Position(),
+        opener=LocalSplit(reading, data=run.data),
+        device=torch.device(work.device),
+    )

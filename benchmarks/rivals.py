@@ -1,0 +1,196 @@
+"""Load with what a user would pick instead: DALI alone, DataLoaders, Ray Data.
+
+Each function yields batches without an end, with `num_threads` threads or processes.
+None of them shuffles less than its documentation advises, and none caches pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, RandomSampler
+from torchvision.datasets import ImageFolder
+
+from benchmarks.sets import labelled_images
+from benchmarks.transforms import Pixels, Policy, Transform
+from benchmarks.work import Batches, Loaded, Work, to_device
+from pipelines.config import IMAGENET_MEAN, IMAGENET_STD
+
+# Samples that a loader without random access shuffles among each other.
+_BUFFER = 1024
+
+
+def dali_files(work: Work) -> Batches:
+    """Load with DALI's own reader of files and its own random numbers.
+
+    What a user of DALI alone would have: the limit for everything that feeds DALI.
+    """
+    pipeline = _dali_pipeline(work)
+    pipeline.build()
+    # On a GPU the batch must be whole for those who read it on torch's stream.
+    on_gpu = work.device == "cuda"
+    stream = {"cuda_stream": torch.cuda.current_stream()} if on_gpu else {}
+    while True:
+        images, labels = pipeline.run(**stream)
+        yield to_device(
+            torch.from_dlpack(images.as_tensor()),
+            torch.from_dlpack(labels.as_tensor()).view(-1),
+            work=work,
+        )
+
+
+def _dali_pipeline(work: Work) -> Any:
+    fn: Any = importlib.import_module("nvidia.dali.fn")
+    types: Any = importlib.import_module("nvidia.dali.types")
+    dali: Any = importlib.import_module("nvidia.dali")
+    on_gpu = work.device == "cuda"
+    files, labels = zip(*labelled_images(work.folder / "images"), strict=True)
+
+    def define() -> tuple[Any, Any]:
+        encoded, label = fn.readers.file(
+            files=[str(path) for path in files],
+            labels=list(labels),
+            random_shuffle=True,
+            initial_fill=_BUFFER,
+        )
+        images = fn.decoders.image_random_crop(
+            encoded,
+            device="mixed" if on_gpu else "cpu",
+            random_area=list(work.scale),
+            random_aspect_ratio=list(work.ratio),
+            num_attempts=10,
+        )
+        images = fn.resize(
+            images,
+            size=[work.img_size, work.img_size],
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+        if work.rand_augment:
+            auto: Any = importlib.import_module("nvidia.dali.auto_aug.rand_augment")
+            images = auto.rand_augment(images, n=2, m=9)
+        images = fn.crop_mirror_normalize(
+            images,
+            mirror=fn.random.coin_flip(probability=work.hflip),
+            mean=[255 * value for value in IMAGENET_MEAN],
+            std=[255 * value for value in IMAGENET_STD],
+            dtype=types.FLOAT,
+            output_layout="CHW",
+        )
+        return images, label
+
+    make = dali.pipeline_def(
+        define,
+        batch_size=work.batch_size,
+        num_threads=work.num_threads,
+        device_id=0 if on_gpu else None,
+        enable_conditionals=work.rand_augment,
+    )
+    return make()
+
+
+def torchvision_files(work: Work, *, pixels: Pixels, policy: Policy) -> Batches:
+    """Load a folder of images with torchvision and a DataLoader's processes."""
+    dataset = ImageFolder(
+        str(work.folder / "images"),
+        transform=Transform(work, pixels=pixels, policy=policy),
+        loader=_read_file,
+    )
+    num_samples = len(dataset) * work.num_repeats
+    loader = _data_loader(
+        dataset, work=work, sampler=RandomSampler(dataset, num_samples=num_samples)
+    )
+    return _endless(loader, work=work)
+
+
+def mosaic_streaming(work: Work, *, pixels: Pixels, policy: Policy) -> Batches:
+    """Load MosaicML Streaming's MDS from the local disk, decode with torchvision."""
+    streaming: Any = importlib.import_module("streaming")
+    transform = Transform(work, pixels=pixels, policy=policy)
+    dataset = streaming.StreamingDataset(
+        local=str(work.folder / "mds"),
+        shuffle=True,
+        batch_size=work.batch_size,
+        epoch_size=work.num_images * work.num_repeats,
+    )
+    loader = _data_loader(dataset, work=work, collate_fn=transform.collate)
+    return _endless(loader, work=work)
+
+
+def webdataset_tars(work: Work, *, pixels: Pixels, policy: Policy) -> Batches:
+    """Load WebDataset's tars, dealt out to processes, and decode with torchvision."""
+    webdataset: Any = importlib.import_module("webdataset")
+    transform = Transform(work, pixels=pixels, policy=policy)
+    tars = sorted(str(path) for path in (work.folder / "tars").glob("*.tar"))
+    dataset = (
+        webdataset.WebDataset(tars, shardshuffle=len(tars))
+        .repeat()
+        .shuffle(_BUFFER)
+        .rename(image="jpg", label="cls")
+    )
+    loader = _data_loader(dataset, work=work, collate_fn=transform.collate)
+    return _endless(loader, work=work)
+
+
+def ray_data(work: Work, *, policy: Policy) -> Batches:
+    """Load Parquet with Ray Data as its guides show: decode in tasks, send tensors.
+
+    With the settings of one who knows it: the reader that starts without actors of its
+    own, two columns, files in random order, as many tasks as threads.
+    """
+    ray: Any = importlib.import_module("ray")
+    context = ray.data.DataContext.get_current()
+    context.use_datasource_v2 = False
+    context.enable_progress_bars = False
+    paths = sorted(str(path) for path in (work.folder / "shards").glob("*.parquet"))
+    transform = Transform(work, pixels="tensor", policy=policy)
+    while True:
+        dataset = ray.data.read_parquet(
+            paths * work.num_repeats, columns=["image", "label"], shuffle="files"
+        ).map_batches(
+            functools.partial(_decode_block, transform=transform),
+            batch_size=work.batch_size,
+            compute=ray.data.TaskPoolStrategy(size=work.num_threads),
+        )
+        for batch in dataset.iter_torch_batches(
+            batch_size=work.batch_size, prefetch_batches=2, drop_last=True, device="cpu"
+        ):
+            yield to_device(batch["image"], batch["label"], work=work)
+
+
+def _decode_block(
+    block: dict[str, np.ndarray], *, transform: Transform
+) -> dict[str, np.ndarray]:
+    images = transform.stack(block["image"].tolist())
+    return {"image": images.numpy(), "label": block["label"]}
+
+
+def _read_file(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def _data_loader(dataset: Any, *, work: Work, **settings: Any) -> DataLoader[Any]:
+    has_processes = work.num_threads > 0
+    return DataLoader(
+        dataset,
+        batch_size=work.batch_size,
+        num_workers=work.num_threads,
+        drop_last=True,
+        persistent_workers=has_processes,
+        # The default on Linux, which a process of the benchmark itself does not have.
+        multiprocessing_context="fork" if has_processes else None,
+        pin_memory=work.device == "cuda",
+        **settings,
+    )
+
+
+def _endless(loader: Iterable[Loaded], *, work: Work) -> Batches:
+    for images, labels in itertools.chain.from_iterable(itertools.repeat(loader)):
+        yield to_device(images, labels, work=work)

@@ -1,0 +1,122 @@
+"""Write one set of photographs the way each loader wants it: the same bytes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from benchmarks.photographs import cut_photographs
+from pipelines.shards.command import Arguments, in_process, make_shards
+
+_SEED = 0
+# As few as give every thread of a machine one, as many as sovit-shards writes at least.
+_NUM_TARS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sets:
+    """Hold the folders of the sets; see `Work.folder` for what is in them."""
+
+    original: Path
+    small: Path | None
+    """The same photographs with a shorter short side."""
+
+
+def make_sets(folder: Path, *, num_images: int, short_side: int | None) -> Sets:
+    """Write what is missing of the sets of `num_images` photographs below `folder`."""
+    original = folder / f"photographs-{num_images}"
+    _once(original / "images", lambda out: _cut_images(out, num_images=num_images))
+    write_shards(original)
+    _write_rivals(original)
+    if short_side is None:
+        return Sets(original=original, small=None)
+    small = folder / f"photographs-{num_images}-{short_side}"
+    shards = small / "shards"
+    _shards(original / "images", shards, short_side=short_side)
+    _once(small / "images", lambda out: unpack_shards(shards, out))
+    _write_rivals(small)
+    return Sets(original=original, small=small)
+
+
+def _cut_images(out: Path, *, num_images: int) -> None:
+    for path in cut_photographs(out, num_images=num_images, seed=_SEED):
+        scene = out / path.stem.rpartition("-")[0]
+        scene.mkdir(exist_ok=True)
+        path.rename(scene / path.name)
+
+
+def write_shards(folder: Path) -> None:
+    """Write the images of a set as the Parquet shards that training reads."""
+    _shards(folder / "images", folder / "shards", short_side=None)
+
+
+def _shards(images: Path, out: Path, *, short_side: int | None) -> None:
+    arguments = Arguments(images, out, seed=_SEED, short_side=short_side)
+    make_shards(arguments, execute=in_process)
+
+
+def unpack_shards(shards: Path, out: Path) -> None:
+    """Write the images of shards back as files, in a folder for each class."""
+    for path in sorted(shards.glob("*.parquet")):
+        rows = pq.read_table(path, columns=["image", "key"])
+        for image, key in zip(rows["image"], rows["key"], strict=True):
+            place = out / key.as_py()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(image.as_py())
+
+
+def _write_rivals(folder: Path) -> None:
+    """Write the sets of the loaders that are installed."""
+    if importlib.util.find_spec("streaming"):
+        _once(folder / "mds", lambda out: write_mds(folder / "images", out))
+    if importlib.util.find_spec("webdataset"):
+        _once(folder / "tars", lambda out: write_tars(folder / "images", out))
+
+
+def labelled_images(images: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the files of a folder of classes with their labels, the classes in turn."""
+    classes = sorted(path for path in images.iterdir() if path.is_dir())
+    of_classes = [sorted(path.iterdir()) for path in classes]
+    for at in range(max(map(len, of_classes))):
+        for label, paths in enumerate(of_classes):
+            if at < len(paths):
+                yield paths[at], label
+
+
+def write_mds(images: Path, out: Path) -> None:
+    """Write MosaicML Streaming's format, the files' bytes as they are."""
+    streaming: Any = importlib.import_module("streaming")
+    columns = {"image": "bytes", "label": "int"}
+    with streaming.MDSWriter(out=str(out), columns=columns) as writer:
+        for path, label in labelled_images(images):
+            writer.write({"image": path.read_bytes(), "label": label})
+
+
+def write_tars(images: Path, out: Path) -> None:
+    """Write WebDataset's tars, the files' bytes as they are."""
+    webdataset: Any = importlib.import_module("webdataset")
+    out.mkdir(parents=True)
+    samples = list(labelled_images(images))
+    for number in range(_NUM_TARS):
+        with webdataset.TarWriter(str(out / f"{number:05d}.tar")) as writer:
+            for path, label in samples[number::_NUM_TARS]:
+                sample = {"jpg": path.read_bytes(), "cls": label}
+                writer.write({"__key__": path.stem, **sample})
+
+
+def _once(out: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder where it is missing; what was broken off is written anew."""
+    if out.exists():
+        return
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    write(partial)
+    partial.rename(out)

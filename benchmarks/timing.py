@@ -1,0 +1,129 @@
+"""Time batches as they come: the first, then a steady stretch, and compare rounds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.processes import cpu_seconds, machine_cpu_seconds
+from benchmarks.work import Loaded
+
+_MIN_BATCHES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """Tell the time; tests have one of their own."""
+
+    now_s: Callable[[], float] = time.perf_counter
+    cpu_s: Callable[[], float] = cpu_seconds
+    """CPU seconds of this process and all that it started."""
+    machine_cpu_s: Callable[[], float] = machine_cpu_seconds
+    """CPU seconds of everything on the machine."""
+    wait_for_device: Callable[[], None] = field(default=lambda: None)
+    """Waits until the work given to a GPU is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """Hold what one loader did in one round."""
+
+    first_batch_s: float
+    """From asking for batches to the first one."""
+    num_images: int
+    """Images that came within `seconds`."""
+    seconds: float
+    cpu_s: float
+    other_cpu_s: float
+    """CPU seconds that the rest of the machine took meanwhile: a disturbance."""
+
+    @property
+    def images_per_s(self) -> float:
+        """Give the rate."""
+        return self.num_images / self.seconds
+
+    @property
+    def other_cores(self) -> float:
+        """Give how many cores the rest of the machine was busy on, on average."""
+        return self.other_cpu_s / self.seconds
+
+    @property
+    def images_per_cpu_s(self) -> float:
+        """Give the images for each second of one core."""
+        return self.num_images / self.cpu_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Hold the median of some rounds and how far they lie apart."""
+
+    median: float
+    low: float
+    high: float
+
+
+def time_batches(
+    batches: Iterator[Loaded],
+    *,
+    look: Callable[[Sequence[Loaded]], None],
+    num_looked_at: int,
+    warm_s: float,
+    measure_s: float,
+    clock: Clock,
+) -> Round:
+    """Time a loader whose batches nobody works on.
+
+    Args:
+        look: Is shown the first batches, and raises where they are not what was asked.
+        num_looked_at: How many.
+        warm_s: Batches that come within this time after that are not counted. It also
+            drains what was loaded ahead while the first batches were looked at.
+        measure_s: The first batch after this time ends the round.
+    """
+    start_s = clock.now_s()
+    first = [next(batches)]
+    first_batch_s = clock.now_s() - start_s
+    first += [next(batches) for _ in range(num_looked_at - 1)]
+    look(first)
+    first.clear()
+    _count_images(batches, seconds=warm_s, clock=clock)
+    clock.wait_for_device()
+    start_machine_s, start_cpu_s = clock.machine_cpu_s(), clock.cpu_s()
+    num_images, seconds = _count_images(batches, seconds=measure_s, clock=clock)
+    cpu_s = clock.cpu_s() - start_cpu_s
+    machine_s = clock.machine_cpu_s() - start_machine_s
+    return Round(
+        first_batch_s=first_batch_s,
+        num_images=num_images,
+        seconds=seconds,
+        cpu_s=cpu_s,
+        other_cpu_s=max(machine_s - cpu_s, 0.0),
+    )
+
+
+def _count_images(
+    batches: Iterator[Loaded], *, seconds: float, clock: Clock
+) -> tuple[int, float]:
+    """Take batches for some seconds; give their images and how long it took."""
+    start_s = clock.now_s()
+    num_images = num_batches = 0
+    while True:
+        _, labels = next(batches)
+        num_images += len(labels)
+        num_batches += 1
+        if num_batches < _MIN_BATCHES or clock.now_s() - start_s < seconds:
+            continue
+        clock.wait_for_device()
+        return num_images, clock.now_s() - start_s
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Give median, lowest and highest of at least one value."""
+    return Spread(median=statistics.median(values), low=min(values), high=max(values))
+
+
+def ratios(ours: Sequence[float], others: Sequence[float]) -> Spread:
+    """Compare two loaders round by round, so that a machine's drift cancels out."""
+    return spread([one / other for one, other in zip(ours, others, strict=True)])

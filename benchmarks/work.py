@@ -1,0 +1,75 @@
+"""Say what every loader does: which images, how many threads, what comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Loaded = tuple[Tensor, Tensor]
+"""Images, float32 (B, 3, H, W), normalised, and labels, int64 (B,)."""
+Batches = Generator[Loaded, None, None]
+# Rounds of some seconds must not meet an epoch's end; see `Work.num_repeats`.
+_IMAGES_PER_THREAD = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Describe the same work for all loaders, on one set of images.
+
+    The training recipe of ImageNet: decode, random resized crop by antialiased bilinear
+    resampling, flip, normalise by ImageNet's mean and deviation.
+    """
+
+    folder: Path
+    """Holds the same images as `images/`, `shards/`, `mds/` and `tars/`."""
+    num_images: int
+    num_threads: int
+    """Decoding threads, or worker processes where a loader has those; a DataLoader
+    with 0 loads in this process."""
+    batch_size: int = 64
+    img_size: int = 224
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    rand_augment: bool = False
+    device: str = "cpu"
+    """Where the batches end up."""
+
+    @property
+    def num_repeats(self) -> int:
+        """Count how often the images come in what a loader takes for an epoch.
+
+        Some loaders stop for seconds at an epoch's end. On ImageNet that is nothing, on
+        a thousand images it would be all that is measured.
+        """
+        return math.ceil(
+            _IMAGES_PER_THREAD * max(self.num_threads, 1) / self.num_images
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """Name a way of loading and say what it needs.
+
+    `batches` yields batches without an end; closing it ends all threads and processes.
+    """
+
+    name: str
+    batches: Callable[[Work], Batches]
+    libraries: tuple[str, ...] = ()
+    """Modules imported before the clock starts."""
+    on_ray: bool = False
+
+
+def to_device(images: Tensor, labels: Tensor, *, work: Work) -> Loaded:
+    """Put a batch where it is wanted, without waiting for the copy."""
+    device = torch.device(work.device)
+    return (
+        images.to(device, non_blocking=True),
+        labels.to(device, torch.int64, non_blocking=True),
+    )

@@ -1,0 +1,460 @@
+"""Benchmarks: every loader does the same work on the same images, and time adds up."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import v2
+
+from benchmarks import frame, ingest, report
+from benchmarks.checks import Moments, check_batches, reference_moments
+from benchmarks.ours import ours
+from benchmarks.processes import cpu_seconds, machine_cpu_seconds
+from benchmarks.sets import (
+    labelled_images,
+    unpack_shards,
+    write_mds,
+    write_shards,
+    write_tars,
+)
+from benchmarks.timing import Clock, Round, ratios, spread, time_batches
+from benchmarks.transforms import Pixels, Policy, Transform
+from benchmarks.waiting import NUM_EPOCHS, train_and_wait
+from benchmarks.work import Loaded, Loader, Work
+from pipelines.config import IMAGENET_MEAN, IMAGENET_STD
+
+NUM_IMAGES, NUM_CLASSES = 16, 4
+WIDTH, HEIGHT = 96, 64
+NUM_BATCHES, BATCH_SIZE, IMG_SIZE = 32, 8, 32
+LOADERS = {loader.name: loader for loader in ingest.line_up(rand_augment=False)}
+POLICIES: list[tuple[Pixels, Policy]] = [
+    ("tensor", "torchvision"),
+    ("pil", "timm"),
+    ("pil", "torchvision"),
+]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    """Write 16 images whose crops can be told: red tells where, green which image."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    across = np.linspace(0, 255, WIDTH)[None, :]
+    down = np.linspace(0, 255, HEIGHT)[:, None]
+    for number in range(NUM_IMAGES):
+        pixels = np.zeros((HEIGHT, WIDTH, 3))
+        pixels += np.stack(
+            np.broadcast_arrays(across, float(15 * number), down), axis=-1
+        )
+        path = folder / "images" / f"c{number % NUM_CLASSES}" / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(pixels.round().astype(np.uint8))
+        image.save(path, quality=98, subsampling=0)
+    write_shards(folder)
+    if importlib.util.find_spec("streaming"):
+        write_mds(folder / "images", folder / "mds")
+    if importlib.util.find_spec("webdataset"):
+        write_tars(folder / "images", folder / "tars")
+    return Work(
+        folder=folder,
+        num_images=NUM_IMAGES,
+        num_threads=1,
+        batch_size=BATCH_SIZE,
+        img_size=IMG_SIZE,
+    )
+
+
+def taken(loader: Loader, work: Work, *, num_batches: int) -> list[Loaded]:
+    """Take some batches of a loader, or skip where it is not installed."""
+    for name in loader.libraries:
+        pytest.importorskip(name, reason="needs the extra 'bench'")
+    with contextlib.closing(loader.batches(work)) as batches:
+        # Clones, since a loader may use a batch's memory again.
+        return [
+            (images.clone(), labels.clone())
+            for images, labels in (next(batches) for _ in range(num_batches))
+        ]
+
+
+def slopes(channel: np.ndarray) -> np.ndarray:
+    """Fit a line through each row of pixels; the border's resampling is left out."""
+    inner = channel[:, 2:-2]
+    places = np.arange(inner.shape[1]) - (inner.shape[1] - 1) / 2
+    return inner @ places / (places @ places)
+
+
+def check_same_work(batches: Sequence[Loaded], *, work: Work) -> None:
+    """Read crops, flips and identities off the pixels."""
+    images = torch.cat([images for images, _ in batches]).permute(0, 2, 3, 1).numpy()
+    labels = torch.cat([labels for _, labels in batches]).numpy()
+    pixels = 255 * (images * IMAGENET_STD + IMAGENET_MEAN)
+    red, green, blue = np.moveaxis(pixels, -1, 0)
+    numbers = np.rint(green.mean(axis=(1, 2)) / 15).astype(int)
+    assert np.abs(green - 15 * numbers[:, None, None]).max() < 6
+    assert set(numbers.tolist()) == set(range(NUM_IMAGES))
+    assert (labels == numbers % NUM_CLASSES).all()
+    across = slopes(red.mean(axis=1)) * work.img_size * (WIDTH - 1) / 255
+    down = slopes(blue.mean(axis=2)) * work.img_size * (HEIGHT - 1) / 255
+    widths, heights = np.abs(across), down
+    assert 0.3 < (across < 0).mean() < 0.7
+    area = widths * heights / (WIDTH * HEIGHT)
+    assert work.scale[0] - 0.02 < area.min() < area.max() < work.scale[1] + 0.02
+    # torchvision's draws, of which a mean of 256 is 0.015 off as a rule.
+    assert abs(area.mean() - drawn_area(work)) < 0.08
+    aspect = widths / heights
+    assert work.ratio[0] - 0.06 < aspect.min() < 0.85
+    assert 1.2 < aspect.max() < work.ratio[1] + 0.06
+
+
+@functools.cache
+def drawn_area(work: Work) -> float:
+    image = torch.zeros(3, HEIGHT, WIDTH)
+    draws = [
+        v2.RandomResizedCrop(work.img_size, work.scale, work.ratio).make_params([image])
+        for _ in range(3000)
+    ]
+    areas = [draw["height"] * draw["width"] for draw in draws]
+    return float(np.mean(areas)) / (WIDTH * HEIGHT)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, loader in LOADERS.items() if not loader.on_ray]
+)
+def test_loaders_do_the_same_work(name: str, work: Work) -> None:
+    if name != "dali-files":
+        # In this process: forking one in which Ray may run is asking for trouble.
+        work = replace(work, num_threads=0)
+    batches = taken(LOADERS[name], work, num_batches=NUM_BATCHES)
+    check_batches(batches, work=work, reference=reference_moments(work))
+    check_same_work(batches, work=work)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize(
+    "name", [name for name, loader in LOADERS.items() if loader.on_ray]
+)
+def test_loaders_on_ray_do_the_same_work(name: str, work: Work) -> None:
+    loader = LOADERS[name]
+    if name == report.OURS:
+        # As many epochs as are looked at: Ray takes seconds to list a thousand.
+        few = functools.partial(ours, num_epochs=NUM_BATCHES * BATCH_SIZE // NUM_IMAGES)
+        loader = replace(loader, batches=few)
+    batches = taken(loader, work, num_batches=NUM_BATCHES)
+    check_batches(batches, work=work, reference=reference_moments(work))
+    check_same_work(batches, work=work)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_training_tells_how_long_it_waited(work: Work) -> None:
+    waiting = train_and_wait(work)
+    assert len(waiting.images_per_s) == len(waiting.waiting_share) == NUM_EPOCHS
+    assert len(waiting.between_epochs_s) == NUM_EPOCHS - 1
+    assert all(0 <= share <= 1 for share in waiting.waiting_share)
+    lines = report.waiting_text(waiting).splitlines()
+    assert "demo's size on cpu" in lines[0]
+    assert len(lines) == NUM_EPOCHS + 4
+
+
+@pytest.mark.parametrize(("pixels", "policy"), POLICIES)
+def test_rand_augment_is_on_where_it_is_asked_for(
+    pixels: Pixels, policy: Policy, work: Work
+) -> None:
+    path, _ = next(labelled_images(work.folder / "images"))
+    # The whole image, so that nothing else is random.
+    plain = {"scale": (1.0, 1.0), "ratio": (1.5, 1.5), "hflip": 0.0}
+    for rand_augment in (False, True):
+        whole = replace(work, **plain, rand_augment=rand_augment)
+        transform = Transform(whole, pixels=pixels, policy=policy)
+        images = transform.stack([path.read_bytes()] * 16)
+        assert images.dtype == torch.float32
+        assert (len(images.unique(dim=0)) > 1) == rand_augment
+
+
+def test_dali_augments_where_it_is_asked_to(work: Work) -> None:
+    augmented = replace(work, rand_augment=True)
+    batches = taken(LOADERS["dali-files"], augmented, num_batches=8)
+    green = torch.cat([images[:, 1] for images, _ in batches])
+    # Without it an image's green is all the same.
+    assert green.std(dim=(1, 2)).median() > 0.05
+
+
+def test_ours_refuses_a_batch_that_would_be_filled_up(work: Work) -> None:
+    odd = replace(work, num_images=NUM_IMAGES + 1)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        next(LOADERS["ours"].batches(odd))
+
+
+def test_sets_hold_the_same_bytes(work: Work, tmp_path: Path) -> None:
+    wanted = {
+        path.read_bytes(): label
+        for path, label in labelled_images(work.folder / "images")
+    }
+    assert len(wanted) == NUM_IMAGES
+    found: dict[bytes, int] = {}
+    for path in (work.folder / "shards").glob("*.parquet"):
+        rows = pq.read_table(path, columns=["image", "label"]).to_pylist()
+        found |= {row["image"]: row["label"] for row in rows}
+    assert found == wanted
+    unpack_shards(work.folder / "shards", tmp_path)
+    again = {path.read_bytes(): label for path, label in labelled_images(tmp_path)}
+    assert again == wanted
+
+
+def refused(batch: Loaded, *, work: Work, reference: Moments) -> str:
+    with pytest.raises(ValueError, match="wanted") as caught:
+        check_batches([batch], work=work, reference=reference)
+    return str(caught.value)
+
+
+def test_what_is_less_than_the_work_is_refused(work: Work) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (BATCH_SIZE, 3, IMG_SIZE, IMG_SIZE)
+    images = torch.randn(shape, generator=generator)
+    images += torch.randn((BATCH_SIZE, 3, 1, 1), generator=generator) / 10
+    labels = torch.zeros(BATCH_SIZE, dtype=torch.int64)
+    refuse = functools.partial(refused, work=work, reference=Moments(mean=0.0, std=1.0))
+    check_batches([(images, labels)], work=work, reference=Moments(mean=0, std=1))
+    assert "float16" in refuse((images.half(), labels))
+    assert f"({BATCH_SIZE}, 3, 31, {IMG_SIZE})" in refuse((images[:, :, 1:], labels))
+    assert "int32" in refuse((images, labels.int()))
+    assert "pixels" in refuse((images * 60 + 120, labels))
+    assert "pixels" in refuse((images * torch.nan, labels))
+    assert "differ" in refuse((images[[0, *range(BATCH_SIZE - 1)]], labels))
+
+
+class FakeTime:
+    """Tell a time that goes on when batches are waited for."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def batches(self, waits_s: Iterator[float], *, num_rows: int) -> Iterator[Loaded]:
+        for wait_s in waits_s:
+            self.now_s += wait_s
+            yield torch.empty(0), torch.empty(num_rows)
+
+    def clock(self) -> Clock:
+        return Clock(
+            now_s=lambda: self.now_s,
+            cpu_s=lambda: 2 * self.now_s,
+            machine_cpu_s=lambda: 2.5 * self.now_s,
+        )
+
+
+@given(
+    first_s=st.integers(0, 50),
+    step_s=st.sampled_from([0.125, 0.25, 0.5, 1.0]),
+    num_looked_at=st.integers(1, 5),
+    warm_s=st.integers(0, 4),
+    measure_s=st.integers(1, 9),
+)
+def test_a_round_counts_the_steady_stretch_alone(
+    first_s: int, step_s: float, num_looked_at: int, warm_s: int, measure_s: int
+) -> None:
+    time = FakeTime()
+
+    def waits_s() -> Iterator[float]:
+        yield first_s
+        while True:
+            yield step_s
+
+    looked_at: list[int] = []
+    found = time_batches(
+        time.batches(waits_s(), num_rows=64),
+        look=lambda batches: looked_at.append(len(batches)),
+        num_looked_at=num_looked_at,
+        warm_s=warm_s,
+        measure_s=measure_s,
+        clock=time.clock(),
+    )
+    assert looked_at == [num_looked_at]
+    assert found.first_batch_s == first_s
+    assert found.images_per_s == 64 / step_s
+    assert found.images_per_cpu_s == 32 / step_s
+    assert found.other_cores == 0.5
+    assert found.seconds == max(measure_s, 2 * step_s)
+    num_warm = max(warm_s, 2 * step_s) / step_s
+    after = (time.now_s - first_s) / step_s
+    assert after == num_looked_at - 1 + num_warm + found.seconds / step_s
+
+
+@given(
+    drift=st.lists(st.floats(0.1, 1e4), min_size=1, max_size=9),
+    factor=st.floats(0.01, 100),
+)
+def test_a_drift_of_the_machine_cancels_out(drift: list[float], factor: float) -> None:
+    found = ratios([factor * rate for rate in drift], drift)
+    assert found.low == pytest.approx(factor)
+    assert found.high == pytest.approx(factor)
+    assert min(drift) <= spread(drift).median <= max(drift)
+
+
+BURN = "import time\nwhile time.process_time() < 0.3: pass\n"
+
+
+def test_cpu_seconds_of_children_count_while_they_run_and_after() -> None:
+    machine_s, before_s = machine_cpu_seconds(), cpu_seconds()
+    wait = BURN + "print(flush=True)\ninput()"
+    grandchild = (
+        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', '''{wait}'''])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", grandchild],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        running_s = cpu_seconds() - before_s
+        child.communicate("\n")
+    ended_s = cpu_seconds() - before_s
+    # Ticks are of 10 ms.
+    assert running_s > 0.25
+    assert ended_s >= running_s
+    assert machine_cpu_seconds() - machine_s > 0.25
+
+
+def a_round(images_per_s: float) -> Round:
+    return Round(
+        first_batch_s=1.5,
+        num_images=round(images_per_s),
+        seconds=1.0,
+        cpu_s=2.0,
+        other_cpu_s=0.25,
+    )
+
+
+def test_rounds_are_interleaved(monkeypatch: pytest.MonkeyPatch, work: Work) -> None:
+    seen: list[str] = []
+
+    def time_entry(entry: frame.Entry, **_: Any) -> Round:
+        seen.append(entry.name)
+        return a_round(100 * len(seen))
+
+    monkeypatch.setattr(frame, "time_entry", time_entry)
+    monkeypatch.setattr(frame, "run_alone", lambda function: function())
+    loader = LOADERS["dali-files"]
+    entries = [
+        frame.Entry(
+            name=name, loader=loader, work=work, reference=Moments(mean=0, std=1)
+        )
+        for name in ("ours", "other")
+    ]
+    durations = frame.Durations(warm_s=1, measure_s=1)
+    rounds = frame.run_rounds(entries, num_rounds=3, durations=durations)
+    assert seen == ["ours", "other"] * 3
+    assert [found.images_per_s for found in rounds["other"]] == [200, 400, 600]
+
+
+def test_a_round_has_a_process_of_its_own() -> None:
+    process = frame.run_alone(os.getpid)
+    assert process != os.getpid()
+    assert not Path(f"/proc/{process}").exists()
+
+
+ROUNDS = {
+    "slow": [a_round(100), a_round(80), a_round(90)],
+    "ours": [a_round(400), a_round(300), a_round(360)],
+}
+
+
+def test_the_table_compares_round_by_round() -> None:
+    _, first, second, last = report.table(ROUNDS).splitlines()
+    assert first.split() == ["ours", "360", "[300..400]", "180", "1.5", "s"]
+    assert second.split()[:3] == ["slow", "90", "[80..100]"]
+    assert second.split()[-3:] == ["4.00", "[3.75..4.00]", "x"]
+    assert "0.25 cores" in last
+    assert report.ours_to_others({"slow": ROUNDS["slow"]}) == {}
+
+
+def test_json_holds_every_round(tmp_path: Path) -> None:
+    written = json.loads(json.dumps(report.as_json(ROUNDS)))
+    assert written["slow"]["ours_to_this"] == {"median": 4.0, "low": 3.75, "high": 4.0}
+    assert written["ours"]["ours_to_this"] is None
+    assert [found["num_images"] for found in written["ours"]["rounds"]] == [
+        400,
+        300,
+        360,
+    ]
+    report.plot(ROUNDS, title="a machine", path=tmp_path / "rates.png")
+    assert Image.open(tmp_path / "rates.png").size[0] > 800
+
+
+def test_the_machine_is_described() -> None:
+    text = "processor\t: 0\nmodel name\t: A CPU @ 2 GHz\nmodel name\t: another\n"
+    assert report.cpu_name(text) == "A CPU @ 2 GHz"
+    assert report.cpu_name("Processor: ARM") == os.uname().machine
+    versions = report.machine()["versions"]
+    assert versions["torch"] in torch.__version__
+    json.dumps(report.machine())
+
+
+def test_loaders_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    missing = Loader(
+        name="missing", batches=LOADERS["ours"].batches, libraries=("no_such.part",)
+    )
+    loaders = [LOADERS["ours"], LOADERS["dali-files"], missing]
+    choose = functools.partial(ingest.choose, loaders)
+    assert choose(names=["dali-files"]) == [LOADERS["dali-files"]]
+    assert choose(names=[]) == loaders[:2]
+    assert "missing" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="ours, dali-files, missing"):
+        choose(names=["dali"])
+    with pytest.raises(ValueError, match="extra 'bench'"):
+        choose(names=["missing"])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_images": 65}, {"num_images": 0}, {"num_threads": 0}]
+)
+def test_options_that_can_not_be_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="set --num-"):
+        ingest.Options(**wrong)
+
+
+def test_names_are_unique_and_ours_is_first() -> None:
+    for rand_augment in (False, True):
+        names = [loader.name for loader in ingest.line_up(rand_augment=rand_augment)]
+        assert set(Counter(names).values()) == {1}
+        assert names[0] == report.OURS
+
+
+@pytest.mark.slow
+def test_the_command_compares_and_writes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Run it on real photographs, in processes with workers of their own."""
+    written = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.ingest", "--json", str(written)]
+    command += ["--num-images", "64", "--rounds", "1", "--folder", str(tmp_path)]
+    command += ["--round-s", "0.2", "--warm-s", "0.1", "--short-side", "256"]
+    command += ["--loaders", "torchvision-tensor"]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    result = json.loads(written.read_text())
+    assert set(result["loaders"]) == {"torchvision-tensor", "torchvision-tensor@256"}
+    assert result["original_images"]["num_images"] == 64
+    assert (
+        result["original_images"]["mean_bytes"]
+        > 2 * (result["small_images"]["mean_bytes"])
+    )
+    assert "torchvision-tensor@256" in capfd.readouterr().out
