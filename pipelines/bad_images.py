@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ray.actor import ActorHandle
 
 if TYPE_CHECKING:  # the board starts without torch
-    from pipelines.ingest.batch import BadImage
     from pipelines.ingest.plan import GroupTable
+    from pipelines.pixels.rows import BadImage
 
 FILE = "bad_images.csv"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipelines.field_checks import check_fields
-from pipelines.ingest.policy import RandAugment, parse_rand_augment
+from pipelines.pixels.policy import RandAugment, parse_rand_augment
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

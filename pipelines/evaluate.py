@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from pipelines.checkpoint import Position, load_model, opened
 from pipelines.cli import parse, run_command
-from pipelines.ingest.batch import BadImage, Batch
+from pipelines.ingest.batch import Batch
 from pipelines.ingest.footers import read_shard_set
 from pipelines.ingest.stream import LocalOpener
 from pipelines.loop import LoopSettings, check_bad_share, evaluate
+from pipelines.pixels.rows import BadImage
 from pipelines.supply import Supply, reading_of
 
 logger = logging.getLogger(__name__)

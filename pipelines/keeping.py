@@ -13,7 +13,7 @@ from pipelines.files import Place
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.plan import plan_epoch
 from pipelines.ingest.reading import read_rows
-from pipelines.ingest.torch_decode import is_whole
+from pipelines.pixels.pillow_decode import is_whole
 from pipelines.runfile import flat_params
 from pipelines.runs import Record
 from pipelines.supply import reading_of

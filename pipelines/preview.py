@@ -21,12 +21,12 @@ from torch import Tensor
 from pipelines import tracking
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
-from pipelines.ingest.decoder import BatchDecoder
-from pipelines.ingest.draws import PixelSettings, draw
 from pipelines.ingest.footers import read_shard_set
-from pipelines.ingest.ops import Op
-from pipelines.ingest.rows import Rows, rows_of
 from pipelines.ingest.stream import LocalOpener, Plans
+from pipelines.pixels.decoder import BatchDecoder
+from pipelines.pixels.draws import PixelSettings, draw
+from pipelines.pixels.ops import Op
+from pipelines.pixels.rows import Rows, rows_of
 from pipelines.preflight import with_absolute_paths
 from pipelines.recipe import load_recipe
 from pipelines.supply import pixel_settings, reading_of

@@ -9,14 +9,15 @@ import torch
 
 from pipelines.checkpoint import Position
 from pipelines.config import Run
-from pipelines.ingest.batch import BadImage, Batch
-from pipelines.ingest.decoder import BatchDecoder
-from pipelines.ingest.draws import PixelSettings
+from pipelines.ingest.batch import Batch
 from pipelines.ingest.feed import Shape, batches
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.prefetch import Prefetcher
 from pipelines.ingest.reading import Reading
 from pipelines.ingest.stream import EpochStream, Opener, Plans
+from pipelines.pixels.decoder import BatchDecoder
+from pipelines.pixels.draws import PixelSettings
+from pipelines.pixels.rows import BadImage
 
 OnBad = Callable[[tuple[BadImage, ...]], None]
 

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipelines.ingest.draws import PixelSettings
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.plan import Unit
 from pipelines.ingest.reading import Reading, share_tables
+from pipelines.pixels.draws import PixelSettings
 from pipelines.shards.format import CLASSES_FILE, SCHEMA
 
 

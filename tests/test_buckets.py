@@ -13,7 +13,7 @@ from pipelines.files import Place
 from pipelines.ingest.footers import read_shard_set
 from pipelines.ingest.plan import plan_epoch
 from pipelines.ingest.reading import read_rows
-from pipelines.shards.command import Arguments, in_process, make_shards
+from pipelines.shards.command import Arguments, make_shards
 from pipelines.shards.planning import Done
 from tests.bucket_sets import NUM_SHARDS, ROOT, content, make, upload, write_images
 from tests.s3_server import BUCKET, Line, s3_server

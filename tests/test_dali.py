@@ -16,12 +16,12 @@ from torch import Tensor
 
 from benchmarks.photographs import cut_photographs
 from pipelines.config import Augment, Data, Interpolation
-from pipelines.ingest.augment import center_crop, random_resized_crop
-from pipelines.ingest.decode_eval import decode_eval
-from pipelines.ingest.decoder import make_decoder
-from pipelines.ingest.draws import Draws, PixelSettings
-from pipelines.ingest.host import HostDecoder
-from pipelines.ingest.torch_decode import PillowWindows
+from pipelines.pixels.decode_eval import decode_eval
+from pipelines.pixels.decoder import make_decoder
+from pipelines.pixels.draws import Draws, PixelSettings
+from pipelines.pixels.geometry import center_crop, random_resized_crop
+from pipelines.pixels.host import HostDecoder
+from pipelines.pixels.pillow_decode import PillowWindows
 from tests.small_sets import jpeg
 
 HAS_DALI = (
@@ -80,7 +80,7 @@ def decoder_of(
         data=data, augment=Augment(), img_size=img_size, seed=0, train=True
     )
     if kind == "graph":
-        from pipelines.ingest.dali import DaliDecoder
+        from pipelines.pixels.dali import DaliDecoder
 
         decode: Any = DaliDecoder(settings, batch_size=batch_size, device=CPU)
     else:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.ingest.decoder import BatchDecoder, make_decoder
-from pipelines.ingest.host import HostDecoder, Threads
+from pipelines.pixels.decoder import BatchDecoder, make_decoder
+from pipelines.pixels.host import HostDecoder, Threads
 from tests.small_sets import jpeg
 from tests.test_dali import decoder_of, draws_for, needs_dali
 from tests.test_salvage import CPU, SETTINGS, rows_with, settings_of
@@ -70,7 +70,7 @@ def test_threads_do_every_place_once_and_raise(num_threads: int) -> None:
 def test_a_gpu_gives_the_pixels_of_the_cpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    from pipelines.ingest.dali import DaliDecoder
+    from pipelines.pixels.dali import DaliDecoder
 
     encoded = [jpeg(i, size=(80, 60)) for i in range(8)]
     views = rows_with(encoded).views

@@ -22,14 +22,14 @@ from hypothesis import strategies as st
 from pipelines.checkpoint import Position
 from pipelines.config import Augment, Data, Model, Optim, Run
 from pipelines.ingest import stream as stream_module
-from pipelines.ingest.batch import BadImage, Batch
-from pipelines.ingest.decoder import Decoded
+from pipelines.ingest.batch import Batch
 from pipelines.ingest.feed import Shape, batches
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.plan import GroupTable, Unit
 from pipelines.ingest.reading import Cutter
-from pipelines.ingest.rows import ROW_ID, Rows
 from pipelines.ingest.stream import EpochStream, Plans
+from pipelines.pixels.decoder import Decoded
+from pipelines.pixels.rows import ROW_ID, BadImage, Rows
 
 CPU = torch.device("cpu")
 NUM_EPOCHS = 3

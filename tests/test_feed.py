@@ -16,12 +16,12 @@ from torch import Tensor
 
 from pipelines.config import Augment, Data
 from pipelines.ingest.batch import Batch
-from pipelines.ingest.decoder import BatchDecoder, Decoded
-from pipelines.ingest.draws import PixelSettings
 from pipelines.ingest.feed import Shape, batches
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.ingest.plan import EpochPlan, plan_epoch
-from pipelines.ingest.rows import Rows, rows_of
+from pipelines.pixels.decoder import BatchDecoder, Decoded
+from pipelines.pixels.draws import PixelSettings
+from pipelines.pixels.rows import Rows, rows_of
 from tests.small_sets import worker_tables, write_set
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ HOMES = {
         f"pipelines/{name}.py"
         for name in ("worker", "train", "failures", "opener", "keeping")
     },
-    "nvidia": {f"pipelines/ingest/{name}.py" for name in ("dali", "dali_ops")},
+    "nvidia": {f"pipelines/pixels/{name}.py" for name in ("dali", "dali_ops")},
     "mlflow": {f"pipelines/tracking/{name}.py" for name in ("client", "model", "runs")},
 }
 RUNNING = ("ray", "mlflow", "nvidia")

@@ -30,7 +30,7 @@ from pipelines.checkpoint import (
     save_checkpoint,
 )
 from pipelines.config import Data, Model, Optim, Run
-from pipelines.ingest.decode_eval import decode_eval
+from pipelines.pixels.decode_eval import decode_eval
 from pipelines.tracking.model import NUM_TOP, requirements, write_model
 
 CLASSES = tuple("abcdefg")

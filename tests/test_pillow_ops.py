@@ -14,9 +14,9 @@ from timm.data import auto_augment as timm_ops
 from torchvision.transforms import ColorJitter
 
 from benchmarks.photographs import cut_photographs
-from pipelines.ingest.ops import Op, Ops, color_jitter, rand_augment
-from pipelines.ingest.pillow_ops import apply_ops
-from pipelines.ingest.policy import parse_rand_augment
+from pipelines.pixels.ops import Op, Ops, color_jitter, rand_augment
+from pipelines.pixels.pillow_ops import apply_ops
+from pipelines.pixels.policy import parse_rand_augment
 
 FILL = (124, 116, 104)
 # What Pillow 13 refuses to do, and timm with it.

@@ -13,7 +13,7 @@ from pipelines.ingest import reading
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.ingest.plan import EpochPlan, plan_epoch
 from pipelines.ingest.reading import read_rows, share_tables
-from pipelines.ingest.rows import image_views, rows_of
+from pipelines.pixels.rows import image_views, rows_of
 from tests.small_sets import jpeg, reading_of, worker_tables, write_set
 
 GROUPS = [[5, 9], [7], [], [1, 11, 4]]

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from pipelines.config import Augment, Data
-from pipelines.ingest.batch import BadImage
-from pipelines.ingest.decoder import BatchDecoder, make_decoder
-from pipelines.ingest.draws import Draws, PixelSettings, draw
-from pipelines.ingest.rows import Rows
-from pipelines.ingest.salvage import SafeDecoder
+from pipelines.pixels.decoder import BatchDecoder, make_decoder
+from pipelines.pixels.draws import Draws, PixelSettings, draw
+from pipelines.pixels.rows import BadImage, Rows
+from pipelines.pixels.salvage import SafeDecoder
 from tests.odd_images import GOOD, SIZE, bad_images, odd_images
 from tests.small_sets import jpeg
 from tests.test_dali import KINDS
@@ -41,7 +40,7 @@ def settings_of(kind: str, **changes: Any) -> PixelSettings:
 def decoder_of(kind: str, **changes: Any) -> Any:
     settings = settings_of(kind, **changes)
     if kind == "graph":
-        from pipelines.ingest.dali import DaliDecoder
+        from pipelines.pixels.dali import DaliDecoder
 
         return DaliDecoder(settings, batch_size=8, device=CPU)
     return make_decoder(settings, batch_size=8, device=CPU)

@@ -7,8 +7,8 @@ import pytest
 from pipelines.checkpoint import Position
 from pipelines.ingest import stream as stream_module
 from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.ingest.rows import rows_of
 from pipelines.ingest.stream import EpochStream, LocalOpener, Plans
+from pipelines.pixels.rows import rows_of
 from tests.small_runs import small_run
 from tests.small_sets import WorkerOpener, reading_of, write_set
 

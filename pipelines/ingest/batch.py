@@ -9,16 +9,6 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class BadImage:
-    """Name an image that could not be decoded."""
-
-    row_id: int
-    """Place of its row in the set."""
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Hold one micro-batch of one worker on its device."""
 

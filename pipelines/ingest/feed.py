@@ -17,8 +17,8 @@ import pyarrow as pa
 import torch
 
 from pipelines.ingest.batch import Batch
-from pipelines.ingest.decoder import Decoded
-from pipelines.ingest.rows import Rows, rows_of
+from pipelines.pixels.decoder import Decoded
+from pipelines.pixels.rows import Rows, rows_of
 
 _CELLS = ("epoch", "first_batch", "share_rows", "batch_rows", "ends_epoch")
 

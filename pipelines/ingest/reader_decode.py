@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.ingest.decoder import make_decoder
-from pipelines.ingest.draws import PixelSettings, draw
-from pipelines.ingest.rows import PIXELS, REASON, Rows, nested, rows_of
-from pipelines.ingest.salvage import SafeDecoder
+from pipelines.pixels.decoder import make_decoder
+from pipelines.pixels.draws import PixelSettings, draw
+from pipelines.pixels.rows import PIXELS, REASON, Rows, nested, rows_of
+from pipelines.pixels.salvage import SafeDecoder
 
 
 class ReaderDecoder:

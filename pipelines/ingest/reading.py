@@ -24,12 +24,12 @@ import pyarrow.parquet as pq
 
 from pipelines.ingest.footers import check_labels
 from pipelines.ingest.plan import Slice, Unit, share
-from pipelines.ingest.rows import REPEAT, ROW_ID, image_views, nested
+from pipelines.pixels.rows import REPEAT, ROW_ID, image_views, nested
 from pipelines.places import open_place, retrying
 from pipelines.shards.format import SCHEMA
 
 if TYPE_CHECKING:  # read tasks start without torch
-    from pipelines.ingest.draws import PixelSettings
+    from pipelines.pixels.draws import PixelSettings
 
 # Large enough that Ray's cost for an object vanishes, small enough to wait a little
 # for; a single batch may be larger.

@@ -27,7 +27,7 @@ from mlflow.types.schema import Array
 import sovit
 from pipelines import checkpoint as checkpoints
 from pipelines import runfile
-from pipelines.ingest.decode_eval import decode_eval
+from pipelines.pixels.decode_eval import decode_eval
 from pipelines.tracking.provenance import without_credentials
 
 NUM_TOP = 5

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.ingest.batch import BadImage
-from pipelines.ingest.draws import PixelSettings, draw, draw_ids_of
-from pipelines.ingest.finish import Finisher
-from pipelines.ingest.host import HostDecoder
-from pipelines.ingest.rows import Rows
-from pipelines.ingest.salvage import PixelDecoder, SafeDecoder, Salvaged
-from pipelines.ingest.torch_decode import PillowWindows
+from pipelines.pixels.draws import PixelSettings, draw, draw_ids_of
+from pipelines.pixels.finish import Finisher
+from pipelines.pixels.host import HostDecoder
+from pipelines.pixels.pillow_decode import PillowWindows
+from pipelines.pixels.rows import BadImage, Rows
+from pipelines.pixels.salvage import PixelDecoder, SafeDecoder, Salvaged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ def make_decoder(
     if data.decoder == "torch" or not has_dali:
         windows = PillowWindows()
     else:
-        from pipelines.ingest.dali import DaliDecoder, DaliWindows
+        from pipelines.pixels.dali import DaliDecoder, DaliWindows
 
         if device.type == "cuda":
             return DaliDecoder(settings, batch_size=batch_size, device=device)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.ingest.augment import Geometry
+from pipelines.pixels.geometry import Geometry
 
 
 class PillowWindows:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from timm.data import auto_augment as timm_ops
 
-from pipelines.ingest.ops import Op
+from pipelines.pixels.ops import Op
 
 
 def apply_ops(

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.ingest.augment import Geometry
-from pipelines.ingest.draws import Draws
-from pipelines.ingest.pillow_ops import apply_ops
+from pipelines.pixels.draws import Draws
+from pipelines.pixels.geometry import Geometry
+from pipelines.pixels.pillow_ops import apply_ops
 
 # Small enough for threads to end together, large enough not to be felt.
 _PARTS_PER_THREAD = 4

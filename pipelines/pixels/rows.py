@@ -48,6 +48,16 @@ class Rows:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class BadImage:
+    """Name an image that could not be decoded."""
+
+    row_id: int
+    """Place of its row in the set."""
+    key: str
+    reason: str
+
+
 def image_views(values: pa.Array) -> list[np.ndarray]:
     """View each element of a large_binary array as uint8, without a copy."""
     if len(values) == 0:  # its buffers may be missing

@@ -13,10 +13,10 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from pipelines.ingest.draws import Draws
-from pipelines.ingest.rows import Rows
-from pipelines.ingest.screen import screen
-from pipelines.ingest.torch_decode import is_whole
+from pipelines.pixels.draws import Draws
+from pipelines.pixels.pillow_decode import is_whole
+from pipelines.pixels.rows import Rows
+from pipelines.pixels.screen import screen
 
 
 class PixelDecoder(Protocol):

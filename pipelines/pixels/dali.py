@@ -16,9 +16,9 @@ import torch
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch import Tensor
 
-from pipelines.ingest.augment import Geometry
-from pipelines.ingest.dali_ops import apply_ops, op_inputs
-from pipelines.ingest.draws import Draws, PixelSettings
+from pipelines.pixels.dali_ops import apply_ops, op_inputs
+from pipelines.pixels.draws import Draws, PixelSettings
+from pipelines.pixels.geometry import Geometry
 
 _INT32, _FLOAT = types.DALIDataType.INT32, types.DALIDataType.FLOAT
 

@@ -17,7 +17,7 @@ import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 
-from pipelines.ingest.ops import Op, Ops
+from pipelines.pixels.ops import Op, Ops
 
 _BOOL, _UINT8 = types.DALIDataType.BOOL, types.DALIDataType.UINT8
 _INT32, _FLOAT = types.DALIDataType.INT32, types.DALIDataType.FLOAT

@@ -13,10 +13,10 @@ from typing import TypeVar
 import numpy as np
 
 from pipelines.config import Augment, Data
-from pipelines.ingest.augment import Geometry, center_crop, random_resized_crop
-from pipelines.ingest.erasing import Boxes, erase_boxes
-from pipelines.ingest.ops import Ops, color_jitter, rand_augment
-from pipelines.ingest.rows import Rows
+from pipelines.pixels.erasing import Boxes, erase_boxes
+from pipelines.pixels.geometry import Geometry, center_crop, random_resized_crop
+from pipelines.pixels.ops import Ops, color_jitter, rand_augment
+from pipelines.pixels.rows import Rows
 
 T = TypeVar("T", Geometry, Ops, Boxes)
 

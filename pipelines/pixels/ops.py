@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from pipelines.hashing import Purpose, key, uniform
-from pipelines.ingest.policy import RandAugment
+from pipelines.pixels.policy import RandAugment
 
 
 class Op(IntEnum):

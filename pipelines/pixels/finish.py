@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.ingest.draws import Draws, PixelSettings
-from pipelines.ingest.erasing import erase
-from pipelines.ingest.host import Threads
+from pipelines.pixels.draws import Draws, PixelSettings
+from pipelines.pixels.erasing import erase
+from pipelines.pixels.host import Threads
 
 
 class Finisher:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from pipelines.config import Augment, Data
-from pipelines.ingest.augment import center_crop
-from pipelines.ingest.draws import Draws, PixelSettings
-from pipelines.ingest.finish import Finisher
-from pipelines.ingest.host import HostDecoder
-from pipelines.ingest.torch_decode import PillowWindows, stored_size
+from pipelines.pixels.draws import Draws, PixelSettings
+from pipelines.pixels.finish import Finisher
+from pipelines.pixels.geometry import center_crop
+from pipelines.pixels.host import HostDecoder
+from pipelines.pixels.pillow_decode import PillowWindows, stored_size
 
 
 def decode_eval(encoded: Sequence[bytes], *, data: Data, img_size: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Turn encoded images into what a model sees: draw, decode, augment, normalise."""
