@@ -78,4 +78,8 @@ def _rand_augment(work: Work, *, policy: Policy) -> Any:
         "translate_const": int(work.img_size * 0.45),
         "img_mean": tuple(min(255, round(255 * mean)) for mean in IMAGENET_MEAN),
     }
-    return rand_augment_transform(TIMM_POLICY, settings)
+    transform = rand_augment_transform(TIMM_POLICY, settings)
+    for op in transform.ops:
+        # At 10 timm asks for posterizing to no bits, which Pillow 13 refuses.
+        op.magnitude_max = 9.99
+    return transform

@@ -80,10 +80,8 @@ def trained(folder: Path) -> list[Trained]:
 
 
 def _lines_of(path: Path) -> Iterator[Trained]:
-    with path.open(newline="") as file:
-        for line in csv.reader(file):
-            if len(line) == 5:  # a kill may cut the last line off
-                step, epoch, row, repeat, crc32 = map(int, line)
-                yield Trained(
-                    step=step, epoch=epoch, row=row, repeat=repeat, crc32=crc32
-                )
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]  # a kill may cut the last line off
+    for line in csv.reader(whole.splitlines()):
+        step, epoch, row, repeat, crc32 = map(int, line)
+        yield Trained(step=step, epoch=epoch, row=row, repeat=repeat, crc32=crc32)

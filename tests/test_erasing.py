@@ -75,6 +75,16 @@ def test_boxes_are_distributed_as_timms(prob: float) -> None:
         assert_alike(values(ours), values(theirs))
 
 
+def test_boxes_reach_timms_limits() -> None:
+    boxes = draw(np.arange(20_000), prob=1.0, img_size=2000)
+    there = boxes.heights > 0
+    heights, widths = boxes.heights[there], boxes.widths[there]
+    areas, aspects = heights * widths / 2000**2, heights / widths
+    for values, low, high in ((areas, 0.02, 1 / 3), (aspects, 0.3, 1 / 0.3)):
+        assert low * 0.99 < values.min() < low * 1.02
+        assert high * 0.98 < values.max() < high * 1.01
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_erased_shares_are_timms(count: int) -> None:
     random.seed(4)

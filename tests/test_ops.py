@@ -95,6 +95,21 @@ def test_draws_are_distributed_as_timms(text: str) -> None:
         assert abs(found.mean() - np.mean(args[op])) <= 4.5 * error + 1e-9
 
 
+def test_magnitudes_are_normal_and_signs_fair() -> None:
+    ops = draw(np.arange(30_000), "rand-m5-n4-mstd1-p1")
+    ranges = {Op.ROTATE: 30, Op.SHEAR_X: 0.3, Op.SHEAR_Y: 0.3}
+    ranges |= {Op.TRANSLATE_X: 0.45, Op.TRANSLATE_Y: 0.45}
+    signed = np.concatenate(
+        [ops.args[ops.ids == op] / most for op, most in ranges.items()]
+    )
+    assert_share(signed < 0, 0.5)
+    normal = np.abs(signed) * 10 - 5
+    assert abs(normal.mean()) < 4.5 / math.sqrt(len(normal))
+    assert abs(normal.std() - 1) < 4.5 / math.sqrt(2 * len(normal))
+    assert_share(normal < -1, 0.158655)
+    assert abs(np.corrcoef(signed < 0, normal)[0, 1]) < 4.5 / math.sqrt(len(normal))
+
+
 @given(magnitude=st.integers(0, 25), limit=st.integers(1, 25), increasing=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_arguments_are_timms_to_the_last_bit(
