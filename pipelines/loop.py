@@ -130,10 +130,10 @@ def train(
             state.position = Position(epoch=epoch, batch=0, step=position.step)
             on_epoch_end(state)
             state.forward.train()
-        elif is_due:
-            on_checkpoint(state)
-        if batch.ends_epoch or is_due:
             clock.restart(kept=True)
+        elif is_due:
+            with clock.pause():
+                on_checkpoint(state)
 
 
 def _check(
@@ -259,6 +259,14 @@ class _Clock:
         self._waited_s = 0.0
         if kept:
             self._kept_s = self._start_s
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave out the time in which a checkpoint is written."""
+        paused_s = time.perf_counter()
+        yield
+        self._kept_s = time.perf_counter()
+        self._start_s += self._kept_s - paused_s
 
     def is_time(self, minutes: float) -> bool:
         """Tell whether the last checkpoint is so old; never where minutes are 0."""

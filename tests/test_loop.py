@@ -361,6 +361,29 @@ def test_checkpoints_come_by_time_when_metrics_are_logged(
     assert kept == [4, 8, 12]
 
 
+def test_a_checkpoint_is_no_part_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = dataclasses.replace(RUN, checkpoint_every_steps=3, log_every_steps=4)
+    clock = {"now": 0.0}
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock["now"])
+
+    def pass_time(seconds: float) -> None:
+        clock["now"] += seconds
+
+    def slowly(items: list[Batch]) -> Iterator[Batch]:
+        for item in items:
+            pass_time(0.5)
+            yield item
+
+    logs = run_loop(
+        state_of(run),
+        slowly(some_batches(4)),  # pyright: ignore
+        run=run,
+        on_checkpoint=lambda state: pass_time(100),
+    )
+    assert [log["images_per_s"] for log in logs] == [8.0]
+    assert [log["waiting_share"] for log in logs] == [1.0]
+
+
 def test_bad_images_are_counted_by_epoch_and_stop_a_run_past_their_share() -> None:
     images, labels = pictures(4)
 
