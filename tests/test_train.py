@@ -121,7 +121,7 @@ def attempts_of(run: Run) -> list[tuple[int, int]]:
 
 def test_worker_killed(ray_local: None, tmp_path: Path) -> None:
     """A worker dies within an epoch: every image is trained on once all the same."""
-    run = audited_run(tmp_path, num_epochs=6)
+    run = audited_run(tmp_path, num_epochs=3)
     killer = kill_one_worker_after(tmp_path / "runs" / "killed" / "step_00000012")
     result = fit(run, name="killed")
     assert killer.result(timeout=0) > 0, "nobody was killed"
@@ -129,8 +129,8 @@ def test_worker_killed(ray_local: None, tmp_path: Path) -> None:
     assert result.checkpoint is not None
     folder = Path(result.checkpoint.path)
     manifest = read_manifest(folder)
-    assert manifest.position.epoch == 6
-    assert manifest.position.step == 6 * 10  # ceil(301 / 32)
+    assert manifest.position.epoch == 3
+    assert manifest.position.step == 3 * 10  # ceil(301 / 32)
     assert manifest.metrics["val/num_images"] == 100
     assert manifest.metrics["val/bad_images"] == 1
     assert manifest.metrics["train/bad_images"] == 2
@@ -143,7 +143,7 @@ def test_worker_killed(ray_local: None, tmp_path: Path) -> None:
     (tracked,) = runs_of(run.storage)
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["pooling.power"] == "0.5"
-    assert tracked.data.metrics["epoch"] == 6
+    assert tracked.data.metrics["epoch"] == 3
     assert tracked.data.metrics["train/images_per_s"] > 0
     uri = tracking.default_uri(run.storage)
     kept = tracking.read_text(uri, tracked.info.run_id, path="bad_images.csv")
@@ -167,7 +167,7 @@ def test_a_failed_run_goes_on_with_one_worker_and_with_three(
     ray_local: None, tmp_path: Path
 ) -> None:
     """Two workers, then one, then three: the same batches, the same pixels."""
-    run = audited_run(tmp_path, num_epochs=4, max_failures=0)
+    run = audited_run(tmp_path, num_epochs=3, max_failures=0)
     runs = tmp_path / "runs" / "again"
     killer = kill_one_worker_after(runs / "step_00000008")
     with pytest.raises(RunFailedError):
@@ -182,14 +182,14 @@ def test_a_failed_run_goes_on_with_one_worker_and_with_three(
     with pytest.raises(ValueError, match=r"optim\.lr"):
         _main(["--resume", "again", "--storage", run.storage, "--optim.lr", "1"])
 
-    killer = kill_one_worker_after(runs / "step_00000024")
+    killer = kill_one_worker_after(runs / "step_00000016")
     with pytest.raises(RunFailedError):
         fit_again(run, num_workers=1)
     assert killer.result(timeout=0) > 0, "nobody was killed"
     result = fit_again(run, num_workers=3)
     assert result.checkpoint is not None
     position = read_manifest(Path(result.checkpoint.path)).position
-    assert (position.epoch, position.step) == (4, 40)
+    assert (position.epoch, position.step) == (3, 30)
     assert [num_workers for _, num_workers in attempts_of(run)] == [2, 1, 3]
     check_exact(run)
     (tracked,) = runs_of(run.storage)
