@@ -11,12 +11,10 @@ import torch
 from benchmarks.work import Batches, Work, to_device
 from pipelines.checkpoint import Position
 from pipelines.config import Augment, Data, Model, Optim, Run
-from pipelines.ingest.footers import ShardSet, read_shard_set
+from pipelines.ingest.footers import read_shard_set
 from pipelines.ingest.plan import Unit
 from pipelines.ingest.reading import Reading
 from pipelines.ingest.source import shares, split_units
-from pipelines.ingest.stream import Plans
-from pipelines.loop import LoopSettings
 from pipelines.supply import Supply, reading_of
 
 # More epochs than a round can see; datasets are opened a thousand units at a time.
@@ -84,18 +82,6 @@ def describe_run(work: Work, *, num_epochs: int, model: Model | None = None) -> 
         optim=Optim(lr=1e-4, num_epochs=num_epochs, warmup_epochs=0),
         # At epochs' ends alone.
         log_every_steps=sys.maxsize,
-    )
-
-
-def loop_settings(run: Run, *, shards: ShardSet, work: Work) -> LoopSettings:
-    """Give what the loop of a single worker needs to know."""
-    epoch = Plans(shards=shards, run=run, train=True).shape(0)
-    return LoopSettings(
-        run=run,
-        num_classes=len(shards.classes),
-        steps_per_epoch=epoch.num_batches,
-        images_per_epoch=epoch.num_rows,
-        device=torch.device(work.device),
     )
 
 

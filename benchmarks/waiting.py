@@ -63,7 +63,7 @@ def _train(work: Work) -> Waiting:
         run=run,
         num_classes=len(shards.classes),
         steps_per_epoch=epoch.num_batches,
-        images_per_epoch=epoch.num_rows,
+        images_per_epoch=epoch.num_images,
         device=torch.device(work.device),
     )
     state = _train_state(run=run, num_classes=settings.num_classes, work=work)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import sovit
 from pipelines.config import Model, Run
 from pipelines.files import Place
+from pipelines.retries import answering
 from pipelines.runfile import from_json, to_json
 
 MANIFEST = "checkpoint.json"
@@ -150,10 +151,8 @@ def opened(address: str) -> Iterator[Path]:
         yield Path(place.open()[1])
         return
     with tempfile.TemporaryDirectory() as folder:
-        try:
+        with answering():
             _copy(place, Path(folder))
-        except ConnectionError as error:
-            raise ValueError(str(error)) from error
         yield Path(folder)
 
 

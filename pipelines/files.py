@@ -15,7 +15,8 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipelines.places import is_remote, open_place, retrying
+from pipelines.places import open_place
+from pipelines.retries import is_remote, retrying
 from pipelines.tracking.provenance import without_credentials
 
 T = TypeVar("T")

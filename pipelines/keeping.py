@@ -56,7 +56,8 @@ def log_model(
         return
     logger.info("keeping the model in MLflow")
     plan = plan_epoch(shards.groups, batch_size=1, shuffle_rows=64, shuffle=False)
-    images = read_rows(plan.unit(0), reading=reading_of(shards, run=run))["image"]
-    example = next((i.as_py() for i in images if is_whole(i.as_py() or b"")), b"")
+    rows = read_rows(plan.unit(0), reading=reading_of(shards, run=run))
+    images = (image.as_py() or b"" for image in rows["image"])
+    example = next(filter(is_whole, images), b"")
     with result.checkpoint.as_directory() as folder:
         tracking.log_model(uri, run_id, checkpoint=Path(folder), example=example)

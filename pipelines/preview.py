@@ -10,7 +10,6 @@ by the very code and numbers of a training. Written as a PNG and kept in MLflow.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,29 +50,32 @@ def preview(run: Run, *, num_images: int, num_epochs: int, path: Path) -> None:
             f"wanted {num_images} images, came {len(rows)} in the first share; "
             "lower --num-images"
         )
-    columns = [("evaluation", *_pixels(rows, run=run, train=False, epoch=0))]
-    for epoch in range(num_epochs):
-        images, texts = _pixels(rows, run=run, train=True, epoch=epoch)
-        columns.append((f"epoch {epoch}", images, texts))
+    see_fixed, see_drawn = (_Viewer(run, rows, train=train) for train in (False, True))
+    columns = [("evaluation", *see_fixed(0))]
+    columns += [(f"epoch {epoch}", *see_drawn(epoch)) for epoch in range(num_epochs)]
     names = [shards.classes[label] for label in rows.labels]
     _draw(columns, names=names, path=path)
 
 
-def _pixels(
-    rows: Rows, *, run: Run, train: bool, epoch: int
-) -> tuple[np.ndarray, list[str]]:
-    """Give float images (n, H, W, 3) from 0 to 1, and what was done to each."""
-    settings = pixel_settings(run, train=train)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decode = BatchDecoder(settings, num_rows=len(rows), device=device)
-    found = decode(rows, epoch)
-    if found.bad:
-        raise ValueError(
-            f"wanted images that decode, came {found.bad[0].key}: "
-            f"{found.bad[0].reason}; set another --seed"
-        )
-    images = _denormalized(found.images, run=run)
-    return images, _texts(rows, settings=settings, epoch=epoch)
+class _Viewer:
+    """See some rows as training or evaluation does, epoch by epoch."""
+
+    def __init__(self, run: Run, rows: Rows, *, train: bool) -> None:
+        self._run, self._rows = run, rows
+        self._settings = pixel_settings(run, train=train)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._decode = BatchDecoder(self._settings, num_rows=len(rows), device=device)
+
+    def __call__(self, epoch: int) -> tuple[np.ndarray, list[str]]:
+        """Give float images (n, H, W, 3) from 0 to 1, and what was done to each."""
+        found = self._decode(self._rows, epoch)
+        if found.bad:
+            raise ValueError(
+                f"wanted images that decode, came {found.bad[0].key}: "
+                f"{found.bad[0].reason}; set another --seed"
+            )
+        images = _denormalized(found.images, run=self._run)
+        return images, _texts(self._rows, settings=self._settings, epoch=epoch)
 
 
 def _denormalized(images: Tensor, *, run: Run) -> np.ndarray:
@@ -168,7 +170,7 @@ def _main(arguments: Sequence[str]) -> None:
         path=chosen.out,
     )
     _keep(run, path=chosen.out)
-    print(f"picture  {chosen.out}", file=sys.stdout)
+    print(f"picture  {chosen.out}")
 
 
 if __name__ == "__main__":

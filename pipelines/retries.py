@@ -6,12 +6,13 @@ never tried again: what fails there fails for a reason that stays.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from pipelines.tracking.provenance import error_summary, without_credentials
@@ -92,6 +93,15 @@ def retrying(
                 "%s: %s; trying again in %.1f s", name, error_summary(error), wait_s
             )
             sleep(wait_s)
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[None]:
+    """Raise ValueError where a store does not answer: the user sees to that."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise ValueError(str(error)) from error
 
 
 def _no_answer(error: OSError, *, name: str) -> ConnectionError:

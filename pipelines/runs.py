@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +12,7 @@ import pyarrow.fs as pafs
 
 from pipelines.config import Run
 from pipelines.files import Place
+from pipelines.retries import answering
 from pipelines.runfile import from_json, to_json
 
 _RECORD = "run.json"
@@ -41,7 +40,7 @@ def check_name(storage: str, *, name: str) -> None:
             "choose another --name"
         )
     root = Place(storage)
-    with _answering():
+    with answering():
         if root.within(name).kind() != pafs.FileType.NotFound:
             raise ValueError(
                 f"wanted a new name for this run, came {name!r}, which {str(root)!r} "
@@ -54,7 +53,7 @@ def new_record(run: Run, *, name: str) -> Record:
     """Make a new run's folder; ValueError as `check_name`."""
     check_name(run.storage, name=name)
     record = Record(name=name, run=run)
-    with _answering():
+    with answering():
         Place(run.storage).within(name).make_folder()
     write_record(record)
     return record
@@ -65,7 +64,7 @@ def read_record(storage: str, *, name: str) -> Record:
     root = Place(storage)
     file = root.within(name).within(_RECORD)
     try:
-        with _answering():
+        with answering():
             text = file.read()
     except OSError as error:
         raise ValueError(
@@ -97,14 +96,5 @@ def write_record(record: Record) -> None:
     """Write a run's record in place of the one before, whole or not at all."""
     content = dataclasses.asdict(record) | {"run": json.loads(to_json(record.run))}
     file = Place(record.run.storage).within(record.name).within(_RECORD)
-    with _answering():
+    with answering():
         file.write(json.dumps(content, indent=2).encode())
-
-
-@contextlib.contextmanager
-def _answering() -> Iterator[None]:
-    """Raise ValueError where a store does not answer: the user sees to that."""
-    try:
-        yield
-    except ConnectionError as error:
-        raise ValueError(str(error)) from error

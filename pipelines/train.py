@@ -36,10 +36,11 @@ from pipelines.files import Place
 from pipelines.ingest.stream import Plans
 from pipelines.job import Job
 from pipelines.keeping import log_model, log_shards, open_tracking
-from pipelines.places import is_remote, open_place
+from pipelines.places import open_place
 from pipelines.preflight import CheckedRun, check_run, with_absolute_paths
 from pipelines.progress import Display, start_board
 from pipelines.recipe import load_recipe
+from pipelines.retries import is_remote
 from pipelines.runfile import flat_params
 from pipelines.runs import (
     Record,

@@ -66,7 +66,7 @@ class _Worker:
             run=run,
             num_classes=len(job.train_shards.classes),
             steps_per_epoch=epoch.num_batches,
-            images_per_epoch=epoch.num_rows * epoch.num_repeats,
+            images_per_epoch=epoch.num_images,
             device=self.device,
             world_size=world_size,
             rank=rank,

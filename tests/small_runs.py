@@ -145,7 +145,7 @@ def train_run(
             settings=settings_of(
                 run,
                 steps_per_epoch=epoch.num_batches,
-                images_per_epoch=epoch.num_rows * epoch.num_repeats,
+                images_per_epoch=epoch.num_images,
                 world_size=num_workers,
                 rank=worker,
             ),

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.files import Place
-from pipelines.places import is_remote, open_place, retrying
+from pipelines.places import open_place
+from pipelines.retries import is_remote, retrying
 from pipelines.shards.format import SCHEMA, write_shard
 from tests.small_sets import jpeg
 

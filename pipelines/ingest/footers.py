@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipelines.files import Place
 from pipelines.ingest.plan import GroupTable
-from pipelines.places import retrying
+from pipelines.retries import answering, retrying
 from pipelines.shards.format import CLASSES_FILE, SCHEMA
 
 T = TypeVar("T")
@@ -52,10 +52,8 @@ def read_shard_set(address: str) -> ShardSet:
     is damaged, columns are not those of a shard, a label lies outside the classes, or
     the store does not answer.
     """
-    try:
+    with answering():
         return _read_shard_set(Place(address))
-    except ConnectionError as error:
-        raise ValueError(str(error)) from error
 
 
 def _read_shard_set(place: Place) -> ShardSet:

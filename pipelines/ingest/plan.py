@@ -128,6 +128,11 @@ class EpochShape:
     num_repeats: int
 
     @property
+    def num_images(self) -> int:
+        """Count the images that the epoch trains on, repetitions included."""
+        return self.num_rows * self.num_repeats
+
+    @property
     def num_batches(self) -> int:
         """Count the global batches of the epoch; the last one may be short."""
         return math.ceil(self.num_rows / self.batch_size)

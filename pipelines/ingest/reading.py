@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 from pipelines.ingest.footers import check_labels
 from pipelines.ingest.plan import Slice, Unit, share
 from pipelines.pixels.rows import REPEAT, ROW_ID, image_views, nested
-from pipelines.places import open_place, retrying
+from pipelines.places import open_place
+from pipelines.retries import retrying
 from pipelines.shards.format import SCHEMA
 
 if TYPE_CHECKING:  # read tasks start without torch

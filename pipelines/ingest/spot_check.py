@@ -8,6 +8,7 @@ from pipelines.hashing import seeded_order
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.plan import Unit
 from pipelines.ingest.reading import Reading, read_rows
+from pipelines.retries import answering
 
 # A few seconds of reading: small sets are read whole, of large ones a sample.
 _MAX_BYTES = 256 << 20
@@ -47,8 +48,5 @@ def _read(shards: ShardSet, *, group: int) -> int:
         ends_epoch=False,
     )
     reading = Reading(address=shards.address, num_classes=len(shards.classes))
-    try:
-        rows = read_rows(unit, reading=reading)
-    except ConnectionError as error:
-        raise ValueError(str(error)) from error
-    return rows.nbytes
+    with answering():
+        return read_rows(unit, reading=reading).nbytes

@@ -24,7 +24,7 @@ import pyarrow.fs as pafs
 
 from pipelines.files import PARTIAL_SUFFIX, Place
 from pipelines.hashing import seeded_order
-from pipelines.places import retrying
+from pipelines.retries import retrying
 from pipelines.shards.format import CLASSES_FILE, cut_evenly, write_json
 from pipelines.shards.listing import Listing, Skipped
 from pipelines.shards.planning import UNPACKED_FOLDER, Done, Plan
