@@ -10,6 +10,7 @@ by the very code and numbers of a training. Written as a PNG and kept in MLflow.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,9 @@ def preview(run: Run, *, num_images: int, num_epochs: int, path: Path) -> None:
     Raises ValueError where the shards can't be used, or where fewer images than wanted
     are whole.
     """
+    # Here, since pixels that readers made would be of one epoch.
+    data = dataclasses.replace(run.data, decode_on="workers")
+    run = dataclasses.replace(run, data=data)
     shards = read_shard_set(run.data.train)
     plan = Plans(shards=shards, run=run, train=True).plan(0)
     opener = LocalOpener(reading_of(shards, run=run))

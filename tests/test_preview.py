@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipelines import tracking
-from pipelines.preview import _main
+from pipelines.preview import _main, preview
+from pipelines.recipe import load_recipe
 from tests.small_sets import write_set
 
 
@@ -36,6 +38,20 @@ def test_a_grid_is_written_and_kept(tmp_path: Path) -> None:
     assert [item.path for item in client.list_artifacts(run.info.run_id)] == [
         "grid.png"
     ]
+
+
+def test_where_a_run_decodes_makes_no_difference(tmp_path: Path) -> None:
+    address = write_set(tmp_path / "set", groups=[[9]], num_classes=3)
+    run = load_recipe("demo")
+    pictures = []
+    for decode_on in ("workers", "readers"):
+        data = dataclasses.replace(run.data, train=address, decode_on=decode_on)
+        path = tmp_path / f"{decode_on}.png"
+        preview(
+            dataclasses.replace(run, data=data), num_images=2, num_epochs=2, path=path
+        )
+        pictures.append(np.asarray(Image.open(path)))
+    assert np.array_equal(*pictures)
 
 
 @pytest.mark.parametrize(
