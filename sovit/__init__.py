@@ -10,7 +10,8 @@ from sovit.head import SecondOrderHead
 from sovit.moments import covariance, cross_covariance
 from sovit.official import load_official
 from sovit.pooling import Pooling
-from sovit.powers import sv_power, svpn
+from sovit.powers import sv_power
+from sovit.svpn import svpn
 from sovit.variants import default_pooling
 from sovit.vit import SoViT
 

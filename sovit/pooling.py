@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from sovit.moments import CENTERINGS, cross_covariance
-from sovit.powers import svpn
 from sovit.shapes import Float, Number, Tensor
+from sovit.svpn import svpn
 
 PoolingType = Literal["cross_cov", "multi_head", "avg"]
 Normalizer = Literal["svpn", "none"]
@@ -37,7 +37,7 @@ class Pooling:
     """The mean taken off before: see `sovit.moments.center`."""
 
     normalizer: Normalizer = "svpn"
-    """"svpn" takes a power of the singular values (`sovit.powers.svpn`)."""
+    """"svpn" takes a power of the singular values (`sovit.svpn.svpn`)."""
 
     power: Number = 0.5
     num_iterations: int = 1

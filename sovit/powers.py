@@ -1,69 +1,88 @@
-"""Powers of matrices by their singular values, as pure functions.
+"""Exact powers and logarithms of matrices by decomposition, as pure functions.
 
-`svpn` is the fast approximation of So-ViT: power iteration finds a few singular
-triplets, their values are raised to a power, and what is left is scaled by the last of
-them. `sv_power` is the exact power it approximates.
+They are the reference of the fast ways: `sovit.newton_schulz`, `sovit.svpn`.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
+import torch
+from torch.autograd.function import once_differentiable
+
+from sovit.moments import center, covariance
 from sovit.precision import at_least_float32, autocast_off, matmul
 from sovit.shapes import Float, Number, Tensor
 
-# Norms and singular values at or under this count as zero: the papers' code divides by
-# no less.
-TINY = 1e-12
-# Added to the divisor of the remainder, as in the papers' code.
-REMAINDER_EPS = 1e-5
+# Two eigenvalues nearer than this share of the larger one count as equal in the
+# logarithm's difference quotient; the power's needs no such care.
+LOG_EPS = 1e-3
 
 
-def svpn(
-    x: Float[Tensor, "*batch m n"],
-    start: Float[Tensor, " n"],
-    *,
-    power: Number = 0.5,
-    num_iterations: int = 1,
-    num_singular_values: int | None = 1,
-    eps: Number = REMAINDER_EPS,
-) -> Float[Tensor, "*batch m n"]:
-    """Raise the singular values of `x` to a power, by power iteration (svPN).
+def matrix_power(
+    x: Float[Tensor, "*batch d d"], *, power: Number = 0.5
+) -> Float[Tensor, "*batch d d"]:
+    """Raise the eigenvalues of positive semi-definite matrices to a power, exactly.
 
-    With triplets (s_i, u_i, v_i), i = 1..r, each found in `num_iterations` steps from
-    the same `start` on what the earlier ones left, the result is
+    U diag(l^power) U^T, as in MPN-COV (arXiv 1703.08050), whose exponent is 1/2. Any
+    exponent goes; eigenvalues that are zero up to rounding stay zero, also for negative
+    ones, which gives powers of the pseudo-inverse.
 
-        sum_i s_i^power u_i v_i^T  +  remainder / (s_r^(1 - power) + eps).
+    The gradient is U (K o (U^T G U)) U^T with Loewner's matrix K: the difference
+    quotients (l_i^p - l_j^p) / (l_i - l_j), and derivatives p l_i^(p - 1) where the two
+    are equal, worked out without cancellation. The papers' code divides by differences
+    of eigenvalues instead, and by zero where they repeat. Between two zero eigenvalues
+    the quotient is 0, not infinite. It can be differentiated once.
 
-    So-ViT (arXiv 2104.10935) and SoT (v2 of it) use r = 1 and one iteration.
-    `num_singular_values=None` takes all min(m, n), which leaves no remainder.
-
-    For r = 1 the sum collapses to x / s^(1 - power) up to `eps`, and is computed so.
-    Unlike the released code no derivative is infinite: a power is only ever taken of a
-    positive number, directions within rounding of zero add nothing and leave what is
-    left to the last one found, and a map that is zero stays zero.
-
-    One iteration never finds a second direction: the first step leaves nothing along
-    `start`. More singular values then give the result of one; take two iterations.
-
-    Float32 inside, or float64 for float64 input; the result keeps that precision.
-    Raises ValueError for settings out of range.
+    Only the symmetric part of `x` counts. Float32 inside, or float64 for float64 input;
+    the result keeps that precision.
     """
-    _check_settings(power, num_iterations)
-    limit = min(x.shape[-2:])
-    count = limit if num_singular_values is None else num_singular_values
-    if not 1 <= count <= limit:
+    return _spectral(x, float(power))
+
+
+def matrix_log(
+    x: Float[Tensor, "*batch d d"], *, eps: Number = LOG_EPS
+) -> Float[Tensor, "*batch d d"]:
+    """Take the logarithm of positive semi-definite matrices (Log-Euclidean).
+
+    log(x + eps m I) with m the mean eigenvalue of x: a covariance of few tokens has
+    eigenvalues of zero, and none may be. They dominate the result, the smaller `eps`
+    the more: MPN-COV (arXiv 1703.08050) takes a power, which allows zeros. Gradient as
+    in `matrix_power`. A matrix that is zero gives zero.
+    """
+    if eps <= 0:
         raise ValueError(
-            f"num_singular_values must be between 1 and {limit} for matrices of "
-            f"{tuple(x.shape[-2:])}, got {num_singular_values}: lower it, or give None "
-            "for all."
+            f"eps must be over 0, got {eps}: it keeps eigenvalues of zero away from "
+            f"the logarithm, {LOG_EPS} is the default."
         )
     with autocast_off(x.device.type):
         matrix = at_least_float32(x)
-        vector = start.to(matrix.dtype)
-        if num_singular_values == 1:
-            return _scale_by_first(matrix, vector, power, num_iterations, eps)
-        return _deflate(matrix, vector, power, num_iterations, count, eps)
+        mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        eye = torch.eye(x.shape[-1], dtype=matrix.dtype, device=x.device)
+        positive = mean > 0
+        shift = torch.where(positive, eps * mean, 1.0)
+        return torch.where(positive, _spectral(matrix + shift * eye, None), 0.0)
+
+
+def covariance_power(
+    x: Float[Tensor, "*batch tokens channels"],
+    *,
+    power: Number = 0.5,
+    centering: str = "channel",
+) -> Float[Tensor, "*batch channels channels"]:
+    """Raise the covariance of a token map to a power, exactly.
+
+    The same as `matrix_power` of `sovit.moments.covariance`. Where there are fewer
+    tokens N than channels the decomposition is of the N x N Gram matrix of the centred
+    tokens X: the power is X^T K^(power - 1) X / N with K = X X^T / N.
+    """
+    num_tokens, num_channels = x.shape[-2:]
+    if num_tokens >= num_channels:
+        return matrix_power(covariance(x, centering=centering), power=power)
+    with autocast_off(x.device.type):
+        x = center(at_least_float32(x), centering=centering)
+        inner = matrix_power(matmul(x, x.mT) / num_tokens, power=power - 1)
+        return matmul(x.mT, matmul(inner, x)) / num_tokens
 
 
 def sv_power(
@@ -72,101 +91,80 @@ def sv_power(
     """Raise the singular values of `x` to a power exactly, by decomposition.
 
     U diag(s^power) V^T with the thin singular value decomposition: the reference of
-    `svpn`. Its gradient needs singular values that differ, as `torch.linalg.svd` says.
+    `sovit.svpn.svpn`. Its gradient needs singular values that differ, as
+    `torch.linalg.svd` says. Raises ValueError for a power that is not over 0.
     """
-    _check_settings(power, 1)
+    if power <= 0:
+        raise ValueError(
+            f"power must be over 0, got {power}: 0.5 is the papers' value."
+        )
     with autocast_off(x.device.type):
         u, s, vh = torch.linalg.svd(at_least_float32(x), full_matrices=False)
-        return matmul(u * _power(s, power).unsqueeze(-2), vh)
+        positive = s > 0
+        powered = torch.where(positive, torch.where(positive, s, 1.0) ** power, 0.0)
+        return matmul(u * powered.unsqueeze(-2), vh)
 
 
-def _scale_by_first(
-    matrix: Tensor, start: Tensor, power: Number, num_iterations: int, eps: Number
-) -> Tensor:
-    """Apply svPN with one singular value: a scalar for each matrix, exactly.
+def _spectral(x: Tensor, power: float | None) -> Tensor:
+    """Apply a power, or the logarithm for None, to the eigenvalues."""
+    with autocast_off(x.device.type):
+        result, *_ = _Spectral.apply(at_least_float32(x), power)  # pyright: ignore
+        return result
 
-    s^power u v^T + (A - s u v^T) / d with d = s^(1 - power) + eps is A / d plus
-    s^power (eps / d) u v^T, whatever u and v are.
+
+class _Spectral(torch.autograd.Function):
+    """Apply a function to eigenvalues, with Loewner's matrix in the gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, power: float | None) -> tuple[Tensor, Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh((x + x.mT) / 2)
+        floor = values[..., -1:] * x.shape[-1] * torch.finfo(x.dtype).eps
+        values = torch.where(values > floor.clamp(min=0), values, 0.0)
+        positive = torch.where(values > 0, values, 1.0)
+        applied = positive.log() if power is None else positive**power
+        applied = torch.where(values > 0, applied, 0.0)
+        result = (vectors * applied.unsqueeze(-2)) @ vectors.mT
+        return result, values, vectors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.power = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, None]:
+        values, vectors = ctx.saved_tensors
+        with autocast_off(values.device.type):
+            grad = (grad_outputs[0] + grad_outputs[0].mT) / 2
+            inner = vectors.mT @ grad @ vectors
+            inner = inner * _loewner(values, ctx.power)
+            return vectors @ inner @ vectors.mT, None
+
+
+def _loewner(values: Float[Tensor, "*batch d"], power: float | None) -> Tensor:
+    """Return the difference quotients of all pairs of eigenvalues, (*batch, d, d).
+
+    With the larger value a and the smaller a (1 - g) the quotient of a power p is
+    a^(p - 1) (1 - (1 - g)^p) / g, exact however small the gap g is.
     """
-    s, u, v = _triplet(matrix, start, num_iterations)
-    scale = _inverse(s, power, eps)
-    result = matrix * scale
-    if eps:
-        weight = _power(s, power) * scale * eps
-        result = result + (weight.squeeze(-1) * u).unsqueeze(-1) * v.unsqueeze(-2)
-    return result
-
-
-def _deflate(
-    matrix: Tensor,
-    start: Tensor,
-    power: float,
-    num_iterations: int,
-    count: int,
-    eps: float,
-) -> Tensor:
-    """Apply svPN with any number of singular values, one after the other."""
-    # What is left of a matrix of lower rank is rounding: its directions mean nothing,
-    # and the power would magnify them.
-    size = torch.linalg.matrix_norm(matrix.detach())[..., None, None]
-    floor = (size * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps).clamp(TINY)
-    result, last = torch.zeros_like(matrix), torch.zeros_like(floor)
-    for _ in range(count):
-        s, u, v = _triplet(matrix, start, num_iterations, floor.squeeze(-1))
-        found = s > floor
-        last = torch.where(found, s, last)
-        outer = u.unsqueeze(-1) * v.unsqueeze(-2)
-        result = result + torch.where(found, _power(s, power), 0.0) * outer
-        matrix = matrix - torch.where(found, s, 0.0) * outer
-    return result + matrix * _inverse(last, power, eps)
-
-
-def _triplet(
-    matrix: Tensor, start: Tensor, num_iterations: int, floor: Tensor | float = TINY
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Estimate the first singular triplet: s (..., 1, 1), u (..., m), v (..., n).
-
-    They are zero where the matrix maps the start to `floor` times its length or less.
-    """
-    v = start.expand(*matrix.shape[:-2], start.shape[-1])
-    u, projected = v, v
-    for _ in range(num_iterations):
-        length = torch.linalg.vector_norm(v.detach(), dim=-1, keepdim=True)
-        u = _unit(matmul(matrix, v.unsqueeze(-1)).squeeze(-1), floor * length)
-        projected = matmul(u.unsqueeze(-2), matrix).squeeze(-2)
-        v = _unit(projected, floor)
-    s = torch.linalg.vector_norm(projected, dim=-1)
-    return s[..., None, None], u, v
-
-
-def _unit(vector: Tensor, floor: Tensor | float) -> Tensor:
-    """Scale to length one; a vector of length `floor` or less becomes zero."""
-    norm = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
-    longer = norm > floor
-    return torch.where(longer, vector / torch.where(longer, norm, 1.0), 0.0)
-
-
-def _power(s: Tensor, power: Number) -> Tensor:
-    """Return s^power where s is positive and 0 elsewhere, with a finite derivative."""
-    positive = s > TINY
-    return torch.where(positive, torch.where(positive, s, 1.0) ** power, 0.0)
-
-
-def _inverse(s: Tensor, power: Number, eps: Number) -> Tensor:
-    """Return 1 / (s^(1 - power) + eps), and 1 where there is nothing to divide by."""
-    positive = s > TINY
-    divisor = torch.where(positive, s, 1.0) ** (1 - power) + eps
-    return torch.where(positive, 1 / divisor, 1.0)
-
-
-def _check_settings(power: Number, num_iterations: int) -> None:
-    if not 0 < power <= 1:
-        raise ValueError(
-            f"power must be over 0 and at most 1, got {power}: "
-            "0.5 is the papers' value."
-        )
-    if num_iterations < 1:
-        raise ValueError(
-            f"num_iterations must be at least 1, got {num_iterations}: "
-            "1 is the papers' value."
-        )
+    one, other = values.unsqueeze(-1), values.unsqueeze(-2)
+    large, small = torch.maximum(one, other), torch.minimum(one, other)
+    some, both = large > 0, small > 0
+    safe = torch.where(some, large, 1.0)
+    gap = (safe - small) / safe
+    equal = gap == 0
+    gap = torch.where(both & ~equal, gap, 0.5)
+    if power is None:
+        scale, limit, lone = 1 / safe, 1.0, safe.log()
+        quotient = -torch.log1p(-gap) / gap
+    else:
+        scale, limit, lone = safe ** (power - 1), power, torch.ones_like(safe)
+        quotient = -torch.expm1(power * torch.log1p(-gap)) / gap
+    quotient = torch.where(equal, limit, torch.where(both, quotient, lone))
+    return torch.where(some, scale * quotient, 0.0)

@@ -18,7 +18,7 @@ from sovit.pooling import (
     Pooling,
     build_pooling,
 )
-from sovit.powers import svpn
+from sovit.svpn import svpn
 
 
 def tokens() -> Tensor:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from sovit.powers import REMAINDER_EPS, sv_power, svpn
+from sovit.powers import sv_power
+from sovit.svpn import REMAINDER_EPS, svpn
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

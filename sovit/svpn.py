@@ -1,0 +1,235 @@
+"""Powers of singular values by power iteration: svPN, So-ViT's fast normalisation.
+
+Power iteration finds a few singular triplets, their values are raised to a power, and
+what is left is scaled by the last of them. `sovit.powers.sv_power` is the exact power.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from sovit.precision import at_least_float32, autocast_off, matmul
+from sovit.shapes import Float, Number, Tensor
+
+# Norms and singular values at or under this count as zero: the papers' code divides by
+# no less.
+TINY = 1e-12
+# Added to the divisor of the remainder, as in the papers' code.
+REMAINDER_EPS = 1e-5
+
+
+def svpn(
+    x: Float[Tensor, "*batch m n"],
+    start: Float[Tensor, " n"],
+    *,
+    power: Number = 0.5,
+    num_iterations: int = 1,
+    num_singular_values: int | None = 1,
+    eps: Number = REMAINDER_EPS,
+) -> Float[Tensor, "*batch m n"]:
+    """Raise the singular values of `x` to a power, by power iteration (svPN).
+
+    With triplets (s_i, u_i, v_i), i = 1..r, each found in `num_iterations` steps from
+    the same `start` on what the earlier ones left, the result is
+
+        sum_i s_i^power u_i v_i^T  +  remainder / (s_r^(1 - power) + eps).
+
+    So-ViT (arXiv 2104.10935) and SoT (v2 of it) use r = 1 and one iteration.
+    `num_singular_values=None` takes all min(m, n), which leaves no remainder.
+
+    For r = 1 the sum collapses to x / s^(1 - power) up to `eps`, and is computed so.
+    Unlike the released code no derivative is infinite: a power is only ever taken of a
+    positive number, directions within rounding of zero add nothing and leave what is
+    left to the last one found, and a map that is zero stays zero.
+
+    One iteration never finds a second direction: the first step leaves nothing along
+    `start`. More singular values then give the result of one; take two iterations.
+
+    Float32 inside, or float64 for float64 input; the result keeps that precision.
+    Raises ValueError for settings out of range.
+    """
+    _check_settings(power, num_iterations)
+    limit = min(x.shape[-2:])
+    count = limit if num_singular_values is None else num_singular_values
+    if not 1 <= count <= limit:
+        raise ValueError(
+            f"num_singular_values must be between 1 and {limit} for matrices of "
+            f"{tuple(x.shape[-2:])}, got {num_singular_values}: lower it, or give None "
+            "for all."
+        )
+    with autocast_off(x.device.type):
+        matrix = at_least_float32(x)
+        vector = start.to(matrix.dtype)
+        if num_singular_values == 1:
+            return _scale_by_first(matrix, vector, power, num_iterations, eps)
+        return _deflate(matrix, vector, power, num_iterations, count, eps)
+
+
+def _scale_by_first(
+    matrix: Tensor, start: Tensor, power: Number, num_iterations: int, eps: Number
+) -> Tensor:
+    """Apply svPN with one singular value: a scalar for each matrix, exactly.
+
+    s^power u v^T + (A - s u v^T) / d with d = s^(1 - power) + eps is A / d plus
+    s^power (eps / d) u v^T, whatever u and v are.
+    """
+    if num_iterations == 1:
+        flat = matrix.reshape(-1, *matrix.shape[-2:])
+        scaled, *_ = _OneStep.apply(flat, start, power, eps)  # pyright: ignore
+        return scaled.reshape(matrix.shape)
+    s, u, v = _triplet(matrix, start, num_iterations)
+    scale = _inverse(s, power, eps)
+    result = matrix * scale
+    if eps:
+        weight = _power(s, power) * scale * eps
+        result = result + (weight.squeeze(-1) * u).unsqueeze(-1) * v.unsqueeze(-2)
+    return result
+
+
+class _OneStep(torch.autograd.Function):
+    """Scale by the first singular value after one iteration, the papers' setting.
+
+    Its gradient is written out: a handful of products with vectors, where autograd has
+    each step of the power iteration to go back through.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        matrix: Float[Tensor, "b m n"],
+        start: Float[Tensor, " n"],
+        power: Number,
+        eps: Number,
+    ) -> tuple[Tensor, ...]:
+        mapped = matrix @ start
+        size = torch.linalg.vector_norm(mapped, dim=-1, keepdim=True)
+        floor = TINY * torch.linalg.vector_norm(start)
+        inverse_size = torch.where(size > floor, 1 / size, 0.0)
+        u = mapped * inverse_size
+        projected = (u.unsqueeze(-2) @ matrix).squeeze(-2)
+        s = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
+        v = projected * torch.where(s > TINY, 1 / s, 0.0)
+        scale = _inverse(s, power, eps)
+        weight = _power(s, power) * scale * eps
+        result = torch.baddbmm(
+            matrix * scale.unsqueeze(-1), (weight * u).unsqueeze(-1), v.unsqueeze(-2)
+        )
+        return result, inverse_size, u, s, v
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        matrix, start, ctx.power, ctx.eps = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(matrix, start, *output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        matrix, start, inverse_size, u, s, v = ctx.saved_tensors
+        grad, power, eps = grad_outputs[0], ctx.power, ctx.eps
+        with autocast_off(matrix.device.type):
+            positive = s > TINY
+            safe = torch.where(positive, s, 1.0)
+            scale = _inverse(s, power, eps)
+            weight = _power(s, power) * scale * eps
+            # Derivatives of 1 / (s^(1 - power) + eps) and of the weight by s.
+            d_scale = (power - 1) * safe**-power * scale.square()
+            d_weight = eps * (
+                power * safe ** (power - 1) * scale + safe**power * d_scale
+            )
+            grad_v = (grad @ v.unsqueeze(-1)).squeeze(-1)
+            grad_u = (u.unsqueeze(-2) @ grad).squeeze(-2)
+            along = (u * grad_v).sum(-1, keepdim=True)
+            inner = (grad * matrix).sum(dim=(-2, -1)).unsqueeze(-1)
+            to_s = torch.where(positive, inner * d_scale + along * d_weight, 0.0)
+            # What comes back to A^T u, then to A v_0.
+            row = to_s * v + weight / safe * (grad_u - along * v)
+            column = (matrix @ row.unsqueeze(-1)).squeeze(-1) + weight * grad_v
+            column = column - (u * column).sum(-1, keepdim=True) * u
+            column = column * inverse_size
+            of_start = (column.unsqueeze(-2) @ matrix).sum(dim=(0, 1))
+            left = torch.stack([u, column], dim=-1)
+            right = torch.stack([row, start.expand_as(row)], dim=-2)
+            of_matrix = torch.baddbmm(grad * scale.unsqueeze(-1), left, right)
+            return of_matrix, of_start, None, None
+
+
+def _deflate(
+    matrix: Tensor,
+    start: Tensor,
+    power: float,
+    num_iterations: int,
+    count: int,
+    eps: float,
+) -> Tensor:
+    """Apply svPN with any number of singular values, one after the other."""
+    # What is left of a matrix of lower rank is rounding: its directions mean nothing,
+    # and the power would magnify them.
+    size = torch.linalg.matrix_norm(matrix.detach())[..., None, None]
+    floor = (size * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps).clamp(TINY)
+    result, last = torch.zeros_like(matrix), torch.zeros_like(floor)
+    for _ in range(count):
+        s, u, v = _triplet(matrix, start, num_iterations, floor.squeeze(-1))
+        found = s > floor
+        last = torch.where(found, s, last)
+        outer = u.unsqueeze(-1) * v.unsqueeze(-2)
+        result = result + torch.where(found, _power(s, power), 0.0) * outer
+        matrix = matrix - torch.where(found, s, 0.0) * outer
+    return result + matrix * _inverse(last, power, eps)
+
+
+def _triplet(
+    matrix: Tensor, start: Tensor, num_iterations: int, floor: Tensor | float = TINY
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Estimate the first singular triplet: s (..., 1, 1), u (..., m), v (..., n).
+
+    They are zero where the matrix maps the start to `floor` times its length or less.
+    """
+    v = start.expand(*matrix.shape[:-2], start.shape[-1])
+    u, projected = v, v
+    for _ in range(num_iterations):
+        length = torch.linalg.vector_norm(v.detach(), dim=-1, keepdim=True)
+        u = _unit(matmul(matrix, v.unsqueeze(-1)).squeeze(-1), floor * length)
+        projected = matmul(u.unsqueeze(-2), matrix).squeeze(-2)
+        v = _unit(projected, floor)
+    s = torch.linalg.vector_norm(projected, dim=-1)
+    return s[..., None, None], u, v
+
+
+def _unit(vector: Tensor, floor: Tensor | float) -> Tensor:
+    """Scale to length one; a vector of length `floor` or less becomes zero."""
+    norm = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+    longer = norm > floor
+    return torch.where(longer, vector / torch.where(longer, norm, 1.0), 0.0)
+
+
+def _power(s: Tensor, power: Number) -> Tensor:
+    """Return s^power where s is positive and 0 elsewhere, with a finite derivative."""
+    positive = s > TINY
+    return torch.where(positive, torch.where(positive, s, 1.0) ** power, 0.0)
+
+
+def _inverse(s: Tensor, power: Number, eps: Number) -> Tensor:
+    """Return 1 / (s^(1 - power) + eps), and 1 where there is nothing to divide by."""
+    positive = s > TINY
+    divisor = torch.where(positive, s, 1.0) ** (1 - power) + eps
+    return torch.where(positive, 1 / divisor, 1.0)
+
+
+def _check_settings(power: Number, num_iterations: int) -> None:
+    if not 0 < power <= 1:
+        raise ValueError(
+            f"power must be over 0 and at most 1, got {power}: "
+            "0.5 is the papers' value."
+        )
+    if num_iterations < 1:
+        raise ValueError(
+            f"num_iterations must be at least 1, got {num_iterations}: "
+            "1 is the papers' value."
+        )
