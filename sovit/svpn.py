@@ -108,17 +108,17 @@ class _OneStep(torch.autograd.Function):
         mapped = matrix @ start
         size = torch.linalg.vector_norm(mapped, dim=-1, keepdim=True)
         floor = TINY * torch.linalg.vector_norm(start)
-        inverse_size = torch.where(size > floor, 1 / size, 0.0)
+        inverse_size = (size > floor) / size.clamp(min=TINY)
         u = mapped * inverse_size
-        projected = (u.unsqueeze(-2) @ matrix).squeeze(-2)
+        projected = torch.bmm(u.unsqueeze(-2), matrix).squeeze(-2)
         s = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
-        v = projected * torch.where(s > TINY, 1 / s, 0.0)
-        scale = _inverse(s, power, eps)
-        weight = _power(s, power) * scale * eps
-        result = torch.baddbmm(
-            matrix * scale.unsqueeze(-1), (weight * u).unsqueeze(-1), v.unsqueeze(-2)
-        )
-        return result, inverse_size, u, s, v
+        positive, safe = s > TINY, s.clamp(min=TINY)
+        v = projected * (positive / safe)
+        scale = torch.where(positive, 1 / (safe ** (1 - power) + eps), 1.0)
+        powered = safe**power * positive
+        left = (powered * scale * eps * u).unsqueeze(-1)
+        result = torch.baddbmm(matrix * scale.unsqueeze(-1), left, v.unsqueeze(-2))
+        return result, inverse_size, u, s, v, scale, powered
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -131,29 +131,31 @@ class _OneStep(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        matrix, start, inverse_size, u, s, v = ctx.saved_tensors
+        matrix, start, inverse_size, u, s, v, scale, powered = ctx.saved_tensors
         grad, power, eps = grad_outputs[0], ctx.power, ctx.eps
         with autocast_off(matrix.device.type):
-            positive = s > TINY
-            safe = torch.where(positive, s, 1.0)
-            scale = _inverse(s, power, eps)
-            weight = _power(s, power) * scale * eps
+            inverse = (s > TINY) / s.clamp(min=TINY)
+            weight = powered * scale * eps
             # Derivatives of 1 / (s^(1 - power) + eps) and of the weight by s.
-            d_scale = (power - 1) * safe**-power * scale.square()
-            d_weight = eps * (
-                power * safe ** (power - 1) * scale + safe**power * d_scale
+            slope = powered * inverse
+            d_scale = (
+                (power - 1) * scale.square() * (s > TINY) / powered.clamp(min=TINY)
             )
-            grad_v = (grad @ v.unsqueeze(-1)).squeeze(-1)
-            grad_u = (u.unsqueeze(-2) @ grad).squeeze(-2)
+            d_weight = eps * (power * slope * scale + powered * d_scale)
+            # Faster on a CPU than a batched product with a column.
+            grad_v = (grad * v.unsqueeze(-2)).sum(-1)
+            grad_u = torch.bmm(u.unsqueeze(-2), grad).squeeze(-2)
             along = (u * grad_v).sum(-1, keepdim=True)
             inner = (grad * matrix).sum(dim=(-2, -1)).unsqueeze(-1)
-            to_s = torch.where(positive, inner * d_scale + along * d_weight, 0.0)
             # What comes back to A^T u, then to A v_0.
-            row = to_s * v + weight / safe * (grad_u - along * v)
-            column = (matrix @ row.unsqueeze(-1)).squeeze(-1) + weight * grad_v
-            column = column - (u * column).sum(-1, keepdim=True) * u
-            column = column * inverse_size
-            of_start = (column.unsqueeze(-2) @ matrix).sum(dim=(0, 1))
+            row = torch.addcmul(
+                (inner * d_scale + along * d_weight) * v,
+                weight * inverse,
+                grad_u - along * v,
+            )
+            column = (matrix * row.unsqueeze(-2)).sum(-1) + weight * grad_v
+            column = (column - (u * column).sum(-1, keepdim=True) * u) * inverse_size
+            of_start = torch.bmm(column.unsqueeze(-2), matrix).sum(dim=(0, 1))
             left = torch.stack([u, column], dim=-1)
             right = torch.stack([row, start.expand_as(row)], dim=-2)
             of_matrix = torch.baddbmm(grad * scale.unsqueeze(-1), left, right)
