@@ -2,33 +2,42 @@
 
     sovit-eval runs/demo-1/epoch_0008 /shards/val
     sovit-eval runs/demo-1/epoch_0008 /shards/val --weights raw --json result.json
+    sovit-eval runs/demo-1/epoch_0008 /shards/val --corruptions --plot errors.png
+    sovit-eval runs/demo-1/epoch_0008 /shards/val --corruptions fog --severities 1 3
+    sovit-eval runs/demo-1/epoch_0008 /shards/val --perturbations --num-frames 5
 
-One process and one device, without Ray; each image counts once.
+One process and one device, without Ray; each image counts once. Corruptions and
+perturbations are those of ImageNet-C and ImageNet-P, made on the fly.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
+from torch import nn
 from tqdm import tqdm
 
 from pipelines.checkpoint import Position, load_model, opened
 from pipelines.cli import parse, run_command
+from pipelines.config import Run
 from pipelines.ingest.batch import Batch
-from pipelines.ingest.footers import read_shard_set
+from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.ingest.stream import LocalOpener
 from pipelines.loop import LoopSettings, check_bad_share, evaluate
 from pipelines.pixels.rows import BadImage
-from pipelines.supply import Supply, reading_of
+from pipelines.robustness import report
+from pipelines.robustness.measure import Flat, Robustness, Subject, measure
+from pipelines.supply import OnBad, Supply, ignore_bad, reading_of
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-eval"
@@ -50,17 +59,20 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     json: str = ""
     """File that the result is also written to."""
+    robustness: Flat = field(default_factory=Robustness)
 
 
-def evaluate_checkpoint(options: Options) -> dict[str, float]:
+def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     """Evaluate a checkpoint on a shard set.
 
     Returns:
         loss, top1 and top5 (percent), num_images, and num_bad, the images that can't
-        be decoded.
+        be decoded; and where they are asked for `corruptions` and `perturbations`, see
+        `pipelines.robustness.measure`.
 
     Raises ValueError where the checkpoint or the shards can't be used.
     """
+    options.robustness.check()
     ema = {"auto": None, "ema": True, "raw": False}[options.weights]
     with opened(options.checkpoint) as folder:
         model, manifest = load_model(folder, ema=ema)
@@ -72,15 +84,67 @@ def evaluate_checkpoint(options: Options) -> dict[str, float]:
             "sovit-shards --classes of the training set"
         )
     device = torch.device(_device(options.device))
+    model.to(device).to(memory_format=torch.channels_last)
+    run = _evaluated(manifest.run, options=options)
+    settings = LoopSettings(
+        run=run,
+        num_classes=len(shards.classes),
+        steps_per_epoch=1,
+        images_per_epoch=shards.groups.total_rows,
+        device=device,
+    )
+    result: dict[str, Any] = _clean(model, shards=shards, settings=settings)
+    if options.robustness.is_wanted:
+        subject = Subject(
+            model=model,
+            settings=settings,
+            open_batches=lambda run: _opened(shards, run=run, device=device),
+        )
+        clean_error = 100 - result["top1"]
+        result |= measure(subject, options=options.robustness, clean_error=clean_error)
+    return result
+
+
+def _evaluated(run: Run, *, options: Options) -> Run:
     data = dataclasses.replace(
-        manifest.run.data,
+        run.data,
         eval_batch_size=options.batch_size,
         decoder=options.decoder,
         num_decode_threads=options.num_decode_threads,
         decode_on="workers",
     )
-    run = dataclasses.replace(manifest.run, data=data)
+    return dataclasses.replace(run, data=data)
+
+
+def _clean(
+    model: nn.Module, *, shards: ShardSet, settings: LoopSettings
+) -> dict[str, float]:
+    """Evaluate on the images as they are; name those that can't be decoded."""
+    run, num_images = settings.run, settings.images_per_epoch
     bad: list[BadImage] = []
+    try:
+        with _opened(
+            shards, run=run, device=settings.device, on_bad=bad.extend
+        ) as batches:
+            counted = _counted(batches, num_images=num_images)
+            result = evaluate(model, counted, settings=settings)
+    finally:
+        for image in bad:
+            shard = shards.groups.path_of(image.row_id)
+            logger.warning("%s of %s left out: %s", image.key, shard, image.reason)
+    check_bad_share(
+        round(result["num_bad"]),
+        num_images=num_images,
+        max_share=run.data.max_bad_share,
+    )
+    return result
+
+
+@contextlib.contextmanager
+def _opened(
+    shards: ShardSet, *, run: Run, device: torch.device, on_bad: OnBad = ignore_bad
+) -> Iterator[Iterable[Batch]]:
+    """Supply one epoch of a set's batches, read and decoded ahead."""
     supply = Supply(
         shards,
         run=run,
@@ -89,30 +153,13 @@ def evaluate_checkpoint(options: Options) -> dict[str, float]:
         opener=LocalOpener(reading_of(shards, run=run)),
         device=device,
         num_epochs=1,
-        on_bad=bad.extend,
-    )
-    num_images = shards.groups.total_rows
-    settings = LoopSettings(
-        run=run,
-        num_classes=len(shards.classes),
-        steps_per_epoch=1,
-        images_per_epoch=num_images,
-        device=device,
+        on_bad=on_bad,
     )
     supply.start()
     try:
-        model.to(device).to(memory_format=torch.channels_last)
-        counted = _counted(supply, num_images=num_images)
-        result = evaluate(model, counted, settings=settings)
+        yield supply
     finally:
         supply.close()
-        for image in bad:
-            shard = shards.groups.path_of(image.row_id)
-            logger.warning("%s of %s left out: %s", image.key, shard, image.reason)
-    check_bad_share(
-        round(result["num_bad"]), num_images=num_images, max_share=data.max_bad_share
-    )
-    return result
 
 
 def _counted(batches: Iterable[Batch], *, num_images: int) -> Iterator[Batch]:
@@ -139,6 +186,12 @@ def _main(arguments: Sequence[str]) -> None:
     )
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    if options.robustness.is_wanted:
+        print(report.table(result))
+    if options.robustness.plot:
+        path = Path(options.robustness.plot)
+        report.draw(result, path=path)
+        print(f"picture  {path}")
 
 
 def main() -> None:

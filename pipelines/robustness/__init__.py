@@ -1,0 +1,1 @@
+"""Measure how a checkpoint bears corrupted and slightly moved images."""

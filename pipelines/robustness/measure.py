@@ -1,0 +1,253 @@
+"""Measure a checkpoint's robustness: what `sovit-eval --corruptions` adds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+from pipelines.config import Run
+from pipelines.ingest.batch import Batch
+from pipelines.loop import LoopSettings
+from pipelines.pixels.host import Threads
+from pipelines.robustness.corruptions import CORRUPTIONS, SEVERITIES, Corruption
+from pipelines.robustness.levels import Levels
+from pipelines.robustness.passes import (
+    Condition,
+    Pass,
+    corruption_errors,
+    flip_probabilities,
+)
+from pipelines.robustness.perturbations import (
+    PERTURBATIONS,
+    Perturbation,
+    num_frames_of,
+)
+from pipelines.robustness.scores import corruption_scores, flip_scores
+from pipelines.supply import pixel_settings
+
+OpenBatches = Callable[[Run], contextlib.AbstractContextManager[Iterable[Batch]]]
+"""Gives one epoch of evaluation batches, as a run describes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Robustness:
+    """Say which corruptions and perturbations a checkpoint is held against."""
+
+    corruptions: tuple[Corruption, ...] | None = None
+    """Corruptions of ImageNet-C: all 15 where none is named."""
+    severities: tuple[int, ...] = SEVERITIES
+    corruption_jpeg: int = 0
+    """Store corrupted images as JPEGs of this quality, 85 as published; 0 does not."""
+    perturbations: tuple[Perturbation, ...] | None = None
+    """Sequences of ImageNet-P: all 10 where none is named."""
+    num_frames: int = 0
+    """Frames of a sequence; 0 is as published, 31, and 41 of translate."""
+    flip_reference: str = ""
+    """Result of another checkpoint, by --json, whose flips are 100 %."""
+    corruption_seed: int = 0
+    plot: str = ""
+    """PNG file that errors and flips are drawn into."""
+
+    def __post_init__(self) -> None:
+        severities, num_frames = self.severities, self.num_frames
+        if not severities or not set(severities) <= set(SEVERITIES):
+            raise ValueError(
+                f"wanted severities from 1 to 5, came {severities}; set --severities"
+            )
+        if num_frames < 0 or num_frames == 1:
+            raise ValueError(
+                f"wanted at least 2 frames, or 0 for as many as published, came "
+                f"{num_frames}; set --num-frames"
+            )
+        if not 0 <= self.corruption_jpeg <= 95:
+            raise ValueError(
+                f"wanted a JPEG quality from 1 to 95, or 0 for none, came "
+                f"{self.corruption_jpeg}; set --corruption-jpeg"
+            )
+        if self.plot and not self.is_wanted:
+            raise ValueError(
+                "wanted something to draw, came --plot alone; set --corruptions or "
+                "--perturbations"
+            )
+
+    @property
+    def is_wanted(self) -> bool:
+        """Tell whether anything is to be measured."""
+        return self.corruptions is not None or self.perturbations is not None
+
+    def check(self) -> None:
+        """Raise ValueError, before the work begins, where a file or package lacks."""
+        needed = {"scipy": "SciPy"}
+        if self.corruptions is not None and "frost" in (
+            self.corruptions or CORRUPTIONS
+        ):
+            needed["torch_uncertainty_assets"] = "the photographs of frost"
+        for module, name in needed.items():
+            if self.is_wanted and importlib.util.find_spec(module) is None:
+                raise ValueError(
+                    f"wanted {name}, came an environment without the package "
+                    f"{module.replace('_', '-')}; pip install 'sovit[robustness]'"
+                )
+        _flips_of(self.flip_reference, chosen=self.perturbations)
+
+
+Flat = tyro.conf.OmitArgPrefixes[Robustness]
+"""The same, its flags without a prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Hold what is measured, and on what."""
+
+    model: nn.Module
+    settings: LoopSettings
+    """Its run is as evaluation changes it."""
+    open_batches: OpenBatches
+
+
+def measure(
+    subject: Subject, *, options: Robustness, clean_error: float
+) -> dict[str, Any]:
+    """Measure what the options ask for.
+
+    Args:
+        clean_error: Top-1 error (percent) on the images as they are.
+
+    Returns:
+        For `corruptions` the errors of each and their scores, for `perturbations` the
+        flip probabilities and theirs, in percent; and what they were measured with.
+    """
+    result: dict[str, Any] = {}
+    if options.corruptions is not None:
+        errors = _corruption_errors(subject, options=options)
+        result["corruptions"] = {
+            "seed": options.corruption_seed,
+            "jpeg_quality": options.corruption_jpeg,
+            "num_classes": subject.settings.num_classes,
+            "errors": errors,
+            **corruption_scores(errors, clean_error=clean_error),
+        }
+    if options.perturbations is not None:
+        flips = _flip_probabilities(subject, options=options)
+        reference = _flips_of(options.flip_reference, chosen=tuple(flips))
+        result["perturbations"] = {
+            "seed": options.corruption_seed,
+            "num_frames": {
+                name: num_frames_of(name, at_most=options.num_frames) for name in flips
+            },
+            "flips": flips,
+            **flip_scores(flips, reference=reference),
+        }
+    return result
+
+
+def _corruption_errors(
+    subject: Subject, *, options: Robustness
+) -> dict[Corruption, dict[int, float]]:
+    conditions: list[Condition] = [
+        (corruption, severity)
+        for corruption in options.corruptions or CORRUPTIONS
+        for severity in sorted(set(options.severities))
+    ]
+    total = subject.settings.images_per_epoch * len(conditions)
+    with (
+        _pass(subject, options=options, total=total, text="corruptions") as using,
+        subject.open_batches(subject.settings.run) as batches,
+    ):
+        return corruption_errors(
+            batches,
+            conditions=conditions,
+            jpeg_quality=options.corruption_jpeg,
+            using=using,
+        )
+
+
+def _flip_probabilities(
+    subject: Subject, *, options: Robustness
+) -> dict[Perturbation, float]:
+    num_frames: dict[Perturbation, int] = {
+        name: num_frames_of(name, at_most=options.num_frames)
+        for name in options.perturbations or PERTURBATIONS
+    }
+    run = _larger(subject.settings.run)
+    total = subject.settings.images_per_epoch * sum(num_frames.values())
+    with (
+        _pass(subject, options=options, total=total, text="perturbations") as using,
+        subject.open_batches(run) as batches,
+    ):
+        return flip_probabilities(
+            batches,
+            num_frames=num_frames,
+            source=_levels(run, settings=subject.settings),
+            using=using,
+        )
+
+
+def _larger(run: Run) -> Run:
+    """Describe evaluation that keeps all that its crop was cut from, to a square."""
+    short = math.floor(run.model.img_size / run.data.crop_pct)
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, img_size=short),
+        data=dataclasses.replace(run.data, crop_pct=1.0),
+    )
+
+
+@contextlib.contextmanager
+def _pass(
+    subject: Subject, *, options: Robustness, total: int, text: str
+) -> Iterator[Pass]:
+    """Give what a pass needs; its bar shows rate and time left in a terminal."""
+    with tqdm(total=total, unit="image", desc=text, disable=None) as bar:
+        yield Pass(
+            model=subject.model,
+            settings=subject.settings,
+            levels=_levels(subject.settings.run, settings=subject.settings),
+            seed=options.corruption_seed,
+            threads=Threads(subject.settings.run.data.num_decode_threads),
+            on_images=bar.update,
+        )
+
+
+def _levels(run: Run, *, settings: LoopSettings) -> Levels:
+    return Levels(
+        pixel_settings(run, train=False),
+        device=settings.device,
+        num_threads=run.data.num_decode_threads,
+    )
+
+
+def _flips_of(
+    path: str, *, chosen: tuple[Perturbation, ...] | None
+) -> dict[Perturbation, float] | None:
+    """Read another result's flip probabilities; None where none is named.
+
+    Raises ValueError where the file holds none of a perturbation, or no flip at all.
+    """
+    if not path or chosen is None:
+        return None
+    try:
+        flips = json.loads(Path(path).read_text())["perturbations"]["flips"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"wanted a result of sovit-eval --perturbations --json, came {path!r} "
+            f"({type(error).__name__}); set --flip-reference"
+        ) from None
+    missing = [name for name in chosen or PERTURBATIONS if not flips.get(name)]
+    if missing:
+        raise ValueError(
+            f"wanted flips of every perturbation, came {path!r} without any of "
+            f"{', '.join(missing)}; measure them or name others"
+        )
+    return flips
