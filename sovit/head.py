@@ -31,8 +31,10 @@ class SecondOrderHead(nn.Module):
     - "concat": one linear classifier on both vectors;
     - "class": the class token alone; "visual": the pooled visual tokens alone.
 
-    `drop_rate` is the dropout on the pooled visual tokens, and on the class token where
-    there is nothing else. `num_features` is the length of what `pre_logits` returns.
+    The tokens' first `num_prefix_tokens` are not visual; the very first is the class
+    token. `drop_rate` is the dropout on the pooled visual tokens, and on the class
+    token where there is nothing else. `num_features` is the length of what `pre_logits`
+    returns.
     """
 
     def __init__(
@@ -43,8 +45,15 @@ class SecondOrderHead(nn.Module):
         pooling: Pooling,
         fusion: str = "sum",
         drop_rate: Number = 0.0,
+        num_prefix_tokens: int = 1,
     ) -> None:
         super().__init__()
+        if fusion != "visual" and not num_prefix_tokens:
+            raise ValueError(
+                f"fusion={fusion!r} needs a class token, and these tokens have none: "
+                "choose 'visual'."
+            )
+        self.num_prefix_tokens = num_prefix_tokens
         self.fusion, self.classifier_names = fusion, classifier_names(fusion)
         self.class_dim = 0 if fusion == "visual" else embed_dim
         self.pool = None
@@ -89,7 +98,7 @@ class SecondOrderHead(nn.Module):
         if self.class_dim:
             class_vector = x[:, 0]
         if self.pool is not None:
-            visual_vector = self.drop(self.pool(x[:, 1:]))
+            visual_vector = self.drop(self.pool(x[:, self.num_prefix_tokens :]))
         elif class_vector is not None:
             class_vector = self.drop(class_vector)
         return class_vector, visual_vector
@@ -97,7 +106,7 @@ class SecondOrderHead(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n d"], *, pre_logits: bool = False
     ) -> Float[Tensor, "b k"]:
-        """Return logits of tokens whose first is the class token.
+        """Return logits of tokens, whose first is the class token if there is one.
 
         With `pre_logits`, or without classes, return the vectors that the classifiers
         see, concatenated: (B, num_features).

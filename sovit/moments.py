@@ -1,10 +1,12 @@
-"""Second moments of token maps: covariance and cross-covariance, as pure functions.
+"""Second moments of token maps: covariances and the Gaussian embedding, as functions.
 
 Tokens come as the transformer has them, (..., tokens, channels). The mathematics is in
 float32 at least, outside autocast, and the result keeps that precision.
 """
 
 from __future__ import annotations
+
+import torch
 
 from sovit.precision import at_least_float32, autocast_off, matmul
 from sovit.shapes import Float, Tensor
@@ -57,3 +59,33 @@ def covariance(
 ) -> Float[Tensor, "*batch channels channels"]:
     """Compute the covariance of a token map: symmetric, divided by the token count."""
     return cross_covariance(x, x, centering=centering)
+
+
+def append_one(
+    x: Float[Tensor, "*batch tokens channels"],
+) -> Float[Tensor, "*batch tokens channels_and_one"]:
+    """Append a channel of ones, as the Gaussian embedding needs it."""
+    return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+
+
+def gaussian_embedding(
+    x: Float[Tensor, "*batch tokens channels"],
+) -> Float[Tensor, "*batch side side"]:
+    """Embed the Gaussian of a token map: [[S + m m^T, m], [m^T, 1]].
+
+    m is the mean and S the covariance, divided by the token count: a symmetric positive
+    matrix of side channels + 1, whose square root G2DeNet and the global Gaussian
+    embedding network (arXiv 1904.06836) use. S + m m^T is the uncentred second moment,
+    so the whole is that of the tokens with a one appended.
+    """
+    return covariance(append_one(at_least_float32(x)), centering="none")
+
+
+def upper_triangle(x: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch k"]:
+    """Return the upper triangle with the diagonal, row by row: d (d + 1) / 2 values.
+
+    Nothing is scaled, as in iSQRT-COV's code.
+    """
+    d = x.shape[-1]
+    rows, columns = torch.triu_indices(d, d, device=x.device)
+    return x.flatten(-2).index_select(-1, rows * d + columns)

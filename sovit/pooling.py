@@ -2,109 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, no_type_check
+import itertools
 
-import torch
 from torch import nn
 
-from sovit.moments import CENTERINGS, cross_covariance
-from sovit.shapes import Float, Number, Tensor
-from sovit.svpn import svpn
+from sovit.moments import append_one, cross_covariance, upper_triangle
+from sovit.normalize import Normalize
+from sovit.pooling_settings import METHODS, Pooling, as_pooling
+from sovit.shapes import Float, Tensor
 
-PoolingType = Literal["cross_cov", "multi_head", "avg"]
-Normalizer = Literal["svpn", "none"]
-Start = Literal["learned", "ones"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pooling:
-    """Say how visual tokens become one vector. Raises ValueError for bad settings."""
-
-    type: PoolingType = "cross_cov"
-    """"cross_cov" is So-ViT's, "multi_head" SoT's, "avg" the mean of the tokens, which
-    uses none of the other settings."""
-
-    reduced_dim: int | tuple[int, int] = (48, 24)
-    """Channels of the two sides of the cross-covariance; of each head with many."""
-
-    num_heads: int = 1
-    """Cross-covariances side by side."""
-
-    centering: Literal["channel", "scalar", "none"] = "channel"
-    """The mean taken off before: see `sovit.moments.center`."""
-
-    normalizer: Normalizer = "svpn"
-    """"svpn" takes a power of the singular values (`sovit.svpn.svpn`)."""
-
-    power: Number = 0.5
-    num_iterations: int = 1
-    num_singular_values: int | None = 1
-    """None takes all of them."""
-
-    start: Start = "learned"
-    """The start of the power iteration: a trained vector or fixed ones."""
-
-    def __post_init__(self) -> None:
-        """Refuse settings that no pooling can have."""
-        for name, wanted in _CHOICES.items():
-            _check(self, name, getattr(self, name) in wanted, f"one of {wanted}")
-        if isinstance(self.reduced_dim, list):
-            # Settings that were kept as JSON come back with lists.
-            object.__setattr__(self, "reduced_dim", tuple(self.reduced_dim))
-        dims = self.reduced_dim
-        pair = dims if isinstance(dims, tuple) else (dims, dims)
-        fits = len(pair) == 2 and all(_is_count(dim) for dim in pair)
-        _check(self, "reduced_dim", fits, "a positive integer or a pair of them")
-        for name in ("num_heads", "num_iterations"):
-            _check(self, name, _is_count(getattr(self, name)), "a positive integer")
-        _check(self, "power", 0 < self.power <= 1, "over 0 and at most 1")
-        count = self.num_singular_values
-        fits = count is None or (_is_count(count) and count <= min(pair))
-        wanted = f"from 1 to the smaller reduced_dim, {min(pair)}, or None for all"
-        _check(self, "num_singular_values", fits, wanted)
-
-    @property
-    def reduced_dims(self) -> tuple[int, int]:
-        """Return `reduced_dim` as a pair."""
-        dims = self.reduced_dim
-        return (dims, dims) if isinstance(dims, int) else (dims[0], dims[1])
-
-    def changed(self, fields: Mapping[str, Any]) -> Pooling:
-        """Return these settings with some fields changed, or raise ValueError."""
-        known = [field.name for field in dataclasses.fields(self)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(
-                f"Pooling has the fields {known}, got {unknown}: check the spelling."
-            )
-        return dataclasses.replace(self, **fields)
-
-
-_CHOICES = {
-    "type": get_args(PoolingType),
-    "centering": CENTERINGS,
-    "normalizer": get_args(Normalizer),
-    "start": get_args(Start),
-}
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _check(pooling: Pooling, name: str, fits: bool, wanted: str) -> None:
-    if not fits:
-        raise ValueError(
-            f"Pooling.{name} must be {wanted}, got {getattr(pooling, name)!r}: "
-            f"set pooling={{'{name}': ...}} to such a value."
-        )
-
-
-# A checker of annotations would refuse a bad setting before its reason can be told.
-no_type_check(Pooling.__init__)
+__all__ = [
+    "METHODS",
+    "AvgPool",
+    "CovPool",
+    "CrossCovPool",
+    "MultiHeadPool",
+    "Pooling",
+    "as_pooling",
+    "build_pooling",
+]
 
 
 class AvgPool(nn.Module):
@@ -119,35 +35,68 @@ class AvgPool(nn.Module):
         return x.mean(dim=1)
 
 
-class Normalize(nn.Module):
-    """Apply the chosen normalisation to matrices whose last dimension is `dim`.
+class Reduction(nn.Module):
+    """Narrow tokens by a linear map without bias, BatchNorm and an activation.
 
-    The learned start vector is N(0, 1) at first and shared by all heads.
+    The same as a 1x1 convolution, BatchNorm and ReLU on a feature map.
     """
 
-    start: Tensor | None
+    def __init__(self, in_dim: int, out_dim: int, *, act_layer: str = "relu") -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_dim, out_dim, bias=False)
+        self.norm = nn.BatchNorm1d(out_dim)
+        self.act = nn.ReLU6() if act_layer == "relu6" else nn.ReLU()
+        nn.init.normal_(self.linear.weight, std=(2.0 / out_dim) ** 0.5)
 
-    def __init__(self, dim: int, *, pooling: Pooling) -> None:
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n k"]:
+        """Return the narrower tokens."""
+        narrow = self.act(self.norm(self.linear(x).flatten(0, 1)))
+        return narrow.unflatten(0, x.shape[:2])
+
+
+class CovPool(nn.Module):
+    """Pool tokens into the normalised covariance of narrower ones.
+
+    MPN-COV (arXiv 1703.08050), iSQRT-COV (arXiv 1712.01034) and their journal version
+    (arXiv 1904.06836): 1x1 reduction, possibly in several steps (`progressive_dims`),
+    covariance, power, upper triangle with the diagonal; elements off the diagonal are
+    not scaled by sqrt(2), as in the released code. Group convolution's compression is
+    `num_groups`: a covariance for each group of channels. With `type="gaussian"` the
+    matrix is [[S + m m^T, m], [m^T, 1]] of each group's mean m and covariance S.
+    """
+
+    def __init__(self, embed_dim: int, *, pooling: Pooling) -> None:
         super().__init__()
         self.pooling = pooling
-        if pooling.normalizer == "none":
-            self.start = None
-        elif pooling.start == "learned":
-            self.start = nn.Parameter(torch.randn(dim))
-        else:
-            self.register_buffer("start", torch.ones(dim), persistent=False)
-
-    def forward(self, x: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
-        """Return the normalised matrices."""
-        if self.start is None:
-            return x
-        return svpn(
-            x,
-            self.start,
-            power=self.pooling.power,
-            num_iterations=self.pooling.num_iterations,
-            num_singular_values=self.pooling.num_singular_values,
+        dims = [embed_dim, *pooling.progressive_dims]
+        if isinstance(pooling.reduced_dim, int):
+            dims.append(pooling.reduced_dim)
+        width, num_groups = dims[-1], pooling.num_groups
+        if width % num_groups:
+            raise ValueError(
+                f"num_groups must divide the {width} channels that are pooled, got "
+                f"{num_groups}: choose a divisor, or set reduced_dim."
+            )
+        self.reduction = nn.Sequential(
+            *(
+                Reduction(in_dim, out_dim, act_layer=pooling.act_layer)
+                for in_dim, out_dim in itertools.pairwise(dims)
+            )
         )
+        side = width // num_groups + (pooling.type == "gaussian")
+        self.normalize = Normalize(side, pooling=pooling)
+        self.num_features = num_groups * side * (side + 1) // 2
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b f"]:
+        """Return the upper triangles, group by group, in the dtype of the tokens."""
+        tokens = self.reduction(x)
+        tokens = tokens.unflatten(-1, (self.pooling.num_groups, -1)).transpose(1, 2)
+        if self.pooling.type == "gaussian":
+            matrix = self.normalize.covariance(append_one(tokens), centering="none")
+        else:
+            centering = self.pooling.centering
+            matrix = self.normalize.covariance(tokens, centering=centering)
+        return upper_triangle(matrix).flatten(1).to(x.dtype)
 
 
 def split_views(
@@ -229,10 +178,12 @@ class MultiHeadPool(nn.Module):
 
 def build_pooling(
     pooling: Pooling, *, embed_dim: int
-) -> AvgPool | CrossCovPool | MultiHeadPool:
+) -> AvgPool | CovPool | CrossCovPool | MultiHeadPool:
     """Build the module of some settings for tokens of `embed_dim` channels."""
     if pooling.type == "avg":
         return AvgPool(embed_dim)
     if pooling.type == "multi_head":
         return MultiHeadPool(embed_dim, pooling=pooling)
-    return CrossCovPool(embed_dim, pooling=pooling)
+    if pooling.type == "cross_cov":
+        return CrossCovPool(embed_dim, pooling=pooling)
+    return CovPool(embed_dim, pooling=pooling)

@@ -1,0 +1,103 @@
+"""Normalisations of second-order matrices: powers, and what to compare them with."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from sovit.moments import covariance
+from sovit.newton_schulz import covariance_sqrt, newton_schulz_sqrt
+from sovit.pooling_settings import Pooling
+from sovit.powers import covariance_power, matrix_log, matrix_power, sv_power
+from sovit.precision import at_least_float32, autocast_off
+from sovit.shapes import Float, Number, Tensor
+from sovit.svpn import svpn
+
+# Added to the size of an element before its root is taken, as in the papers' code.
+SIGNED_SQRT_EPS = 1e-8
+
+
+def signed_sqrt(
+    x: Float[Tensor, "*batch m n"], *, power: Number = 0.5
+) -> Float[Tensor, "*batch m n"]:
+    """Raise each element's size to a power, keep its sign, scale matrices to norm 1.
+
+    sign(x) (|x| + 1e-8)^power, then division by the Frobenius norm: the element-wise
+    normalisation of bilinear pooling. SoT's code scales along one dimension instead.
+    Float32 inside, or float64 for float64 input.
+    """
+    with autocast_off(x.device.type):
+        x = at_least_float32(x)
+        powered = x.sign() * (x.abs() + SIGNED_SQRT_EPS) ** power
+        return functional.normalize(powered.flatten(-2), dim=-1).view_as(x)
+
+
+class Normalize(nn.Module):
+    """Apply the chosen normalisation to matrices whose last dimension is `dim`.
+
+    A learned start vector is N(0, 1) at first, a learned scale 1 / sqrt(dim), and both,
+    like LayerNorm's weights, are shared by all heads and groups.
+    """
+
+    start: Tensor | None
+
+    def __init__(self, dim: int, *, pooling: Pooling) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.scale = dim**-0.5
+        if pooling.normalizer == "svpn" and pooling.start == "learned":
+            self.start = nn.Parameter(torch.randn(dim))
+        elif pooling.normalizer == "svpn":
+            self.register_buffer("start", torch.ones(dim), persistent=False)
+        else:
+            self.start = None
+        if pooling.normalizer == "learned_scale":
+            self.learned_scale = nn.Parameter(torch.tensor(dim**-0.5))
+        elif pooling.normalizer == "layer_norm":
+            self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
+        """Return the normalised matrices."""
+        pooling, name = self.pooling, self.pooling.normalizer
+        if self.start is not None:
+            return svpn(
+                x,
+                self.start,
+                power=pooling.power,
+                num_iterations=pooling.num_iterations,
+                num_singular_values=pooling.num_singular_values,
+            )
+        if name == "newton_schulz":
+            return newton_schulz_sqrt(
+                x, num_iterations=pooling.num_iterations, pre_norm=pooling.pre_norm
+            )
+        if name == "eigen":
+            return matrix_power(x, power=pooling.power)
+        if name == "svd":
+            return sv_power(x, power=pooling.power)
+        if name == "log":
+            return matrix_log(x)
+        if name == "signed_sqrt":
+            return signed_sqrt(x, power=pooling.power)
+        if name == "layer_norm":
+            return self.norm(x.to(self.norm.weight.dtype))
+        if name == "learned_scale":
+            return x * self.learned_scale
+        return x * self.scale if name == "scale" else x
+
+    def covariance(
+        self, x: Float[Tensor, "*batch n d"], *, centering: str
+    ) -> Float[Tensor, "*batch d d"]:
+        """Return the normalised covariance of tokens, by the short way if there is."""
+        pooling = self.pooling
+        if pooling.normalizer == "newton_schulz":
+            return covariance_sqrt(
+                x,
+                num_iterations=pooling.num_iterations,
+                pre_norm=pooling.pre_norm,
+                centering=centering,
+            )
+        if pooling.normalizer == "eigen":
+            return covariance_power(x, power=pooling.power, centering=centering)
+        return self.forward(covariance(x, centering=centering))
