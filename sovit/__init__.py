@@ -2,10 +2,15 @@
 
 Importing this package puts the models into timm's registry:
 `timm.create_model("so_vit_7")`. It needs torch and timm, and nothing else.
+`second_order` puts a second-order head on any other model of timm.
 """
 
 from __future__ import annotations
 
+# These three only register networks.
+from sovit import attention_networks, gcp_networks, token_networks  # noqa: F401
+from sovit.attention import Gsop
+from sovit.backbones import SecondOrderNet, second_order
 from sovit.head import SecondOrderHead
 from sovit.moments import covariance, cross_covariance
 from sovit.official import load_official
@@ -16,13 +21,16 @@ from sovit.variants import default_pooling
 from sovit.vit import SoViT
 
 __all__ = [
+    "Gsop",
     "Pooling",
     "SecondOrderHead",
+    "SecondOrderNet",
     "SoViT",
     "covariance",
     "cross_covariance",
     "default_pooling",
     "load_official",
+    "second_order",
     "sv_power",
     "svpn",
 ]

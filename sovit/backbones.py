@@ -1,0 +1,253 @@
+"""A second-order head on any timm backbone: `second_order("resnet50", pooling=...)`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+from timm.models import VGG, ResNet
+from torch import nn
+
+from sovit.head import SecondOrderHead
+from sovit.pooling import Pooling, as_pooling
+from sovit.shapes import Float, Number, Tensor
+from sovit.trunks import (
+    check_conv_size,
+    embed_by_convolutions,
+    inspect_features,
+    strip,
+    unstride_last_stage,
+)
+
+# What a backbone's configuration says about images; not where its weights are.
+_DATA_KEYS = (
+    "input_size",
+    "fixed_input_size",
+    "crop_pct",
+    "interpolation",
+    "mean",
+    "std",
+)
+
+
+class SecondOrderNet(nn.Module):
+    """Classify by a second-order head on the features of a timm model.
+
+    The trunk may give a map (B, C, H, W) or (B, H, W, C), whose positions are the
+    tokens, or tokens (B, N, C). The head sees the class token where there is one and
+    `fusion` asks for it; further prefix tokens are left out. `fusion` defaults to "sum"
+    with a class token and to "visual" without. `hidden_dims` puts linear layers with
+    ReLU and dropout before the classifier; else the dropout is on the pooled vector.
+
+    The trunk is changed: what its features do not need is taken out. Raises ValueError
+    for settings that do not fit.
+    """
+
+    backbone: Any
+    """The trunk: a model of timm, whose methods no common class declares."""
+    # What timm's builder leaves on every model it makes.
+    pretrained_cfg: dict[str, Any]
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        pooling: Pooling,
+        num_classes: int = 1000,
+        fusion: str | None = None,
+        hidden_dims: tuple[int, ...] = (),
+        drop_rate: Number = 0.0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        if hasattr(backbone, "reset_classifier"):
+            self.backbone.reset_classifier(0)
+        self.features = inspect_features(backbone)
+        strip(backbone, unused=self.features.unused)
+        has_class = self.features.has_class_token
+        fusion = fusion or ("sum" if has_class else "visual")
+        if fusion != "visual" and (not has_class or hidden_dims):
+            raise ValueError(
+                f"fusion={fusion!r} needs a class token and no hidden_dims, got "
+                f"{type(backbone).__name__} and hidden_dims={hidden_dims}: set "
+                "fusion='visual'."
+            )
+        self.num_features = self.embed_dim = self.features.embed_dim
+        self.head = SecondOrderHead(
+            self.embed_dim,
+            num_classes=0 if hidden_dims else num_classes,
+            pooling=pooling,
+            fusion=fusion,
+            drop_rate=0.0 if hidden_dims else drop_rate,
+            num_prefix_tokens=self.features.num_prefix_tokens,
+        )
+        self.hidden = nn.Sequential()
+        for dim in hidden_dims:
+            self.hidden.append(nn.Linear(self.head.visual_dim, dim))
+            self.hidden.extend([nn.ReLU(), nn.Dropout(drop_rate)])
+            self.head.visual_dim = self.head.num_features = dim
+        self.reset_classifier(num_classes)
+        self.to(next(backbone.parameters()))
+        self.head_hidden_size = self.head.num_features
+        self.pretrained_cfg = self.default_cfg = _adapted(self)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return names without weight decay besides vectors and biases."""
+        own = getattr(self.backbone, "no_weight_decay", set)()
+        starts = {n for n, _ in self.head.named_parameters() if n.endswith(".start")}
+        return {f"backbone.{n}" for n in own} | {f"head.{n}" for n in starts}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any] | Callable:
+        """Return the trunk's patterns; head and hidden layers come after all of it."""
+        matcher = self.backbone.group_matcher(coarse=coarse)
+        if isinstance(matcher, Mapping):
+            return {key: _nested(patterns) for key, patterns in matcher.items()}
+
+        def match(name: str) -> Any:
+            trunk, dot, rest = name.partition(".")
+            return matcher(rest) if dot and trunk == "backbone" else (float("inf"),)
+
+        return match
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in the trunk, where it can."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Change the image size of a trunk with positions; others take any."""
+        size = check_conv_size(img_size)
+        if hasattr(self.backbone, "set_input_size"):
+            self.backbone.set_input_size(size)
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """Return the linear classifier, or the two whose logits are added."""
+        first, *others = self.head.classifiers()
+        return (first, *others) if others else first
+
+    def reset_classifier(
+        self, num_classes: int, global_pool: str | None = None
+    ) -> None:
+        """Make new classifiers for `num_classes`; none with 0.
+
+        `global_pool` is there for timm's tools and must be None: the pooling is chosen
+        when the model is made.
+        """
+        if global_pool is not None:
+            raise ValueError(
+                f"global_pool must be None, got {global_pool!r}: "
+                "create the model with pooling={...} or fusion=... instead."
+            )
+        self.num_classes = num_classes
+        self.head.reset(num_classes)
+        self.head.to(next(self.backbone.parameters()))
+
+    def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ..."]:
+        """Return the trunk's features as timm's model gives them."""
+        return self.backbone.forward_features(x)
+
+    def to_tokens(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b n d"]:
+        """Return features as tokens: prefix tokens first, or positions row by row."""
+        return x.flatten(1, -2) if self.features.channels_last else x.flatten(2).mT
+
+    def forward_head(
+        self, x: Float[Tensor, "b ..."], pre_logits: bool = False
+    ) -> Float[Tensor, "b k"]:
+        """Return logits of features; with `pre_logits` what the classifier sees."""
+        tokens = self.to_tokens(x)
+        if not self.hidden:
+            return self.head(tokens, pre_logits=pre_logits)
+        vector = self.hidden(self.head(tokens, pre_logits=True))
+        return vector if pre_logits else self.head.classifiers()[0](vector)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        """Return logits (B, num_classes) of images."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _nested(patterns: Any) -> Any:
+    """Put timm's patterns of parameter names below `backbone.`."""
+    if isinstance(patterns, str):
+        free = re.sub(r"(^|\|)\^", r"\1", patterns)
+        return rf"^backbone\.(?:{free})"
+    return [(_nested(pattern), suffix) for pattern, suffix in patterns]
+
+
+def _adapted(model: SecondOrderNet) -> dict[str, Any]:
+    """Return the trunk's configuration with this model's names and no weights."""
+    config: dict[str, Any] = getattr(model.backbone, "pretrained_cfg", None) or {}
+    convs = (n for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    return {
+        **{key: config[key] for key in _DATA_KEYS if key in config},
+        "url": "",
+        "num_classes": model.num_classes,
+        "first_conv": next(convs, None),
+        "classifier": tuple(f"head.{name}" for name in model.head.classifier_names),
+    }
+
+
+def second_order(
+    backbone: nn.Module | str,
+    *,
+    pooling: Pooling | Mapping[str, Any] | str = "isqrt_cov",
+    num_classes: int = 1000,
+    fusion: str | None = None,
+    hidden_dims: tuple[int, ...] = (),
+    drop_rate: Number = 0.0,
+    drop_last_stride: bool | None = None,
+    token_embed: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    pretrained_backbone: bool = False,
+    **kwargs: Any,
+) -> SecondOrderNet:
+    """Put a second-order head on a timm backbone, by its name or as a model.
+
+    `drop_last_stride` takes the stride out of the last stage; by default for ResNet and
+    VGG, as the papers do. `token_embed` ("resnet" or "densenet") gives a transformer
+    So-ViT's embedding. `pretrained_backbone` loads timm's weights; `drop_path_rate` and
+    the other `kwargs` go to `timm.create_model`. `pooling` is a `Pooling`, a mapping of
+    its fields, or a method's name (`Pooling.named`). See `SecondOrderNet` for the rest.
+    Raises ValueError for what does not fit.
+    """
+    if isinstance(backbone, str):
+        backbone = _trunk(
+            backbone, pretrained=pretrained_backbone, img_size=img_size, **kwargs
+        )
+    elif kwargs or pretrained_backbone or img_size is not None:
+        raise ValueError(
+            "Settings of the backbone go with its name, got a model and "
+            f"{sorted(kwargs) or 'pretrained_backbone or img_size'}: give the name, or "
+            "build the model with them."
+        )
+    if drop_last_stride is None:
+        drop_last_stride = isinstance(backbone, ResNet | VGG)
+    if drop_last_stride:
+        unstride_last_stage(backbone)
+    if token_embed is not None:
+        embed_by_convolutions(backbone, kind=token_embed)
+    return SecondOrderNet(
+        backbone,
+        pooling=as_pooling(pooling, default=Pooling()),
+        num_classes=num_classes,
+        fusion=fusion,
+        hidden_dims=hidden_dims,
+        drop_rate=drop_rate,
+    )
+
+
+def _trunk(
+    name: str, *, img_size: int | tuple[int, int] | None, **kwargs: Any
+) -> nn.Module:
+    """Create a backbone without classifier; positions fix the image size of some."""
+    if not timm.is_model(name):
+        raise ValueError(
+            f"backbone must be a model or a name that timm knows, got {name!r}: see "
+            "timm.list_models()."
+        )
+    config = timm.get_pretrained_cfg(name)
+    if img_size is not None and config is not None and config.fixed_input_size:
+        kwargs["img_size"] = img_size
+    elif img_size is not None:
+        check_conv_size(img_size)
+    return timm.create_model(name, num_classes=0, **kwargs)

@@ -1,0 +1,71 @@
+"""What the papers' networks share: their configurations, and how timm builds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg
+from torch import nn
+
+from sovit.pooling import as_pooling
+
+
+def paper_cfg(
+    *,
+    title: str,
+    ids: str,
+    origin: str,
+    first_conv: str,
+    classifier: str | tuple[str, ...],
+    **more: Any,
+) -> dict[str, Any]:
+    """Return timm's configuration of a paper's network, for ImageNet at 224x224."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": first_conv,
+        "classifier": classifier,
+        "paper_name": title,
+        "paper_ids": ids,
+        "origin_url": origin,
+        **more,
+    }
+
+
+def create(
+    build: Callable[..., nn.Module],
+    *,
+    name: str,
+    pretrained: bool,
+    defaults: Mapping[str, Any],
+    **kwargs: Any,
+) -> Any:
+    """Build a registered network: its own settings, and the caller's over them.
+
+    `pooling` may be a mapping of the fields to change, or a method's name. Raises
+    ValueError where weights are asked for that nobody publishes at an address that can
+    be fetched.
+    """
+    overlay = kwargs.get("pretrained_cfg_overlay")
+    if pretrained and not (overlay or kwargs.get("pretrained_cfg")):
+        raise ValueError(
+            f"pretrained=True needs published weights, and {name} has none: set "
+            "pretrained_backbone=True for timm's weights of the backbone, or say where "
+            "the network's own are with pretrained_cfg_overlay={'file': ...}."
+        )
+    if "pooling" in kwargs and "pooling" in defaults:
+        kwargs["pooling"] = as_pooling(kwargs["pooling"], default=defaults["pooling"])
+    return build_model_with_cfg(
+        build,  # pyright: ignore[reportArgumentType]
+        name,
+        pretrained,
+        **{**defaults, **kwargs},
+    )
