@@ -18,7 +18,7 @@ Errors = Mapping[Corruption, Mapping[int, float]]
 
 NUM_IMAGENET_CLASSES = 1000
 ALEXNET_CLEAN_ERROR = 43.5
-"""As table 1 of the paper has it."""
+"""Of torchvision's weights, which the authors took: they state 56.522 % top-1."""
 
 
 def _by_severity(*errors: float) -> Mapping[int, float]:
