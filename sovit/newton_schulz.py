@@ -107,13 +107,13 @@ def _iterate(
         )
     with autocast_off(x.device.type):
         flat = at_least_float32(x).reshape(-1, *x.shape[-2:])
-        chunk = max(len(flat), 1)
+        parts = [flat]
         if flat.device.type == "cpu" and not torch.compiler.is_compiling():
             num_bytes = x.shape[-1] * x.shape[-2] * flat.element_size()
-            chunk = max(CHUNK_BYTES // max(num_bytes, 1), 1)
+            parts = flat.split(max(CHUNK_BYTES // max(num_bytes, 1), 1))
         roots = [
             _Root.apply(part, num_iterations, pre_norm, inverse)[0]  # pyright: ignore
-            for part in flat.split(chunk)
+            for part in parts
         ]
         return torch.cat(roots).reshape(x.shape)
 

@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sovit.moments import center, covariance, cross_covariance
+from sovit.moments import (
+    center,
+    covariance,
+    cross_covariance,
+    gaussian_embedding,
+    upper_triangle,
+)
 
 
 def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -82,3 +88,23 @@ def test_vmap_maps_over_images() -> None:
     torch.testing.assert_close(
         torch.vmap(cross_covariance)(x, y), cross_covariance(x, y)
     )
+
+
+def test_gaussian_embedding_holds_mean_and_covariance() -> None:
+    x = tokens(3, 50, 6)
+    mean = x.mean(dim=1)
+    got = gaussian_embedding(x)
+    second = covariance(x) + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    torch.testing.assert_close(got[:, :6, :6], second)
+    torch.testing.assert_close(got[:, 6, :6], mean)
+    torch.testing.assert_close(got[:, 6, 6], torch.ones(3).double())
+    torch.testing.assert_close(got, got.mT)
+
+
+def test_upper_triangle_is_numpys() -> None:
+    x = tokens(2, 3, 5, 5)
+    wanted = x.numpy()[..., *np.triu_indices(5)]
+    np.testing.assert_array_equal(upper_triangle(x).numpy(), wanted)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(upper_triangle(x).sum(), x)
+    assert torch.equal(grad, torch.ones(2, 3, 5, 5).double().triu())

@@ -9,15 +9,28 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
-from sovit.moments import cross_covariance
+from sovit.moments import (
+    covariance,
+    cross_covariance,
+    gaussian_embedding,
+    upper_triangle,
+)
+from sovit.newton_schulz import newton_schulz_sqrt
+from sovit.normalize import signed_sqrt
 from sovit.pooling import (
+    METHODS,
     AvgPool,
+    CovPool,
     CrossCovPool,
     MultiHeadPool,
     Pooling,
+    Reduction,
+    as_pooling,
     build_pooling,
 )
+from sovit.powers import matrix_log, matrix_power
 from sovit.svpn import svpn
 
 
@@ -42,6 +55,12 @@ def tokens() -> Tensor:
         {"num_iterations": 1.5},
         {"num_singular_values": 0},
         {"num_singular_values": 25},
+        {"pre_norm": "max"},
+        {"act_layer": "gelu"},
+        {"num_groups": 2},
+        {"progressive_dims": (32,)},
+        {"normalizer": "newton_schulz"},
+        {"normalizer": "eigen"},
     ],
 )
 def test_bad_settings_are_refused_by_name(changes: dict[str, Any]) -> None:
@@ -49,6 +68,41 @@ def test_bad_settings_are_refused_by_name(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"Pooling\.{name} must be") as caught:
         Pooling(**changes)
     assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reduced_dim": (8, 8)},
+        {"num_groups": 3},
+        {"num_heads": 2},
+        {"progressive_dims": (8, 0)},
+        {"normalizer": "svd"},
+        {"num_singular_values": 9},
+    ],
+)
+@pytest.mark.parametrize("type_", ["cov", "gaussian"])
+def test_bad_settings_of_a_covariance_are_refused(
+    type_: Any, changes: dict[str, Any]
+) -> None:
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=rf"Pooling\.{name} must be") as caught:
+        Pooling(**{"type": type_, "reduced_dim": 8, **changes})
+    assert repr(value) in str(caught.value)
+
+
+def test_methods_have_names() -> None:
+    for name in METHODS:
+        build_pooling(Pooling.named(name), embed_dim=16)
+    isqrt = Pooling.named("isqrt_cov", reduced_dim=128)
+    assert (isqrt.normalizer, isqrt.num_iterations) == ("newton_schulz", 5)
+    assert isqrt.reduced_dim == 128
+    default = Pooling(reduced_dim=(8, 4))
+    assert as_pooling("isqrt_cov", default=default).reduced_dim == 256
+    assert as_pooling(isqrt, default=default) is isqrt
+    assert as_pooling({"power": 0.3}, default=default).reduced_dim == (8, 4)
+    with pytest.raises(ValueError, match=r"'mpn_cov'.*got 'mpncov'"):
+        Pooling.named("mpncov")
 
 
 def test_changed_keeps_the_other_fields_and_refuses_unknown_ones() -> None:
@@ -97,6 +151,138 @@ def test_multi_head_pooling_is_one_svpn_a_head() -> None:
         for i in range(3)
     ]
     torch.testing.assert_close(pool(tokens()), torch.cat(heads, dim=1))
+
+
+NORMALIZERS: dict[str, Any] = {
+    "none": lambda matrix: matrix,
+    "newton_schulz": lambda matrix: newton_schulz_sqrt(matrix, num_iterations=3),
+    "eigen": matrix_power,
+    "log": matrix_log,
+    "signed_sqrt": signed_sqrt,
+    "scale": lambda matrix: matrix / matrix.shape[-1] ** 0.5,
+    "learned_scale": lambda matrix: matrix / matrix.shape[-1] ** 0.5,
+    "layer_norm": lambda matrix: layer_norm(matrix, matrix.shape[-1:]),
+    "svpn": lambda matrix: svpn(matrix, torch.ones(matrix.shape[-1]), num_iterations=3),
+}
+
+
+@pytest.mark.parametrize("type_", ["cov", "gaussian"])
+@pytest.mark.parametrize("reduced_dim", [6, 12])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_covariance_pooling_is_its_formula(
+    normalizer: Any, reduced_dim: int, type_: Any
+) -> None:
+    """Nine tokens: six channels go the long way, twelve the short one."""
+    pooling = Pooling(
+        type=type_,
+        reduced_dim=reduced_dim,
+        normalizer=normalizer,
+        num_iterations=3,
+        start="ones",
+    )
+    pool = CovPool(16, pooling=pooling).eval()
+    (layer,) = pool.reduction
+    assert isinstance(layer, Reduction)
+    narrow = (layer.linear(tokens()) / (1 + layer.norm.eps) ** 0.5).relu()
+    matrix = covariance(narrow)
+    if type_ == "gaussian":
+        matrix = gaussian_embedding(narrow)
+    matrix = NORMALIZERS[normalizer](matrix)
+    side = matrix.shape[-1]
+    wanted = [matrix[:, i, j] for i in range(side) for j in range(i, side)]
+    assert pool.num_features == side * (side + 1) // 2
+    torch.testing.assert_close(
+        pool(tokens()), torch.stack(wanted, dim=1), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("dim", "num_groups", "length"),
+    [(256, 1, 32_896), (256, 2, 16_512), (256, 4, 8_320), (64, 1, 2_080)],
+)
+def test_lengths_are_those_of_the_papers(
+    dim: int, num_groups: int, length: int
+) -> None:
+    pooling = Pooling.named("isqrt_cov", reduced_dim=dim, num_groups=num_groups)
+    assert CovPool(8, pooling=pooling).num_features == length
+    gaussian = Pooling.named("gaussian")
+    assert CovPool(8, pooling=gaussian).num_features == 33_153
+
+
+def test_groups_are_covariances_of_their_own_channels() -> None:
+    pooling = Pooling.named("isqrt_cov", reduced_dim=None, num_groups=2)
+    pool = CovPool(16, pooling=pooling)
+    wanted = [
+        upper_triangle(newton_schulz_sqrt(covariance(part)))
+        for part in tokens().split(8, dim=-1)
+    ]
+    torch.testing.assert_close(pool(tokens()), torch.cat(wanted, dim=1))
+    with pytest.raises(ValueError, match="num_groups must divide the 9 channels"):
+        CovPool(9, pooling=pooling)
+
+
+def test_progressive_reduction_narrows_step_by_step() -> None:
+    pooling = Pooling.named("isqrt_cov", progressive_dims=(12, 8), reduced_dim=4)
+    pool = CovPool(16, pooling=pooling)
+    shapes = [
+        tuple(layer.linear.weight.shape)
+        for layer in pool.reduction
+        if isinstance(layer, Reduction)
+    ]
+    assert shapes == [(12, 16), (8, 12), (4, 8)]
+    assert pool(tokens()).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    ["svpn", "svd", "signed_sqrt", "layer_norm", "scale", "learned_scale", "none"],
+)
+@pytest.mark.parametrize("type_", ["cross_cov", "multi_head"])
+def test_every_normalizer_of_rectangles_trains(type_: Any, normalizer: Any) -> None:
+    pooling = Pooling(
+        type=type_, reduced_dim=(6, 4), num_heads=2, normalizer=normalizer
+    )
+    pool = build_pooling(pooling, embed_dim=16)
+    pool(tokens()).square().sum().backward()
+    for parameter in pool.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "avg"])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_order_of_tokens_does_not_matter_nor_does_an_empty_map(
+    name: str, bfloat16: bool
+) -> None:
+    small = {"svpn": (6, 4), "multi_head_svpn": 4}.get(name, 6)
+    pool = build_pooling(Pooling.named(name, reduced_dim=small), embed_dim=16)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+        pool.eval()
+        torch.testing.assert_close(
+            pool(tokens()[:, order]), pool(tokens()), rtol=1e-3, atol=1e-4
+        )
+        pool.train()
+        zero = torch.zeros(2, 9, 16, requires_grad=True)
+        vector = pool(zero)
+        vector.sum().backward()
+    assert vector.isfinite().all()
+    assert zero.grad is not None
+    assert zero.grad.isfinite().all()
+    for parameter in pool.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+
+
+def test_signed_sqrt_keeps_signs_and_has_norm_one() -> None:
+    x = torch.tensor([[[4.0, -9.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    x.requires_grad_()
+    got = signed_sqrt(x)
+    wanted = torch.tensor([[2.0, -3.0], [0.0, 1.0]]) / 14**0.5
+    torch.testing.assert_close(got[0], wanted)
+    assert torch.equal(got[1], torch.zeros(2, 2))
+    (grad,) = torch.autograd.grad(got.sum(), x)
+    assert grad.isfinite().all()
 
 
 def test_average_pooling_is_the_mean() -> None:

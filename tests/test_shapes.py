@@ -40,6 +40,25 @@ for settings in ({}, {"num_iterations": 2, "num_singular_values": None}):
     (got_grad,) = torch.autograd.grad(got.square().sum(), x)
     (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
     torch.testing.assert_close(got_grad, wanted_grad)
+
+from sovit.pooling import Pooling, build_pooling
+
+SMALL = {"cov": 6, "mpn_cov": 6, "isqrt_cov": 6, "gaussian": 6, "svpn": (6, 4),
+         "multi_head_svpn": 4, "avg": 6}
+for name, reduced_dim in SMALL.items():
+    pool = build_pooling(Pooling.named(name, reduced_dim=reduced_dim), embed_dim=8)
+    pool.eval()
+    # Fewer tokens than channels, and more.
+    for num_tokens in (5, 9):
+        x = torch.randn(3, num_tokens, 8, requires_grad=True)
+        got = torch.compile(pool, fullgraph=True, backend="aot_eager")(x)
+        wanted = pool(x)
+        torch.testing.assert_close(got, wanted)
+        (got_grad,) = torch.autograd.grad(got.square().sum(), x)
+        (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
+        torch.testing.assert_close(got_grad, wanted_grad)
+        program = torch.export.export(pool, (x,), dynamic_shapes=({0: batch},))
+        torch.testing.assert_close(program.module()(x[:2]), pool(x[:2]))
 outside = {"ray", "mlflow", "pyarrow", "nvidia", "tyro", "pipelines"}
 print("loaded:", sorted(outside & set(sys.modules)))
 """

@@ -1,0 +1,158 @@
+"""Exact powers and the logarithm: values, stable gradients, hazards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sovit.moments import covariance
+from sovit.powers import covariance_power, matrix_log, matrix_power, sv_power
+from tests.matrices import normal, semidefinite, spectral
+
+POWERS = pytest.mark.parametrize("power", [-1.0, -0.5, 0.3, 0.5, 1.0, 2.0])
+
+
+@POWERS
+@pytest.mark.parametrize("rank", [3, 9])
+def test_power_is_that_of_the_eigenvalues(power: float, rank: int) -> None:
+    x = semidefinite(3, dim=6, rank=rank)
+    torch.testing.assert_close(matrix_power(x, power=power), spectral(x, power=power))
+
+
+@POWERS
+def test_gradients_are_right(power: float) -> None:
+    def powered(x: Tensor) -> Tensor:
+        return matrix_power(x, power=power)
+
+    x = semidefinite(2, dim=4, rank=6) + 0.05 * normal(2, 4, 4, seed=1)
+    x = x + torch.eye(4, dtype=x.dtype)
+    assert torch.autograd.gradcheck(powered, (x.requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda x: matrix_log(x, eps=0.1), (x,))
+
+
+@pytest.mark.parametrize("power", [0.3, 0.5, 2.0])
+def test_repeated_eigenvalues_have_the_right_gradient(power: float) -> None:
+    """Autograd through eigh gives NaN here."""
+    turn, _ = torch.linalg.qr(normal(5, 5))
+    values = torch.tensor([2.0, 2.0, 2.0, 0.5, 0.5]).double()
+    x = ((turn * values) @ turn.T).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: matrix_power(x, power=power), (x,))
+    assert torch.autograd.gradcheck(lambda x: matrix_log(x), (x,))
+    eye = torch.eye(4).double().requires_grad_()
+    (grad,) = torch.autograd.grad(matrix_power(eye, power=power).sum(), eye)
+    torch.testing.assert_close(grad, power * torch.ones(4, 4).double())
+
+
+@given(gap=st.floats(1e-9, 0.9), power=st.floats(0.05, 3.0))
+def test_float32_quotients_are_exact_at_any_gap(gap: float, power: float) -> None:
+    """Against the quotient in float64, worked out at the float32 eigenvalues."""
+    x = torch.diag(torch.tensor([1.0, 1.0 - gap])).requires_grad_()
+    (grad,) = torch.autograd.grad(matrix_power(x, power=power)[0, 1], x)
+    a, b = x.detach().diagonal().double().tolist()
+    wanted = (
+        (a**power - b**power) / (a - b) if a - b > 1e-6 else power * a ** (power - 1)
+    )
+    assert grad[0, 1].item() == pytest.approx(wanted / 2, rel=1e-4)
+
+
+@given(power=st.floats(0.1, 2.0), seed=st.integers(0, 50))
+def test_powers_multiply_and_undo_each_other(power: float, seed: int) -> None:
+    x = semidefinite(dim=4, rank=6, seed=seed)
+    there = matrix_power(x, power=power)
+    torch.testing.assert_close(matrix_power(there, power=1 / power), x)
+    torch.testing.assert_close(there @ matrix_power(x, power=1 - power), x)
+
+
+def test_the_scaled_power_tends_to_the_logarithm() -> None:
+    x = semidefinite(dim=4, rank=9) + 0.1 * torch.eye(4).double()
+    power = 1e-5
+    near = (matrix_power(x, power=power) - torch.eye(4).double()) / power
+    torch.testing.assert_close(near, matrix_log(x, eps=1e-12), rtol=0, atol=1e-3)
+
+
+def test_logarithm_undoes_the_exponential() -> None:
+    x = normal(4, 4)
+    x = (x + x.T) / 2
+    torch.testing.assert_close(
+        matrix_log(torch.linalg.matrix_exp(x), eps=1e-14), x, rtol=0, atol=1e-8
+    )
+    with pytest.raises(ValueError, match="eps must be over 0, got 0"):
+        matrix_log(x, eps=0)
+
+
+@POWERS
+@pytest.mark.parametrize("num_tokens", [4, 9])
+def test_power_of_tokens_is_that_of_their_covariance(
+    num_tokens: int, power: float
+) -> None:
+    x = normal(2, num_tokens, 6).requires_grad_()
+    got = covariance_power(x, power=power)
+    torch.testing.assert_close(got, spectral(covariance(x), power=power))
+    weight = normal(2, 6, 6, seed=1)
+    (got_grad,) = torch.autograd.grad((got * weight).sum(), x)
+    whole = matrix_power(covariance(x), power=power)
+    (wanted_grad,) = torch.autograd.grad((whole * weight).sum(), x)
+    torch.testing.assert_close(got_grad, wanted_grad)
+    order = torch.arange(num_tokens).flip(0)
+    torch.testing.assert_close(covariance_power(x[:, order], power=power), got)
+
+
+@POWERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_tokens", [4, 9])
+def test_zero_map_and_low_rank_give_finite_gradients(
+    num_tokens: int, dtype: torch.dtype, power: float
+) -> None:
+    x = torch.zeros(3, num_tokens, 6, dtype=dtype)
+    x[1] = normal(num_tokens, 1, dtype=dtype) * normal(6, seed=1, dtype=dtype)
+    x[2] = 5
+    x.requires_grad_()
+    got = covariance_power(x, power=power)
+    logs = matrix_log(covariance(x))
+    for result in (got, logs):
+        assert torch.equal(result[0], torch.zeros_like(result[0]))
+        assert result[1].abs().sum() > 0
+        (grad,) = torch.autograd.grad(result.sum(), x, retain_graph=True)
+        assert grad.isfinite().all()
+        assert grad[1].abs().max() < 1e5
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_autocast_lowers_neither_direction(backward_inside: bool) -> None:
+    x = normal(4, 5, 12, dtype=torch.float32).requires_grad_()
+    wanted = covariance_power(x)
+    (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = covariance_power(x)
+        loss = got.square().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward_inside):
+        (grad,) = torch.autograd.grad(loss, x)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(grad, wanted_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_vmap_maps_values_and_gradients() -> None:
+    x = semidefinite(3, dim=4, rank=6)
+    mapped = torch.vmap(matrix_power)(x)
+    torch.testing.assert_close(mapped, matrix_power(x))
+
+    def loss(x: Tensor) -> Tensor:
+        return matrix_power(x).square().sum()
+
+    torch.testing.assert_close(
+        torch.vmap(torch.func.grad(loss))(x), torch.func.grad(loss)(x)
+    )
+
+
+def test_exact_power_of_singular_values() -> None:
+    x = normal(3, 5, 8)
+    gram = x @ x.mT
+    root = sv_power(gram)
+    torch.testing.assert_close(root @ root, gram)
+    torch.testing.assert_close(root, matrix_power(gram))
+    with pytest.raises(ValueError, match="power must be over 0"):
+        sv_power(x, power=0.0)
