@@ -1,0 +1,115 @@
+"""Pair each method of `benchmarks.heads`, ours and straightforward, with an input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks import straightforward as plain
+from sovit.moments import append_one, covariance
+from sovit.newton_schulz import covariance_sqrt, newton_schulz_sqrt
+from sovit.normalize import signed_sqrt
+from sovit.powers import covariance_power, matrix_log, matrix_power
+from sovit.svpn import svpn
+
+_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Hold two functions that should give the same, and what to call them with."""
+
+    name: str
+    ours: Callable[[Tensor], Tensor]
+    straightforward: Callable[[Tensor], Tensor]
+    shape: tuple[int, ...]
+    """Tokens (B, N, D), drawn as features after a ReLU."""
+    of_matrix: bool = False
+    """Whether the functions take the tokens' covariance instead."""
+
+    def input(self, device: str) -> Tensor:
+        """Draw the input."""
+        generator = torch.Generator().manual_seed(_SEED)
+        tokens = torch.randn(self.shape, generator=generator)
+        # A falling spectrum, as features have, not that of white noise.
+        tokens = (tokens / torch.arange(1, self.shape[-1] + 1) ** 0.5).relu()
+        return (plain.covariance(tokens) if self.of_matrix else tokens).to(device)
+
+
+def cases(batch_size: int) -> list[Case]:
+    """List the heads at the papers' sizes: 14x14 and 7x7 positions."""
+    found = [_svpn_case(batch_size)]
+    for dim in (64, 128, 256):
+        found.append(
+            Case(
+                name=f"Newton-Schulz, {dim}x{dim}, N=5",
+                ours=newton_schulz_sqrt,
+                straightforward=plain.newton_schulz,
+                shape=(batch_size, 196, dim),
+                of_matrix=True,
+            )
+        )
+    for num_tokens in (196, 49):
+        shape = (batch_size, num_tokens, 256)
+        found += [
+            Case(
+                name=f"iSQRT-COV, {num_tokens} tokens of 256",
+                ours=covariance_sqrt,
+                straightforward=lambda x: plain.newton_schulz(plain.covariance(x)),
+                shape=shape,
+            ),
+            Case(
+                name=f"MPN-COV, {num_tokens} tokens of 256",
+                ours=covariance_power,
+                straightforward=lambda x: plain.eigen_power(plain.covariance(x)),
+                shape=shape,
+            ),
+            Case(
+                name=f"Gaussian, {num_tokens} tokens of 256",
+                ours=lambda x: covariance_sqrt(append_one(x), centering="none"),
+                straightforward=_plain_gaussian,
+                shape=shape,
+            ),
+        ]
+    return found
+
+
+def _svpn_case(batch_size: int) -> Case:
+    start = torch.randn(64, generator=torch.Generator().manual_seed(_SEED))
+
+    def rectangle(x: Tensor) -> Tensor:
+        # So-ViT-14's 48x64, cut out of a covariance.
+        return x[:, :48]
+
+    return Case(
+        name="svPN, 48x64 (So-ViT-14)",
+        ours=lambda x: svpn(rectangle(x), start.to(x.device)),
+        straightforward=lambda x: plain.svpn(rectangle(x), start.to(x.device)),
+        shape=(batch_size, 196, 64),
+        of_matrix=True,
+    )
+
+
+def _plain_gaussian(x: Tensor) -> Tensor:
+    with_one = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+    return plain.newton_schulz(with_one.mT @ with_one / x.shape[1])
+
+
+def curves() -> dict[str, Callable[[Tensor], Tensor]]:
+    """List what the plot shows against the number of channels, from tokens."""
+    return {
+        "covariance alone": covariance,
+        "svPN": lambda x: svpn(covariance(x), torch.ones_like(x[0, 0])),
+        "signed root": lambda x: signed_sqrt(covariance(x)),
+        "Newton-Schulz, N=3": partial(covariance_sqrt, num_iterations=3),
+        "Newton-Schulz, N=5": covariance_sqrt,
+        "Newton-Schulz, straightforward": lambda x: plain.newton_schulz(
+            plain.covariance(x)
+        ),
+        "eigenvalues": lambda x: matrix_power(covariance(x)),
+        "logarithm": lambda x: matrix_log(covariance(x)),
+    }

@@ -1,0 +1,220 @@
+"""Time every second-order head, forward and backward, ours beside the straightforward.
+
+    python -m benchmarks.heads
+    python -m benchmarks.heads --compile --json result.json
+    python -m benchmarks.heads --rounds 0 --plot costs.png
+
+The straightforward version is the same mathematics in PyTorch's operations with its
+autograd (`benchmarks/straightforward.py`). Both are checked against each other first.
+The rounds of both take turns. Kept memory is what the backward pass needs, in multiples
+of the input. Then a head's share of a whole training step of its network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.head_cases import Case, cases, curves
+from benchmarks.report import machine
+from benchmarks.step_share import Share, measure_share
+from benchmarks.timing import Spread, ratios, spread
+from pipelines.cli import parse, run_command
+
+_PROG = "benchmarks.heads"
+_CURVE_DIMS = (32, 64, 128, 192, 256, 384, 512)
+# The rounds of one function go on for so long, or once.
+_ROUND_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Say what is timed, and how long."""
+
+    batch_size: int = 32
+    rounds: int = 7
+    """0 leaves out the comparison."""
+    num_threads: int = 2
+    compile: bool = False
+    """Also compile the straightforward version and ours."""
+    steps: tuple[str, ...] = ("so_vit_14", "isqrt_resnet50")
+    """Models of whose training step the head's share is measured."""
+    step_batch_size: int = 8
+    json: Path | None = None
+    """File for all figures."""
+    plot: Path | None = None
+    """File for a picture of time and memory against channels, PNG."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Hold what one case gave: milliseconds, and how often ours fits into the other."""
+
+    name: str
+    ours_ms: Spread
+    straightforward_ms: Spread
+    speedup: Spread
+    ours_kept: float
+    """Bytes kept for the backward pass, in multiples of the input's."""
+    straightforward_kept: float
+
+
+def compare(case: Case, *, options: Options, compiled: bool, device: str) -> Result:
+    """Time both versions of a case in turns.
+
+    Raises ValueError where they do not agree.
+    """
+    x = case.input(device)
+    ours, other = case.ours, case.straightforward
+    torch.testing.assert_close(ours(x), other(x), rtol=1e-2, atol=1e-2)
+    kept_ours, kept_other = kept(ours, x), kept(other, x)
+    if compiled:
+        ours, other = torch.compile(ours), torch.compile(other)
+    weight = torch.randn_like(case.ours(x))
+    mine, theirs = [], []
+    for seen in range(options.rounds + 1):
+        times = [step_ms(function, x, weight) for function in (ours, other)]
+        # The first round warms up, and compiles.
+        if seen:
+            mine.append(times[0])
+            theirs.append(times[1])
+    return Result(
+        name=f"{case.name}{', compiled' if compiled else ''}",
+        ours_ms=spread(mine),
+        straightforward_ms=spread(theirs),
+        speedup=ratios(theirs, mine),
+        ours_kept=kept_ours,
+        straightforward_kept=kept_other,
+    )
+
+
+def step_ms(function: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> float:
+    """Time forward and backward for half a second, and give the median of it."""
+    times: list[float] = []
+    while not times or sum(times) < _ROUND_S:
+        leaf = x.clone().requires_grad_()
+        _wait(x)
+        start_s = time.perf_counter()
+        function(leaf).backward(weight)
+        _wait(x)
+        times.append(time.perf_counter() - start_s)
+    return 1000 * statistics.median(times)
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
+def kept(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Count the bytes kept for the backward pass, in multiples of the input's."""
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(x.clone().requires_grad_())
+    return sum(sizes.values()) / x.nbytes
+
+
+def table(results: Sequence[Result]) -> str:
+    """Draw the comparison."""
+    lines = [
+        f"{'forward and backward':<34}{'ours ms':>9}{'plain ms':>10}"
+        f"{'times as fast':>22}{'kept: ours':>12}{'plain':>7}"
+    ]
+    for found in results:
+        speed = found.speedup
+        lines.append(
+            f"{found.name:<34}{found.ours_ms.median:>9.2f}"
+            f"{found.straightforward_ms.median:>10.2f}"
+            f"{f'{speed.median:.2f} [{speed.low:.2f}..{speed.high:.2f}]':>22}"
+            f"{found.ours_kept:>12.1f}{found.straightforward_kept:>7.1f}"
+        )
+    return "\n".join(lines)
+
+
+def share_text(share: Share) -> str:
+    """Say what part of a step the head takes."""
+    return (
+        f"{share.model}, batch {share.batch_size}: a step {share.step_ms:,.0f} ms, "
+        f"its head {share.head_ms:,.1f} ms: {share.head_ms / share.step_ms:.2%}"
+    )
+
+
+def plot(path: Path, *, batch_size: int, device: str) -> None:
+    """Draw time and kept memory against channels, for 196 tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, function in tqdm(curves().items(), unit="curve", disable=None):
+        times, sizes = [], []
+        for dim in _CURVE_DIMS:
+            case = Case(
+                name=name,
+                ours=function,
+                straightforward=function,
+                shape=(batch_size, 196, dim),
+            )
+            x = case.input(device)
+            weight = torch.randn_like(function(x))
+            times.append(step_ms(function, x, weight) / batch_size)
+            sizes.append(kept(function, x) * x.nbytes / batch_size / 2**20)
+        left.plot(_CURVE_DIMS, times, marker="o", label=name)
+        right.plot(_CURVE_DIMS, sizes, marker="o", label=name)
+    left.set_ylabel("ms an image, forward and backward")
+    right.set_ylabel("MiB an image, kept for the backward pass")
+    for axes in (left, right):
+        axes.set(xscale="log", yscale="log", xlabel="channels d, 196 tokens")
+        axes.set_xticks(_CURVE_DIMS, [str(dim) for dim in _CURVE_DIMS])
+        axes.grid(alpha=0.3)
+    left.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
+    torch.set_num_threads(options.num_threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shown = dataclasses.replace(options, json=None, plot=None)
+    content: dict[str, Any] = {"machine": machine(), "options": str(shown)}
+    if options.rounds:
+        modes = (False, True) if options.compile else (False,)
+        work = [(case, mode) for mode in modes for case in cases(options.batch_size)]
+        results = [
+            compare(case, options=options, compiled=mode, device=device)
+            for case, mode in tqdm(work, unit="case", disable=None)
+        ]
+        print(table(results))
+        content["heads"] = [asdict(found) for found in results]
+        shares = [
+            measure_share(name, batch_size=options.step_batch_size, device=device)
+            for name in options.steps
+        ]
+        print("\n".join(share_text(share) for share in shares))
+        content["steps"] = [asdict(share) for share in shares]
+    if options.plot:
+        plot(options.plot, batch_size=options.batch_size, device=device)
+    if options.json:
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(_main, prog=_PROG))
