@@ -36,7 +36,8 @@ from pipelines.ingest.stream import LocalOpener
 from pipelines.loop import LoopSettings, check_bad_share, evaluate
 from pipelines.pixels.rows import BadImage
 from pipelines.robustness import report
-from pipelines.robustness.measure import Flat, Robustness, Subject, measure
+from pipelines.robustness.measure import Subject, measure
+from pipelines.robustness.options import Flat, Robustness
 from pipelines.supply import OnBad, Supply, ignore_bad, reading_of
 
 logger = logging.getLogger(__name__)

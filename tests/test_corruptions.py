@@ -235,7 +235,7 @@ def test_frost_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(weather.resources, "files", missing)
     weather._photograph.cache_clear()
-    with pytest.raises(ValueError, match=r"pip install 'sovit\[robustness\]'"):
+    with pytest.raises(ValueError, match="install the extra 'robustness'"):
         seen("frost", 1)
 
 

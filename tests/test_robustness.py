@@ -22,7 +22,7 @@ from pipelines.pixels.decode_eval import decode_eval
 from pipelines.pixels.draws import PixelSettings
 from pipelines.robustness.corruptions import CORRUPTIONS, Corruption, corrupt
 from pipelines.robustness.levels import Levels
-from pipelines.robustness.measure import Robustness
+from pipelines.robustness.options import Robustness
 from pipelines.robustness.perturbations import NOISES, Perturbation, frames
 from pipelines.robustness.scores import (
     ALEXNET_CLEAN_ERROR,
@@ -33,7 +33,6 @@ from pipelines.robustness.scores import (
 from tests.small_runs import small_run
 from tests.small_sets import jpeg, write_set
 
-CPU = torch.device("cpu")
 IMG_SIZE = 32
 NUM_IMAGES, BAD_ROW = 24, 5
 SIZE = (60, 44)
@@ -85,8 +84,16 @@ def test_scores_by_hand() -> None:
     assert flip_scores(flips, reference=flips)["mfr"] == pytest.approx(100)
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=(pytest.mark.gpu, needs_gpu))]
+)
 @pytest.mark.parametrize("std", [(0.229, 0.224, 0.225), (1.0, 0.5, 0.01)])
-def test_levels_come_back_bit_for_bit(std: tuple[float, float, float]) -> None:
+def test_levels_come_back_bit_for_bit(
+    std: tuple[float, float, float], device: str
+) -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     pixels = np.concatenate([levels, levels[:, ::-1], levels[:, :, ::-1]], axis=3)
     settings = PixelSettings(
@@ -96,11 +103,11 @@ def test_levels_come_back_bit_for_bit(std: tuple[float, float, float]) -> None:
         seed=0,
         train=False,
     )
-    between = Levels(settings, device=CPU, num_threads=1)
+    between = Levels(settings, device=torch.device(device), num_threads=1)
     images = between.normalized(pixels)
     mean = torch.tensor(settings.data.mean)
     wanted = (torch.from_numpy(pixels) / 255 - mean) / torch.tensor(std)
-    torch.testing.assert_close(images, wanted.permute(0, 3, 1, 2))
+    torch.testing.assert_close(images.cpu(), wanted.permute(0, 3, 1, 2))
     found = between.of(images)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, pixels)
@@ -332,5 +339,5 @@ def test_what_lacks_is_said_before_the_work(
     with pytest.raises(ValueError, match="without any of shot_noise"):
         evaluate_checkpoint(written.options(flip_reference=str(wrong)))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"scipy; pip install 'sovit\[robustness\]'"):
+    with pytest.raises(ValueError, match=r"scipy, .* extra 'robustness'"):
         evaluate_checkpoint(written.options())

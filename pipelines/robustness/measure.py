@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import tyro
 from torch import nn
 from tqdm import tqdm
 
@@ -20,8 +16,9 @@ from pipelines.config import Run
 from pipelines.ingest.batch import Batch
 from pipelines.loop import LoopSettings
 from pipelines.pixels.host import Threads
-from pipelines.robustness.corruptions import CORRUPTIONS, SEVERITIES, Corruption
+from pipelines.robustness.corruptions import CORRUPTIONS, Corruption
 from pipelines.robustness.levels import Levels
+from pipelines.robustness.options import Robustness
 from pipelines.robustness.passes import (
     Condition,
     Pass,
@@ -38,72 +35,6 @@ from pipelines.supply import pixel_settings
 
 OpenBatches = Callable[[Run], contextlib.AbstractContextManager[Iterable[Batch]]]
 """Gives one epoch of evaluation batches, as a run describes them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Robustness:
-    """Say which corruptions and perturbations a checkpoint is held against."""
-
-    corruptions: tuple[Corruption, ...] | None = None
-    """Corruptions of ImageNet-C: all 15 where none is named."""
-    severities: tuple[int, ...] = SEVERITIES
-    corruption_jpeg: int = 0
-    """Store corrupted images as JPEGs of this quality, 85 as published; 0 does not."""
-    perturbations: tuple[Perturbation, ...] | None = None
-    """Sequences of ImageNet-P: all 10 where none is named."""
-    num_frames: int = 0
-    """Frames of a sequence; 0 is as published, 31, and 41 of translate."""
-    flip_reference: str = ""
-    """Result of another checkpoint, by --json, whose flips are 100 %."""
-    corruption_seed: int = 0
-    plot: str = ""
-    """PNG file that errors and flips are drawn into."""
-
-    def __post_init__(self) -> None:
-        severities, num_frames = self.severities, self.num_frames
-        if not severities or not set(severities) <= set(SEVERITIES):
-            raise ValueError(
-                f"wanted severities from 1 to 5, came {severities}; set --severities"
-            )
-        if num_frames < 0 or num_frames == 1:
-            raise ValueError(
-                f"wanted at least 2 frames, or 0 for as many as published, came "
-                f"{num_frames}; set --num-frames"
-            )
-        if not 0 <= self.corruption_jpeg <= 95:
-            raise ValueError(
-                f"wanted a JPEG quality from 1 to 95, or 0 for none, came "
-                f"{self.corruption_jpeg}; set --corruption-jpeg"
-            )
-        if self.plot and not self.is_wanted:
-            raise ValueError(
-                "wanted something to draw, came --plot alone; set --corruptions or "
-                "--perturbations"
-            )
-
-    @property
-    def is_wanted(self) -> bool:
-        """Tell whether anything is to be measured."""
-        return self.corruptions is not None or self.perturbations is not None
-
-    def check(self) -> None:
-        """Raise ValueError, before the work begins, where a file or package lacks."""
-        needed = {"scipy": "SciPy"}
-        if self.corruptions is not None and "frost" in (
-            self.corruptions or CORRUPTIONS
-        ):
-            needed["torch_uncertainty_assets"] = "the photographs of frost"
-        for module, name in needed.items():
-            if self.is_wanted and importlib.util.find_spec(module) is None:
-                raise ValueError(
-                    f"wanted {name}, came an environment without the package "
-                    f"{module.replace('_', '-')}; pip install 'sovit[robustness]'"
-                )
-        _flips_of(self.flip_reference, chosen=self.perturbations)
-
-
-Flat = tyro.conf.OmitArgPrefixes[Robustness]
-"""The same, its flags without a prefix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +71,7 @@ def measure(
         }
     if options.perturbations is not None:
         flips = _flip_probabilities(subject, options=options)
-        reference = _flips_of(options.flip_reference, chosen=tuple(flips))
+        reference = options.reference_flips()
         result["perturbations"] = {
             "seed": options.corruption_seed,
             "num_frames": {
@@ -226,28 +157,3 @@ def _levels(run: Run, *, settings: LoopSettings) -> Levels:
         device=settings.device,
         num_threads=run.data.num_decode_threads,
     )
-
-
-def _flips_of(
-    path: str, *, chosen: tuple[Perturbation, ...] | None
-) -> dict[Perturbation, float] | None:
-    """Read another result's flip probabilities; None where none is named.
-
-    Raises ValueError where the file holds none of a perturbation, or no flip at all.
-    """
-    if not path or chosen is None:
-        return None
-    try:
-        flips = json.loads(Path(path).read_text())["perturbations"]["flips"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"wanted a result of sovit-eval --perturbations --json, came {path!r} "
-            f"({type(error).__name__}); set --flip-reference"
-        ) from None
-    missing = [name for name in chosen or PERTURBATIONS if not flips.get(name)]
-    if missing:
-        raise ValueError(
-            f"wanted flips of every perturbation, came {path!r} without any of "
-            f"{', '.join(missing)}; measure them or name others"
-        )
-    return flips

@@ -81,4 +81,4 @@ def _draw_errors(place: Any, errors: Errors, *, clean_error: float) -> None:
     place.set_xticks(severities)
     place.set_xlabel("severity")
     place.set_ylabel("top-1 error (%)")
-    place.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    place.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, handlelength=4)

@@ -108,7 +108,7 @@ def _photograph(number: int, height: int, width: int) -> np.ndarray:
     except ModuleNotFoundError:
         raise ValueError(
             "wanted photographs for the corruption frost, came an environment without "
-            "torch-uncertainty-assets; pip install 'sovit[robustness]' or name the "
+            "torch-uncertainty-assets; install the extra 'robustness' or name the "
             "other --corruptions"
         ) from None
     with (folder / f"frost{number + 1}.jpg").open("rb") as file:
