@@ -145,7 +145,7 @@ default_cfgs = {
 
 
 def _create_eca(
-    depth: int, *, kernel_sizes: tuple[int, ...], pretrained: bool, **kwargs: Any
+    depth: int, *, usual: tuple[int, ...], pretrained: bool, **kwargs: Any
 ) -> ResNet:
     return create(
         _eca_resnet,
@@ -153,7 +153,7 @@ def _create_eca(
         pretrained=pretrained,
         defaults={
             "backbone": f"resnet{depth}",
-            "kernel_sizes": kernel_sizes,
+            "kernel_sizes": usual,
             "zero_init_last": False,
         },
         **kwargs,
@@ -163,13 +163,13 @@ def _create_eca(
 @register_model
 def eca_resnet18(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """Build ECA-ResNet-18, kernels of 3, 5, 7 and 7 as released."""
-    return _create_eca(18, kernel_sizes=(3, 5, 7, 7), pretrained=pretrained, **kwargs)
+    return _create_eca(18, usual=(3, 5, 7, 7), pretrained=pretrained, **kwargs)
 
 
 @register_model
 def eca_resnet34(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """Build ECA-ResNet-34, kernels of 3, 3, 5 and 7 as released."""
-    return _create_eca(34, kernel_sizes=(3, 3, 5, 7), pretrained=pretrained, **kwargs)
+    return _create_eca(34, usual=(3, 3, 5, 7), pretrained=pretrained, **kwargs)
 
 
 @register_model
@@ -179,19 +179,19 @@ def eca_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
     They add the paper's 80 parameters. Its formula gives (5, 5, 5, 7) for the widths of
     the blocks; the released code's default is 3 throughout: set `kernel_sizes`.
     """
-    return _create_eca(50, kernel_sizes=(3, 5, 5, 7), pretrained=pretrained, **kwargs)
+    return _create_eca(50, usual=(3, 5, 5, 7), pretrained=pretrained, **kwargs)
 
 
 @register_model
 def eca_resnet101(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """Build ECA-ResNet-101, kernels of 3, 3, 5 and 7 as released."""
-    return _create_eca(101, kernel_sizes=(3, 3, 5, 7), pretrained=pretrained, **kwargs)
+    return _create_eca(101, usual=(3, 3, 5, 7), pretrained=pretrained, **kwargs)
 
 
 @register_model
 def eca_resnet152(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """Build ECA-ResNet-152, kernels of 3, 3, 5 and 7 as released."""
-    return _create_eca(152, kernel_sizes=(3, 3, 5, 7), pretrained=pretrained, **kwargs)
+    return _create_eca(152, usual=(3, 3, 5, 7), pretrained=pretrained, **kwargs)
 
 
 @register_model

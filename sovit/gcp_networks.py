@@ -64,7 +64,7 @@ default_cfgs = {
 
 
 def _resnet(
-    name: str, *, depth: int, pooling: Pooling, pretrained: bool, **kwargs: Any
+    name: str, *, depth: int, usual: Pooling, pretrained: bool, **kwargs: Any
 ) -> SecondOrderNet:
     return create(
         second_order,
@@ -72,7 +72,7 @@ def _resnet(
         pretrained=pretrained,
         defaults={
             "backbone": f"resnet{depth}",
-            "pooling": pooling,
+            "pooling": usual,
             "fusion": "visual",
             "drop_last_stride": True,
             "zero_init_last": False,
@@ -82,9 +82,8 @@ def _resnet(
 
 
 def _mpncov(depth: int, *, pretrained: bool, **kwargs: Any) -> SecondOrderNet:
-    pooling = Pooling.named("mpn_cov")
-    name = f"mpncov_resnet{depth}"
-    return _resnet(name, depth=depth, pooling=pooling, pretrained=pretrained, **kwargs)
+    usual, name = Pooling.named("mpn_cov"), f"mpncov_resnet{depth}"
+    return _resnet(name, depth=depth, usual=usual, pretrained=pretrained, **kwargs)
 
 
 def _isqrt(
@@ -94,7 +93,7 @@ def _isqrt(
     return _resnet(
         f"isqrt_resnet{depth}{width}",
         depth=depth,
-        pooling=Pooling.named("isqrt_cov", reduced_dim=reduced_dim),
+        usual=Pooling.named("isqrt_cov", reduced_dim=reduced_dim),
         pretrained=pretrained,
         **kwargs,
     )
@@ -236,7 +235,7 @@ def gaussian_resnet50(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet
     return _resnet(
         "gaussian_resnet50",
         depth=50,
-        pooling=Pooling.named("gaussian"),
+        usual=Pooling.named("gaussian"),
         pretrained=pretrained,
         **kwargs,
     )

@@ -6,7 +6,7 @@ These change the model they are given, in place.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.models import VGG, ResNet
@@ -140,7 +140,7 @@ class _Features(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.model.forward_features(x)  # pyright: ignore[reportCallIssue]
 
 
