@@ -23,7 +23,9 @@ _FOG = ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))
 """Thickness, and how fast details fade."""
 _BRIGHTER = (0.1, 0.2, 0.3, 0.4, 0.5)
 _GREY = np.array([0.299, 0.587, 0.114])
-_NUM_FROSTS = 5
+_FROSTS = (1, 2, 2, 3, 4)
+"""Photographs by their number in torch-uncertainty-assets. The published code draws
+from the first five of its six files, of which the second and third show the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +95,14 @@ def frost(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.ndarr
     """
     kept, added = _FROST[severity - 1]
     height, width = pixels.shape[:2]
-    frozen = _photograph(random.randint(_NUM_FROSTS), height + 1, width + 1)
+    frozen = _photograph(_FROSTS[random.randint(len(_FROSTS))], height + 1, width + 1)
     top = random.randint(frozen.shape[0] - height)
     left = random.randint(frozen.shape[1] - width)
     return kept * pixels + added * frozen[top : top + height, left : left + width]
 
 
 # Decoding a photograph takes as long as the rest ten times over.
-@functools.lru_cache(maxsize=2 * _NUM_FROSTS)
+@functools.lru_cache(maxsize=2 * len(_FROSTS))
 def _photograph(number: int, height: int, width: int) -> np.ndarray:
     """Read a photograph of frost of at least a size: uint8 (h, w, 3)."""
     try:
@@ -111,7 +113,7 @@ def _photograph(number: int, height: int, width: int) -> np.ndarray:
             "torch-uncertainty-assets; install the extra 'robustness' or name the "
             "other --corruptions"
         ) from None
-    with (folder / f"frost{number + 1}.jpg").open("rb") as file:
+    with (folder / f"frost{number}.jpg").open("rb") as file:
         image = Image.open(file).convert("RGB")
     larger = max(height / image.height, width / image.width, 1)
     if larger > 1:
