@@ -15,7 +15,7 @@ from timm.models import EfficientNet, ResNet, register_model
 from timm.models._efficientnet_blocks import InvertedResidual
 from torch import nn
 
-from sovit.attention import NUM_STAGES, add_gsop, stages_of
+from sovit.attention import NUM_STAGES, REDUCED_DIM, add_gsop, stages_of
 from sovit.backbones import SecondOrderNet, second_order
 from sovit.networks import create, paper_cfg
 from sovit.pooling import Pooling
@@ -85,6 +85,7 @@ def _gsop_resnet(
     *,
     stages: tuple[int, ...],
     attention: str,
+    reduced_dim: int = REDUCED_DIM,
     act: bool = False,
     divisor: str = "positions",
     drop_last_stride: bool = True,
@@ -93,7 +94,14 @@ def _gsop_resnet(
     model = _trunk(**kwargs)
     if drop_last_stride:
         unstride_last_stage(model)
-    add_gsop(model, stages=stages, attention=attention, act=act, divisor=divisor)
+    add_gsop(
+        model,
+        stages=stages,
+        attention=attention,
+        reduced_dim=reduced_dim,
+        act=act,
+        divisor=divisor,
+    )
     return model
 
 
@@ -211,7 +219,8 @@ def gsop_resnet50_1(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """Build GSoP-Net1: a block at the end of every stage, average pooling at the end.
 
     The last stage has no stride. `attention` is "channel", "spatial", "avg", "max" or
-    "concat"; `act` and `divisor` take the paper's text where the code differs.
+    "concat", `reduced_dim` the blocks' width; `act` and `divisor` take the paper's text
+    where the code differs.
     """
     return create(
         _gsop_resnet,

@@ -41,8 +41,9 @@ class SecondOrderNet(nn.Module):
     with a class token and to "visual" without. `hidden_dims` puts linear layers with
     ReLU and dropout before the classifier; else the dropout is on the pooled vector.
 
-    The trunk is changed: what its features do not need is taken out. Raises ValueError
-    for settings that do not fit.
+    The trunk is changed: what its features do not need is taken out. `img_size` is that
+    of its images where neither its patches nor its configuration say it. Raises
+    ValueError for settings that do not fit.
     """
 
     backbone: Any
@@ -59,12 +60,14 @@ class SecondOrderNet(nn.Module):
         fusion: str | None = None,
         hidden_dims: tuple[int, ...] = (),
         drop_rate: Number = 0.0,
+        img_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         if hasattr(backbone, "reset_classifier"):
             self.backbone.reset_classifier(0)
-        self.features = inspect_features(backbone)
+        size = None if img_size is None else check_conv_size(img_size)
+        self.features = inspect_features(backbone, img_size=size)
         strip(backbone, unused=self.features.unused)
         has_class = self.features.has_class_token
         fusion = fusion or ("sum" if has_class else "visual")
@@ -88,8 +91,8 @@ class SecondOrderNet(nn.Module):
             self.hidden.append(nn.Linear(self.head.visual_dim, dim))
             self.hidden.extend([nn.ReLU(), nn.Dropout(drop_rate)])
             self.head.visual_dim = self.head.num_features = dim
+        self.hidden.to(next(backbone.parameters()))
         self.reset_classifier(num_classes)
-        self.to(next(backbone.parameters()))
         self.head_hidden_size = self.head.num_features
         self.pretrained_cfg = self.default_cfg = _adapted(self)
 
@@ -214,11 +217,11 @@ def second_order(
         backbone = _trunk(
             backbone, pretrained=pretrained_backbone, img_size=img_size, **kwargs
         )
-    elif kwargs or pretrained_backbone or img_size is not None:
+    elif kwargs or pretrained_backbone:
         raise ValueError(
             "Settings of the backbone go with its name, got a model and "
-            f"{sorted(kwargs) or 'pretrained_backbone or img_size'}: give the name, or "
-            "build the model with them."
+            f"{sorted(kwargs) or 'pretrained_backbone=True'}: give the name, or build "
+            "the model with them."
         )
     if drop_last_stride is None:
         drop_last_stride = isinstance(backbone, ResNet | VGG)
@@ -233,6 +236,7 @@ def second_order(
         fusion=fusion,
         hidden_dims=hidden_dims,
         drop_rate=drop_rate,
+        img_size=img_size,
     )
 
 

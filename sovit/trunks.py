@@ -144,17 +144,25 @@ class _Features(nn.Module):
         return self.model.forward_features(x)  # pyright: ignore[reportCallIssue]
 
 
-def image_shape(model: nn.Module) -> tuple[int, int, int]:
-    """Return the shape (channels, height, width) of a model's images."""
+def image_shape(
+    model: nn.Module, *, img_size: tuple[int, int] | None = None
+) -> tuple[int, int, int]:
+    """Return the shape (channels, height, width) of a model's images.
+
+    Without `img_size` it is what the patch embedding or timm's configuration says.
+    """
     config = getattr(model, "pretrained_cfg", {}) or {}
     embedded = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = embedded or config.get("input_size", (3, 224, 224))[-2:]
+    usual = config.get("input_size", (3, 224, 224))[-2:]
+    height, width = img_size or embedded or usual
     convs = (m for m in model.modules() if isinstance(m, nn.Conv2d))
     first = next(convs, None)
     return 3 if first is None else first.in_channels, height, width
 
 
-def inspect_features(model: nn.Module) -> Features:
+def inspect_features(
+    model: nn.Module, *, img_size: tuple[int, int] | None = None
+) -> Features:
     """Find what `forward_features` returns, by shapes alone: nothing is computed.
 
     Raises ValueError where that is not one map or sequence of tokens.
@@ -166,7 +174,7 @@ def inspect_features(model: nn.Module) -> Features:
     }
     leaves = [state[f"model.{name}"].requires_grad_() for name in params]
     with torch.enable_grad():
-        image = torch.zeros(2, *image_shape(model), device="meta")
+        image = torch.zeros(2, *image_shape(model, img_size=img_size), device="meta")
         image = image.to(next(iter(params.values())).dtype)
         out = functional_call(_Features(model), state, (image,))
         if not isinstance(out, Tensor) or out.ndim not in (3, 4):

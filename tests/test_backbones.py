@@ -213,6 +213,9 @@ def test_image_sizes_are_the_backbone_s() -> None:
     assert model(torch.zeros(2, 3, 64, 32)).shape == (2, 5)
     model.set_input_size(64)
     assert model(images()).shape == (2, 5)
+    with torch.device("meta"):
+        windows = build("maxvit_rmlp_pico_rw_256", img_size=64)
+        assert windows(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
     convolutional = build(img_size=96)
     convolutional.set_input_size((64, 48))
     assert convolutional(torch.zeros(2, 3, 64, 48)).shape == (2, 5)

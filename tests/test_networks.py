@@ -319,11 +319,44 @@ def test_configurations_name_layers_that_are_there() -> None:
         assert data["crop_pct"] == 0.875
 
 
+@pytest.mark.parametrize("name", ["isqrt_resnet18_64", "eca_resnet18"])
+def test_weights_load_for_other_classes_and_channels(tmp_path: Path, name: str) -> None:
+    source: Any = timm.create_model(name)
+    file = tmp_path / "weights.pth"
+    torch.save(source.state_dict(), file)
+    model: Any = timm.create_model(
+        name,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(file)},
+        num_classes=3,
+        in_chans=1,
+    )
+    assert model.eval()(images()[:, :1]).shape == (2, 3)
+    wanted, loaded = source.state_dict(), model.state_dict()
+    first = model.pretrained_cfg["first_conv"]
+    kernel = wanted.pop(f"{first}.weight").sum(1, keepdim=True)
+    torch.testing.assert_close(loaded[f"{first}.weight"], kernel)
+    for key, tensor in wanted.items():
+        if tensor.shape[:1] != (1000,):
+            torch.testing.assert_close(loaded[key], tensor, msg=key)
+
+
 @pytest.mark.parametrize("name", ["isqrt_resnet18_64", "eca_resnet18", "deit_tiny_so"])
 def test_the_pipeline_builds_them(name: str) -> None:
     settings = Model(name=name, img_size=96, drop_path_rate=0.1)
     model = build_model(settings, num_classes=4)
     assert model(images(size=96)).shape == (2, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith(("_128", "_64"))])
+def test_every_network_is_exported(name: str) -> None:
+    """Export each, apart from other widths of the same network."""
+    model = usual(name).eval()
+    program = torch.export.export(model, (torch.zeros(2, 3, 224, 224, device="meta"),))
+    assert set(program.state_dict) == set(model.state_dict())
+    (logits,) = next(iter(reversed(program.graph.nodes))).args[0]
+    assert logits.meta["val"].shape == (2, 1000)
 
 
 @pytest.mark.slow
