@@ -19,7 +19,7 @@ from sovit.attention import NUM_STAGES, REDUCED_DIM, add_gsop, stages_of
 from sovit.backbones import SecondOrderNet, second_order
 from sovit.networks import create, paper_cfg
 from sovit.pooling import Pooling
-from sovit.shapes import Tensor
+from sovit.shapes import Number, Tensor
 from sovit.trunks import check_conv_size, unstride_last_stage
 
 NARROW_CHS = 96
@@ -110,7 +110,7 @@ def _gsop_net_2(
     pooling: Pooling,
     num_classes: int,
     fusion: str = "visual",
-    drop_rate: float = 0.0,
+    drop_rate: Number = 0.0,
     **kwargs: Any,
 ) -> SecondOrderNet:
     return second_order(

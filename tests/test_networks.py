@@ -1,8 +1,7 @@
-"""The papers' networks by name: their sizes are those of the papers' tables."""
+"""The papers' networks by name: built, trained, changed, exported and compiled."""
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,67 +11,16 @@ import pytest
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 import sovit
 from pipelines.checkpoint import build_model
 from pipelines.config import Model
 from sovit import attention_networks, gcp_networks, token_networks
-from sovit.attention import ATTENTIONS, Gsop, stages_of
+from sovit.attention import ATTENTIONS, Gsop
 from sovit.pooling import Pooling
+from tests.paper_networks import BIG, NAMES, ON_META, build, images, on_meta, usual
 
-# Parameters in millions, counted from the released code's layers; for DeiT and Swin the
-# count of the settings that come nearest to the printed 7.0, 94.9, 31.6 and 95.9.
-MILLIONS = {
-    "mpncov_resnet50": 56.93,
-    "mpncov_resnet101": 75.92,
-    "isqrt_resnet18": 44.21,
-    "isqrt_resnet18_128": 19.50,
-    "isqrt_resnet18_64": 13.29,
-    "isqrt_resnet34": 54.31,
-    "isqrt_resnet34_128": 29.61,
-    "isqrt_resnet34_64": 23.40,
-    "isqrt_resnet50": 56.93,
-    "isqrt_resnet50_128": 32.03,
-    "isqrt_resnet50_64": 25.72,
-    "isqrt_resnet101": 75.92,
-    "isqrt_resnet101_128": 51.02,
-    "isqrt_resnet101_64": 44.71,
-    "isqrt_vgg16": 170.48,
-    "isqrt_mobilenetv2": 35.45,
-    "gaussian_resnet50": 57.19,
-    "gsop_resnet50_1": 28.29,
-    "gsop_resnet50_2": 58.28,
-    "deit_tiny_so": 7.05,
-    "deit_base_so": 94.88,
-    "swin_tiny_so": 31.45,
-    "swin_base_so": 95.67,
-}
-# ECA's paper counts in units of 2^20, to two or three places.
-ECA_MEBI = {
-    "eca_resnet18": 11.148,
-    "eca_resnet34": 20.788,
-    "eca_resnet50": 24.37,
-    "eca_resnet101": 42.49,
-    "eca_resnet152": 57.40,
-    "eca_mobilenetv2": 3.34,
-}
-ECA_KERNELS = {
-    "eca_resnet18": (3, 5, 7, 7),
-    "eca_resnet34": (3, 3, 5, 7),
-    "eca_resnet50": (3, 5, 5, 7),
-    "eca_resnet101": (3, 3, 5, 7),
-    "eca_resnet152": (3, 3, 5, 7),
-}
-NAMES = (*MILLIONS, *ECA_MEBI)
-# Drawing these weights takes seconds: shapes alone run.
-BIG = (
-    *(name for name in NAMES if "101" in name or "152" in name),
-    *("isqrt_vgg16", "deit_base_so", "swin_base_so"),
-    *("isqrt_resnet18", "isqrt_resnet34", "isqrt_resnet34_128"),
-)
-ON_META = tuple(name for name in NAMES if name in BIG)
 # The shape checks of the tests are opaque to the compiler, and a user has none.
 BARE = """
 import sys
@@ -112,100 +60,11 @@ for name, settings in FAMILIES.items():
 """
 
 
-def images(*, num_images: int = 2, size: int = 64) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(num_images, 3, size, size, generator=generator)
-
-
-def build(name: str, **kwargs: Any) -> nn.Module:
-    return timm.create_model(name, num_classes=3, img_size=64, **kwargs)
-
-
-def on_meta(name: str, **kwargs: Any) -> Any:
-    """Return a model of shapes alone."""
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs)
-
-
-@functools.cache
-def usual(name: str) -> Any:
-    """Return a model of shapes as it is by default; no test changes it."""
-    return on_meta(name)
-
-
-def num_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def num_macs(model: nn.Module) -> float:
-    """Count multiply-adds of one image at 224x224."""
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        model.eval()(torch.zeros(1, 3, 224, 224))
-    return counter.get_total_flops() / 2
-
-
 def test_the_lists_are_whole() -> None:
     modules = (attention_networks, gcp_networks, token_networks)
     registered = [name for module in modules for name in module.default_cfgs]
     assert sorted(registered) == sorted(NAMES)
     assert all(timm.is_model(name) for name in NAMES)
-
-
-@pytest.mark.parametrize("name", MILLIONS)
-def test_number_of_parameters_is_the_table_s(name: str) -> None:
-    assert round(num_parameters(usual(name)) / 1e6, 2) == MILLIONS[name]
-
-
-@pytest.mark.parametrize("name", ECA_MEBI)
-def test_number_of_parameters_is_the_eca_table_s(name: str) -> None:
-    places = len(str(ECA_MEBI[name]).partition(".")[2])
-    assert round(num_parameters(usual(name)) / 2**20, places) == ECA_MEBI[name]
-
-
-def test_eca_adds_eighty_parameters_to_resnet50() -> None:
-    added = num_parameters(usual("eca_resnet50")) - num_parameters(on_meta("resnet50"))
-    assert added == 80
-
-
-def test_the_released_vgg_file_is_as_large() -> None:
-    state = usual("isqrt_vgg16").state_dict().values()
-    assert round(sum(t.numel() * t.element_size() for t in state) / 2**20, 1) == 650.4
-
-
-@pytest.mark.parametrize(
-    ("depth", "plain", "dims"),
-    [
-        (18, 3.05, {64: 3.06, 128: 3.10, 256: 3.32}),
-        (34, 5.59, {256: 5.86}),
-        (50, 6.21, {64: 6.24, 128: 6.29, 256: 6.56}),
-        (101, 9.92, {256: 10.27}),
-    ],
-)
-def test_multiply_adds_are_the_table_s(
-    depth: int, plain: float, dims: dict[int, float]
-) -> None:
-    """Hold the networks against 10^9 counts whose root takes twelve full products."""
-    with torch.device("meta"):
-        model = sovit.second_order(f"resnet{depth}", pooling="avg")
-    assert num_macs(model) / 1e9 == pytest.approx(plain, abs=0.01)
-    for dim, wanted in dims.items():
-        name = f"isqrt_resnet{depth}" + ("" if dim == 256 else f"_{dim}")
-        model = on_meta(name, pooling={"normalizer": "none"})
-        root = 12 * dim**3
-        assert (num_macs(model) + root) / 1e9 == pytest.approx(wanted, abs=0.015)
-
-
-@pytest.mark.parametrize(
-    ("name", "printed"),
-    [
-        ("deit_tiny_so", 2.3),
-        ("deit_base_so", 18.2),
-        ("swin_tiny_so", 6.0),
-        ("swin_base_so", 16.9),
-    ],
-)
-def test_multiply_adds_are_near_the_printed_ones(name: str, printed: float) -> None:
-    assert num_macs(usual(name)) / 1e9 == pytest.approx(printed, rel=0.04)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in BIG])
@@ -227,14 +86,6 @@ def test_every_large_network_reaches_all_its_parameters(name: str) -> None:
         logits.sum().backward()
     assert logits.shape == (2, 1000)
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
-
-
-@pytest.mark.parametrize("name", ECA_KERNELS)
-def test_eca_has_the_released_kernels_in_every_block(name: str) -> None:
-    model = usual(name)
-    for stage, kernel in zip(stages_of(model), ECA_KERNELS[name], strict=True):
-        blocks = [block.get_parameter("se.conv.weight") for block in stage]
-        assert {weight.shape for weight in blocks} == {(1, 1, kernel)}
 
 
 def test_gsop_nets_have_their_blocks_where_the_paper_puts_them() -> None:
