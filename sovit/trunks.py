@@ -52,8 +52,8 @@ def unstride_last_stage(model: nn.Module) -> None:
             f"{type(model).__name__}: build it with drop_last_stride=False, or take "
             "the stride out yourself and pass the model."
         )
-    info = model.feature_info[-1]
-    info["reduction"] = cast(int, info["reduction"]) // 2
+    before, last = model.feature_info[-2:]
+    last["reduction"] = before["reduction"]
 
 
 def _unstride(block: nn.Module) -> None:
