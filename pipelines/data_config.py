@@ -76,6 +76,8 @@ class Data:
     """Images a step sees, over all workers."""
     eval_batch_size: int = 256
     """Images an evaluation step sees, over all workers."""
+    eval_mirror: bool = False
+    """Evaluation averages the logits of every crop and of its mirror image."""
     shuffle_rows: int = 2048
     """Rows shuffled among each other: one read unit. Rounded up to whole batches."""
     eval_interpolation: Interpolation = "bicubic"

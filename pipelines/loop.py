@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +17,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from pipelines.checkpoint import Position
+from pipelines.clock import Clock
 from pipelines.config import Run
 from pipelines.hashing import Purpose, key
 from pipelines.ingest.batch import Batch
@@ -101,7 +101,7 @@ def train(
     """
     run = settings.run
     sums = Sums(settings.device)
-    clock = _Clock()
+    clock = Clock()
     epoch_bad = 0
     state.forward.train()
     for batch in clock.waiting(batches):
@@ -227,6 +227,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate on one epoch of batches; every image counts once.
 
+    With `data.eval_mirror` logits are the mean of an image's and its mirror image's.
+
     Returns:
         Means of loss, top1 and top5 (percent), num_images, and num_bad, the images
         that could not be decoded, over all workers.
@@ -236,6 +238,8 @@ def evaluate(
     for batch in batches:
         with settings.autocast:
             logits = model(batch.images)
+            if settings.run.data.eval_mirror:
+                logits = (logits + model(batch.images.flip(-1))) / 2
         losses = nn.functional.cross_entropy(
             logits.float(), batch.labels, reduction="none"
         )
@@ -245,48 +249,3 @@ def evaluate(
     metrics = sums.total()
     del metrics["num_votes"]
     return metrics
-
-
-class _Clock:
-    """Measure the rate of images and the share of time that waits for them."""
-
-    def __init__(self) -> None:
-        self.restart(kept=True)
-
-    def restart(self, *, kept: bool = False) -> None:
-        """Measure from here; `kept` says that a checkpoint was just written."""
-        self._start_s = time.perf_counter()
-        self._waited_s = 0.0
-        if kept:
-            self._kept_s = self._start_s
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave out the time in which a checkpoint is written."""
-        paused_s = time.perf_counter()
-        yield
-        self._kept_s = time.perf_counter()
-        self._start_s += self._kept_s - paused_s
-
-    def is_time(self, minutes: float) -> bool:
-        """Tell whether the last checkpoint is so old; never where minutes are 0."""
-        return 0 < minutes * 60 <= time.perf_counter() - self._kept_s
-
-    def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        iterator = iter(batches)
-        while True:
-            start_s = time.perf_counter()
-            batch = next(iterator, None)
-            self._waited_s += time.perf_counter() - start_s
-            if batch is None:
-                return
-            yield batch
-
-    def rates(self, num_images: float) -> dict[str, float]:
-        seconds = time.perf_counter() - self._start_s
-        rates = {
-            "images_per_s": num_images / seconds,
-            "waiting_share": self._waited_s / seconds,
-        }
-        self.restart()
-        return rates

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from pipelines.checkpoint import build_model
 from pipelines.config import Run
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.ingest.spot_check import spot_check
+from pipelines.initial import load_initial
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +48,27 @@ def check_run(run: Run) -> CheckedRun:
     train_shards, val_shards = _read_shards(run)
     for shards in (train_shards, val_shards):
         spot_check(shards)
-    with torch.device("meta"):
-        model = build_model(run.model, num_classes=len(train_shards.classes))
+    model = _check_model(run, classes=train_shards.classes)
     return CheckedRun(
         model_name=run.model.name,
         num_params=sum(parameter.numel() for parameter in model.parameters()),
         train_shards=train_shards,
         val_shards=val_shards,
     )
+
+
+def _check_model(run: Run, *, classes: tuple[str, ...]) -> nn.Module:
+    """Build the model, without memory unless it starts from a checkpoint."""
+    if not run.model.init_from:
+        with torch.device("meta"):
+            return build_model(run.model, num_classes=len(classes))
+    model = build_model(run.model, num_classes=len(classes))
+    if not load_initial(model, run.model.init_from, classes=classes):
+        logger.info(
+            "the classifier starts fresh: %s was trained for other classes",
+            run.model.init_from,
+        )
+    return model
 
 
 def _read_shards(run: Run) -> tuple[ShardSet, ShardSet]:
@@ -75,6 +93,8 @@ def with_absolute_paths(run: Run) -> Run:
         run.data, train=absolute(run.data.train), val=absolute(run.data.val)
     )
     key_log = os.path.abspath(run.key_log) if run.key_log else ""
+    start = run.model.init_from
+    model = dataclasses.replace(run.model, init_from=absolute(start) if start else "")
     return dataclasses.replace(
-        run, data=data, storage=absolute(run.storage), key_log=key_log
+        run, model=model, data=data, storage=absolute(run.storage), key_log=key_log
     )

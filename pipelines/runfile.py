@@ -6,7 +6,16 @@ import dataclasses
 import json
 from typing import Any
 
-from pipelines.config import Augment, Data, Model, Optim, Run, Scale
+from pipelines.config import (
+    Augment,
+    Data,
+    Model,
+    Optim,
+    Probe,
+    Run,
+    Scale,
+    Schedule,
+)
 from sovit import Pooling
 
 
@@ -21,10 +30,14 @@ def from_json(text: str) -> Run:
         raw = _tuples(json.loads(text))
         model = raw.pop("model")
         pooling = model.pop("pooling")
+        optim = raw.pop("optim")
+        # Runs of earlier versions have neither.
+        schedule = Schedule(**optim.pop("schedule", {}))
         return Run(
             model=Model(**model, pooling=Pooling(**pooling) if pooling else None),
             data=Data(**raw.pop("data")),
-            optim=Optim(**raw.pop("optim")),
+            optim=Optim(**optim, schedule=schedule),
+            probe=Probe(**raw.pop("probe", {})),
             augment=Augment(**raw.pop("augment")),
             scale=Scale(**raw.pop("scale")),
             **raw,

@@ -22,6 +22,7 @@ from pipelines.bad_images import BadImageTeller
 from pipelines.checkpoint import Position
 from pipelines.ingest.batch import Batch
 from pipelines.ingest.stream import Plans
+from pipelines.initial import load_initial
 from pipelines.job import Job
 from pipelines.key_log import KeyLog
 from pipelines.loop import (
@@ -147,11 +148,14 @@ class _Worker:
         model = ckpt.build_model(run.model, num_classes=self.settings.num_classes)
         # Convolutions are faster so, on CPUs too, and decoders give their images so.
         model.to(self.device).to(memory_format=torch.channels_last)
+        found = ray.train.get_checkpoint()
+        if found is None and run.model.init_from:
+            classes = self.job.train_shards.classes
+            load_initial(model, run.model.init_from, classes=classes)
         decay = run.optim.ema_decay
         ema = ModelEmaV3(model, decay=decay) if decay else None
         optimizer = build_optimizer(model, optim=run.optim)
         position = Position()
-        found = ray.train.get_checkpoint()
         if found is not None:
             with found.as_directory() as folder:
                 position = ckpt.read_manifest(Path(folder)).position

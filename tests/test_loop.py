@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipelines import clock as timing
 from pipelines import loop
 from pipelines.checkpoint import (
     Position,
@@ -239,6 +240,37 @@ def test_a_loss_that_is_no_number_names_the_step(value: float) -> None:
         run_loop(state_of(RUN), items)
 
 
+def test_mirrored_evaluation_averages_the_logits_of_both(shards: ShardSet) -> None:
+    run = small_run(shards.address)
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, eval_mirror=True))
+    seen: list[Tensor] = []
+
+    class Edge(nn.Module):
+        """Tell the left edge from the right one."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            left, right = images[..., 0].mean((1, 2)), images[..., -1].mean((1, 2))
+            return torch.stack([left, right, torch.zeros_like(left)], dim=1)
+
+    items = supply_of(run, shards=shards, train=False)
+    found = evaluate(Edge(), items, settings=settings_of(run, steps_per_epoch=1))
+    items.close()
+    losses = []
+    again = supply_of(run, shards=shards, train=False)
+    for item in again:
+        logits = (Edge()(item.images) + Edge()(item.images.flip(-1))) / 2
+        real = item.weights == 1
+        losses += nn.functional.cross_entropy(
+            logits[real], item.labels[real], reduction="none"
+        ).tolist()
+        if item.ends_epoch:
+            break
+    again.close()
+    assert found["loss"] == pytest.approx(sum(losses) / NUM_ROWS)
+    assert torch.equal(seen[0].flip(-1), seen[1])
+
+
 def test_evaluation_counts_every_image_once_and_stops_at_the_epochs_end(
     shards: ShardSet,
 ) -> None:
@@ -336,7 +368,7 @@ def test_checkpoints_come_by_time_when_metrics_are_logged(
     run = dataclasses.replace(RUN, checkpoint_every_minutes=1.0)  # logs every 2 steps
     kept: list[int] = []
     clock = {"now": 0.0}
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock["now"])
 
     def slowly(items: list[Batch]) -> Iterator[Batch]:
         for item in items:
@@ -364,7 +396,7 @@ def test_checkpoints_come_by_time_when_metrics_are_logged(
 def test_a_checkpoint_is_no_part_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     run = dataclasses.replace(RUN, checkpoint_every_steps=3, log_every_steps=4)
     clock = {"now": 0.0}
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock["now"])
 
     def pass_time(seconds: float) -> None:
         clock["now"] += seconds

@@ -1,4 +1,4 @@
-"""The optimiser's groups, and timm's schedule by step."""
+"""The optimiser's groups, timm's schedule by step, and the papers' schedules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
-from pipelines.config import Optim
+from pipelines.config import Optim, Schedule
 from pipelines.optim import build_optimizer, learning_rate, set_learning_rate
 
 OPTIM = Optim(lr=1e-3, num_epochs=6, warmup_epochs=1.5, cooldown_epochs=2)
@@ -74,3 +74,100 @@ def test_setting_the_rate_sets_all_groups() -> None:
     optimizer = build_optimizer(nn.Linear(2, 2), optim=OPTIM)
     set_learning_rate(optimizer, lr=0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+def rates(schedule: Schedule, *, epochs: list[float], **fields: Any) -> list[float]:
+    """Give the rates at the beginning of epochs, and within them."""
+    optim = Optim(**{"lr": 0.1, "num_epochs": 90, "warmup_epochs": 0, **fields})
+    optim = dataclasses.replace(optim, schedule=schedule)
+    steps = [round(epoch * STEPS) for epoch in epochs]
+    return [learning_rate(step, optim=optim, steps_per_epoch=STEPS) for step in steps]
+
+
+def test_steps_divide_at_their_milestones() -> None:
+    schedule = Schedule(kind="step", milestones=(30, 45, 60))
+    found = rates(schedule, epochs=[0, 29.9, 30, 44.9, 45, 60, 64.9])
+    assert found == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-4, 1e-4])
+
+
+def test_the_studys_schedules_are_its_formulas() -> None:
+    fast = Schedule(kind="polynomial", power=11, end_epoch=53)
+    found = rates(fast, epochs=[0, 0.9, 1, 20, 29.9], num_epochs=30)
+    wanted = [0.1 * (1 - (e - 1) / 52) ** 11 for e in (0, 0, 1, 20, 29)]
+    assert found == pytest.approx(wanted)
+    assert found[0] == pytest.approx(0.123, abs=5e-4)
+    adjusted = Schedule(kind="polynomial", power=2, end_epoch=50)
+    found = rates(adjusted, epochs=[0, 49, 60], num_epochs=70)
+    assert found == pytest.approx([0.1 * (50 / 49) ** 2, 0.1 * (1 / 49) ** 2, 0.0])
+    mobile = Schedule(kind="exponential", gamma=0.98)
+    found = rates(mobile, epochs=[0, 1.5, 10], lr=0.045, num_epochs=400)
+    assert found == pytest.approx([0.045, 0.045 * 0.98, 0.045 * 0.98**10])
+
+
+def test_piecewise_is_linear_between_its_points_and_stays_at_the_last() -> None:
+    schedule = Schedule(
+        kind="piecewise", milestones=(50, 100, 150), values=(1e-2, 1e-3, 1e-5)
+    )
+    found = rates(schedule, epochs=[0, 25, 50, 75, 150, 160], lr=6e-2, num_epochs=150)
+    assert found == pytest.approx([6e-2, 3.5e-2, 1e-2, 5.5e-3, 1e-5, 1e-5])
+
+
+def test_linear_falls_to_nothing_by_step_and_constant_does_not() -> None:
+    linear = rates(Schedule(kind="linear"), epochs=[0, 22.5, 90, 95], lr=0.5)
+    assert linear == pytest.approx([0.5, 0.375, 0, 0])
+    assert rates(Schedule(kind="constant"), epochs=[0, 89]) == [0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"kind": "step"}, "milestones"),
+        ({"kind": "step", "milestones": (30, 20)}, "milestones"),
+        ({"kind": "piecewise", "milestones": (30,)}, "values"),
+        ({"kind": "polynomial"}, "end_epoch"),
+        ({"gamma": 0}, "gamma"),
+    ],
+)
+def test_schedules_that_mean_nothing_are_refused(
+    fields: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"optim\.schedule\.{named}"):
+        Schedule(**fields)
+
+
+def test_sgd_steps_as_the_papers_code_does() -> None:
+    layer = nn.Linear(2, 1)
+    optim = dataclasses.replace(
+        OPTIM, optimizer="sgd", lr=0.1, weight_decay=0.01, decay_all=True
+    )
+    optimizer = build_optimizer(layer, optim=optim)
+    bias, momentum = layer.bias.item(), 0.0
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        momentum = 0.9 * momentum + 1.0 + 0.01 * bias
+        bias -= 0.1 * momentum
+    assert layer.bias.item() == pytest.approx(bias)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "so_vit_7"])
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_the_classifier_has_its_own_rate(name: str, decay_all: bool) -> None:
+    kwargs: dict[str, Any] = {"depth": 1, "img_size": 32} if "so_vit" in name else {}
+    model = timm.create_model(name, num_classes=5, **kwargs)
+    optim = dataclasses.replace(OPTIM, classifier_lr_scale=5.0, decay_all=decay_all)
+    optimizer = build_optimizer(model, optim=optim)
+    set_learning_rate(optimizer, lr=0.2)
+    rate = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    decay = {
+        id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]
+    }
+    assert optimizer.param_groups[0]["lr"] == 0.2
+    fresh = ("fc", "head.fc_class", "head.fc_visual")
+    for parameter_name, parameter in model.named_parameters():
+        is_fresh = parameter_name.rpartition(".")[0] in fresh
+        assert rate.pop(id(parameter)) == pytest.approx(1.0 if is_fresh else 0.2)
+        decays = decay_all or parameter.ndim > 1 or parameter_name == "cls_token"
+        assert decay[id(parameter)] == (optim.weight_decay if decays else 0.0)
+    assert not rate
