@@ -12,10 +12,20 @@ from sovit import attention_networks, gcp_networks, token_networks  # noqa: F401
 from sovit.attention import Gsop
 from sovit.backbones import SecondOrderNet, second_order
 from sovit.head import SecondOrderHead
-from sovit.moments import covariance, cross_covariance
+from sovit.moments import (
+    covariance,
+    cross_covariance,
+    gaussian_embedding,
+    upper_triangle,
+)
+from sovit.newton_schulz import (
+    covariance_sqrt,
+    newton_schulz_inverse_sqrt,
+    newton_schulz_sqrt,
+)
 from sovit.official import load_official
-from sovit.pooling import Pooling
-from sovit.powers import sv_power
+from sovit.pooling import Pooling, build_pooling
+from sovit.powers import covariance_power, matrix_log, matrix_power, sv_power
 from sovit.svpn import svpn
 from sovit.variants import default_pooling
 from sovit.vit import SoViT
@@ -26,11 +36,20 @@ __all__ = [
     "SecondOrderHead",
     "SecondOrderNet",
     "SoViT",
+    "build_pooling",
     "covariance",
+    "covariance_power",
+    "covariance_sqrt",
     "cross_covariance",
     "default_pooling",
+    "gaussian_embedding",
     "load_official",
+    "matrix_log",
+    "matrix_power",
+    "newton_schulz_inverse_sqrt",
+    "newton_schulz_sqrt",
     "second_order",
     "sv_power",
     "svpn",
+    "upper_triangle",
 ]

@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, register_model
 
 from sovit.head import classifier_names
 from sovit.official import checkpoint_filter_fn
-from sovit.pooling import Pooling
+from sovit.pooling import Pooling, as_pooling
 from sovit.shapes import Number
 from sovit.vit import SoViT
 
@@ -159,9 +159,9 @@ def _create(name: str, *, pretrained: bool, **kwargs: Any) -> SoViT:
         )
     _check_keywords(name, kwargs)
     arguments = {"fusion": "sum", **ARCHITECTURES[name], **kwargs}
-    pooling = arguments["pooling"] or {}
-    if isinstance(pooling, Mapping):
-        arguments["pooling"] = default_pooling(name).changed(pooling)
+    arguments["pooling"] = as_pooling(
+        arguments["pooling"] or {}, default=default_pooling(name)
+    )
     first_conv = "proj" if arguments["token_embed"] == "linear" else "stem"
     names = {
         "first_conv": f"patch_embed.{first_conv}",

@@ -138,6 +138,7 @@ def test_pooling_is_given_whole_or_as_changes() -> None:
     default.load_state_dict(changed.state_dict())
     assert not torch.allclose(default.eval()(images()), changed(images()))
     unchanged = build(pooling={})
+    assert build(pooling="isqrt_cov").head.visual_dim == 32_896
     default.load_state_dict(unchanged.state_dict())
     torch.testing.assert_close(default(images()), unchanged.eval()(images()))
     # Settings of one model are no other's.
