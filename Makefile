@@ -33,8 +33,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	@# The types are checked while the tests run: there are two cores.
+	$(BIN)/pyright & types=$$!; \
+	  $(BIN)/python -m pytest; tests=$$?; \
+	  wait $$types && exit $$tests
 
 pins:
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 pyproject.toml \

