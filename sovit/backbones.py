@@ -126,24 +126,14 @@ class SecondOrderNet(nn.Module):
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
         """Return the linear classifier, or the two whose logits are added."""
-        first, *others = self.head.classifiers()
-        return (first, *others) if others else first
+        return self.head.classifier
 
     def reset_classifier(
         self, num_classes: int, global_pool: str | None = None
     ) -> None:
-        """Make new classifiers for `num_classes`; none with 0.
-
-        `global_pool` is there for timm's tools and must be None: the pooling is chosen
-        when the model is made.
-        """
-        if global_pool is not None:
-            raise ValueError(
-                f"global_pool must be None, got {global_pool!r}: "
-                "create the model with pooling={...} or fusion=... instead."
-            )
+        """Make new classifiers for `num_classes`; see the head's `reset`."""
+        self.head.reset(num_classes, global_pool=global_pool)
         self.num_classes = num_classes
-        self.head.reset(num_classes)
         self.head.to(next(self.backbone.parameters()))
 
     def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ..."]:

@@ -64,8 +64,17 @@ class SecondOrderHead(nn.Module):
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes)
 
-    def reset(self, num_classes: int) -> None:
-        """Make new classifiers for `num_classes`; none with 0."""
+    def reset(self, num_classes: int, *, global_pool: str | None = None) -> None:
+        """Make new classifiers for `num_classes`; none with 0.
+
+        `global_pool` is there for timm's tools and must be None: the pooling is chosen
+        when the model is made.
+        """
+        if global_pool is not None:
+            raise ValueError(
+                f"global_pool must be None, got {global_pool!r}: "
+                "create the model with pooling={...} or fusion=... instead."
+            )
         if num_classes < 0:
             raise ValueError(
                 f"num_classes must be at least 0, got {num_classes}: "
@@ -91,6 +100,12 @@ class SecondOrderHead(nn.Module):
     def classifiers(self) -> tuple[nn.Module, ...]:
         """Return the classifiers, in the order of `classifier_names`."""
         return tuple(getattr(self, name) for name in self.classifier_names)
+
+    @property
+    def classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """Return the linear classifier, or the two whose logits are added."""
+        first, *others = self.classifiers()
+        return (first, *others) if others else first
 
     def represent(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor | None, ...]:
         """Return the class vector and the visual vector; None for one not used."""

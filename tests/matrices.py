@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,23 @@ def spectral(x: Tensor, *, power: float) -> Tensor:
     kept = values > 1e-10
     powered = torch.where(kept, torch.where(kept, values, 1.0) ** power, 0.0)
     return (vectors * powered.unsqueeze(-2)) @ vectors.mT
+
+
+def check_autocast(
+    function: Callable[[Tensor], Tensor], x: Tensor, *, backward_inside: bool
+) -> None:
+    """Hold a function's float32 values and gradients under autocast to those without.
+
+    `backward_inside` calls `backward()` under autocast, too.
+    """
+    x = x.float().requires_grad_()
+    wanted = function(x)
+    (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = function(x)
+        loss = got.square().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward_inside):
+        (grad,) = torch.autograd.grad(loss, x)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(grad, wanted_grad, rtol=1e-5, atol=1e-6)

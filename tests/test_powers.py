@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sovit.moments import covariance
 from sovit.powers import covariance_power, matrix_log, matrix_power, sv_power
-from tests.matrices import normal, semidefinite, spectral
+from tests.matrices import check_autocast, normal, semidefinite, spectral
 
 POWERS = pytest.mark.parametrize("power", [-1.0, -0.5, 0.3, 0.5, 1.0, 2.0])
 
@@ -122,17 +122,7 @@ def test_zero_map_and_low_rank_give_finite_gradients(
 
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_autocast_lowers_neither_direction(backward_inside: bool) -> None:
-    x = normal(4, 5, 12, dtype=torch.float32).requires_grad_()
-    wanted = covariance_power(x)
-    (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = covariance_power(x)
-        loss = got.square().sum()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward_inside):
-        (grad,) = torch.autograd.grad(loss, x)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
-    torch.testing.assert_close(grad, wanted_grad, rtol=1e-5, atol=1e-6)
+    check_autocast(covariance_power, normal(4, 5, 12), backward_inside=backward_inside)
 
 
 def test_vmap_maps_values_and_gradients() -> None:

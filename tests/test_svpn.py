@@ -11,11 +11,7 @@ from torch.nn import functional
 
 from sovit.powers import sv_power
 from sovit.svpn import REMAINDER_EPS, svpn
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+from tests.matrices import check_autocast, normal
 
 
 def by_definition(
@@ -159,18 +155,12 @@ def test_gradients_are_right(num_values: int | None, num_iterations: int) -> Non
 def test_autocast_lowers_neither_direction(
     num_values: int, backward_inside: bool
 ) -> None:
-    x = normal(4, 8, 12, dtype=torch.float32).requires_grad_()
     start = normal(12, seed=1, dtype=torch.float32)
-    wanted = svpn(x, start, num_singular_values=num_values)
-    (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = svpn(x, start, num_singular_values=num_values)
-        loss = got.square().sum()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward_inside):
-        (grad,) = torch.autograd.grad(loss, x)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
-    torch.testing.assert_close(grad, wanted_grad, rtol=1e-5, atol=1e-6)
+    check_autocast(
+        lambda x: svpn(x, start, num_singular_values=num_values),
+        normal(4, 8, 12),
+        backward_inside=backward_inside,
+    )
 
 
 def test_bfloat16_matrices_are_powered_in_float32() -> None:
