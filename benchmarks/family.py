@@ -40,7 +40,7 @@ from pipelines.optim import build_optimizer
 from pipelines.supply import Supply, reading_of
 from recipes.demo import demo
 from sovit.attention import add_gsop
-from sovit.attention_networks import add_eca
+from sovit.networks.eca_gsop import add_eca
 from sovit.pooling import Pooling
 
 _PROG = "benchmarks.family"

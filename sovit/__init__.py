@@ -7,8 +7,6 @@ Importing this package puts the models into timm's registry:
 
 from __future__ import annotations
 
-# These three only register networks.
-from sovit import attention_networks, gcp_networks, token_networks  # noqa: F401
 from sovit.attention import Gsop
 from sovit.backbones import SecondOrderNet, second_order
 from sovit.head import SecondOrderHead
@@ -18,6 +16,10 @@ from sovit.moments import (
     gaussian_embedding,
     upper_triangle,
 )
+
+# These three only register networks.
+from sovit.networks import deit_swin, eca_gsop, gcp  # noqa: F401
+from sovit.networks.so_vit import default_pooling
 from sovit.newton_schulz import (
     covariance_sqrt,
     newton_schulz_inverse_sqrt,
@@ -27,7 +29,6 @@ from sovit.official import load_official
 from sovit.pooling import Pooling, build_pooling
 from sovit.powers import covariance_power, matrix_log, matrix_power, sv_power
 from sovit.svpn import svpn
-from sovit.variants import default_pooling
 from sovit.vit import SoViT
 
 __all__ = [

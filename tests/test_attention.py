@@ -23,7 +23,7 @@ from sovit.attention import (
     spatial_covariance,
     stages_of,
 )
-from sovit.attention_networks import add_eca, add_mobile_eca
+from sovit.networks.eca_gsop import add_eca, add_mobile_eca
 
 # Counted from the layers of the release: 1x1, row norm, grouped convolution, 1x1.
 CHANNEL_PARAMETERS = {256: 230_784, 512: 394_880, 1024: 723_072, 2048: 1_379_456}

@@ -16,8 +16,8 @@ from torch import nn
 import sovit
 from pipelines.checkpoint import build_model
 from pipelines.config import Model
-from sovit import attention_networks, gcp_networks, token_networks
 from sovit.attention import ATTENTIONS, Gsop
+from sovit.networks import deit_swin, eca_gsop, gcp
 from sovit.pooling import Pooling
 from tests.paper_networks import BIG, NAMES, ON_META, build, images, on_meta, usual
 
@@ -65,7 +65,7 @@ for name, settings in FAMILIES.items():
 
 
 def test_the_lists_are_whole() -> None:
-    modules = (attention_networks, gcp_networks, token_networks)
+    modules = (eca_gsop, gcp, deit_swin)
     registered = [name for module in modules for name in module.default_cfgs]
     assert sorted(registered) == sorted(NAMES)
     assert all(timm.is_model(name) for name in NAMES)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import sovit
 from sovit.head import FUSIONS
+from sovit.networks.so_vit import ARCHITECTURES
 from sovit.pooling import Pooling
 from sovit.positions import sinusoid_table
-from sovit.variants import ARCHITECTURES
 
 # Counted from the layers' shapes; the first and fifth are the released code's own.
 NUM_PARAMETERS = {

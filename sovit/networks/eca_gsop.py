@@ -17,7 +17,7 @@ from torch import nn
 
 from sovit.attention import NUM_STAGES, REDUCED_DIM, add_gsop, stages_of
 from sovit.backbones import SecondOrderNet, second_order
-from sovit.networks import create, paper_cfg
+from sovit.networks.build import create, paper_cfg
 from sovit.pooling import Pooling
 from sovit.shapes import Number, Tensor
 from sovit.trunks import check_conv_size, unstride_last_stage

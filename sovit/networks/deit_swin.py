@@ -15,7 +15,7 @@ from typing import Any
 from timm.models import register_model
 
 from sovit.backbones import SecondOrderNet, second_order
-from sovit.networks import create, paper_cfg
+from sovit.networks.build import create, paper_cfg
 from sovit.pooling import Pooling
 from sovit.shapes import Number
 

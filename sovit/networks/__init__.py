@@ -1,0 +1,1 @@
+"""Networks by name: importing these modules puts them into timm's registry."""
