@@ -107,17 +107,18 @@ class _OneStep(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         mapped = matrix @ start
         size = torch.linalg.vector_norm(mapped, dim=-1, keepdim=True)
-        floor = TINY * torch.linalg.vector_norm(start)
-        inverse_size = (size > floor) / size.clamp(min=TINY)
+        # What is next to zero stays so: it is divided by no less than TINY.
+        inverse_size = size.clamp(min=TINY).reciprocal()
         u = mapped * inverse_size
         projected = torch.bmm(u.unsqueeze(-2), matrix).squeeze(-2)
         s = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
         positive, safe = s > TINY, s.clamp(min=TINY)
-        v = projected * (positive / safe)
-        scale = torch.where(positive, 1 / (safe ** (1 - power) + eps), 1.0)
-        powered = safe**power * positive
-        left = (powered * scale * eps * u).unsqueeze(-1)
-        result = torch.baddbmm(matrix * scale.unsqueeze(-1), left, v.unsqueeze(-2))
+        v = projected / safe
+        powered = safe**power
+        scale = torch.where(positive, powered / safe.add(powered, alpha=eps), 1.0)
+        left = (powered * scale * positive * u).unsqueeze(-1)
+        scaled = matrix * scale.unsqueeze(-1)
+        result = torch.baddbmm(scaled, left, v.unsqueeze(-2), alpha=eps)
         return result, inverse_size, u, s, v, scale, powered
 
     @staticmethod
@@ -134,27 +135,25 @@ class _OneStep(torch.autograd.Function):
         matrix, start, inverse_size, u, s, v, scale, powered = ctx.saved_tensors
         grad, power, eps = grad_outputs[0], ctx.power, ctx.eps
         with autocast_off(matrix.device.type):
-            inverse = (s > TINY) / s.clamp(min=TINY)
-            weight = powered * scale * eps
-            # Derivatives of 1 / (s^(1 - power) + eps) and of the weight by s.
-            slope = powered * inverse
-            d_scale = (
-                (power - 1) * scale.square() * (s > TINY) / powered.clamp(min=TINY)
-            )
-            d_weight = eps * (power * slope * scale + powered * d_scale)
+            # With c the scale, P = s^power and w = eps P c: dc/ds = (power - 1) c^2 / P
+            # and dw/ds = power w / s + eps P dc/ds.
+            scaled = powered * scale * (s > TINY)
+            over_s = eps * scaled / s.clamp(min=TINY)
             # Faster on a CPU than a batched product with a column.
             grad_v = (grad * v.unsqueeze(-2)).sum(-1)
             grad_u = torch.bmm(u.unsqueeze(-2), grad).squeeze(-2)
             along = (u * grad_v).sum(-1, keepdim=True)
             inner = (grad * matrix).sum(dim=(-2, -1)).unsqueeze(-1)
-            # What comes back to A^T u, then to A v_0.
-            row = torch.addcmul(
-                (inner * d_scale + along * d_weight) * v,
-                weight * inverse,
-                grad_u - along * v,
+            slope = (
+                (inner / powered).add(along, alpha=eps) * scale.square() * (s > TINY)
             )
-            column = (matrix * row.unsqueeze(-2)).sum(-1) + weight * grad_v
-            column = (column - (u * column).sum(-1, keepdim=True) * u) * inverse_size
+            # What comes back to A^T u, then to A v_0.
+            row = (power - 1) * torch.addcmul(slope, over_s, along) * v
+            row = torch.addcmul(row, over_s, grad_u)
+            column = (matrix * row.unsqueeze(-2)).sum(-1)
+            column = torch.addcmul(column, scaled, grad_v, value=eps)
+            inside = (u * column).sum(-1, keepdim=True)
+            column = torch.addcmul(column, inside, u, value=-1) * inverse_size
             of_start = torch.bmm(column.unsqueeze(-2), matrix).sum(dim=(0, 1))
             left = torch.stack([u, column], dim=-1)
             right = torch.stack([row, start.expand_as(row)], dim=-2)
