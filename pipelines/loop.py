@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 from timm.utils.model_ema import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from pipelines.checkpoint import Position
 from pipelines.clock import Clock
@@ -86,6 +86,7 @@ def train(
     on_epoch_end: Callable[[TrainState], None],
     on_checkpoint: Callable[[TrainState], None] = lambda state: None,
     on_batch: Callable[[Batch, int], None] = lambda batch, step: None,
+    on_step_begin: Callable[[TrainState, Batch], None] = lambda state, batch: None,
 ) -> None:
     """Train until the batches end.
 
@@ -95,6 +96,7 @@ def train(
         on_checkpoint: is called within an epoch where the run wants a checkpoint, on
             every worker at the same step.
         on_batch: is called with each micro-batch that was trained on, and its step.
+        on_step_begin: is called before a step, with its first micro-batch.
 
     Raises NonFiniteLossError, naming the step, where the loss is not finite, and
     BadImagesError where too many images could not be decoded.
@@ -107,6 +109,7 @@ def train(
     for batch in clock.waiting(batches):
         if batch.micro == 0:
             _begin_step(state, settings=settings)
+            on_step_begin(state, batch)
         _forward_backward(state, batch, settings=settings, sums=sums)
         on_batch(batch, state.position.step)
         if not batch.ends_step:
@@ -175,20 +178,25 @@ def _begin_step(state: TrainState, *, settings: LoopSettings) -> None:
     set_learning_rate(state.optimizer, lr=lr)
 
 
-def _forward_backward(
-    state: TrainState, batch: Batch, *, settings: LoopSettings, sums: Sums
-) -> None:
+def mixed(batch: Batch, *, settings: LoopSettings) -> tuple[Tensor, Tensor]:
+    """Give the images and targets that a batch is trained on: smoothed, and mixed."""
     run = settings.run
     targets = smooth_targets(
         batch.labels,
         num_classes=settings.num_classes,
         smoothing=run.optim.label_smoothing,
     )
-    images = batch.images
     draw_key = key(run.seed, batch.epoch, batch.index, batch.micro, Purpose.MIX)
     draw = draw_mix(run.optim, key=draw_key)
-    if draw is not None:
-        images, targets = mix(images, targets, draw=draw)
+    if draw is None:
+        return batch.images, targets
+    return mix(batch.images, targets, draw=draw)
+
+
+def _forward_backward(
+    state: TrainState, batch: Batch, *, settings: LoopSettings, sums: Sums
+) -> None:
+    images, targets = mixed(batch, settings=settings)
     no_sync = getattr(state.forward, "no_sync", contextlib.nullcontext)
     with contextlib.nullcontext() if batch.ends_step else no_sync():
         with settings.autocast:
@@ -221,13 +229,23 @@ def share_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+def predict(model: nn.Module, images: Tensor, *, settings: LoopSettings) -> Tensor:
+    """Give the logits (B, K) of images (B, 3, H, W) as evaluation takes them.
+
+    With `data.eval_mirror` they are the mean of the image's and its mirror image's.
+    """
+    with settings.autocast:
+        logits = model(images)
+        if settings.run.data.eval_mirror:
+            logits = (logits + model(images.flip(-1))) / 2
+    return logits
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], *, settings: LoopSettings
 ) -> dict[str, float]:
     """Evaluate on one epoch of batches; every image counts once.
-
-    With `data.eval_mirror` logits are the mean of an image's and its mirror image's.
 
     Returns:
         Means of loss, top1 and top5 (percent), num_images, and num_bad, the images
@@ -236,10 +254,7 @@ def evaluate(
     model.eval()
     sums = Sums(settings.device)
     for batch in batches:
-        with settings.autocast:
-            logits = model(batch.images)
-            if settings.run.data.eval_mirror:
-                logits = (logits + model(batch.images.flip(-1))) / 2
+        logits = predict(model, batch.images, settings=settings)
         losses = nn.functional.cross_entropy(
             logits.float(), batch.labels, reduction="none"
         )

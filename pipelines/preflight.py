@@ -15,6 +15,7 @@ from pipelines.config import Run
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.ingest.spot_check import spot_check
 from pipelines.initial import load_initial
+from sovit.probes import find_stem
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +44,14 @@ def check_run(run: Run) -> CheckedRun:
     """Read the shards' footers and a sample of rows; build the model without memory.
 
     Raises ValueError where a set can't be used, the two have other classes, or the
-    model can't be built so.
+    model can't be built or probed so.
     """
     train_shards, val_shards = _read_shards(run)
     for shards in (train_shards, val_shards):
         spot_check(shards)
     model = _check_model(run, classes=train_shards.classes)
+    if run.probe.every_steps:
+        find_stem(model, name=run.probe.stem)
     return CheckedRun(
         model_name=run.model.name,
         num_params=sum(parameter.numel() for parameter in model.parameters()),

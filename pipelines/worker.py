@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ from pipelines.loop import (
 )
 from pipelines.opener import RayOpener
 from pipelines.optim import build_optimizer
+from pipelines.probing import Prober, draw_bands
 from pipelines.progress import Event
 from pipelines.supply import Supply, reading_of
-from pipelines.tracking import MetricWriter
+from pipelines.tracking import FigureWriter, MetricWriter
 
 _FLUSH_S = 15.0
 
@@ -79,6 +81,8 @@ class _Worker:
         self.writer = MetricWriter(
             job.tracking_uri, job.mlflow_run_id if not rank else ""
         )
+        self.figures = FigureWriter(job.tracking_uri, job.mlflow_run_id)
+        self.prober = self._open_prober()
         self.key_log = self._open_key_log()
         self._last_log: dict[str, float] = {}
 
@@ -91,6 +95,7 @@ class _Worker:
             supply.close()
         for opener in self.openers:
             opener.close()
+        self.figures.close(_FLUSH_S)
         self.writer.close(_FLUSH_S)
         if self.key_log is not None:
             self.key_log.close()
@@ -105,7 +110,21 @@ class _Worker:
             on_epoch_end=self._end_epoch,
             on_checkpoint=self._keep,
             on_batch=self._note,
+            on_step_begin=self._probe,
         )
+
+    def _probe(self, state: TrainState, batch: Batch) -> None:
+        if self.prober is not None:
+            self.prober(state, batch)
+
+    def _open_prober(self) -> Prober | None:
+        if self.rank != 0 or not self.run.probe.every_steps:
+            return None
+
+        def log(metrics: Mapping[str, float], step: int) -> None:
+            self.writer.log(metrics, step=step)
+
+        return Prober(self.state.model, settings=self.settings, on_probe=log)
 
     def _note(self, batch: Batch, step: int) -> None:
         if self.key_log is not None:
@@ -228,6 +247,10 @@ class _Worker:
         if self.rank == 0:
             self.writer.log(metrics | {"epoch": position.epoch}, step=position.step)
             self._post(position, held_out=held_out)
+        if self.prober is not None:
+            title = f"{self.run.recipe}, to epoch {position.epoch}"
+            draw = partial(draw_bands, tuple(self.prober.bands), title=title)
+            self.figures.log(draw, path=f"probes/epoch_{position.epoch:04d}.png")
 
     def _keep(self, state: TrainState) -> None:
         """Write a checkpoint within an epoch: nothing is evaluated."""

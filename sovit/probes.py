@@ -98,7 +98,7 @@ class _Rest:
     ) -> None:
         modules = dict(model.named_modules())
         if not stem or stem not in modules:
-            raise ValueError(_text(f"{stem!r}", model))
+            raise ValueError(_text(repr(stem), model))
         self._model, self._images, self._loss = model, images, loss
         self._stem, self._name = modules[stem], stem
         # Detached, weights get no gradients, and the stem needs none.
@@ -141,18 +141,19 @@ def _same_draws(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
-def find_stem(model: nn.Module) -> str:
+def find_stem(model: nn.Module, *, name: str = "") -> str:
     """Name the module that ends the stem of a timm model, or of one of ours.
 
     That is the max-pooling of a ResNet, the first activation of a MobileNetV2, and the
-    patch embedding of a transformer. Raises ValueError, listing the modules, where a
-    model has none of these.
+    patch embedding of a transformer; or the module called `name`. Raises ValueError,
+    listing the modules, where a model has none of these.
     """
     modules = dict(model.named_modules())
-    names = (f"{trunk}{stem}" for stem in _STEMS for trunk in _TRUNKS)
-    found = next((name for name in names if name in modules), None)
-    if found is None:
-        raise ValueError(_text("none of a known family", model))
+    usual = (f"{trunk}{stem}" for stem in _STEMS for trunk in _TRUNKS)
+    found = next((one for one in (name, *usual) if one and one in modules), None)
+    if found is None or (name and found != name):
+        what = repr(name) if name else "none of a known family"
+        raise ValueError(_text(what, model))
     return found
 
 

@@ -192,6 +192,9 @@ def test_an_unknown_stem_is_named_beside_those_there_are() -> None:
         probe(model, x, loss=torch.sum, stem="stems", step_sizes=STEPS)
     with pytest.raises(ValueError, match=r"none of a known family.*0, 1"):
         find_stem(nn.Sequential(nn.Flatten(), nn.Linear(2, 2)))
+    assert find_stem(model, name="linear") == "linear"
+    with pytest.raises(ValueError, match=r"got 'stems'.*Small's: stem, linear"):
+        find_stem(model, name="stems")
 
 
 def test_a_stem_that_does_not_run_is_refused_and_leaves_no_hook() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,29 @@ def test_files_are_kept_as_artifacts(uri: str, storage: Path) -> None:
     tracking.log_file(uri, run_id, file=figure, folder="figures")
     kept = storage / "mlartifacts" / run_id / "artifacts" / "figures" / "figure.svg"
     assert kept.read_text() == "<svg/>"
+
+
+def test_figures_are_drawn_and_kept_beside_the_training(
+    uri: str, storage: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = _open(uri)
+    writer, may_end = tracking.FigureWriter(uri, run_id), threading.Event()
+
+    def draw(file: Path) -> None:
+        may_end.wait(CLOSE_S)
+        file.write_text("drawn")
+
+    writer.log(draw, path="probes/first.png")
+    writer.log(draw, path="probes/second.png")
+    assert "probes/second.png is left out: the figure before" in caplog.text
+    may_end.set()
+    writer.close(CLOSE_S)
+    folder = storage / "mlartifacts" / run_id / "artifacts" / "probes"
+    assert (folder / "first.png").read_text() == "drawn"
+    writer.log(lambda file: file.parent.joinpath("no/file").touch(), path="third.png")
+    writer.close(CLOSE_S)
+    assert "third.png is left out: FileNotFoundError" in caplog.text
+    assert [file.name for file in folder.iterdir()] == ["first.png"]
 
 
 def test_a_run_that_restarts_stays_one_run(uri: str) -> None:
@@ -195,4 +219,7 @@ def test_without_a_run_nothing_is_called() -> None:
     tracking.end_run(nowhere, "", status="FINISHED")
     tracking.log_text(nowhere, "", text="a", path="b")
     tracking.log_file(nowhere, "", file=Path("none"))
+    figures = tracking.FigureWriter(nowhere, "")
+    figures.log(lambda file: pytest.fail(f"{file} is drawn"), path="a.png")
+    figures.close(CLOSE_S)
     assert tracking.log_model(nowhere, "", checkpoint=Path("none"), example=b"") == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipelines.tracking.client import default_uri
+from pipelines.tracking.figures import FigureWriter
 from pipelines.tracking.runs import (
     MetricWriter,
     end_run,
@@ -15,6 +16,7 @@ from pipelines.tracking.runs import (
 )
 
 __all__ = [
+    "FigureWriter",
     "MetricWriter",
     "default_uri",
     "end_run",

@@ -79,15 +79,17 @@ def attempt(
     loss: str,
     timeout_s: float = _TIMEOUT_S,
     settings: Mapping[str, str] = PATIENCE,
+    create: bool = True,
 ) -> Result:
     """Call with a client; where that fails, warn what is lost and go on.
 
     A store that is no SQLite file, whose creation takes its time, gets `timeout_s`.
+    Only the driver may `create` one: workers could be on another machine.
     """
 
     def connect_and_call() -> Result:
         with environment(settings):
-            return call(connect(uri, create=True))
+            return call(connect(uri, create=create))
 
     is_file = uri.startswith(_SQLITE)
     try:

@@ -155,14 +155,20 @@ def read_text(uri: str, run_id: str, *, path: str) -> str:
     return attempt(read, uri=uri, otherwise="", loss=f"{path} is not read")
 
 
-def log_file(uri: str, run_id: str, *, file: Path, folder: str = "") -> None:
-    """Keep a file, a figure say, as an artifact of a run; its content goes as it is."""
+def log_file(
+    uri: str, run_id: str, *, file: Path, folder: str = "", create: bool = True
+) -> None:
+    """Keep a file, a figure say, as an artifact of a run; its content goes as it is.
+
+    `create` makes an SQLite store that is not there: for the driver, not for workers.
+    """
     if run_id:
         attempt(
             lambda client: client.log_artifact(run_id, str(file), folder or None),
             uri=uri,
             otherwise=None,
             loss=f"{file.name} is not recorded",
+            create=create,
         )
 
 

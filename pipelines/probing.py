@@ -1,0 +1,123 @@
+"""Probe a training every few steps: metrics, and the bands as a picture.
+
+`sovit.probes` says what is measured. One worker's share of the batch is probed, just
+before it is trained on, with the targets and the draws of that step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.ingest.batch import Batch
+from pipelines.loop import LoopSettings, TrainState, mixed
+from pipelines.mixing import soft_cross_entropy
+from sovit.probes import Probed, find_stem, probe
+
+_INCHES = (7.0, 6.0)
+_DOTS_PER_INCH = 110
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """Hold the extremes that one step's probe has found, over all step sizes."""
+
+    step: int
+    loss: float
+    """Loss of the batch itself."""
+    loss_min: float
+    loss_max: float
+    gradient_change_min: float
+    gradient_change_max: float
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Name the values as they are logged."""
+        names = ("loss_min", "loss_max", "gradient_change_min", "gradient_change_max")
+        return {f"probe/{name}": getattr(self, name) for name in names}
+
+
+class Prober:
+    """Probe the model where the run's `probe.every_steps` divides the step.
+
+    Raises ValueError where the model has no such stem.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        settings: LoopSettings,
+        on_probe: Callable[[Mapping[str, float], int], None],
+    ) -> None:
+        self._settings, self._on_probe = settings, on_probe
+        self._stem = find_stem(model, name=settings.run.probe.stem)
+        self.bands: list[Band] = []
+        """What was found since this process started."""
+
+    def __call__(self, state: TrainState, batch: Batch) -> None:
+        """Probe before a step that is due; waits for the device then."""
+        every, step = self._settings.run.probe.every_steps, state.position.step
+        if not every or step % every:
+            return
+        band = _band(self._probe(state.model, batch), step=step)
+        self.bands.append(band)
+        self._on_probe(band.metrics, step)
+
+    def _probe(self, model: nn.Module, batch: Batch) -> Probed:
+        images, targets = mixed(batch, settings=self._settings)
+        num_images = batch.weights.sum().clamp(min=1)
+
+        def loss(logits: Tensor) -> Tensor:
+            losses = soft_cross_entropy(logits, targets)
+            return (losses * batch.weights).sum() / num_images
+
+        wanted = self._settings.run.probe
+        sizes = torch.linspace(
+            wanted.min_step_size, wanted.max_step_size, wanted.num_step_sizes
+        )
+        # Outside the run's autocast: bfloat16 loses the smallest steps.
+        return probe(model, images, loss=loss, stem=self._stem, step_sizes=sizes)
+
+
+def _band(found: Probed, *, step: int) -> Band:
+    losses, changes = found.losses, found.gradient_changes
+    return Band(
+        step=step,
+        loss=found.loss.item(),
+        loss_min=losses.min().item(),
+        loss_max=losses.max().item(),
+        gradient_change_min=changes.min().item(),
+        gradient_change_max=changes.max().item(),
+    )
+
+
+def draw_bands(bands: Sequence[Band], path: Path, *, title: str) -> None:
+    """Draw the bands over the steps as a PNG, as the study's figures do."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_INCHES, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    steps = [band.step for band in bands]
+    figure.suptitle(title)
+    upper.fill_between(
+        steps,
+        [band.loss_min for band in bands],
+        [band.loss_max for band in bands],
+        alpha=0.4,
+    )
+    upper.plot(steps, [band.loss for band in bands], marker=".")
+    upper.set_ylabel("loss, and its band")
+    lower.fill_between(
+        steps,
+        [band.gradient_change_min for band in bands],
+        [band.gradient_change_max for band in bands],
+        alpha=0.4,
+    )
+    lower.set_ylabel("gradient change")
+    lower.set_xlabel("step")
+    figure.savefig(path, dpi=_DOTS_PER_INCH, format="png")
