@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.ingest.batch import Batch
-from pipelines.loop import LoopSettings
+from pipelines.loop import LoopSettings, predict
 from pipelines.metrics import correct
 from pipelines.pixels.host import Threads
 from pipelines.robustness.corruptions import Corruption, corrupt
@@ -37,8 +37,8 @@ class Pass:
 
     def logits(self, pixels: np.ndarray) -> Tensor:
         """Show uint8 pixels (B, H, W, 3) to the model: float (B, K)."""
-        with self.settings.autocast:
-            return self.model(self.levels.normalized(pixels))
+        images = self.levels.normalized(pixels)
+        return predict(self.model, images, settings=self.settings)
 
 
 @torch.no_grad()
