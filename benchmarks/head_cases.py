@@ -87,8 +87,8 @@ def _svpn_case(batch_size: int) -> Case:
     start = torch.randn(64, generator=torch.Generator().manual_seed(_SEED))
     return Case(
         name=f"svPN, 48x64, batch {batch_size}",
-        ours=lambda x: svpn(x, start.to(x.device)),
-        straightforward=lambda x: plain.svpn(x, start.to(x.device)),
+        ours=lambda x: svpn(x, start.to(x)),
+        straightforward=lambda x: plain.svpn(x, start.to(x)),
         shape=(batch_size, 196, 64),
         of_matrix=True,
         num_rows=48,

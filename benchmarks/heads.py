@@ -34,8 +34,6 @@ from pipelines.cli import parse, run_command
 
 _PROG = "benchmarks.heads"
 _CURVE_DIMS = (32, 64, 128, 192, 256, 384, 512)
-# The rounds of one function go on for so long, or once.
-_ROUND_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +43,8 @@ class Options:
     batch_size: int = 32
     rounds: int = 7
     """0 leaves out the comparison."""
+    round_s: float = 0.5
+    """A round of one function goes on for so long, or once."""
     num_threads: int = 2
     compile: bool = False
     """Also compile the straightforward version and ours."""
@@ -84,7 +84,10 @@ def compare(case: Case, *, options: Options, compiled: bool, device: str) -> Res
     weight = torch.randn_like(case.ours(x))
     mine, theirs = [], []
     for seen in range(options.rounds + 1):
-        times = [step_ms(function, x, weight) for function in (ours, other)]
+        times = [
+            step_ms(function, x, weight, round_s=options.round_s)
+            for function in (ours, other)
+        ]
         # The first round warms up, and compiles.
         if seen:
             mine.append(times[0])
@@ -99,10 +102,12 @@ def compare(case: Case, *, options: Options, compiled: bool, device: str) -> Res
     )
 
 
-def step_ms(function: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> float:
-    """Time forward and backward for half a second, and give the median of it."""
+def step_ms(
+    function: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, *, round_s: float
+) -> float:
+    """Time forward and backward for some seconds, once at least: the median."""
     times: list[float] = []
-    while not times or sum(times) < _ROUND_S:
+    while not times or sum(times) < round_s:
         leaf = x.clone().requires_grad_()
         _wait(x)
         start_s = time.perf_counter()
@@ -158,10 +163,11 @@ def share_text(share: Share) -> str:
     )
 
 
-def plot(path: Path, *, batch_size: int, device: str) -> None:
+def plot(path: Path, *, options: Options, device: str) -> None:
     """Draw time and kept memory against channels, for 196 tokens."""
     from matplotlib.figure import Figure
 
+    batch_size = options.batch_size
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, function in tqdm(curves().items(), unit="curve", disable=None):
@@ -175,7 +181,8 @@ def plot(path: Path, *, batch_size: int, device: str) -> None:
             )
             x = case.input(device)
             weight = torch.randn_like(function(x))
-            times.append(step_ms(function, x, weight) / batch_size)
+            spent_ms = step_ms(function, x, weight, round_s=options.round_s)
+            times.append(spent_ms / batch_size)
             sizes.append(kept(function, x) * x.nbytes / batch_size / 2**20)
         left.plot(_CURVE_DIMS, times, marker="o", label=name)
         right.plot(_CURVE_DIMS, sizes, marker="o", label=name)
@@ -211,7 +218,7 @@ def _main(arguments: Sequence[str]) -> None:
         print("\n".join(share_text(share) for share in shares))
         content["steps"] = [asdict(share) for share in shares]
     if options.plot:
-        plot(options.plot, batch_size=options.batch_size, device=device)
+        plot(options.plot, options=options, device=device)
     if options.json:
         options.json.write_text(json.dumps(content, indent=2) + "\n")
 

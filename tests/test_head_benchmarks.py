@@ -1,0 +1,74 @@
+"""The heads' benchmark compares what is the same, and counts what is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import heads
+from benchmarks.family import HEADS, Trained, build, table
+from benchmarks.head_cases import Case, cases, curves
+from benchmarks.heads import kept
+
+
+@pytest.mark.parametrize("case", cases(1), ids=lambda case: case.name)
+def test_both_versions_have_the_same_values_and_gradients(case: Case) -> None:
+    x = case.input("cpu").double().requires_grad_()
+    got, wanted = case.ours(x), case.straightforward(x)
+    # The straightforward eigenvalues are kept off zero.
+    tolerance = 2e-2 if case.name.startswith("MPN-COV") else 1e-8
+    torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+    if not case.name.startswith("MPN-COV"):
+        (got_grad,) = torch.autograd.grad(got.square().sum(), x)
+        (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
+        if case.of_matrix and case.num_rows is None:
+            # Of a symmetric matrix the symmetric part counts.
+            wanted_grad = (wanted_grad + wanted_grad.mT) / 2
+        torch.testing.assert_close(got_grad, wanted_grad, rtol=1e-6, atol=1e-9)
+
+
+def test_kept_counts_what_autograd_keeps() -> None:
+    x = torch.ones(3, 4)
+    assert kept(lambda x: x.exp(), x) == 1.0
+    assert kept(lambda x: x.exp().exp(), x) == 2.0
+    assert kept(lambda x: x + 1, x) == 0.0
+
+
+def test_the_command_prints_a_table_and_keeps_figures_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "_CURVE_DIMS", (8, 16))
+    out, picture = tmp_path / "result.json", tmp_path / "costs.png"
+    short = ["--rounds", "1", "--round-s", "0", "--batch-size", "1", "--steps"]
+    heads._main([*short, "--json", str(out), "--plot", str(picture)])
+    printed = capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert [found["name"] for found in content["heads"]] == [c.name for c in cases(1)]
+    assert all(found["name"] in printed for found in content["heads"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len(curves()) == 8
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_small_backbone_takes_every_head(head: str) -> None:
+    model = build(head, num_classes=10)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert model.get_submodule("backbone.layer4")(torch.randn(1, 64, 8, 8)).shape == (
+        1,
+        128,
+        8,
+        8,
+    )
+
+
+def test_the_comparison_gives_mean_and_sample_deviation() -> None:
+    found = [
+        Trained(top1=top1, ema_top1=80.0, num_params=1234, seconds=2.0)
+        for top1 in (70.0, 72.0, 74.0)
+    ]
+    assert "72.00 +- 2.00" in table({"svPN": found})
+    assert "80.00 +- 0.00" in table({"svPN": found[:1]})
