@@ -216,7 +216,7 @@ def _check_same(before: Run, now: Run) -> None:
         for name in sorted(params.keys() | was.keys())
         if params.get(name) != was.get(name)
         and name not in free
-        and not name.startswith("scale.")
+        and not name.startswith(("scale.", "probe."))
     ]
     if changed:
         raise ValueError(

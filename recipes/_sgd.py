@@ -1,0 +1,81 @@
+"""What the papers' PyTorch scripts have in common: SGD on random crops and flips.
+
+Momentum 0.9, all parameters decayed (BatchNorm's and biases too), no warm-up, plain
+cross-entropy. Training cuts random-resized crops and flips half of them; evaluation
+resizes the short side to 256 and crops 224. Here as there bilinearly, but antialiased
+by our decoders' rules; and in bfloat16 where a GPU has it, unless --scale.amp off.
+"""
+
+from __future__ import annotations
+
+from pipelines.config import (
+    Augment,
+    Data,
+    Model,
+    Optim,
+    Probe,
+    Run,
+    Scale,
+    Schedule,
+)
+
+NO_PROBE = Probe()
+
+
+def steps(*milestones: float) -> Schedule:
+    """Divide the rate by ten in these epochs."""
+    return Schedule(kind="step", milestones=milestones)
+
+
+def sgd(
+    lr: float,
+    *,
+    num_epochs: int,
+    schedule: Schedule,
+    weight_decay: float = 1e-4,
+    classifier_lr_scale: float = 1.0,
+) -> Optim:
+    """Set SGD as the scripts do."""
+    return Optim(
+        optimizer="sgd",
+        lr=lr,
+        momentum=0.9,
+        num_epochs=num_epochs,
+        schedule=schedule,
+        warmup_epochs=0,
+        weight_decay=weight_decay,
+        decay_all=True,
+        classifier_lr_scale=classifier_lr_scale,
+        label_smoothing=0.0,
+    )
+
+
+def imagenet(
+    recipe: str,
+    *,
+    model: Model,
+    optim: Optim,
+    batch_size: int,
+    num_workers: int,
+    published_top1: float | None = None,
+    probe: Probe = NO_PROBE,
+) -> Run:
+    """Train a model on ImageNet-1K as the scripts do."""
+    return Run(
+        recipe=recipe,
+        model=model,
+        data=Data(
+            train="shards/imagenet/train",
+            val="shards/imagenet/val",
+            batch_size=batch_size,
+            eval_batch_size=512,
+            eval_interpolation="bilinear",
+            num_decode_threads=8,
+            num_readers=16,
+        ),
+        augment=Augment(interpolation="bilinear"),
+        optim=optim,
+        scale=Scale(num_workers=num_workers, use_gpu=True),
+        probe=probe,
+        published_top1=published_top1,
+    )
