@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sovit
-from pipelines.config import Augment, Data, Model, Optim, Run, Scale
+from pipelines.config import (
+    Augment,
+    Data,
+    Model,
+    Optim,
+    Probe,
+    Run,
+    Scale,
+    Schedule,
+)
 from pipelines.runfile import flat_params, from_json, to_json
 
 MODEL = Model(
@@ -64,6 +73,11 @@ BAD = [
     (OPTIM, "ema_decay", 1.0),
     (OPTIM, "weight_decay", -1.0),
     (OPTIM, "clip_grad_norm", -1.0),
+    (OPTIM, "momentum", 1.0),
+    (OPTIM, "classifier_lr_scale", 0.0),
+    (Probe(), "every_steps", -1),
+    (Probe(), "min_step_size", 76.0),
+    (Probe(), "num_step_sizes", 1),
     (Scale(), "num_workers", 0),
     (Scale(), "cpus_per_worker", 0.0),
     (Scale(), "max_failures", -1),
@@ -137,13 +151,28 @@ def test_a_run_comes_back_from_json(pooling: sovit.Pooling | None) -> None:
         model=model,
         data=dataclasses.replace(DATA, reader_label="role=data"),
         augment=dataclasses.replace(AUGMENT, crop_scale=(0.25, 0.75)),
-        optim=dataclasses.replace(OPTIM, betas=(0.8, 0.9), lr=1 / 3),
+        optim=dataclasses.replace(
+            OPTIM,
+            betas=(0.8, 0.9),
+            lr=1 / 3,
+            schedule=Schedule(kind="step", milestones=(30.0, 60.0), gamma=0.2),
+        ),
+        probe=Probe(every_steps=500, min_step_size=0.045, stem="bn1"),
         scale=Scale(num_workers=3, use_gpu=True),
         published_top1=82.3,
     )
     again = from_json(to_json(run))
     assert again == run
     assert to_json(again) == to_json(run)
+
+
+def test_json_of_before_schedules_probes_and_mirrors_is_read() -> None:
+    raw = json.loads(to_json(RUN))
+    for name in ("schedule", "optimizer", "momentum", "decay_all"):
+        del raw["optim"][name]
+    del raw["optim"]["classifier_lr_scale"], raw["model"]["init_from"]
+    del raw["data"]["eval_mirror"], raw["probe"]
+    assert from_json(json.dumps(raw)) == RUN
 
 
 def test_json_of_another_version_is_refused() -> None:

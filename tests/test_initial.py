@@ -12,8 +12,10 @@ from torch import nn
 
 import sovit
 from pipelines.checkpoint import Position, build_model, save_checkpoint
-from pipelines.config import Data, Model, Optim, Run
+from pipelines.config import Data, Model, Optim, Probe, Run
 from pipelines.initial import load_initial
+from pipelines.preflight import check_run
+from tests.small_sets import write_set
 
 CLASSES = ("cat", "dog", "eel")
 MODEL = Model(
@@ -93,6 +95,29 @@ def test_another_model_is_refused_by_its_tensors(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load_initial(build(seed=2, **changes), str(kept), classes=CLASSES)
+
+
+def test_a_run_is_checked_against_its_start_before_it_begins(
+    kept: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = write_set(tmp_path / "set", groups=[[8]], num_classes=2)
+    run = dataclasses.replace(
+        RUN,
+        model=dataclasses.replace(MODEL, init_from=str(kept)),
+        data=dataclasses.replace(RUN.data, train=shards, val=shards),
+        probe=Probe(every_steps=5),
+    )
+    with caplog.at_level("INFO", logger="pipelines"):
+        check_run(run)
+    assert caplog.messages == [
+        f"the classifier starts fresh: {kept} was trained for other classes"
+    ]
+    deeper = dataclasses.replace(run.model, kwargs={**MODEL.kwargs, "depth": 2})
+    with pytest.raises(ValueError, match=r"tensors missing: blocks\.1\."):
+        check_run(dataclasses.replace(run, model=deeper))
+    probe = Probe(every_steps=5, stem="maxpool")
+    with pytest.raises(ValueError, match=r"got 'maxpool'.*patch_embed"):
+        check_run(dataclasses.replace(run, probe=probe))
 
 
 def test_a_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
