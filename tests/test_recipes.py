@@ -118,3 +118,14 @@ def test_fine_tuning_starts_from_weights_and_looks_at_the_mirror(name: str) -> N
     start = load_recipe(f"gcp.{run.model.name}")
     wanted = Model(name=start.model.name, pooling=start.model.pooling)
     assert dataclasses.replace(run.model, init_from="", img_size=224) == wanted
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_published_figure_stands_in_the_modules_header(name: str) -> None:
+    top1 = load_recipe(name).published_top1
+    header = importlib.import_module(f"recipes.{name.split('.')[0]}").__doc__ or ""
+    if top1 is None:
+        assert name in ("demo.demo", "gcp.gaussian_resnet50")
+        return
+    cells = {cell.strip() for line in header.splitlines() for cell in line.split("|")}
+    assert {str(top1), f"{top1:.2f}"} & cells
