@@ -58,10 +58,10 @@ def test_every_paper_of_the_family_has_its_recipes() -> None:
 @pytest.mark.parametrize("name", names())
 def test_a_recipe_builds_its_network_with_the_networks_own_pooling(name: str) -> None:
     run = load_recipe(name)
-    assert sum(p.numel() for p in network(run).parameters()) > 0
+    model = network(run, pooling=None)
+    assert sum(p.numel() for p in model.parameters()) > 0
     if run.model.pooling is not None:
-        own = network(run, pooling=None).get_submodule("head.pool")
-        assert run.model.pooling == own.pooling
+        assert run.model.pooling == model.get_submodule("head.pool").pooling
     assert from_json(to_json(run)) == run
 
 
