@@ -187,7 +187,12 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "isqrt_cov": {"type": "cov", **_ISQRT},
         "gaussian": {"type": "gaussian", **_ISQRT},
         "svpn": {"type": "cross_cov"},
-        "multi_head_svpn": {"type": "multi_head", "reduced_dim": 14, "num_heads": 6},
+        "multi_head_svpn": {
+            "type": "multi_head",
+            "reduced_dim": 14,
+            "num_heads": 6,
+            "centering": "scalar",
+        },
     }
 )
 

@@ -17,6 +17,7 @@ from sovit.moments import (
     gaussian_embedding,
     upper_triangle,
 )
+from sovit.networks.so_vit import default_pooling
 from sovit.newton_schulz import newton_schulz_sqrt
 from sovit.normalize import signed_sqrt
 from sovit.pooling import (
@@ -97,6 +98,8 @@ def test_methods_have_names() -> None:
     isqrt = Pooling.named("isqrt_cov", reduced_dim=128)
     assert (isqrt.normalizer, isqrt.num_iterations) == ("newton_schulz", 5)
     assert isqrt.reduced_dim == 128
+    assert Pooling.named("svpn") == default_pooling("so_vit_7")
+    assert Pooling.named("multi_head_svpn") == default_pooling("sot_tiny")
     default = Pooling(reduced_dim=(8, 4))
     assert as_pooling("isqrt_cov", default=default).reduced_dim == 256
     assert as_pooling(isqrt, default=default) is isqrt
