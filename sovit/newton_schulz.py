@@ -150,12 +150,15 @@ class _Root(torch.autograd.Function):
         _, _, ctx.pre_norm, ctx.inverse = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Tensor
+        ctx: Any, grad: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
         size, a, *kept = ctx.saved_tensors
         with autocast_off(a.device.type):
             ys, ws = kept[1::2], kept[2::2]
@@ -163,7 +166,7 @@ class _Root(torch.autograd.Function):
                 ys, ws = [_first(a), *ys], [kept[0], *ws]
             elif kept:
                 ys, ws = [kept[0], *ys], [_step(kept[0], a), *ws]
-            grad = grad_outputs[0] * _scale(size, ctx.inverse)
+            grad = grad * _scale(size, ctx.inverse)
             grad_a, pairing = _polynomial_grad(grad, a, ys, ws, inverse=ctx.inverse)
             safe = torch.where(size > 0, size, 1.0)
             power = -0.5 if ctx.inverse else 0.5

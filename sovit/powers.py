@@ -133,15 +133,18 @@ class _Spectral(torch.autograd.Function):
         _, ctx.power = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor, None]:
+        ctx: Any, grad: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, None]:
+        if grad is None:
+            return None, None
         values, vectors = ctx.saved_tensors
         with autocast_off(values.device.type):
-            grad = (grad_outputs[0] + grad_outputs[0].mT) / 2
+            grad = (grad + grad.mT) / 2
             inner = vectors.mT @ grad @ vectors
             inner = inner * _loewner(values, ctx.power)
             return vectors @ inner @ vectors.mT, None

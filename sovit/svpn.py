@@ -118,7 +118,7 @@ class _OneStep(torch.autograd.Function):
         scale = torch.where(positive, powered / safe.add(powered, alpha=eps), 1.0)
         left = (powered * scale * positive * u).unsqueeze(-1)
         scaled = matrix * scale.unsqueeze(-1)
-        result = torch.baddbmm(scaled, left, v.unsqueeze(-2), alpha=eps)
+        result = torch.addcmul(scaled, left, v.unsqueeze(-2), value=eps)
         return result, inverse_size, u, s, v, scale, powered
 
     @staticmethod
@@ -126,14 +126,17 @@ class _OneStep(torch.autograd.Function):
         matrix, start, ctx.power, ctx.eps = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(matrix, start, *output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Tensor
+        ctx: Any, grad: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
         matrix, start, inverse_size, u, s, v, scale, powered = ctx.saved_tensors
-        grad, power, eps = grad_outputs[0], ctx.power, ctx.eps
+        power, eps = ctx.power, ctx.eps
         with autocast_off(matrix.device.type):
             # With c the scale, P = s^power and w = eps P c: dc/ds = (power - 1) c^2 / P
             # and dw/ds = power w / s + eps P dc/ds.
@@ -155,9 +158,9 @@ class _OneStep(torch.autograd.Function):
             inside = (u * column).sum(-1, keepdim=True)
             column = torch.addcmul(column, inside, u, value=-1) * inverse_size
             of_start = torch.bmm(column.unsqueeze(-2), matrix).sum(dim=(0, 1))
-            left = torch.stack([u, column], dim=-1)
-            right = torch.stack([row, start.expand_as(row)], dim=-2)
-            of_matrix = torch.baddbmm(grad * scale.unsqueeze(-1), left, right)
+            of_matrix = grad * scale.unsqueeze(-1)
+            of_matrix = of_matrix.addcmul(u.unsqueeze(-1), row.unsqueeze(-2))
+            of_matrix = of_matrix.addcmul(column.unsqueeze(-1), start)
             return of_matrix, of_start, None, None
 
 
