@@ -191,6 +191,7 @@ def plot(path: Path, *, options: Options, device: str) -> None:
     for axes in (left, right):
         axes.set(xscale="log", yscale="log", xlabel="channels d, 196 tokens")
         axes.set_xticks(_CURVE_DIMS, [str(dim) for dim in _CURVE_DIMS])
+        axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
     left.legend(fontsize="small")
     figure.savefig(path, dpi=110)
