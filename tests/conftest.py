@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.bare import BareProcesses
+
 # Before the package is imported: every annotated shape is then checked by beartype.
 install_import_hook("sovit", "beartype.beartype")
 
@@ -32,3 +34,11 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def bare_processes() -> Iterator[BareProcesses]:
+    """Share the processes that compile and export, which run side by side."""
+    processes = BareProcesses()
+    yield processes
+    processes.close()

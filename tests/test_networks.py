@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,12 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
-import sovit
 from pipelines.checkpoint import build_model
 from pipelines.config import Model
 from sovit.attention import ATTENTIONS, Gsop
 from sovit.networks import deit_swin, eca_gsop, gcp
 from sovit.pooling import Pooling
+from tests.bare import NETWORKS, BareProcesses
 from tests.paper_networks import BIG, NAMES, ON_META, build, images, on_meta, usual
 
 # One of each family is compiled and exported; the others are, as shapes, apart from
@@ -28,40 +26,6 @@ FAMILIES = (
     *("eca_resnet18", "eca_mobilenetv2", "deit_tiny_so", "swin_tiny_so"),
 )
 OTHERS = tuple(name for name in NAMES if not name.endswith(("_128", "_64", *FAMILIES)))
-# The shape checks of the tests are opaque to the compiler, and a user has none.
-BARE = """
-import sys
-sys.modules["jaxtyping"] = sys.modules["beartype"] = None
-import timm, torch, sovit
-
-torch.set_num_threads(1)
-images = torch.randn(3, 3, 64, 64)
-batch = torch.export.Dim("batch", min=1, max=64)
-SHORT = {"layers": (1, 1, 1, 1)}
-COVARIANCE = {**SHORT, "pooling": {"reduced_dim": 8}}
-FAMILIES = {
-    "mpncov_resnet50": COVARIANCE,
-    "isqrt_resnet18": COVARIANCE,
-    "gaussian_resnet50": COVARIANCE,
-    "gsop_resnet50_2": {**COVARIANCE, "stages": (1,), "attention": "concat"},
-    "eca_resnet18": SHORT,
-    "eca_mobilenetv2": {"depth_multiplier": 0.1},
-    "deit_tiny_so": {"depth": 1},
-    "swin_tiny_so": {"depths": (1, 1), "num_heads": (1, 1), "embed_dim": 24},
-}
-for name, settings in FAMILIES.items():
-    model = timm.create_model(name, num_classes=3, img_size=64, **settings).eval()
-    wanted = model(images)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    got = compiled(images)
-    torch.testing.assert_close(got, wanted)
-    got.square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters()), name
-    with torch.no_grad():
-        program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
-        torch.testing.assert_close(program.module()(images[:2]), model(images[:2]))
-    print(name)
-"""
 
 
 def test_the_lists_are_whole() -> None:
@@ -214,13 +178,5 @@ def test_the_others_are_exported_too(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_family_compiles_and_exports() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BARE],
-        capture_output=True,
-        text=True,
-        cwd=Path(sovit.__file__).parents[1],
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
-    assert set(done.stdout.split()) == set(FAMILIES)
+def test_every_family_compiles_and_exports(bare_processes: BareProcesses) -> None:
+    assert set(bare_processes.printed(NETWORKS).split()) == set(FAMILIES)

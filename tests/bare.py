@@ -1,0 +1,125 @@
+"""Compile and export in processes that lack the developers' tools."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+# The shape checks of the tests are opaque to the compiler, and a user has none.
+NETWORKS = """
+import sys
+sys.modules["jaxtyping"] = sys.modules["beartype"] = None
+import timm, torch, sovit
+
+torch.set_num_threads(1)
+images = torch.randn(3, 3, 64, 64)
+batch = torch.export.Dim("batch", min=1, max=64)
+SHORT = {"layers": (1, 1, 1, 1)}
+COVARIANCE = {**SHORT, "pooling": {"reduced_dim": 8}}
+FAMILIES = {
+    "mpncov_resnet50": COVARIANCE,
+    "isqrt_resnet18": COVARIANCE,
+    "gaussian_resnet50": COVARIANCE,
+    "gsop_resnet50_2": {**COVARIANCE, "stages": (1,), "attention": "concat"},
+    "eca_resnet18": SHORT,
+    "eca_mobilenetv2": {"depth_multiplier": 0.1},
+    "deit_tiny_so": {"depth": 1},
+    "swin_tiny_so": {"depths": (1, 1), "num_heads": (1, 1), "embed_dim": 24},
+}
+for name, settings in FAMILIES.items():
+    model = timm.create_model(name, num_classes=3, img_size=64, **settings).eval()
+    wanted = model(images)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = compiled(images)
+    torch.testing.assert_close(got, wanted)
+    got.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters()), name
+    with torch.no_grad():
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+        torch.testing.assert_close(program.module()(images[:2]), model(images[:2]))
+    print(name)
+"""
+POOLINGS = """
+import sys
+sys.modules["jaxtyping"] = sys.modules["beartype"] = None
+import timm, torch, sovit
+
+images = torch.randn(4, 3, 32, 32)
+for name, token_embed in (("so_vit_7", "resnet"), ("sot_tiny", "linear")):
+    settings = {"img_size": 32, "num_classes": 5, "token_embed": token_embed}
+    model = timm.create_model(name, depth=1, **settings).eval()
+    wanted = model(images)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = compiled(images)
+    torch.testing.assert_close(got, wanted)
+    got.square().sum().backward()
+    grads = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    wanted.square().sum().backward()
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-4)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(program.module()(images[:3]), model(images[:3]))
+
+x, start = torch.randn(3, 4, 6, requires_grad=True), torch.randn(6)
+for settings in ({}, {"num_iterations": 2, "num_singular_values": None}):
+    compiled = torch.compile(sovit.svpn, fullgraph=True, backend="aot_eager")
+    got, wanted = compiled(x, start, **settings), sovit.svpn(x, start, **settings)
+    torch.testing.assert_close(got, wanted)
+    (got_grad,) = torch.autograd.grad(got.square().sum(), x)
+    (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
+    torch.testing.assert_close(got_grad, wanted_grad)
+
+from sovit.pooling import Pooling, build_pooling
+
+SMALL = {"cov": 6, "mpn_cov": 6, "isqrt_cov": 6, "gaussian": 6, "svpn": (6, 4),
+         "multi_head_svpn": 4, "avg": 6}
+for name, reduced_dim in SMALL.items():
+    pool = build_pooling(Pooling.named(name, reduced_dim=reduced_dim), embed_dim=8)
+    pool.eval()
+    # Fewer tokens than channels, and for one method more.
+    for num_tokens in (5, 9) if name == "isqrt_cov" else (5,):
+        x = torch.randn(3, num_tokens, 8, requires_grad=True)
+        got = torch.compile(pool, fullgraph=True, backend="aot_eager")(x)
+        wanted = pool(x)
+        torch.testing.assert_close(got, wanted)
+        (got_grad,) = torch.autograd.grad(got.square().sum(), x)
+        (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
+        torch.testing.assert_close(got_grad, wanted_grad)
+        program = torch.export.export(pool, (x,), dynamic_shapes=({0: batch},))
+        torch.testing.assert_close(program.module()(x[:2]), pool(x[:2]))
+outside = {"ray", "mlflow", "pyarrow", "nvidia", "tyro", "pipelines"}
+print("loaded:", sorted(outside & set(sys.modules)))
+"""
+
+
+class BareProcesses:
+    """Run all scripts at once, from the first time that one is asked for."""
+
+    def __init__(self) -> None:
+        self._running = {
+            script: subprocess.Popen(
+                [sys.executable, "-c", script],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parents[1],
+            )
+            for script in (NETWORKS, POOLINGS)
+        }
+
+    def printed(self, script: str) -> str:
+        """Give what a script printed; an AssertionError where it failed."""
+        process = self._running[script]
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        return out
+
+    def close(self) -> None:
+        """End what nobody waited for."""
+        for process in self._running.values():
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
