@@ -15,7 +15,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,15 +29,13 @@ from tqdm import tqdm
 
 import sovit
 from benchmarks.report import machine
-from pipelines.checkpoint import Position
 from pipelines.cli import parse, run_command
 from pipelines.config import Run, Scale
-from pipelines.ingest.batch import Batch
-from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.ingest.stream import LocalOpener, Plans
+from pipelines.ingest.footers import read_shard_set
+from pipelines.ingest.stream import Plans
 from pipelines.loop import LoopSettings, TrainState, evaluate, train
 from pipelines.optim import build_optimizer
-from pipelines.supply import Supply, reading_of
+from pipelines.supply import opened_here
 from recipes.demo import demo
 from sovit.attention import add_gsop, stages_of
 from sovit.networks.eca_gsop import add_eca
@@ -148,19 +146,22 @@ def train_once(head: str, *, seed: int, options: Options) -> Trained:
         ema=ModelEmaV3(model, decay=run.optim.ema_decay),
     )
     start_s = time.perf_counter()
-    train(
-        state,
-        _batches(shards["train"], run=run, train=True),
-        settings=settings,
-        on_log=lambda metrics, position: None,
-        on_epoch_end=lambda state: None,
-    )
+    device = settings.device
+    with opened_here(shards["train"], run=run, device=device, train=True) as batches:
+        train(
+            state,
+            batches,
+            settings=settings,
+            on_log=lambda metrics, position: None,
+            on_epoch_end=lambda state: None,
+        )
     seconds = time.perf_counter() - start_s
     assert state.ema is not None
-    raw, average = (
-        evaluate(one, _batches(shards["val"], run=run, train=False), settings=settings)
-        for one in (model, state.ema.module)
-    )
+    found = []
+    for one in (model, state.ema.module):
+        with opened_here(shards["val"], run=run, device=device) as batches:
+            found.append(evaluate(one, batches, settings=settings))
+    raw, average = found
     return Trained(
         top1=raw["top1"],
         ema_top1=average["top1"],
@@ -178,23 +179,6 @@ def describe_run(*, seed: int, num_epochs: int) -> Run:
         optim=dataclasses.replace(run.optim, num_epochs=num_epochs),
         scale=Scale(num_workers=1),
     )
-
-
-def _batches(shards: ShardSet, *, run: Run, train: bool) -> Iterator[Batch]:
-    supply = Supply(
-        shards,
-        run=run,
-        train=train,
-        start=Position(),
-        opener=LocalOpener(reading_of(shards, run=run, train=train)),
-        device=torch.device("cpu"),
-        num_epochs=None if train else 1,
-    )
-    supply.start()
-    try:
-        yield from supply
-    finally:
-        supply.close()
 
 
 def table(results: Mapping[str, Sequence[Trained]]) -> str:

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from benchmarks.head_cases import Case, cases, curves
 from benchmarks.report import machine
 from benchmarks.step_share import Share, measure_share
-from benchmarks.timing import Spread, ratios, spread
+from benchmarks.timing import Spread, call_ms, ratios, spread
 from pipelines.cli import parse, run_command
 
 _PROG = "benchmarks.heads"
@@ -107,19 +106,14 @@ def step_ms(
 ) -> float:
     """Time forward and backward for some seconds, once at least: the median."""
     times: list[float] = []
-    while not times or sum(times) < round_s:
+    while not times or sum(times) < 1000 * round_s:
         leaf = x.clone().requires_grad_()
-        _wait(x)
-        start_s = time.perf_counter()
-        function(leaf).backward(weight)
-        _wait(x)
-        times.append(time.perf_counter() - start_s)
-    return 1000 * statistics.median(times)
 
+        def both(leaf: Tensor = leaf) -> None:
+            function(leaf).backward(weight)
 
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
+        times.append(call_ms(both, device=x.device.type))
+    return statistics.median(times)
 
 
 def kept(function: Callable[[Tensor], Tensor], x: Tensor) -> float:

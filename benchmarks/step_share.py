@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +10,7 @@ import timm
 import torch
 
 import sovit  # noqa: F401  (registers the networks)
+from benchmarks.timing import call_ms
 
 _IMG_SIZE = 224
 _NUM_ROUNDS = 5
@@ -58,7 +57,9 @@ def measure_share(name: str, *, batch_size: int, device: str) -> Share:
         optimizer.zero_grad(set_to_none=True)
 
     parts = (step, head, pooling)
-    rounds = [[_ms(part, device) for part in parts] for _ in range(_NUM_ROUNDS + 1)]
+    rounds = [
+        [call_ms(part, device=device) for part in parts] for _ in range(_NUM_ROUNDS + 1)
+    ]
     # The first round warms up.
     medians = [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
     return Share(
@@ -68,13 +69,3 @@ def measure_share(name: str, *, batch_size: int, device: str) -> Share:
         head_ms=medians[1],
         pooling_ms=medians[2],
     )
-
-
-def _ms(function: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start_s = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start_s)

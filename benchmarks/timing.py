@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from benchmarks.processes import cpu_seconds, machine_cpu_seconds
 from benchmarks.work import Loaded
 
@@ -127,3 +129,15 @@ def spread(values: Sequence[float]) -> Spread:
 def ratios(ours: Sequence[float], others: Sequence[float]) -> Spread:
     """Compare two loaders round by round, so that a machine's drift cancels out."""
     return spread([one / other for one, other in zip(ours, others, strict=True)])
+
+
+def call_ms(function: Callable[[], object], *, device: str) -> float:
+    """Time one call, and the work that it gave to a GPU."""
+    wait = torch.cuda.synchronize if device == "cuda" else None
+    if wait:
+        wait()
+    start_s = time.perf_counter()
+    function()
+    if wait:
+        wait()
+    return 1000 * (time.perf_counter() - start_s)

@@ -12,7 +12,6 @@ perturbations are those of ImageNet-C and ImageNet-P, made on the fly.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -27,18 +26,17 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from pipelines.checkpoint import Position, load_model, opened
+from pipelines.checkpoint import load_model, opened
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
 from pipelines.ingest.batch import Batch
 from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.ingest.stream import LocalOpener
 from pipelines.loop import LoopSettings, check_bad_share, evaluate
 from pipelines.pixels.rows import BadImage
 from pipelines.robustness import report
 from pipelines.robustness.measure import Subject, measure
 from pipelines.robustness.options import Flat, Robustness
-from pipelines.supply import OnBad, Supply, ignore_bad, reading_of
+from pipelines.supply import opened_here
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-eval"
@@ -99,7 +97,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         subject = Subject(
             model=model,
             settings=settings,
-            open_batches=lambda run: _opened(shards, run=run, device=device),
+            open_batches=lambda run: opened_here(shards, run=run, device=device),
         )
         clean_error = 100 - result["top1"]
         result |= measure(subject, options=options.robustness, clean_error=clean_error)
@@ -124,7 +122,7 @@ def _clean(
     run, num_images = settings.run, settings.images_per_epoch
     bad: list[BadImage] = []
     try:
-        with _opened(
+        with opened_here(
             shards, run=run, device=settings.device, on_bad=bad.extend
         ) as batches:
             counted = _counted(batches, num_images=num_images)
@@ -139,28 +137,6 @@ def _clean(
         max_share=run.data.max_bad_share,
     )
     return result
-
-
-@contextlib.contextmanager
-def _opened(
-    shards: ShardSet, *, run: Run, device: torch.device, on_bad: OnBad = ignore_bad
-) -> Iterator[Iterable[Batch]]:
-    """Supply one epoch of a set's batches, read and decoded ahead."""
-    supply = Supply(
-        shards,
-        run=run,
-        train=False,
-        start=Position(),
-        opener=LocalOpener(reading_of(shards, run=run)),
-        device=device,
-        num_epochs=1,
-        on_bad=on_bad,
-    )
-    supply.start()
-    try:
-        yield supply
-    finally:
-        supply.close()
 
 
 def _counted(batches: Iterable[Batch], *, num_images: int) -> Iterator[Batch]:

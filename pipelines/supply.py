@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from pipelines.ingest.feed import Shape, batches
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.prefetch import Prefetcher
 from pipelines.ingest.reading import Reading
-from pipelines.ingest.stream import EpochStream, Opener, Plans
+from pipelines.ingest.stream import EpochStream, LocalOpener, Opener, Plans
 from pipelines.pixels.decoder import BatchDecoder
 from pipelines.pixels.draws import PixelSettings
 from pipelines.pixels.rows import BadImage
@@ -123,3 +124,30 @@ class Supply:
         """End the thread; safe at any moment."""
         if self._prefetcher is not None:
             self._prefetcher.close()
+
+
+@contextlib.contextmanager
+def opened_here(
+    shards: ShardSet,
+    *,
+    run: Run,
+    device: torch.device,
+    train: bool = False,
+    on_bad: OnBad = ignore_bad,
+) -> Iterator[Supply]:
+    """Supply batches in this process without Ray: evaluation's epoch, or the run's."""
+    supply = Supply(
+        shards,
+        run=run,
+        train=train,
+        start=Position(),
+        opener=LocalOpener(reading_of(shards, run=run, train=train)),
+        device=device,
+        num_epochs=None if train else 1,
+        on_bad=on_bad,
+    )
+    supply.start()
+    try:
+        yield supply
+    finally:
+        supply.close()

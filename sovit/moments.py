@@ -6,6 +6,8 @@ float32 at least, outside autocast, and the result keeps that precision.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from sovit.precision import at_least_float32, autocast_off, matmul
@@ -59,6 +61,29 @@ def covariance(
 ) -> Float[Tensor, "*batch channels channels"]:
     """Compute the covariance of a token map: symmetric, divided by the token count."""
     return cross_covariance(x, x, centering=centering)
+
+
+def by_smaller_side(
+    x: Float[Tensor, "*batch tokens channels"],
+    *,
+    of_covariance: Callable[[Tensor], Tensor],
+    of_gram: Callable[[Tensor], Tensor],
+    centering: str,
+) -> Float[Tensor, "*batch channels channels"]:
+    """Apply a function to a token map's covariance, through the smaller of two sides.
+
+    With centred tokens X, of N rows, S = X^T X / N and the Gram matrix K = X X^T / N
+    share their eigenvalues but for zeros. So `of_covariance`, f with f(0) = 0, is
+    f(S) = X^T g(K) X / N where `of_gram` is g(l) = f(l) / l: that way is taken where
+    there are fewer tokens than channels.
+    """
+    num_tokens, num_channels = x.shape[-2:]
+    if num_tokens >= num_channels:
+        return of_covariance(covariance(x, centering=centering))
+    with autocast_off(x.device.type):
+        x = center(at_least_float32(x), centering=centering)
+        inner = of_gram(matmul(x, x.mT) / num_tokens)
+        return matmul(x.mT, matmul(inner, x)) / num_tokens
 
 
 def append_one(

@@ -6,18 +6,17 @@ iterations allows. `sovit.powers.matrix_power` is the exact root.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from sovit.moments import center, covariance
-from sovit.precision import at_least_float32, autocast_off, matmul
+from sovit.moments import by_smaller_side
+from sovit.precision import TINY, at_least_float32, autocast_off
 from sovit.shapes import Float, Tensor
 
 PRE_NORMS = ("trace", "frobenius")
-# A trace or norm at or under this counts as that of a zero matrix.
-TINY = 1e-12
 # On a CPU so many bytes of matrices go through all iterations together: they stay in
 # the cache, and their memory is used again instead of being asked for.
 CHUNK_BYTES = 2**20
@@ -76,20 +75,13 @@ def covariance_sqrt(
     zeros, so the root is X^T Z X / N with Z the inverse root of the latter. With the 49
     positions of a 7x7 map and 256 channels the iteration is a hundredth of the work.
     """
-    num_tokens, num_channels = x.shape[-2:]
-    if num_tokens >= num_channels:
-        matrix = covariance(x, centering=centering)
-        return newton_schulz_sqrt(
-            matrix, num_iterations=num_iterations, pre_norm=pre_norm
-        )
-    with autocast_off(x.device.type):
-        x = center(at_least_float32(x), centering=centering)
-        inverse = newton_schulz_inverse_sqrt(
-            matmul(x, x.mT) / num_tokens,
-            num_iterations=num_iterations,
-            pre_norm=pre_norm,
-        )
-        return matmul(x.mT, matmul(inverse, x)) / num_tokens
+    settings = {"num_iterations": num_iterations, "pre_norm": pre_norm}
+    return by_smaller_side(
+        x,
+        of_covariance=partial(newton_schulz_sqrt, **settings),
+        of_gram=partial(newton_schulz_inverse_sqrt, **settings),
+        centering=centering,
+    )
 
 
 def _iterate(

@@ -5,17 +5,17 @@ They are the reference of the fast ways: `sovit.newton_schulz`, `sovit.svpn`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from sovit.moments import center, covariance
+from sovit.moments import by_smaller_side
 from sovit.precision import at_least_float32, autocast_off, matmul
 from sovit.shapes import Float, Number, Tensor
 
-# Two eigenvalues nearer than this share of the larger one count as equal in the
-# logarithm's difference quotient; the power's needs no such care.
+# What the logarithm adds to every eigenvalue, in parts of their mean.
 LOG_EPS = 1e-3
 
 
@@ -76,13 +76,12 @@ def covariance_power(
     tokens N than channels the decomposition is of the N x N Gram matrix of the centred
     tokens X: the power is X^T K^(power - 1) X / N with K = X X^T / N.
     """
-    num_tokens, num_channels = x.shape[-2:]
-    if num_tokens >= num_channels:
-        return matrix_power(covariance(x, centering=centering), power=power)
-    with autocast_off(x.device.type):
-        x = center(at_least_float32(x), centering=centering)
-        inner = matrix_power(matmul(x, x.mT) / num_tokens, power=power - 1)
-        return matmul(x.mT, matmul(inner, x)) / num_tokens
+    return by_smaller_side(
+        x,
+        of_covariance=partial(matrix_power, power=power),
+        of_gram=partial(matrix_power, power=power - 1),
+        centering=centering,
+    )
 
 
 def sv_power(

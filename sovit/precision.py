@@ -14,6 +14,10 @@ from torch.amp.autocast_mode import is_autocast_available
 
 from sovit.shapes import Float, Tensor
 
+# Norms, traces and singular values at or under this count as zero: the papers' code
+# divides by no less.
+TINY = 1e-12
+
 
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:
     """Return a context without autocast, where the device has one at all."""

@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from sovit.precision import at_least_float32, autocast_off, matmul
+from sovit.precision import TINY, at_least_float32, autocast_off, matmul
 from sovit.shapes import Float, Number, Tensor
 
-# Norms and singular values at or under this count as zero: the papers' code divides by
-# no less.
-TINY = 1e-12
 # Added to the divisor of the remainder, as in the papers' code.
 REMAINDER_EPS = 1e-5
 
@@ -140,16 +137,16 @@ class _OneStep(torch.autograd.Function):
         with autocast_off(matrix.device.type):
             # With c the scale, P = s^power and w = eps P c: dc/ds = (power - 1) c^2 / P
             # and dw/ds = power w / s + eps P dc/ds.
-            scaled = powered * scale * (s > TINY)
+            positive = s > TINY
+            scaled = powered * scale * positive
             over_s = eps * scaled / s.clamp(min=TINY)
             # Faster on a CPU than a batched product with a column.
             grad_v = (grad * v.unsqueeze(-2)).sum(-1)
             grad_u = torch.bmm(u.unsqueeze(-2), grad).squeeze(-2)
             along = (u * grad_v).sum(-1, keepdim=True)
             inner = (grad * matrix).sum(dim=(-2, -1)).unsqueeze(-1)
-            slope = (
-                (inner / powered).add(along, alpha=eps) * scale.square() * (s > TINY)
-            )
+            slope = (inner / powered).add(along, alpha=eps)
+            slope = slope * scale.square() * positive
             # What comes back to A^T u, then to A v_0.
             row = (power - 1) * torch.addcmul(slope, over_s, along) * v
             row = torch.addcmul(row, over_s, grad_u)

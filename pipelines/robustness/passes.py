@@ -58,7 +58,7 @@ def corruption_errors(
     using.model.eval()
     num_right = torch.zeros(len(conditions), dtype=torch.float64)
     num_images = 0.0
-    for batch in _epoch(batches):
+    for batch in batches:
         clean = using.levels.of(batch.images)
         num_images += float(batch.weights.sum())
         for at, (corruption, severity) in enumerate(conditions):
@@ -130,7 +130,7 @@ def flip_probabilities(
     using.model.eval()
     num_flips = dict.fromkeys(num_frames, 0.0)
     num_images = 0.0
-    for batch in _epoch(batches):
+    for batch in batches:
         pixels = source.of(batch.images)
         num_images += float(batch.weights.sum())
         for perturbation, num in num_frames.items():
@@ -181,13 +181,6 @@ def _frames_of(
 
         using.threads.each(advance, num=len(pixels))
         yield shown
-
-
-def _epoch(batches: Iterable[Batch]) -> Iterator[Batch]:
-    for batch in batches:
-        yield batch
-        if batch.ends_epoch and batch.ends_step:
-            return
 
 
 def _num_rows(batch: Batch) -> int:

@@ -51,14 +51,7 @@ def _create(
     pretrained: bool,
     **kwargs: Any,
 ) -> SecondOrderNet:
-    pooling = Pooling(
-        type="multi_head",
-        reduced_dim=reduced_dim,
-        num_heads=6,
-        centering="scalar",
-        normalizer="svpn",
-        num_iterations=1,
-    )
+    pooling = Pooling.named("multi_head_svpn", reduced_dim=reduced_dim)
     return create(
         second_order,
         name=name,

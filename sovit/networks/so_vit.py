@@ -30,7 +30,7 @@ def _so_vit(
     reduced_dim: tuple[int, int],
     drop_rate: Number = 0.0,
 ) -> dict[str, Any]:
-    pooling = Pooling(type="cross_cov", reduced_dim=reduced_dim)
+    pooling = Pooling.named("svpn", reduced_dim=reduced_dim)
     return {
         "depth": depth,
         "embed_dim": embed_dim,
@@ -51,9 +51,7 @@ def _sot(
     reduced_dim: int,
     drop_rate: Number = 0.0,
 ) -> dict[str, Any]:
-    pooling = Pooling(
-        type="multi_head", reduced_dim=reduced_dim, num_heads=6, centering="scalar"
-    )
+    pooling = Pooling.named("multi_head_svpn", reduced_dim=reduced_dim)
     return {
         "depth": depth,
         "embed_dim": embed_dim,
