@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class RunFailedError(RuntimeError):
     """Say that a run's workers failed more often than it allows."""
+
+
+class NonFiniteLossError(ValueError):
+    """Say that the loss is not a number any more."""

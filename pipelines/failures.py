@@ -12,6 +12,8 @@ from ray.train import (
     WorkerGroupError,
 )
 
+from pipelines.errors import NonFiniteLossError, RunFailedError
+
 
 class StopOnValueError(UserCallback):
     """End a run whose worker raised a ValueError, instead of starting it again.
@@ -28,7 +30,7 @@ class StopOnValueError(UserCallback):
         for error in worker_exceptions.values():
             for cause in causes(error):
                 if isinstance(cause, ValueError):
-                    raise ValueError(first_line(cause))
+                    raise _mendable(cause)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -49,15 +51,21 @@ def causes(error: BaseException) -> Iterator[BaseException]:
             waiting.append(found.controller_failure)
 
 
-def reason_of(error: TrainingFailedError) -> tuple[str, bool]:
-    """Give a failure's reason in one line, and whether the user can mend it."""
+def end_of(error: TrainingFailedError) -> ValueError | RunFailedError:
+    """Say in one line how a training ended: a ValueError is for the user to mend."""
     found = list(causes(error))
     for cause in found:
         if isinstance(cause, ValueError):
-            return first_line(cause), True
+            return _mendable(cause)
     last = [cause for cause in found if not isinstance(cause, TrainingFailedError)]
     cause = last[0] if last else error
-    return f"{type(cause).__name__}: {first_line(cause)}", False
+    return RunFailedError(f"{type(cause).__name__}: {first_line(cause)}")
+
+
+def _mendable(cause: ValueError) -> ValueError:
+    """Keep of a worker's error what survives the way to the driver."""
+    kind = NonFiniteLossError if isinstance(cause, NonFiniteLossError) else ValueError
+    return kind(first_line(cause))
 
 
 def first_line(error: BaseException) -> str:

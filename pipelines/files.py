@@ -144,6 +144,11 @@ class Place:
         with contextlib.suppress(FileNotFoundError):
             self._retrying(lambda files, path: files.delete_file(path))
 
+    def delete_folder(self) -> None:
+        """Delete a folder and all that is in it, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._retrying(lambda files, path: files.delete_dir(path))
+
     def _retrying(self, function: Callable[[pafs.FileSystem, str], T]) -> T:
         filesystem, path = self.open()
         return retrying(lambda: function(filesystem, path), address=str(self))

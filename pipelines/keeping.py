@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import ray.train
@@ -22,14 +23,16 @@ from pipelines.tracking.provenance import provenance_tags
 logger = logging.getLogger(__name__)
 
 
-def open_tracking(record: Record, *, uri: str, num_params: int) -> str:
+def open_tracking(
+    record: Record, *, uri: str, num_params: int, tags: Mapping[str, str]
+) -> str:
     """Open the MLflow run of a record, new or not; return its id."""
     return tracking.open_run(
         uri,
         experiment=record.run.experiment,
         name=record.name,
         params=flat_params(record.run) | {"model.num_params": num_params},
-        tags=provenance_tags(),
+        tags=provenance_tags() | dict(tags),
         run_id=record.mlflow_run_id,
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipelines.checkpoint import Position
 from pipelines.clock import Clock
 from pipelines.config import Run
+from pipelines.errors import NonFiniteLossError
 from pipelines.hashing import Purpose, key
 from pipelines.ingest.batch import Batch
 from pipelines.metrics import Sums
@@ -67,10 +68,6 @@ def has_bfloat16(device: torch.device) -> bool:
         return False
     has = torch.cpu.get_capabilities()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
-
-
-class NonFiniteLossError(ValueError):
-    """Say that the loss is not a number any more."""
 
 
 class BadImagesError(ValueError):

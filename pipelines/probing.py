@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,25 @@ class Prober:
         self._stem = find_stem(model, name=settings.run.probe.stem)
         self.bands: list[Band] = []
         """What was found since this process started."""
+        self._num_summed = 0
+
+    def summary(self) -> dict[str, float]:
+        """Average the width of both bands over the probes since the last summary.
+
+        The narrower, the smoother: `probe/loss_variation` is that of the losses,
+        `probe/gradient_predictiveness` that of the gradient changes.
+        """
+        bands, self._num_summed = self.bands[self._num_summed :], len(self.bands)
+        if not bands:
+            return {}
+        variation = fmean(band.loss_max - band.loss_min for band in bands)
+        change = fmean(
+            band.gradient_change_max - band.gradient_change_min for band in bands
+        )
+        return {
+            "probe/loss_variation": variation,
+            "probe/gradient_predictiveness": change,
+        }
 
     def __call__(self, state: TrainState, batch: Batch) -> None:
         """Probe before a step that is due; waits for the device then."""

@@ -21,7 +21,7 @@ def load_recipe(name: str) -> Run:
     """
     if ".py:" in name:
         path, _, function = name.rpartition(":")
-        module = _module_of(Path(path))
+        module = module_of(Path(path))
     else:
         module_name, _, function = name.partition(".")
         function = function or module_name
@@ -68,10 +68,11 @@ def _returns_run(function: Callable[..., object]) -> bool:
     return signature.return_annotation in (Run, "Run") and not needed
 
 
-def _module_of(path: Path) -> ModuleType:
+def module_of(path: Path) -> ModuleType:
+    """Run a Python file that is on no path; ValueError where it is not there."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise ValueError(f"wanted a Python file with a recipe, came {str(path)!r}")
+        raise ValueError(f"wanted a Python file, came {str(path)!r}, which is none")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -27,7 +27,7 @@ def to_json(run: Run) -> str:
 def from_json(text: str) -> Run:
     """Read a run back; ValueError names what this version does not know."""
     try:
-        raw = _tuples(json.loads(text))
+        raw = tuples(json.loads(text))
         model = raw.pop("model")
         pooling = model.pop("pooling")
         optim = raw.pop("optim")
@@ -49,11 +49,11 @@ def from_json(text: str) -> Run:
         ) from error
 
 
-def _tuples(value: Any) -> Any:
+def tuples(value: Any) -> Any:
     """Turn JSON's lists back into the tuples that the dataclasses hold."""
     if isinstance(value, dict):
-        return {name: _tuples(item) for name, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+        return {name: tuples(item) for name, item in value.items()}
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def flat_params(run: Run) -> dict[str, Any]:

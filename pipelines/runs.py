@@ -61,19 +61,31 @@ def new_record(run: Run, *, name: str) -> Record:
 
 def read_record(storage: str, *, name: str) -> Record:
     """Read a run that is to go on; ValueError where it is not there or has finished."""
-    root = Place(storage)
-    file = root.within(name).within(_RECORD)
+    record = find_record(storage, name=name)
+    if record is None:
+        raise ValueError(
+            f"wanted a run to resume, came {name!r}, which {str(Place(storage))!r} "
+            "does not hold; look there for the names, or set --storage"
+        )
+    if record.status == "finished":
+        raise ValueError(
+            f"wanted a run that has not ended, came {name!r}, which has finished; "
+            "start a new one with more --optim.num-epochs"
+        )
+    return record
+
+
+def find_record(storage: str, *, name: str) -> Record | None:
+    """Read a run's record, None where there is none; ValueError where it is damaged."""
+    file = Place(storage).within(name).within(_RECORD)
     try:
         with answering():
             text = file.read()
-    except OSError as error:
-        raise ValueError(
-            f"wanted a run to resume, came {name!r}, which {str(root)!r} does "
-            "not hold; look there for the names, or set --storage"
-        ) from error
+    except OSError:
+        return None
     try:
         raw = json.loads(text)
-        record = Record(
+        return Record(
             name=raw["name"],
             run=from_json(json.dumps(raw["run"])),
             mlflow_run_id=raw["mlflow_run_id"],
@@ -84,12 +96,6 @@ def read_record(storage: str, *, name: str) -> Record:
             f"{file}: wanted a run's record, came one that can't be read "
             f"({error!r}); start a new run"
         ) from error
-    if record.status == "finished":
-        raise ValueError(
-            f"wanted a run that has not ended, came {name!r}, which has finished; "
-            "start a new one with more --optim.num-epochs"
-        )
-    return record
 
 
 def write_record(record: Record) -> None:

@@ -20,31 +20,34 @@ _NUM_READER_CPUS = 2
 
 
 @contextlib.contextmanager
-def ray_session(scale: Scale) -> Iterator[None]:
-    """Have a Ray with room for the workers while the block runs.
+def ray_session(
+    scale: Scale, *, num_runs: int = 1, dashboard: bool = False
+) -> Iterator[None]:
+    """Have a Ray with room for the workers of some runs at a time.
 
     A Ray that this process is connected to, or that RAY_ADDRESS names, is used and
-    left running. Else one is started here and shut down at the end.
+    left running. Else one is started here, with its dashboard if that is wanted, and
+    shut down at the end.
 
     Raises ValueError where the machine, or the cluster after a while, is too small.
     """
     if ray.is_initialized():
-        _wait_for_room(scale)
+        _wait_for_room(scale, num_runs=num_runs)
         yield
         return
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     if not on_cluster:
-        _check_machine(scale)
+        _check_machine(scale, num_runs=num_runs)
     try:
         logger.info("joining Ray" if on_cluster else "starting Ray on this machine")
         ray.init(
             address=None if on_cluster else "local",
             num_cpus=None if on_cluster else (os.cpu_count() or 1) + _NUM_READER_CPUS,
-            include_dashboard=None if on_cluster else False,
+            include_dashboard=None if on_cluster else dashboard,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-        _wait_for_room(scale)
+        _wait_for_room(scale, num_runs=num_runs)
         yield
     finally:
         ray.shutdown()
@@ -61,19 +64,37 @@ def per_worker(scale: Scale) -> dict[str, float]:
     return {name: total / scale.num_workers for name, total in needed(scale).items()}
 
 
-def _check_machine(scale: Scale) -> None:
-    has = os.cpu_count() or 1
-    if needed(scale)["CPU"] > has:
+def room(scale: Scale) -> int:
+    """Count the runs that the Ray of this process has workers' room for at a time."""
+    has = ray.cluster_resources()
+    if not os.environ.get("RAY_ADDRESS"):
+        # Not those that are there for the readers alone.
+        has["CPU"] = min(has.get("CPU", 0), os.cpu_count() or 1)
+    return min(int(has.get(name, 0) // total) for name, total in needed(scale).items())
+
+
+def _check_machine(scale: Scale, *, num_runs: int) -> None:
+    has, wanted = os.cpu_count() or 1, num_runs * needed(scale)["CPU"]
+    if wanted > has:
         raise ValueError(
-            f"wanted {needed(scale)['CPU']:g} CPUs for {scale.num_workers} workers, "
-            f"came a machine with {has}; lower --scale.num-workers or "
+            f"wanted {wanted:g} CPUs for {_workers(scale, num_runs)}, came a machine "
+            f"with {has}; lower {_fewer(num_runs)}--scale.num-workers or "
             "--scale.cpus-per-worker, or set RAY_ADDRESS to a cluster"
         )
 
 
-def _wait_for_room(scale: Scale) -> None:
+def _workers(scale: Scale, num_runs: int) -> str:
+    runs = f" in each of {num_runs} trials at a time" if num_runs > 1 else ""
+    return f"{scale.num_workers} workers{runs}"
+
+
+def _fewer(num_runs: int) -> str:
+    return "--num-concurrent, " if num_runs > 1 else ""
+
+
+def _wait_for_room(scale: Scale, *, num_runs: int) -> None:
     """Ask the autoscaler for the workers and wait; Train alone waits for ever."""
-    wanted = needed(scale)
+    wanted = {name: num_runs * total for name, total in needed(scale).items()}
     deadline_s = time.monotonic() + scale.start_timeout_s
     asked = False
     while True:
@@ -89,10 +110,11 @@ def _wait_for_room(scale: Scale) -> None:
         if is_local or time.monotonic() > deadline_s:
             raise ValueError(
                 f"wanted {', '.join(f'{n} {text}' for n, text in short.items())} for "
-                f"{scale.num_workers} workers; lower --scale.num-workers, add nodes, "
-                "or raise --scale.start-timeout-s"
+                f"{_workers(scale, num_runs)}; lower {_fewer(num_runs)}"
+                "--scale.num-workers, add nodes, or raise --scale.start-timeout-s"
             )
         if not asked:
-            request_resources(bundles=[per_worker(scale)] * scale.num_workers)
+            num_workers = num_runs * scale.num_workers
+            request_resources(bundles=[per_worker(scale)] * num_workers)
             asked = True
         time.sleep(_POLL_S)

@@ -17,8 +17,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import ray
 import ray.train
@@ -31,7 +32,7 @@ from pipelines.cli import parse, run_command
 from pipelines.config import Run
 from pipelines.entry import work
 from pipelines.errors import RunFailedError
-from pipelines.failures import StopOnValueError, reason_of
+from pipelines.failures import StopOnValueError, end_of
 from pipelines.files import Place
 from pipelines.ingest.stream import Plans
 from pipelines.job import Job
@@ -62,6 +63,9 @@ def fit(
     name: str,
     record: Record | None = None,
     callbacks: Sequence[UserCallback] = (),
+    tracking_uri: str = "",
+    tags: Mapping[str, str] = MappingProxyType({}),
+    keep_model: bool = True,
 ) -> ray.train.Result:
     """Train a run to its end and return Ray Train's result.
 
@@ -69,6 +73,10 @@ def fit(
         name: The new run's name, or that of the one to go on with.
         record: The record of the run to go on with; None starts a new run.
         callbacks: Ray Train callbacks, such as Tune's.
+        tracking_uri: MLflow's address; by default that of the storage, or the
+            environment's.
+        tags: Further tags of the MLflow run.
+        keep_model: Whether the final model goes to MLflow; its checkpoint stays anyway.
 
     Raises ValueError for what the user can mend, before or while it trains, and
     RunFailedError where workers failed more often than the run allows. The MLflow run
@@ -79,12 +87,14 @@ def fit(
         check_name(run.storage, name=name)
     checked = check_run(run)
     logger.info("run %s: %s", name, checked.summary)
-    uri = tracking.default_uri(run.storage)
+    uri = tracking_uri or tracking.default_uri(run.storage)
     with ray_session(run.scale):
         # Only now: a run that there is no room for leaves nothing behind.
         record = record or new_record(run, name=name)
         record = dataclasses.replace(record, run=run)
-        run_id = open_tracking(record, uri=uri, num_params=checked.num_params)
+        run_id = open_tracking(
+            record, uri=uri, num_params=checked.num_params, tags=tags
+        )
         for context, shards in (
             ("train", checked.train_shards),
             ("val", checked.val_shards),
@@ -96,9 +106,10 @@ def fit(
             result = _train(
                 checked, run, name=name, callbacks=callbacks, uri=uri, run_id=run_id
             )
-            log_model(
-                result, uri=uri, run_id=run_id, run=run, shards=checked.val_shards
-            )
+            if keep_model:
+                log_model(
+                    result, uri=uri, run_id=run_id, run=run, shards=checked.val_shards
+                )
         except (ValueError, RunFailedError) as error:
             tracking.end_run(uri, run_id, status="FAILED", reason=str(error))
             raise
@@ -169,8 +180,7 @@ def _train(
         with display:
             return trainer.fit()
     except ray.train.TrainingFailedError as error:
-        reason, can_mend = reason_of(error)
-        raise (ValueError if can_mend else RunFailedError)(reason) from error
+        raise end_of(error) from error
 
 
 def main() -> None:

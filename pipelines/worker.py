@@ -34,6 +34,7 @@ from pipelines.loop import (
     share_buffers,
     train,
 )
+from pipelines.memory import peak_memory_mb
 from pipelines.opener import RayOpener
 from pipelines.optim import build_optimizer
 from pipelines.probing import Prober, draw_bands
@@ -242,10 +243,14 @@ class _Worker:
         )
         metrics = {f"val/{name}": value for name, value in held_out.items()}
         metrics["val/bad_images"] = num_bad
+        metrics["train/peak_memory_mb"] = peak_memory_mb(self.device)
+        metrics["epoch"] = state.position.epoch
+        if self.prober is not None:
+            metrics |= self.prober.summary()
         self._report(state, name=f"epoch_{state.position.epoch:04d}", metrics=metrics)
         position = state.position
         if self.rank == 0:
-            self.writer.log(metrics | {"epoch": position.epoch}, step=position.step)
+            self.writer.log(metrics, step=position.step)
             self._post(position, held_out=held_out)
         if self.prober is not None:
             title = f"{self.run.recipe}, to epoch {position.epoch}"

@@ -20,6 +20,15 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep what shares a Ray, or the compiling processes, in one of two processes."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        for shared in ("ray_local", "bare_processes"):
+            if shared in fixtures:
+                item.add_marker(pytest.mark.xdist_group(shared))
+
+
 @pytest.fixture(scope="session")
 def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Start one Ray for the whole session: it takes 10 to 25 seconds."""

@@ -22,7 +22,6 @@ from pipelines.ingest.batch import Batch
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.loop import (
     BadImagesError,
-    NonFiniteLossError,
     TrainState,
     evaluate,
     train,

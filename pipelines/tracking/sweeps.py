@@ -1,0 +1,166 @@
+"""Keep a sweep in MLflow: one run for the whole, one below it for each trial.
+
+A training goes on where MLflow is away. A sweep is there to be compared, so it asks for
+MLflow before it begins, and fails in one line where the store or the experiment can't
+be used; once its trials run, nothing of MLflow stops them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from pipelines.tracking.client import (
+    ADDRESS_VARIABLE,
+    PATIENCE,
+    attempt,
+    connect,
+    create_run,
+    environment,
+    log_params,
+    log_tags,
+    reopen_run,
+)
+from pipelines.tracking.provenance import error_summary, without_credentials
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+T = TypeVar("T")
+PARENT_TAG = "mlflow.parentRunId"
+KIND_TAG, SWEEP_KIND = "sovit.kind", "sweep"
+SWEEP_TAG, OUTCOME_TAG = "sovit.sweep", "sovit.outcome"
+
+
+def open_sweep(
+    uri: str,
+    *,
+    experiment: str,
+    name: str,
+    params: Mapping[str, object],
+    tags: Mapping[str, str],
+    run_id: str = "",
+) -> str:
+    """Create a sweep's run, or open the one that it had; return its id.
+
+    Raises ValueError where MLflow does not answer, where the experiment is deleted, and
+    where a sweep's earlier run is no longer there.
+    """
+
+    def open_it(client: MlflowClient) -> str:
+        _check_experiment(client, name=experiment)
+        if run_id:
+            run = _old_run(client, run_id=run_id, uri=uri)
+            reopen_run(client, run=run)
+        else:
+            run = create_run(client, uri=uri, experiment=experiment, name=name)
+        log_params(client, run=run, params=params)
+        kind = {KIND_TAG: SWEEP_KIND, SWEEP_TAG: name}
+        log_tags(client, run_id=run.info.run_id, tags={**tags, **kind})
+        return run.info.run_id
+
+    return _demanded(open_it, uri=uri)
+
+
+def child_tags(sweep: str, *, parent_id: str) -> dict[str, str]:
+    """Tag a trial's run so that MLflow shows it below its sweep."""
+    return {SWEEP_TAG: sweep, PARENT_TAG: parent_id}
+
+
+def log_child(
+    uri: str,
+    *,
+    experiment: str,
+    name: str,
+    params: Mapping[str, object],
+    tags: Mapping[str, str],
+    reports: Sequence[Mapping[str, float]],
+    step: str = "epoch",
+) -> str:
+    """Record a whole trial at once; return its run's id, "" where MLflow is away.
+
+    Each report's `step` says where it stands in the charts.
+    """
+
+    def log(client: MlflowClient) -> str:
+        from mlflow.entities import Metric
+
+        run = create_run(client, uri=uri, experiment=experiment, name=name)
+        run_id = run.info.run_id
+        log_params(client, run=run, params=params)
+        log_tags(client, run_id=run_id, tags=tags)
+        now_ms = run.info.start_time
+        metrics = [
+            Metric(key, value, now_ms, round(report[step]))
+            for report in reports
+            for key, value in report.items()
+        ]
+        client.log_batch(run_id, metrics=metrics, synchronous=True)
+        return run_id
+
+    return attempt(log, uri=uri, otherwise="", loss=f"{name} is not recorded")
+
+
+def tag_run(uri: str, run_id: str, *, tags: Mapping[str, object]) -> None:
+    """Set tags of a run."""
+    if run_id:
+        attempt(
+            lambda client: log_tags(client, run_id=run_id, tags=tags),
+            uri=uri,
+            otherwise=None,
+            loss="some of the run's tags are missing",
+        )
+
+
+def log_metrics(uri: str, run_id: str, *, metrics: Mapping[str, float]) -> None:
+    """Set metrics of a run that has no steps."""
+
+    def log(client: MlflowClient) -> None:
+        for name, value in metrics.items():
+            client.log_metric(run_id, name, value)
+
+    if run_id:
+        attempt(log, uri=uri, otherwise=None, loss="some metrics are missing")
+
+
+def _demanded(call: Callable[[MlflowClient], T], *, uri: str) -> T:
+    """Call with a client, and say in one line what is wrong where that fails."""
+    try:
+        with environment(PATIENCE):
+            return call(connect(uri, create=True))
+    except ValueError:
+        raise
+    except Exception as error:  # MLflow lets requests', SQLAlchemy's and others through
+        raise ValueError(
+            f"wanted MLflow at {without_credentials(uri)} to keep the sweep in, came "
+            f"{error_summary(error)}; start it, or set {ADDRESS_VARIABLE} to another"
+        ) from error
+
+
+def _check_experiment(client: MlflowClient, *, name: str) -> None:
+    found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage != "active":
+        raise ValueError(
+            f"wanted an MLflow experiment to write to, came {name!r}, which was "
+            f"deleted; take it back with `mlflow experiments restore -x "
+            f"{found.experiment_id}`, or set another --experiment"
+        )
+
+
+def _old_run(client: MlflowClient, *, run_id: str, uri: str) -> Run:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        run = None
+    if run is None or run.info.lifecycle_stage != "active":
+        raise ValueError(
+            f"wanted the sweep's run {run_id} in MLflow at {without_credentials(uri)}, "
+            f"came a store without it; put the store back, set {ADDRESS_VARIABLE} to "
+            "where it is, or begin a new sweep"
+        )
+    return run

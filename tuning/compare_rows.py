@@ -1,0 +1,260 @@
+"""Put runs that differ only in their seed into one row, and say how rows differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Literal
+
+from pipelines.tracking.query import MetricPoint, StoredRun
+
+OUTCOME_TAG = "sovit.outcome"
+NUM_PARAMS = "model.num_params"
+PUBLISHED = "published_top1"
+SEED = "seed"
+_NUM_WORKERS = "scale.num_workers"
+_SECONDS_PER_HOUR = 3600
+# Where a run keeps what, and how often it says so.
+_KEEPING = frozenset(
+    {
+        "storage",
+        "experiment",
+        "key_log",
+        "log_every_steps",
+        "checkpoint_every_steps",
+        "checkpoint_every_minutes",
+        "num_checkpoints_to_keep",
+        "scale.max_failures",
+        "scale.start_timeout_s",
+    }
+)
+_HAVE_COLUMNS = frozenset({NUM_PARAMS, PUBLISHED})
+# They change what a run costs or what is seen of it, not what it learns.
+_NOT_LEARNT = ("scale.", "probe.")
+
+Mode = Literal["max", "min"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Hold a run and those of its histories that are compared."""
+
+    run: StoredRun
+    curve: tuple[MetricPoint, ...]
+    """The metric that runs are compared by."""
+    losses: tuple[MetricPoint, ...]
+    rates: tuple[MetricPoint, ...]
+    """Images a second."""
+    epochs: tuple[MetricPoint, ...]
+
+    @property
+    def state(self) -> str:
+        """Say how the run ended, or `running`."""
+        return self.run.tags.get(OUTCOME_TAG) or self.run.status.lower()
+
+    @property
+    def num_workers(self) -> int:
+        """Count the workers that the run had last."""
+        again = self.run.tags.get(f"resumed.{_NUM_WORKERS}")
+        return int(again or self.run.params.get(_NUM_WORKERS, 1))
+
+    @property
+    def num_epochs(self) -> float:
+        """Count the epochs that are done."""
+        return self.epochs[-1].value if self.epochs else 0
+
+    @property
+    def wanted_epochs(self) -> int:
+        """Count the epochs that the run was to have; 0 where it doesn't say."""
+        names = ("optim.num_epochs", "optim.cooldown_epochs")
+        return sum(int(self.run.params.get(name, 0)) for name in names)
+
+    @property
+    def hours(self) -> float | None:
+        """Measure from the start to the end, or to the last value that came."""
+        last = [points[-1].time_s for points in (self.rates, self.epochs) if points]
+        end_s = self.run.end_s or max(last, default=None)
+        return None if end_s is None else (end_s - self.run.start_s) / _SECONDS_PER_HOUR
+
+    @property
+    def device_hours(self) -> float | None:
+        """Multiply the hours with the workers."""
+        return None if self.hours is None else self.hours * self.num_workers
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Average the rate, without the start where there is more."""
+        rates = [point.value for point in self.rates]
+        return fmean(rates[1:] or rates) if rates else None
+
+    def epoch_at(self, step: int) -> float | None:
+        """Say how many epochs a step ends; None before the first is done."""
+        if not self.epochs or not self.epochs[-1].step:
+            return None
+        return step * self.epochs[-1].value / self.epochs[-1].step
+
+    def best(self, mode: Mode) -> MetricPoint | None:
+        """Find the first of the best points; a NaN is none."""
+        points = [point for point in self.curve if point.value == point.value]
+        if not points:
+            return None
+        sign = 1 if mode == "max" else -1
+        return max(points, key=lambda point: sign * point.value)
+
+    def param(self, name: str) -> float | None:
+        """Read a param as a number; None where it is none."""
+        return _number(self.run.params.get(name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Hold a mean and the sample deviation, which one value alone hasn't."""
+
+    mean: float
+    deviation: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Hold the runs of one configuration and one outcome."""
+
+    runs: tuple[Measured, ...]
+
+    @property
+    def name(self) -> str:
+        """Give the first run's name, and how many more there are."""
+        more = len(self.runs) - 1
+        return self.runs[0].run.name + (f" +{more}" if more else "")
+
+    @property
+    def state(self) -> str:
+        """Say how the runs ended."""
+        return self.runs[0].state
+
+    def spread(self, value: Callable[[Measured], float | None]) -> Spread | None:
+        """Average a value over the runs that have it."""
+        return spread(map(value, self.runs))
+
+    def param(self, name: str) -> str | None:
+        """Give a param as it was logged; None where no run has it."""
+        values = dict.fromkeys(
+            run.run.params[name] for run in self.runs if name in run.run.params
+        )
+        return ", ".join(values) if values else None
+
+    def mean_curve(self) -> list[tuple[float, float, float]]:
+        """Give epoch, mean and deviation at each step that every run with values has.
+
+        The deviation of one run is 0.
+        """
+        curves = [
+            {point.step: point.value for point in run.curve}
+            for run in self.runs
+            if run.curve and run.epochs
+        ]
+        if not curves:
+            return []
+        steps = sorted(set.intersection(*map(set, curves)))
+        at = next(run for run in self.runs if run.curve and run.epochs).epoch_at
+        points: list[tuple[float, float, float]] = []
+        for step in steps:
+            epoch, found = at(step), spread(curve[step] for curve in curves)
+            if epoch is not None and found is not None:
+                points.append((epoch, found.mean, found.deviation or 0.0))
+        return points
+
+
+def group(measured: Sequence[Measured], *, each: bool = False) -> list[Row]:
+    """Make rows of runs that learn the same and ended alike; `each` makes one a run.
+
+    A run that was stopped is not averaged with one that was trained to its end.
+    """
+    if each:
+        return [Row(runs=(run,)) for run in measured]
+    found: dict[object, list[Measured]] = {}
+    for run in measured:
+        learnt = {
+            name: value
+            for name, value in run.run.params.items()
+            if name != SEED
+            and name not in _KEEPING
+            and name not in _HAVE_COLUMNS
+            and not name.startswith(_NOT_LEARNT)
+        }
+        found.setdefault((frozenset(learnt.items()), run.state), []).append(run)
+    return [
+        Row(runs=tuple(sorted(runs, key=lambda run: run.run.start_s)))
+        for runs in found.values()
+    ]
+
+
+def differences(rows: Sequence[Row], *, each: bool = False) -> dict[str, str]:
+    """Name the params that differ between rows, with the shortest name for each.
+
+    Those that rows have with different values come first, then those that some rows
+    have alone, such as all of a pooling's.
+    """
+    params = sorted(
+        {name for row in rows for run in row.runs for name in run.run.params}
+    )
+    hidden = _KEEPING | _HAVE_COLUMNS | (set() if each else {SEED})
+    values = {
+        name: {row.param(name) for row in rows} for name in params if name not in hidden
+    }
+    differing = [name for name, of_name in values.items() if len(of_name) > 1]
+    differing.sort(key=lambda name: len(values[name] - {None}) < 2)
+    return {name: short_name(name, among=params) for name in differing}
+
+
+def short_name(name: str, *, among: Iterable[str]) -> str:
+    """Give the last part of a dotted name, or as many as tell it from the others.
+
+    A model's name keeps its `model.`, since rows have names of their own.
+    """
+    others = [other for other in among if other != name]
+    parts = name.split(".")
+    for num_parts in range(1, len(parts)):
+        short = ".".join(parts[-num_parts:])
+        is_taken = any(f".{other}".endswith(f".{short}") for other in others)
+        if not is_taken and short not in ("name", "train", "val"):
+            return short
+    return name
+
+
+def pareto(
+    points: Mapping[int, tuple[float, float]],
+    *,
+    more_is_better: tuple[bool, bool],
+) -> list[int]:
+    """Find the points that none beats in both coordinates, by the first, rising.
+
+    Of equal points the first is taken.
+    """
+    sign_x, sign_y = (1 if more else -1 for more in more_is_better)
+    # From the best x on, a point is on the front where its y is the best so far.
+    ordered = sorted(
+        points, key=lambda key: (-sign_x * points[key][0], -sign_y * points[key][1])
+    )
+    front: list[int] = []
+    for key in ordered:
+        if not front or sign_y * (points[key][1] - points[front[-1]][1]) > 0:
+            front.append(key)
+    return sorted(front, key=lambda key: points[key][0])
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Average the values that are there; None where none is."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return None
+    return Spread(
+        mean=fmean(numbers), deviation=stdev(numbers) if len(numbers) > 1 else None
+    )
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None

@@ -1,0 +1,249 @@
+"""Rank the trials of a sweep, and show them as a table.
+
+Trials that finished come first, by the last value of the first metric. Those that did
+not follow by the epoch that they reached, and by the value there: asha stops a trial
+that is behind others of the same epoch, so whoever came further was better, whatever
+the numbers of different epochs say. Trials that ended badly, and those without a value,
+come last. NaN and infinity are no values.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tuning.entries import Entry, Status, Sweep
+from tuning.options import Mode, Search
+
+BAD: tuple[Status, ...] = ("failed", "diverged", "refused")
+_BEST, _FRONT = "*", "+"
+
+
+def value_of(entry: Entry, metric: str) -> float | None:
+    """Give a metric's last value; None where there is none or it is not finite."""
+    value = entry.last(metric)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def values_of(entry: Entry, metric: str) -> dict[int, float]:
+    """Give a metric's values by epoch, where they are finite."""
+    found = ((round(one["epoch"]), one.get(metric)) for one in entry.reports)
+    return {
+        epoch: value
+        for epoch, value in found
+        if value is not None and math.isfinite(value)
+    }
+
+
+def ranked(search: Search, entries: Iterable[Entry]) -> list[Entry]:
+    """Sort trials, the best first: see the top of this file."""
+
+    def key(entry: Entry) -> tuple[int, int, float, int]:
+        value = value_of(entry, search.metric)
+        if entry.status in BAD:
+            return 3, 0, 0.0, entry.number
+        if value is None:
+            return 2, 0, 0.0, entry.number
+        is_done = entry.status == "finished"
+        epoch = 0 if is_done else entry.epoch
+        return 0 if is_done else 1, -epoch, -search.sign * value, entry.number
+
+    return sorted(entries, key=key)
+
+
+def compared(search: Search, entries: Iterable[Entry]) -> list[Entry]:
+    """Keep the trials that have a value and did not end badly, the best first."""
+    return [
+        entry
+        for entry in ranked(search, entries)
+        if entry.status not in BAD and value_of(entry, search.metric) is not None
+    ]
+
+
+def winner_of(search: Search, entries: Iterable[Entry]) -> Entry | None:
+    """Give the best trial, if any has a value."""
+    return next(iter(compared(search, entries)), None)
+
+
+def front(
+    entries: Iterable[Entry], *, metrics: Sequence[str], modes: Sequence[Mode]
+) -> list[Entry]:
+    """Keep the trials that no other one beats in one metric and equals in the rest.
+
+    Trials that ended badly or lack one of the values are left out.
+    """
+    signs = [1 if mode == "max" else -1 for mode in modes]
+    points: dict[int, tuple[float, ...]] = {}
+    found = [entry for entry in entries if entry.status not in BAD]
+    for at, entry in enumerate(found):
+        values = [value_of(entry, metric) for metric in metrics]
+        known = [value for value in values if value is not None]
+        if len(known) == len(metrics):
+            points[at] = tuple(s * v for s, v in zip(signs, known, strict=True))
+
+    def is_beaten(point: tuple[float, ...]) -> bool:
+        return any(
+            other != point and all(o >= p for o, p in zip(other, point, strict=True))
+            for other in points.values()
+        )
+
+    return [found[at] for at, point in points.items() if not is_beaten(point)]
+
+
+def best_epoch(search: Search, entry: Entry) -> int | None:
+    """Find the epoch in which the first metric was best; None without a value."""
+    values = values_of(entry, search.metric)
+    return max(values, key=lambda epoch: search.sign * values[epoch], default=None)
+
+
+def short_names(fields: Iterable[str]) -> dict[str, str]:
+    """Shorten dotted names to as many last parts as tell them apart."""
+    names = list(fields)
+
+    def short(name: str) -> str:
+        parts = name.split(".")
+        for num in range(1, len(parts)):
+            tail = ".".join(parts[-num:])
+            if sum(f".{other}".endswith(f".{tail}") for other in names) == 1:
+                return tail
+        return name
+
+    return {name: short(name) for name in names}
+
+
+def table(sweep: Sweep, entries: Sequence[Entry]) -> str:
+    """Set the trials as lines of text, the best first, and why some failed."""
+    search = sweep.search
+    ordered = ranked(search, entries)
+    counts = Counter(entry.status for entry in ordered)
+    lines = [
+        f"{sweep.name}: {len(ordered)} trials, "
+        + ", ".join(f"{num} {status}" for status, num in counts.items()),
+        *_aligned(_columns(sweep, ordered)),
+    ]
+    if winner_of(search, ordered) is not None:
+        direction = "most" if search.sign == 1 else "least"
+        lines.append(f"{_BEST} the {direction} {search.metric}")
+        if len(search.metrics) > 1:
+            lines.append(
+                f"{_FRONT} no other is better in {' and '.join(search.metrics)}"
+            )
+    lines += [
+        f"trial {entry.number} {entry.status}: {' '.join(entry.reason.split())}"
+        for entry in ordered
+        if entry.reason
+    ]
+    return "\n".join(lines)
+
+
+def _columns(sweep: Sweep, ordered: Sequence[Entry]) -> dict[str, list[str]]:
+    search = sweep.search
+    columns = {
+        "": _marks(search, ordered),
+        "rank": [str(place) for place in range(1, len(ordered) + 1)],
+        "trial": [str(entry.number) for entry in ordered],
+        "status": [entry.status for entry in ordered],
+        "epoch": [str(entry.epoch) if entry.epoch else "-" for entry in ordered],
+    }
+    for metric in search.metrics:
+        columns[metric] = _numbers([entry.last(metric) for entry in ordered])
+    epochs = [best_epoch(search, entry) for entry in ordered]
+    if any(
+        best not in (None, e.epoch) for best, e in zip(epochs, ordered, strict=True)
+    ):
+        bests = _numbers(
+            [
+                None if best is None else values_of(entry, search.metric)[best]
+                for best, entry in zip(epochs, ordered, strict=True)
+            ]
+        )
+        columns["best (epoch)"] = [
+            text if best is None else f"{text} ({best})"
+            for text, best in zip(bests, epochs, strict=True)
+        ]
+    columns["minutes"] = [f"{entry.seconds / 60:.1f}" for entry in ordered]
+    for field, name in short_names(sweep.domains).items():
+        # A field may be called as a column is.
+        shown = f"{name} " if name in columns else name
+        columns[shown] = [spelled(entry.setting.get(field, "-")) for entry in ordered]
+    return columns
+
+
+def _marks(search: Search, ordered: Sequence[Entry]) -> list[str]:
+    best = winner_of(search, ordered)
+    found: list[Entry] = []
+    if len(search.metrics) > 1:
+        found = front(ordered, metrics=search.metrics, modes=search.modes)
+    return [
+        (_BEST if entry is best else "") + (_FRONT if entry in found else "")
+        for entry in ordered
+    ]
+
+
+def _numbers(values: Sequence[float | None]) -> list[str]:
+    """Spell a column with one number of decimals: four digits of the largest."""
+    sizes = [
+        abs(value) for value in values if value is not None and math.isfinite(value)
+    ]
+    largest = max(sizes, default=0.0)
+    digits = math.floor(math.log10(largest)) + 1 if largest > 0 else 1
+    decimals = min(max(4 - digits, 0), 6)
+    return ["-" if value is None else f"{value:.{decimals}f}" for value in values]
+
+
+def spelled(value: object) -> str:
+    """Spell a field's value shortly, for people."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(spelled, value)) + ")"
+    return str(value)
+
+
+def _aligned(columns: Mapping[str, Sequence[str]]) -> list[str]:
+    """Set columns side by side: numbers to the right, the status to the left."""
+    set_columns = []
+    for head, cells in columns.items():
+        width = max(map(len, (head, *cells)))
+        side = "<" if head == "status" else ">"
+        set_columns.append([f"{cell:{side}{width}}" for cell in (head, *cells)])
+    return ["  ".join(row).rstrip() for row in zip(*set_columns, strict=True)]
+
+
+def as_csv(sweep: Sweep, entries: Sequence[Entry]) -> str:
+    """Write the trials as CSV, the best first, with full names and all digits."""
+    rows = [
+        _row(sweep, entry, rank=rank)
+        for rank, entry in enumerate(ranked(sweep.search, entries), start=1)
+    ]
+    head = list(_row(sweep, Entry(number=0, setting={}), rank=0))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=head, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _row(sweep: Sweep, entry: Entry, *, rank: int) -> dict[str, Any]:
+    search = sweep.search
+    best = best_epoch(search, entry)
+    values = values_of(entry, search.metric)
+    return {
+        "rank": rank,
+        "trial": entry.number,
+        "name": sweep.trial_name(entry.number),
+        "status": entry.status,
+        "epoch": entry.epoch,
+        **{metric: entry.last(metric) for metric in search.metrics},
+        f"best {search.metric}": None if best is None else values[best],
+        "best epoch": best,
+        "seconds": entry.seconds,
+        "num_attempts": entry.num_attempts,
+        **{field: entry.setting.get(field) for field in sweep.domains},
+        "reason": entry.reason,
+        "mlflow_run_id": entry.mlflow_run_id,
+    }

@@ -1,0 +1,149 @@
+"""Write the winner of a sweep as a recipe: Python source, ready to paste.
+
+The source is laid out as `ruff format` does it, so that it can be kept as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pipelines.fields import change_fields
+from pipelines.recipe import load_recipe
+from tuning.entries import Entry, Sweep
+from tuning.report import value_of
+from tuning.report_source import (
+    INDENT,
+    Group,
+    Imports,
+    Node,
+    dict_items,
+    docstring,
+    import_lines,
+    laid_out,
+    literal,
+    string,
+)
+
+FUNCTION = "best"
+# Said by whoever trains, not by what was found; unless it was searched.
+_LEFT_OUT = ("storage", "experiment", "num_checkpoints_to_keep", "seed")
+
+
+def winner_recipe(sweep: Sweep, winner: Entry) -> str:
+    """Write a module with a function `best() -> Run`: the winner's run.
+
+    It changes the recipe that the sweep started from in the fields that differ, save
+    where runs are kept, how many checkpoints are, and the seed, unless they were
+    searched.
+
+    Raises ValueError where the recipe is not there any more.
+    """
+    from pipelines.preflight import with_absolute_paths
+
+    # As the command does it: a folder that was not set is no difference.
+    before = with_absolute_paths(load_recipe(sweep.recipe))
+    kept = {
+        name: getattr(before, name) for name in _LEFT_OUT if name not in winner.setting
+    }
+    now = dataclasses.replace(
+        change_fields(sweep.run, winner.setting),
+        recipe=f"{sweep.name}-{FUNCTION}",
+        **kept,
+    )
+    imports: Imports = {("pipelines.config", "Run")}
+    body = ["run = " + _start(sweep.recipe, imports=imports)]
+    poolings = before.model.pooling, now.model.pooling
+    if None not in poolings and poolings[0] != poolings[1]:
+        body.append("assert run.model.pooling is not None")
+    changed = _replaced(before, now, name="run", imports=imports)
+    body.append("return " + _body_part(changed, used=len("return ")))
+    return "\n".join(
+        [
+            *_header(sweep, winner),
+            "",
+            "from __future__ import annotations",
+            "",
+            "import dataclasses",
+            "",
+            *import_lines(imports),
+            "",
+            "",
+            f"def {FUNCTION}() -> Run:",
+            *_says(sweep, winner),
+            *(" " * INDENT + line for line in body),
+            "",
+        ]
+    )
+
+
+def _header(sweep: Sweep, winner: Entry) -> list[str]:
+    scale = sweep.run.scale
+    workers = "1 worker" if scale.num_workers == 1 else f"{scale.num_workers} workers"
+    return docstring(
+        f"What the sweep {sweep.name} found best, as a recipe.",
+        f"    sovit-train FILE.py:{FUNCTION}",
+        f"Trial {winner.number}, {winner.status} after {winner.seconds / 3600:.2f} "
+        f"hours on {workers} {'with' if scale.use_gpu else 'without'} a GPU.",
+    )
+
+
+def _says(sweep: Sweep, winner: Entry) -> list[str]:
+    metric = sweep.search.metric
+    value = value_of(winner, metric)
+    came = "no value" if value is None else f"{value:.6g}"
+    return docstring(
+        f"Train {sweep.recipe} as the sweep {sweep.name} found best.",
+        f"{metric} was {came} in epoch {winner.epoch}.",
+        indent=INDENT,
+    )
+
+
+def _start(recipe: str, *, imports: Imports) -> str:
+    """Call the recipe that the sweep began with."""
+    if ".py:" in recipe:
+        imports.add(("pipelines.recipe", "load_recipe"))
+        call = Group(opening="load_recipe(", items=[("", string(recipe))])
+        return _body_part(call, used=len("run = "))
+    module, _, function = recipe.partition(".")
+    function = function or module
+    is_taken = function in (FUNCTION, "run")  # names that `best` uses itself
+    imports.add((f"recipes.{module}", f"{function} as start" if is_taken else function))
+    return "start()" if is_taken else f"{function}()"
+
+
+def _body_part(node: Node, *, used: int) -> str:
+    return laid_out(node, indent=INDENT, used=INDENT + used)
+
+
+def _replaced(before: Any, now: Any, *, name: str, imports: Imports) -> Group:
+    """Write `dataclasses.replace` with the fields that differ."""
+    items: list[tuple[str, Node]] = [("", name)]
+    for one in dataclasses.fields(before):
+        was, new = getattr(before, one.name), getattr(now, one.name)
+        if was == new:
+            continue
+        path = f"{name}.{one.name}"
+        if dataclasses.is_dataclass(was) and type(was) is type(new):
+            node: Node = _replaced(was, new, name=path, imports=imports)
+        elif isinstance(was, dict) and set(was) <= set(new):
+            node = _extended(was, new, name=path, imports=imports)
+        else:
+            node = literal(new, imports=imports)
+        items.append((f"{one.name}=", node))
+    return Group(opening="dataclasses.replace(", items=items)
+
+
+def _extended(
+    was: dict[str, Any], new: dict[str, Any], *, name: str, imports: Imports
+) -> Group:
+    """Write a dict as another one with some items changed or added."""
+    items = {
+        key: value for key, value in new.items() if key not in was or was[key] != value
+    }
+    start = [("**", name)] if was else []
+    return Group(
+        opening="{",
+        items=[*start, *dict_items(items, imports=imports)],
+        closing="}",
+    )

@@ -1,0 +1,148 @@
+"""Write Python expressions as `ruff format` lays them out, 88 columns wide."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sovit import Pooling
+
+INDENT = 4
+_LINE_LENGTH = 88
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Hold brackets and what is between them: a call, a tuple or a dict."""
+
+    opening: str
+    items: list[tuple[str, Node]]
+    """What stands before an item, such as `lr=`, and the item."""
+    closing: str = ")"
+
+
+Node = str | Group
+Imports = set[tuple[str, str]]
+"""Modules, each with what is taken from it."""
+
+
+def literal(value: Any, *, imports: Imports) -> Node:
+    """Write a value of a run's field, and note what that needs to import."""
+    if dataclasses.is_dataclass(value):
+        return _built(value, imports=imports)
+    if isinstance(value, dict):
+        items = dict_items(value, imports=imports)
+        return Group(opening="{", items=items, closing="}")
+    if isinstance(value, tuple):
+        return Group(
+            opening="(", items=[("", literal(one, imports=imports)) for one in value]
+        )
+    if isinstance(value, str):
+        return string(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    return repr(value)
+
+
+def dict_items(
+    content: Mapping[str, Any], *, imports: Imports
+) -> list[tuple[str, Node]]:
+    """Write the items of a dict."""
+    return [
+        (f"{string(key)}: ", literal(value, imports=imports))
+        for key, value in content.items()
+    ]
+
+
+def _built(owner: Any, *, imports: Imports) -> Group:
+    """Write a dataclass with the fields that are not at their defaults."""
+    kind = type(owner)
+    module = "sovit" if kind is Pooling else "pipelines.config"
+    imports.add((module, kind.__name__))
+    items: list[tuple[str, Node]] = []
+    for one in dataclasses.fields(owner):
+        value, default = getattr(owner, one.name), one.default
+        if one.default_factory is not dataclasses.MISSING:
+            default = one.default_factory()
+        if default is dataclasses.MISSING or default != value:
+            items.append((f"{one.name}=", literal(value, imports=imports)))
+    return Group(opening=f"{kind.__name__}(", items=items)
+
+
+def string(value: str) -> str:
+    """Quote as ruff does: doubly, unless that needs more escapes. ASCII alone."""
+    quoted = ascii(value)
+    body = quoted[1:-1]
+    if quoted[0] == "'":
+        body = body.replace("\\'", "'")
+    mark = "'" if value.count('"') > value.count("'") else '"'
+    return mark + body.replace(mark, "\\" + mark) + mark
+
+
+def import_lines(imports: Imports) -> list[str]:
+    """Write the imports in ruff's order."""
+    return [
+        f"from {module} import "
+        + ", ".join(sorted(name for of, name in imports if of == module))
+        for module in sorted({module for module, _ in imports})
+    ]
+
+
+def docstring(*paragraphs: str, indent: int = 0) -> list[str]:
+    """Lay out a docstring; a paragraph that is indented is left as it is."""
+    lines: list[str] = []
+    left = " " * indent
+    for words in paragraphs:
+        # A path may hold what ends a docstring, or begins an escape.
+        words = ascii(words)[1:-1].replace('"', "'")
+        if words.startswith(" "):
+            lines += ["", left + words]
+            continue
+        lines += [
+            "",
+            *textwrap.wrap(
+                words if lines else '"""' + words,
+                width=_LINE_LENGTH,
+                initial_indent=left,
+                subsequent_indent=left,
+                break_long_words=False,
+                break_on_hyphens=False,
+            ),
+        ]
+    return [*lines[1:], left + '"""']
+
+
+def laid_out(node: Node, *, indent: int, used: int) -> str:
+    """Write a node on one line where it fits, else an item a line.
+
+    Args:
+        indent: Of the line that the node begins in.
+        used: Columns of that line that are taken already, a comma after it included.
+    """
+    flat = _flat(node)
+    if isinstance(node, str) or not node.items or used + len(flat) <= _LINE_LENGTH:
+        return flat
+    lines = [node.opening]
+    for before, item in node.items:
+        left = " " * (indent + INDENT) + before
+        text = laid_out(item, indent=indent + INDENT, used=len(left) + 1)
+        lines.append(f"{left}{text},{_pragma(left + text)}")
+    return "\n".join([*lines, " " * indent + node.closing])
+
+
+def _flat(node: Node) -> str:
+    if isinstance(node, str):
+        return node
+    inner = ", ".join(before + _flat(item) for before, item in node.items)
+    comma = "," if node.opening == "(" and len(node.items) == 1 else ""
+    return node.opening + inner + comma + node.closing
+
+
+def _pragma(line: str) -> str:
+    """Let ruff pass a text that is too long for a line; a single word passes anyway."""
+    is_long = "\n" not in line and len(line) + 1 > _LINE_LENGTH
+    return "  # noqa: E501" if is_long and len(line.split()) > 1 else ""

@@ -1,0 +1,150 @@
+"""Search the settings of a recipe: `sovit-tune RECIPE SPACE [--typed.overrides]`.
+
+    sovit-tune demo pooling --num-trials 12 --scale.num-workers 1
+    sovit-tune imagenet.so_vit_14 pooling,optim --method optuna --max-gpu-hours 500
+    sovit-tune demo my/space.py:narrow --head-from runs/demo-1/epoch_0008
+    sovit-tune --resume NAME
+
+Each trial is a run like any other, below the sweep's in MLflow. Trials that are behind
+are stopped early, those that fail are tried again. What the sweep found is written down
+as it comes: killed at any moment, it goes on with `--resume`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from pipelines.cli import parse, run_command
+from pipelines.config import Run
+from pipelines.preflight import with_absolute_paths
+from pipelines.recipe import load_recipe
+from pipelines.runs import check_name
+from tuning.entries import Sweep, read_sweep
+from tuning.options import Search
+from tuning.spaces import Space, load_space, words_of
+
+logger = logging.getLogger(__name__)
+_PROG = "sovit-tune"
+# What may differ when a sweep goes on: what was tried stays what it was.
+_FREE = ("num_trials", "num_concurrent", "max_gpu_hours", "num_retries")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Say how to search, and what every trial has in common."""
+
+    search: Annotated[Search, tyro.conf.arg(name="")] = field(default_factory=Search)
+    run: Annotated[Run, tyro.conf.arg(name="")]
+
+
+def main() -> None:
+    """Run the command line."""
+    run_command(_main, prog=_PROG)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    from tuning.sweep import carry_out
+
+    chosen, rest = _split(arguments)
+    if chosen.resume:
+        sweep, space = _resumed(chosen, rest)
+    else:
+        sweep, space = _begun(chosen, rest)
+    carry_out(sweep, space=space, retries_failed=chosen.retry_failed)
+
+
+def _split(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Take out what is no field of the run or the search."""
+    parser = argparse.ArgumentParser(_PROG, add_help=False, allow_abbrev=False)
+    names: list[str] = []
+    rest = list(arguments)
+    while rest and not rest[0].startswith("-") and len(names) < 2:
+        names.append(rest.pop(0))
+    for option in ("--name", "--resume", "--storage"):
+        parser.add_argument(option, default="")
+    parser.add_argument("--retry-failed", action="store_true")
+    chosen, rest = parser.parse_known_args(rest)
+    chosen.names = names
+    return chosen, rest
+
+
+def _begun(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]:
+    """Make a new sweep; everything that can be wrong with it is found here."""
+    wants_help = "--help" in rest or "-h" in rest
+    if len(chosen.names) < 2 and not wants_help:
+        raise ValueError(
+            "wanted a recipe and a space, as in `sovit-tune demo pooling`, or --resume "
+            f"NAME; came {' '.join(chosen.names) or 'neither'}"
+        )
+    recipe, space_name = (
+        [*chosen.names, "demo", "pooling"][:2] if wants_help else (chosen.names)
+    )
+    default = load_recipe(recipe)
+    if chosen.storage:
+        rest += ["--storage", chosen.storage]
+    # A trial keeps what goes on with it; the best one can be evaluated and exported.
+    default = dataclasses.replace(default, num_checkpoints_to_keep=1)
+    options = parse(
+        Options,
+        default=Options(run=default),
+        arguments=rest,
+        prog=_PROG,
+        text=__doc__,
+    )
+    run = with_absolute_paths(options.run)
+    name = chosen.name or f"{run.recipe}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_name(run.storage, name=name)
+    space = load_space(space_name, run=run)
+    return Sweep(
+        name=name,
+        recipe=recipe,
+        run=run,
+        space=space_name,
+        domains=words_of(space),
+        search=options.search,
+    ), space
+
+
+def _resumed(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]:
+    """Read a sweep that is to go on."""
+    if chosen.names:
+        raise ValueError(
+            f"wanted --resume NAME alone, came {' '.join(chosen.names)} too; the sweep "
+            "goes on with what it began with"
+        )
+    storage = with_absolute_paths(
+        dataclasses.replace(load_recipe("demo"), storage=chosen.storage or "runs")
+    ).storage
+    sweep = read_sweep(storage, name=chosen.resume)
+    search = parse(Search, default=sweep.search, arguments=rest, prog=_PROG)
+    changed = [
+        field.name
+        for field in dataclasses.fields(Search)
+        if getattr(search, field.name) != getattr(sweep.search, field.name)
+        and field.name not in _FREE
+    ]
+    if changed:
+        raise ValueError(
+            f"wanted the settings that the sweep began with, came others for "
+            f"{', '.join(changed)}; only {', '.join(_FREE)} may change"
+        )
+    space = load_space(sweep.space, run=sweep.run)
+    if words_of(space) != dict(sweep.domains):
+        raise ValueError(
+            f"wanted the space that the sweep began with, {dict(sweep.domains)}, came "
+            f"{words_of(space)}; undo the change of {sweep.space}, or begin a new sweep"
+        )
+    run = dataclasses.replace(sweep.run, storage=storage)
+    return dataclasses.replace(sweep, search=search, run=run), space
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Let Ray Tune run the trials of one stage: all heads, or all trainings."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from pipelines.retries import answering, is_remote
+from pipelines.tracking.client import environment
+from tuning.budget import Budget
+from tuning.entries import Ledger
+from tuning.options import Search
+from tuning.spaces import Space, choices_of
+from tuning.trial import EPOCH, LISTED, SETTING, config_of, number_of
+from tuning.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+# Of all CPUs that a trial needs the workers' and readers' count; Tune's process waits.
+_TRIAL_CPUS = 0.01
+_QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Ctrl-C ends the sweep at once: what is known is written down already.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
+_FREE_TIMEOUT_S = 60.0
+_POLL_S = 1.0
+
+
+def run_stage(
+    ledger: Ledger,
+    *,
+    trainable: Callable[[Mapping[str, Any]], None],
+    watch: Watch,
+    scheduler: TrialScheduler,
+    searcher: Searcher | None = None,
+    space: Space | None = None,
+    num_concurrent: int,
+    num_devices: float,
+    reuse_actors: bool = False,
+) -> None:
+    """Run the trials of a ledger's settings, or those that a searcher draws.
+
+    Args:
+        trainable: Tells again what is known of a trial that has ended.
+        num_devices: GPUs, or workers where there is none, that a trial holds.
+
+    Trials that have not ended when the budget is used up stay as they are.
+    """
+    sweep, search = ledger.sweep, ledger.sweep.search
+    folder = sweep.folder.within(f"tune-{ledger.stage}")
+    filesystem, path = sweep.folder.open()
+    listed = tune.grid_search([config_of(entry) for entry in ledger.entries])
+    searched = {SETTING: space} if searcher else {LISTED: listed}
+    budget = Budget(
+        search.max_gpu_hours,
+        spent=lambda: watch.device_hours(num_devices=num_devices),
+    )
+    with answering():
+        folder.delete_folder()
+    with _quiet():
+        tune.Tuner(
+            tune.with_resources(trainable, {"CPU": _TRIAL_CPUS}),
+            param_space=searched,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=scheduler,
+                num_samples=search.num_trials if searcher else 1,
+                max_concurrent_trials=num_concurrent,
+                trial_name_creator=functools.partial(_name_trial, sweep=sweep.name),
+                trial_dirname_creator=str,
+                reuse_actors=reuse_actors,
+            ),
+            run_config=tune.RunConfig(
+                name=f"tune-{ledger.stage}",
+                storage_path=path,
+                storage_filesystem=(
+                    filesystem if is_remote(sweep.run.storage) else None
+                ),
+                stop=budget,
+                callbacks=[watch],
+                failure_config=tune.FailureConfig(max_failures=search.num_retries),
+                verbose=0,
+            ),
+        ).fit()
+    with answering():
+        folder.delete_folder()  # our ledger holds what a sweep needs to go on
+
+
+def _name_trial(trial: Trial, *, sweep: str) -> str:
+    return f"{sweep}-{number_of(trial.config):04d}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Tune's own tables and advice off the terminal."""
+    tune_logger = logging.getLogger("ray.tune")
+    before = tune_logger.level
+    tune_logger.setLevel(logging.ERROR)
+    try:
+        with environment(_QUIET), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        tune_logger.setLevel(before)
+
+
+def scheduler_of(search: Search, *, num_epochs: int) -> TrialScheduler:
+    """Build what stops trials early; ValueError where epochs are too few to compare."""
+    if search.scheduler == "none":
+        return FIFOScheduler()
+    if num_epochs <= search.grace_epochs:
+        raise ValueError(
+            f"wanted more than {search.grace_epochs} epochs for asha to stop trials "
+            f"before their end, came {num_epochs}; raise --optim.num-epochs, lower "
+            "--grace-epochs, or set --scheduler none"
+        )
+    return ASHAScheduler(
+        time_attr=EPOCH,
+        metric=search.metric,
+        mode=search.modes[0],
+        grace_period=search.grace_epochs,
+        # Nobody is stopped at its last epoch, while it finishes.
+        max_t=num_epochs - 1,
+        reduction_factor=search.reduction_factor,
+        stop_last_trials=False,
+    )
+
+
+def optuna_of(space: Space, ledger: Ledger) -> tuple[Searcher, Space]:
+    """Build Optuna's TPE, which first takes the settings that a ledger knows."""
+    import optuna
+
+    from tuning.numbered import NumberedOptuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    search = ledger.sweep.search
+    several = len(search.metrics) > 1
+    searcher = NumberedOptuna(
+        metric=list(search.metrics) if several else search.metric,
+        mode=list(search.modes) if several else search.modes[0],
+        points_to_evaluate=[
+            {f"{SETTING}/{name}": value for name, value in entry.setting.items()}
+            for entry in ledger.entries
+        ],
+        seed=search.sample_seed,
+    )
+    domains = {
+        name: tune.choice(values) if (values := choices_of(domain)) else domain
+        for name, domain in space.items()
+    }
+    return searcher, domains
+
+
+def wait_until_free(before: set[str]) -> None:
+    """Wait until the stopped trials' resources are free again.
+
+    Args:
+        before: Placement groups that were there before, by id.
+    """
+    deadline_s = time.monotonic() + _FREE_TIMEOUT_S
+    while left := placement_groups() - before:
+        if time.monotonic() > deadline_s:
+            logger.warning(
+                "%d placement groups of stopped trials are still held", len(left)
+            )
+            return
+        time.sleep(_POLL_S)
+
+
+def placement_groups() -> set[str]:
+    """List the placement groups that hold, or wait for, resources."""
+    table = ray.util.placement_group_table()
+    return {name for name, group in table.items() if group["state"] != "REMOVED"}
