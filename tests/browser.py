@@ -19,9 +19,9 @@ from urllib.request import urlopen
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
-_START_S = 120.0
+_START_S = 240.0
 _STOP_S = 10.0
-_PAGE_S = 90.0
+_PAGE_S = 120.0
 _STILL_S = 0.5
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _SERVER_SETTINGS = MappingProxyType(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pipelines.tracking.query import MetricPoint, StoredRun
+from pipelines.tracking.sweeps import OUTCOME_TAG
 
-OUTCOME_TAG = "sovit.outcome"
 NUM_PARAMS = "model.num_params"
 PUBLISHED = "published_top1"
 SEED = "seed"
@@ -56,8 +56,8 @@ class Measured:
     @property
     def num_workers(self) -> int:
         """Count the workers that the run had last."""
-        again = self.run.tags.get(f"resumed.{_NUM_WORKERS}")
-        return int(again or self.run.params.get(_NUM_WORKERS, 1))
+        again = _number(self.run.tags.get(f"resumed.{_NUM_WORKERS}"))
+        return int(again or self.param(_NUM_WORKERS) or 1)
 
     @property
     def num_epochs(self) -> float:
@@ -68,25 +68,29 @@ class Measured:
     def wanted_epochs(self) -> int:
         """Count the epochs that the run was to have; 0 where it doesn't say."""
         names = ("optim.num_epochs", "optim.cooldown_epochs")
-        return sum(int(self.run.params.get(name, 0)) for name in names)
+        return int(sum(self.param(name) or 0 for name in names))
 
-    @property
     def hours(self) -> float | None:
         """Measure from the start to the end, or to the last value that came."""
         last = [points[-1].time_s for points in (self.rates, self.epochs) if points]
         end_s = self.run.end_s or max(last, default=None)
-        return None if end_s is None else (end_s - self.run.start_s) / _SECONDS_PER_HOUR
+        if end_s is None or end_s <= self.run.start_s:  # written down afterwards
+            return None
+        return (end_s - self.run.start_s) / _SECONDS_PER_HOUR
 
-    @property
     def device_hours(self) -> float | None:
         """Multiply the hours with the workers."""
-        return None if self.hours is None else self.hours * self.num_workers
+        hours = self.hours()
+        return None if hours is None else hours * self.num_workers
 
-    @property
     def images_per_s(self) -> float | None:
         """Average the rate, without the start where there is more."""
         rates = [point.value for point in self.rates]
         return fmean(rates[1:] or rates) if rates else None
+
+    def final(self) -> float | None:
+        """Give the metric's last value."""
+        return self.curve[-1].value if self.curve else None
 
     def epoch_at(self, step: int) -> float | None:
         """Say how many epochs a step ends; None before the first is done."""
@@ -114,6 +118,23 @@ class Spread:
     mean: float
     deviation: float | None = None
 
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
+        """Average the values that are there; None where none is."""
+        numbers = [value for value in values if value is not None]
+        if not numbers:
+            return None
+        deviation = stdev(numbers) if len(numbers) > 1 else None
+        return cls(mean=fmean(numbers), deviation=deviation)
+
+
+class CurvePoint(NamedTuple):
+    """Hold the mean and the deviation over a row's runs, 0 for one, at an epoch."""
+
+    epoch: float
+    mean: float
+    deviation: float
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -134,7 +155,7 @@ class Row:
 
     def spread(self, value: Callable[[Measured], float | None]) -> Spread | None:
         """Average a value over the runs that have it."""
-        return spread(map(value, self.runs))
+        return Spread.of(map(value, self.runs))
 
     def param(self, name: str) -> str | None:
         """Give a param as it was logged; None where no run has it."""
@@ -143,25 +164,23 @@ class Row:
         )
         return ", ".join(values) if values else None
 
-    def mean_curve(self) -> list[tuple[float, float, float]]:
-        """Give epoch, mean and deviation at each step that every run with values has.
+    @property
+    def run_ids(self) -> list[str]:
+        """List MLflow's ids of the runs."""
+        return [run.run.run_id for run in self.runs]
 
-        The deviation of one run is 0.
-        """
-        curves = [
-            {point.step: point.value for point in run.curve}
-            for run in self.runs
-            if run.curve and run.epochs
-        ]
-        if not curves:
+    def mean_curve(self) -> list[CurvePoint]:
+        """Average the metric at each step that every run with values has."""
+        runs = [run for run in self.runs if run.curve and run.epochs]
+        if not runs:
             return []
-        steps = sorted(set.intersection(*map(set, curves)))
-        at = next(run for run in self.runs if run.curve and run.epochs).epoch_at
-        points: list[tuple[float, float, float]] = []
-        for step in steps:
-            epoch, found = at(step), spread(curve[step] for curve in curves)
+        curves = [{point.step: point.value for point in run.curve} for run in runs]
+        points: list[CurvePoint] = []
+        for step in sorted(set.intersection(*map(set, curves))):
+            epoch = runs[0].epoch_at(step)
+            found = Spread.of(curve[step] for curve in curves)
             if epoch is not None and found is not None:
-                points.append((epoch, found.mean, found.deviation or 0.0))
+                points.append(CurvePoint(epoch, found.mean, found.deviation or 0.0))
         return points
 
 
@@ -241,16 +260,6 @@ def pareto(
         if not front or sign_y * (points[key][1] - points[front[-1]][1]) > 0:
             front.append(key)
     return sorted(front, key=lambda key: points[key][0])
-
-
-def spread(values: Iterable[float | None]) -> Spread | None:
-    """Average the values that are there; None where none is."""
-    numbers = [value for value in values if value is not None]
-    if not numbers:
-        return None
-    return Spread(
-        mean=fmean(numbers), deviation=stdev(numbers) if len(numbers) > 1 else None
-    )
 
 
 def _number(text: str | None) -> float | None:

@@ -87,9 +87,10 @@ class Sweep:
         """Name the sweep's folder."""
         return Place(self.run.storage).within(self.name)
 
-    def trial_name(self, number: int) -> str:
+    def trial_name(self, number: int, *, stage: StageName = "full") -> str:
         """Name a trial's run; `sovit-train --resume` and `sovit-eval` know it so."""
-        return f"{self.name}-{number:04d}"
+        kind = "head-" if stage == "head" else ""
+        return f"{self.name}-{kind}{number:04d}"
 
 
 def write_sweep(sweep: Sweep) -> None:

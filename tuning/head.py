@@ -120,7 +120,7 @@ class _Trainer:
             trained = self._train(epoch)
             seconds = time.perf_counter() - start_s
             held_out = self._evaluate()
-        except _LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             # An exact decomposition refuses numbers that are not finite.
             raise NonFiniteLossError(
                 f"wanted finite matrices, came others in epoch {epoch + 1} of a head "

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from ray.tune.search import Searcher
 from pipelines.retries import answering, is_remote
 from pipelines.tracking.client import environment
 from tuning.budget import Budget
-from tuning.entries import Ledger
+from tuning.entries import Ledger, StageName, Sweep
 from tuning.options import Search
 from tuning.spaces import Space, choices_of
 from tuning.trial import EPOCH, LISTED, SETTING, config_of, number_of
@@ -27,8 +28,8 @@ from tuning.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-# Of all CPUs that a trial needs the workers' and readers' count; Tune's process waits.
-_TRIAL_CPUS = 0.01
+# The workers and readers have their own; Tune's process only waits.
+TRIAL_RESOURCES = MappingProxyType({"CPU": 0.01})
 _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # Ctrl-C ends the sweep at once: what is known is written down already.
@@ -47,6 +48,7 @@ def run_stage(
     searcher: Searcher | None = None,
     space: Space | None = None,
     num_concurrent: int,
+    resources: Mapping[str, float] = TRIAL_RESOURCES,
     num_devices: float,
     reuse_actors: bool = False,
 ) -> None:
@@ -71,14 +73,16 @@ def run_stage(
         folder.delete_folder()
     with _quiet():
         tune.Tuner(
-            tune.with_resources(trainable, {"CPU": _TRIAL_CPUS}),
+            tune.with_resources(trainable, dict(resources)),
             param_space=searched,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=scheduler,
                 num_samples=search.num_trials if searcher else 1,
                 max_concurrent_trials=num_concurrent,
-                trial_name_creator=functools.partial(_name_trial, sweep=sweep.name),
+                trial_name_creator=functools.partial(
+                    _name_trial, sweep=sweep, stage=ledger.stage
+                ),
                 trial_dirname_creator=str,
                 reuse_actors=reuse_actors,
             ),
@@ -98,8 +102,8 @@ def run_stage(
         folder.delete_folder()  # our ledger holds what a sweep needs to go on
 
 
-def _name_trial(trial: Trial, *, sweep: str) -> str:
-    return f"{sweep}-{number_of(trial.config):04d}"
+def _name_trial(trial: Trial, *, sweep: Sweep, stage: StageName) -> str:
+    return sweep.trial_name(number_of(trial.config), stage=stage)
 
 
 @contextmanager

@@ -5,14 +5,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from pipelines import tracking
+from pipelines.errors import RunFailedError
+from pipelines.fields import change_fields
 from pipelines.preflight import check_run
+from pipelines.runfile import flat_params
 from pipelines.runs import find_record
 from pipelines.session import needed, ray_session, room
 from pipelines.tracking.provenance import provenance_tags
-from pipelines.tracking.sweeps import OUTCOME_TAG, open_sweep, tag_run
+from pipelines.tracking.sweeps import (
+    OUTCOME_TAG,
+    child_tags,
+    log_child,
+    open_sweep,
+    tag_run,
+)
+from tuning.conclude import conclude
 from tuning.entries import Entry, Ledger, Sweep, write_sweep
+from tuning.heads import HEAD_METRIC, TOKENS, promoted, run_head_trial
 from tuning.settings import list_settings
 from tuning.spaces import Space
 from tuning.stage import (
@@ -28,6 +41,33 @@ from tuning.watch import Watch
 logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Carried:
+    """Hold a sweep while it is carried out."""
+
+    sweep: Sweep
+    space: Space
+    uri: str
+    num_concurrent: int
+    retries_failed: bool
+
+    def ledger(self, stage: Any, settings: Sequence[Entry]) -> Ledger:
+        """Open a stage's ledger, with further trials to make."""
+        ledger = Ledger(self.sweep, stage=stage)
+        for entry in ledger.entries:
+            if entry.status == "failed" and self.retries_failed:
+                ledger.change(entry.number, status="waiting")
+        for entry in settings:
+            if entry.number not in ledger:
+                ledger.put(entry)
+        return ledger
+
+    def known(self, ledger: Ledger) -> Known:
+        """Tell trials what is known of those that have ended."""
+        ended = {entry.number: entry for entry in ledger.entries if entry.has_ended}
+        return Known(sweep=self.sweep, entries=ended, tracking_uri=self.uri)
+
+
 def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Ledger:
     """Try all settings of a sweep, new or not, and report what came.
 
@@ -39,37 +79,55 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
     """
     run, search = sweep.run, sweep.search
     check_run(run)
-    scheduler_of(search, num_epochs=run.optim.total_epochs)
+    _scheduler(sweep)
     settings = [] if search.method == "optuna" else list_settings(space, search=search)
+    listed = [Entry(number=n, setting=setting) for n, setting in enumerate(settings)]
     uri = tracking.default_uri(run.storage)
     num_runs = max(search.num_concurrent, 1)
     with ray_session(run.scale, num_runs=num_runs, dashboard=True):
-        num_concurrent = search.num_concurrent or room(run.scale)
-        sweep = _opened(sweep, uri=uri)
-        ledger = Ledger(sweep, stage="full")
-        _fill(ledger, settings, retries_failed=retries_failed)
-        logger.info(
-            "sweep %s: %d trials, %d at a time",
-            sweep.name,
-            search.num_trials,
-            num_concurrent,
+        carried = _Carried(
+            sweep=_opened(sweep, uri=uri),
+            space=space,
+            uri=uri,
+            num_concurrent=search.num_concurrent or room(run.scale),
+            retries_failed=retries_failed,
         )
-        _train_all(ledger, space=space, uri=uri, num_concurrent=num_concurrent)
+        heads = None
+        if search.head_from:
+            heads = _try_heads(carried, listed)
+            chosen = promoted(list(heads.entries), search=search)
+            listed = [
+                Entry(number=entry.number, setting=entry.setting) for entry in chosen
+            ]
+        ledger = _train(carried, listed)
+    conclude(carried.sweep, ledger=ledger, heads=heads, uri=uri)
+    if not any(entry.reports for entry in ledger.entries):
+        reasons = [entry.reason for entry in ledger.entries if entry.reason]
+        raise RunFailedError(
+            f"wanted a trial that reports something, came none of "
+            f"{len(ledger.entries)}: {reasons[0] if reasons else 'none has begun'}"
+        )
     return ledger
+
+
+def _scheduler(sweep: Sweep) -> Any:
+    """Build the full trainings' scheduler; promoted settings go to their end."""
+    search = sweep.search
+    if search.head_from:
+        search = dataclasses.replace(search, scheduler="none")
+    return scheduler_of(search, num_epochs=sweep.run.optim.total_epochs)
 
 
 def _opened(sweep: Sweep, *, uri: str) -> Sweep:
     """Open the sweep's run in MLflow, and write the sweep down."""
+    searched = {f"space.{name}": words for name, words in sweep.domains.items()}
+    search = dataclasses.asdict(sweep.search)
+    params = {f"search.{name}": value for name, value in search.items()}
     run_id = open_sweep(
         uri,
         experiment=sweep.run.experiment,
         name=sweep.name,
-        params={f"space.{name}": words for name, words in sweep.domains.items()}
-        | {
-            f"search.{name}": value
-            for name, value in dataclasses.asdict(sweep.search).items()
-        }
-        | {"recipe": sweep.recipe},
+        params=searched | params | {"recipe": sweep.recipe},
         tags=provenance_tags(),
         run_id=sweep.mlflow_run_id,
     )
@@ -78,45 +136,90 @@ def _opened(sweep: Sweep, *, uri: str) -> Sweep:
     return sweep
 
 
-def _fill(ledger: Ledger, settings: list[dict], *, retries_failed: bool) -> None:
-    """Put all settings that are known before into the ledger."""
-    for entry in ledger.entries:
-        if entry.status == "failed" and retries_failed:
-            ledger.change(entry.number, status="waiting")
-    for number, setting in enumerate(settings):
-        if number not in ledger:
-            ledger.put(Entry(number=number, setting=setting))
-
-
-def _train_all(ledger: Ledger, *, space: Space, uri: str, num_concurrent: int) -> None:
-    sweep, run = ledger.sweep, ledger.sweep.run
-    known = Known(
-        sweep=sweep,
-        entries={entry.number: entry for entry in ledger.entries if entry.has_ended},
-        tracking_uri=uri,
-    )
-    searcher = None
-    if sweep.search.method == "optuna":
+def _train(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
+    """Train settings in full."""
+    ledger = carried.ledger("full", listed)
+    sweep, search = carried.sweep, carried.sweep.search
+    searcher, space = None, carried.space
+    # Settings that heads were tried on are listed, whoever drew them.
+    if search.method == "optuna" and not search.head_from:
         searcher, space = optuna_of(space, ledger)
-    num_epochs = run.optim.total_epochs
+    num_epochs = sweep.run.optim.total_epochs
+    num_trials = search.num_trials if searcher else len(ledger.entries)
     watch = Watch(
         ledger,
+        metric=search.metric,
         num_epochs=num_epochs,
-        on_end=functools.partial(_end, ledger=ledger, uri=uri),
+        num_trials=num_trials,
+        on_end=functools.partial(_end, ledger=ledger, uri=carried.uri),
     )
-    wanted = needed(run.scale)
-    before = placement_groups()
-    try:
-        run_stage(
+    scale = sweep.run.scale
+    logger.info(
+        "sweep %s: %d trials, %d at a time",
+        sweep.name,
+        num_trials,
+        carried.num_concurrent,
+    )
+    _watched(
+        watch,
+        lambda: run_stage(
             ledger,
-            trainable=functools.partial(run_trial, known=known),
+            trainable=functools.partial(run_trial, known=carried.known(ledger)),
             watch=watch,
-            scheduler=scheduler_of(sweep.search, num_epochs=num_epochs),
+            scheduler=_scheduler(sweep),
             searcher=searcher,
             space=space,
-            num_concurrent=num_concurrent,
-            num_devices=wanted.get("GPU", run.scale.num_workers),
+            num_concurrent=carried.num_concurrent,
+            num_devices=needed(scale).get("GPU", scale.num_workers),
+        ),
+    )
+    return ledger
+
+
+def _try_heads(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
+    """Compute the backbone's tokens, and train a head on them for each setting."""
+    from tuning.tokens import write_tokens
+
+    sweep, search = carried.sweep, carried.sweep.search
+    if search.method == "optuna":
+        raise ValueError(
+            "wanted settings that are known before the heads are tried, came --method "
+            "optuna; take random or grid, or leave out --head-from"
         )
+    tokens = sweep.folder.within(TOKENS)
+    write_tokens(sweep.run, checkpoint=search.head_from, out=f"{sweep.folder}/{TOKENS}")
+    ledger = carried.ledger("head", listed)
+    watch = Watch(
+        ledger,
+        metric=HEAD_METRIC,
+        num_epochs=search.head_epochs,
+        num_trials=len(ledger.entries),
+        on_end=functools.partial(_end_head, ledger=ledger, uri=carried.uri),
+    )
+    use_gpu = sweep.run.scale.use_gpu
+    logger.info("%d heads on the tokens in %s", len(ledger.entries), tokens)
+    plain = dataclasses.replace(search, scheduler="none")
+    _watched(
+        watch,
+        lambda: run_stage(
+            ledger,
+            trainable=functools.partial(run_head_trial, known=carried.known(ledger)),
+            watch=watch,
+            scheduler=scheduler_of(plain, num_epochs=search.head_epochs),
+            num_concurrent=carried.num_concurrent,
+            resources={"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {}),
+            num_devices=1,
+            reuse_actors=True,
+        ),
+    )
+    return ledger
+
+
+def _watched(watch: Watch, run: Callable[[], None]) -> None:
+    """Run a stage; wait until what its stopped trials held is free."""
+    before = placement_groups()
+    try:
+        run()
     finally:
         watch.close()
     wait_until_free(before)
@@ -135,3 +238,29 @@ def _end(entry: Entry, *, ledger: Ledger, uri: str) -> None:
         tracking.end_run(uri, run_id, status="FINISHED")
     elif entry.status == "failed":
         tracking.end_run(uri, run_id, status="FAILED", reason=entry.reason)
+
+
+def _end_head(entry: Entry, *, ledger: Ledger, uri: str) -> None:
+    """Record a head's trial in MLflow; it was too short to do so itself."""
+    sweep = ledger.sweep
+    try:
+        run = change_fields(sweep.run, entry.setting)
+    except ValueError:
+        run = sweep.run
+    tags = child_tags(sweep.name, parent_id=sweep.mlflow_run_id)
+    run_id = log_child(
+        uri,
+        experiment=run.experiment,
+        name=sweep.trial_name(entry.number, stage="head"),
+        params=flat_params(run) | dict(entry.setting),
+        tags=tags | {OUTCOME_TAG: entry.status},
+        reports=entry.reports,
+    )
+    is_bad = entry.status in ("failed", "diverged", "refused")
+    tracking.end_run(
+        uri,
+        run_id,
+        status="FAILED" if is_bad else "FINISHED",
+        reason=entry.reason,
+    )
+    ledger.change(entry.number, mlflow_run_id=run_id)

@@ -23,7 +23,7 @@ from pipelines.ingest.source import CPUS_PER_READ
 from pipelines.session import per_worker, ray_session
 from tuning.token_backbone import Backbone
 from tuning.token_parts import Part, read_part
-from tuning.token_writer import NUM_IMAGES, TokenJob, TokenWriter
+from tuning.token_writer import NUM_IMAGES, TokenJob, WriterActor
 
 
 def write_parts(
@@ -53,7 +53,7 @@ def write_parts(
             label_selector=_labels(run.data.reader_label),
         )
         done = units.map_batches(
-            _Writer,
+            WriterActor,
             # A block is one row that holds a whole unit.
             batch_size=None,
             batch_format="pyarrow",
@@ -74,18 +74,6 @@ def write_parts(
                 if isinstance(cause, ValueError):
                     raise ValueError(first_line(cause)) from error
             raise
-
-
-class _Writer:
-    """Be the actor that writes: it takes the backbone out of the store."""
-
-    def __init__(
-        self, jobs: Mapping[str, TokenJob], *, backbone: ray.ObjectRef[Backbone]
-    ) -> None:
-        self._write = TokenWriter(jobs, backbone=ray.get(backbone))
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return self._write(table)
 
 
 class PartSource(Datasource):

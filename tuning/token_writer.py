@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,9 @@ from pipelines.supply import pixel_settings
 from tuning.token_backbone import Backbone
 from tuning.token_parts import INDEX, SPLIT, VIEW
 from tuning.token_set import bytes_per_image, part_name, schema, write_part
+
+if TYPE_CHECKING:
+    import ray
 
 MADE_OF, BAD = "made_of", "bad"
 NUM_IMAGES = "num_images"
@@ -198,6 +201,24 @@ class TokenWriter:
                 f"{self._settings.run.model.name}; choose a backbone that normalises "
                 "its features"
             )
+
+
+class WriterActor:
+    """Be the actor that writes: it takes the backbone out of Ray's store.
+
+    Here and not beside the job, so that an actor starts without Ray Data and Train.
+    """
+
+    def __init__(
+        self, jobs: Mapping[str, TokenJob], *, backbone: ray.ObjectRef[Backbone]
+    ) -> None:
+        import ray
+
+        self._write = TokenWriter(jobs, backbone=ray.get(backbone))
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Do one unit."""
+        return self._write(table)
 
 
 def _fixed_size_binary(tokens: Tensor, *, size: int) -> pa.Array:

@@ -9,7 +9,7 @@ without it they can't tell two Rays on a machine apart, and the sweep waits for 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,7 +27,6 @@ from pipelines.fields import change_fields
 from pipelines.runs import find_record
 from pipelines.tracking.sweeps import child_tags
 from tuning.entries import Entry, Sweep
-from tuning.options import Search
 from tuning.spaces import tidy
 
 # Settings that are known before lie one level deeper, in a list for Tune.
@@ -80,7 +79,7 @@ def run_trial(config: Mapping[str, Any], *, known: Known) -> None:
     number = number_of(config)
     entry = known.entries.get(number)
     if entry is not None:
-        tell_again(entry, sweep=known.sweep)
+        tell_again(entry, metrics=known.sweep.search.metrics)
         return
     address = ray.get_runtime_context().gcs_address
     trainer = cast(ActorClass, ray.remote(num_cpus=0)(Trainer)).options(
@@ -98,7 +97,7 @@ def run_trial(config: Mapping[str, Any], *, known: Known) -> None:
             )
         )
     except RayError as error:
-        end = bad_end(error, search=known.sweep.search)
+        end = bad_end(error, metrics=known.sweep.search.metrics)
         tune.report(end)
         if end[OUTCOME] == "failed":
             raise  # Tune tries again
@@ -107,17 +106,16 @@ def run_trial(config: Mapping[str, Any], *, known: Known) -> None:
         tune.report(last)
 
 
-def tell_again(entry: Entry, *, sweep: Sweep) -> None:
+def tell_again(entry: Entry, *, metrics: Sequence[str]) -> None:
     """Report what is known: so scheduler and searcher are where they were."""
     for report in entry.reports:
         tune.report(dict(report))
     if entry.status in ("diverged", "refused"):
-        tune.report(
-            no_values(sweep.search) | {OUTCOME: entry.status, REASON: entry.reason}
-        )
+        end = {OUTCOME: entry.status, REASON: entry.reason}
+        tune.report(_no_values(metrics) | end)
 
 
-def bad_end(error: BaseException, *, search: Search) -> dict[str, Any]:
+def bad_end(error: BaseException, *, metrics: Sequence[str]) -> dict[str, Any]:
     """Make the last report of a trial that has failed, diverged or was refused."""
     outcome, reason = "failed", f"{type(error).__name__}: {first_line(error)}"
     for cause in causes(error):
@@ -128,13 +126,12 @@ def bad_end(error: BaseException, *, search: Search) -> dict[str, Any]:
             break
         if isinstance(cause, RunFailedError):
             reason = first_line(cause)
-    return no_values(search) | {OUTCOME: outcome, REASON: reason}
+    return _no_values(metrics) | {OUTCOME: outcome, REASON: reason}
 
 
-def no_values(search: Search) -> dict[str, float]:
-    """Report of each metric that there is none."""
+def _no_values(metrics: Sequence[str]) -> dict[str, float]:
     # Before any epoch, so that asha compares it nowhere.
-    return dict.fromkeys(search.metrics, math.nan) | {EPOCH: 0}
+    return dict.fromkeys(metrics, math.nan) | {EPOCH: 0}
 
 
 class Trainer:

@@ -23,22 +23,29 @@ class Watch(tune.Callback):
     """Keep the ledger of a stage while Tune runs it, and show its progress.
 
     Args:
+        metric: What is shown of each.
         num_epochs: Epochs of a trial that is not stopped.
         on_end: Is called with each trial that has ended, once.
     """
 
     def __init__(
-        self, ledger: Ledger, *, num_epochs: int, on_end: Callable[[Entry], None]
+        self,
+        ledger: Ledger,
+        *,
+        metric: str,
+        num_epochs: int,
+        num_trials: int,
+        on_end: Callable[[Entry], None],
     ) -> None:
         self._ledger, self._num_epochs, self._on_end = ledger, num_epochs, on_end
-        self._search = ledger.sweep.search
+        self._metric = metric
         self._started_s: dict[int, float] = {}
         self._seconds_before: dict[int, float] = {}
         self._outcomes: dict[int, tuple[str, str]] = {}
         self._is_terminal = sys.stderr.isatty()
         num_ended = sum(entry.has_ended for entry in ledger.entries)
         self._bar = tqdm(
-            total=max(self._search.num_trials, len(ledger.entries)),
+            total=num_trials,
             initial=num_ended,
             unit="trial",
             disable=not self._is_terminal,
@@ -137,18 +144,18 @@ class Watch(tune.Callback):
         self._started_s.pop(number, None)
         self._on_end(entry)
         self._bar.update()
-        self._say(_end_line(entry, metric=self._search.metric))
+        self._say(_end_line(entry, metric=self._metric))
 
     def _seconds(self, number: int) -> float:
         since_s = time.monotonic() - self._started_s[number]
         return self._seconds_before[number] + since_s
 
     def _show_epoch(self, entry: Entry) -> None:
-        value = entry.last(self._search.metric)
+        value = entry.last(self._metric)
         if value is None:
             return
         line = f"epoch {entry.epoch}/{self._num_epochs}"
-        self._say(f"trial {entry.number}  {line}  {self._search.metric} {value:.4g}")
+        self._say(f"trial {entry.number}  {line}  {self._metric} {value:.4g}")
 
     def _say(self, line: str) -> None:
         if self._is_terminal:

@@ -12,7 +12,7 @@ import math
 import re
 import sqlite3
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,10 @@ from urllib.parse import quote
 
 from pipelines.tracking.client import ADDRESS_VARIABLE, PATIENCE, connect, environment
 from pipelines.tracking.provenance import error_summary, without_credentials
+from pipelines.tracking.sweeps import KIND_TAG, PARENT_TAG, SWEEP_KIND
 
 logger = logging.getLogger(__name__)
 
-PARENT_TAG = "mlflow.parentRunId"
-KIND_TAG = "sovit.kind"
-SWEEP_KIND = "sweep"
 EXPERIMENT_PREFIX = "experiment:"
 _SQLITE = "sqlite:///"
 _RUN_ID = re.compile(r"[0-9a-f]{4,32}")
@@ -242,7 +240,7 @@ class RunStore:
             ) from error
 
 
-def last_life(points: Iterator[MetricPoint]) -> tuple[MetricPoint, ...]:
+def last_life(points: Iterable[MetricPoint]) -> tuple[MetricPoint, ...]:
     """Order points by step; what came before a step was repeated is forgotten."""
     kept: list[MetricPoint] = []
     for point in sorted(points, key=lambda point: (point.time_s, point.step)):

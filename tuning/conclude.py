@@ -1,0 +1,138 @@
+"""Tell what a sweep found: in the terminal, in its folder and in MLflow."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pipelines import tracking
+from pipelines.retries import answering
+from pipelines.tracking.provenance import without_credentials
+from pipelines.tracking.sweeps import log_metrics, tag_run
+from tuning.entries import Entry, Ledger, Sweep
+from tuning.figures import draw_importances, draw_parallel, draw_pareto, draw_ranks
+from tuning.heads import HEAD_METRIC, foretold
+from tuning.report import as_csv, compared, table, winner_of
+from tuning.report_recipe import winner_recipe
+from tuning.report_statistics import importances, rank_correlation
+
+logger = logging.getLogger(__name__)
+REPORT = "report"
+WINNER_FILE = "winner.py"
+_MIN_RANKS = 3
+
+
+def conclude(
+    sweep: Sweep, *, ledger: Ledger, heads: Ledger | None, uri: str
+) -> Entry | None:
+    """Print the table, keep table, plots and winner, and end the sweep's MLflow run.
+
+    Returns the winner, None where no trial has a value.
+    """
+    entries = ledger.entries
+    winner = winner_of(sweep.search, entries)
+    text = table(sweep, entries)
+    print(text)
+    metrics = {f"num_{status}": float(num) for status, num in _counts(ledger).items()}
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "trials.txt").write_text(text + "\n")
+        (folder / "trials.csv").write_text(as_csv(sweep, entries))
+        if winner is not None:
+            (folder / WINNER_FILE).write_text(winner_recipe(sweep, winner))
+            value = winner.last(sweep.search.metric)
+            assert value is not None
+            metrics |= {f"best/{sweep.search.metric}": value}
+            metrics |= {"best/trial": float(winner.number)}
+            tag_run(
+                uri,
+                sweep.mlflow_run_id,
+                tags={"best_trial": sweep.trial_name(winner.number)},
+            )
+        metrics |= _figures(sweep, ledger=ledger, heads=heads, folder=folder)
+        _keep(sweep, folder=folder, uri=uri)
+    log_metrics(uri, sweep.mlflow_run_id, metrics=metrics)
+    whole = all(entry.has_ended for entry in entries)
+    tracking.end_run(
+        uri,
+        sweep.mlflow_run_id,
+        status="FINISHED" if whole else "KILLED",
+        reason="" if whole else "its budget is used up",
+    )
+    _print_next(sweep, winner=winner, is_whole=whole, uri=uri)
+    return winner
+
+
+def _counts(ledger: Ledger) -> dict[str, int]:
+    statuses = [entry.status for entry in ledger.entries]
+    return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
+
+
+def _figures(
+    sweep: Sweep, *, ledger: Ledger, heads: Ledger | None, folder: Path
+) -> dict[str, float]:
+    """Draw what there is enough of; return what was worked out."""
+    metrics: dict[str, float] = {}
+    if compared(sweep.search, ledger.entries):
+        draw_parallel(sweep, ledger.entries, folder / "parallel_coordinates.png")
+        draw_pareto(sweep, ledger.entries, folder / "pareto.png")
+    # Of many cheap heads importances are surer than of few trainings.
+    epoch, shares = importances(sweep, ledger.entries)
+    if shares:
+        draw_importances(sweep, ledger.entries, folder / "importances.png")
+        metrics |= {f"importance/{name}": share for name, share in shares.items()}
+        shown = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        print(f"importance  {shown} (after epoch {epoch})")
+    if heads is not None:
+        metrics |= _foretelling(sweep, ledger=ledger, heads=heads, folder=folder)
+    return metrics
+
+
+def _foretelling(
+    sweep: Sweep, *, ledger: Ledger, heads: Ledger, folder: Path
+) -> dict[str, float]:
+    """Say how well the heads foretold what full training gives."""
+    search = dataclasses.replace(sweep.search, metrics=(HEAD_METRIC,), modes=("max",))
+    ranked_by_head = dataclasses.replace(sweep, search=search)
+    (folder / "heads.csv").write_text(as_csv(ranked_by_head, heads.entries))
+    cheap, full, numbers = foretold(
+        list(heads.entries), list(ledger.entries), sweep=sweep
+    )
+    if len(cheap) < _MIN_RANKS:
+        print(f"ranks  too few to compare: {len(cheap)} settings trained in full")
+        return {}
+    spearman, kendall = rank_correlation(cheap, full)
+    print(
+        f"ranks  heads against full training, {len(cheap)} settings: "
+        f"Spearman {spearman:.2f}, Kendall {kendall:.2f}"
+    )
+    draw_ranks(sweep, cheap, full, numbers, folder / "head_ranks.png")
+    return {"head/spearman": spearman, "head/kendall": kendall}
+
+
+def _keep(sweep: Sweep, *, folder: Path, uri: str) -> None:
+    place = sweep.folder.within(REPORT)
+    with answering():
+        place.make_folder()
+        for file in sorted(folder.iterdir()):
+            place.within(file.name).write(file.read_bytes())
+    for file in sorted(folder.iterdir()):
+        tracking.log_file(uri, sweep.mlflow_run_id, file=file)
+
+
+def _print_next(
+    sweep: Sweep, *, winner: Entry | None, is_whole: bool, uri: str
+) -> None:
+    """Say what can be done now."""
+    lines: dict[str, str] = {}
+    report = sweep.folder.within(REPORT)
+    if winner is not None:
+        lines["winner"] = f"sovit-train {report.within(WINNER_FILE)}:best"
+    lines["report"] = str(report)
+    lines["compare"] = f"sovit-compare {sweep.name} --store {without_credentials(uri)}"
+    if not is_whole:
+        lines["go on"] = f"sovit-tune --resume {sweep.name} --max-gpu-hours MORE"
+    for name, line in lines.items():
+        print(f"{name:<10}  {line}")
