@@ -7,10 +7,11 @@ BIN := .venv/bin
 READY := .venv/ready
 NAME ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test install pins clean help
+.PHONY: demo sweep test install pins clean help
 
 help:
 	@echo "make demo     train a So-ViT on 12,000 photographs for a few minutes"
+	@echo "make sweep    search its pooling: 12 trials in less than ten minutes"
 	@echo "make test     lint, types, import rules and tests"
 	@echo "make install  prepare .venv alone"
 	@echo "make pins     resolve the pinned requirements again"
@@ -29,6 +30,11 @@ $(READY): requirements-dev.txt pyproject.toml
 
 demo: $(READY)
 	$(BIN)/sovit-train demo --name $(NAME)
+
+sweep: $(READY)
+	$(BIN)/sovit-tune demo pooling --name $(NAME:demo-%=sweep-%) --num-trials 12 \
+	  --scale.num-workers 1 --optim.num-epochs 3 --optim.warmup-epochs 0.5 \
+	  --optim.ema-decay 0
 
 test: $(READY)
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,15 +20,17 @@ from pipelines.runfile import flat_params
 from pipelines.runs import Record
 from pipelines.supply import reading_of
 from pipelines.tracking.provenance import provenance_tags
+from pipelines.tracking.sweeps import log_metrics
 
 logger = logging.getLogger(__name__)
+_FIRST_METRIC = "val/top1"
 
 
 def open_tracking(
     record: Record, *, uri: str, num_params: int, tags: Mapping[str, str]
 ) -> str:
     """Open the MLflow run of a record, new or not; return its id."""
-    return tracking.open_run(
+    run_id = tracking.open_run(
         uri,
         experiment=record.run.experiment,
         name=record.name,
@@ -35,6 +38,11 @@ def open_tracking(
         tags=provenance_tags() | dict(tags),
         run_id=record.mlflow_run_id,
     )
+    if not record.mlflow_run_id:
+        # MLflow's compare page shows the first metric that all runs have had. No value
+        # yet, but one that failed early must not take the accuracy off the page.
+        log_metrics(uri, run_id, metrics={_FIRST_METRIC: math.nan})
+    return run_id
 
 
 def log_shards(shards: ShardSet, *, uri: str, run_id: str, context: str) -> None:

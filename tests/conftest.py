@@ -38,7 +38,8 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ray.init(
         num_cpus=4,
         labels={"role": "data"},
-        include_dashboard=False,
+        # Sweeps ask it which trials live.
+        include_dashboard=True,
         log_to_driver=False,
     )
     yield

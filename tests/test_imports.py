@@ -28,7 +28,7 @@ HOMES = {
         for name in ("worker", "train", "failures", "opener", "keeping")
     },
     "nvidia": {f"pipelines/pixels/{name}.py" for name in ("dali", "dali_ops")},
-    "mlflow": {f"pipelines/tracking/{name}.py" for name in ("client", "model", "runs")},
+    "mlflow": {f"pipelines/tracking/{name}.py" for name in ("client", "model", "runs", "sweeps", "query")},
 }
 RUNNING = ("ray", "mlflow", "nvidia")
 

@@ -119,32 +119,53 @@ def attempts_of(run: Run) -> list[tuple[int, int]]:
     return [(steps[0], len(steps)) for steps in found.values()]
 
 
-def test_worker_killed(ray_local: None, tmp_path: Path) -> None:
-    """A worker dies within an epoch: every image is trained on once all the same."""
-    run = audited_run(tmp_path, num_epochs=3)
-    killer = kill_one_worker_after(tmp_path / "runs" / "killed" / "step_00000012")
-    result = fit(run, name="killed")
-    assert killer.result(timeout=0) > 0, "nobody was killed"
+def test_a_run_whose_workers_are_killed_twice_and_that_goes_on(
+    ray_local: None, tmp_path: Path
+) -> None:
+    """Two workers, two again, then one: the same batches, the same pixels."""
+    run = audited_run(tmp_path, num_epochs=4, max_failures=1)
+    folder = tmp_path / "runs" / "killed"
+    killers = [
+        kill_one_worker_after(folder / name)
+        for name in ("step_00000008", "step_00000024")
+    ]
+    with pytest.raises(RunFailedError):
+        fit(run, name="killed")
+    assert all(killer.result(timeout=0) > 0 for killer in killers), "nobody was killed"
+    (tracked,) = runs_of(run.storage)
+    assert tracked.info.status == "FAILED"
+    assert tracked.data.tags["failure_reason"]
 
+    with pytest.raises(ValueError, match="already holds"):
+        fit(run, name="killed")
+    with pytest.raises(ValueError, match=r"optim\.lr"):
+        _main(["--resume", "killed", "--storage", run.storage, "--optim.lr", "1"])
+
+    result = fit_again(run, num_workers=1)
+    begun = attempts_of(run)
+    assert [num_workers for _, num_workers in begun] == [2, 2, 1]
+    assert begun[1][0] % 4 == 0 < begun[1][0] % 10  # within an epoch
+    check_exact(run)
+    check_end(result, run=run)
+
+
+def check_end(result: Result, *, run: Run) -> None:
+    """Checkpoint, MLflow and another evaluation say the same of the run."""
     assert result.checkpoint is not None
     folder = Path(result.checkpoint.path)
     manifest = read_manifest(folder)
-    assert manifest.position.epoch == 3
-    assert manifest.position.step == 3 * 10  # ceil(301 / 32)
+    assert manifest.position.epoch == 4
+    assert manifest.position.step == 4 * 10  # ceil(301 / 32)
     assert manifest.metrics["val/num_images"] == 100
     assert manifest.metrics["val/bad_images"] == 1
     assert manifest.metrics["train/bad_images"] == 2
 
-    begun = attempts_of(run)
-    assert [num_workers for _, num_workers in begun] == [2, 2]
-    assert begun[1][0] % 4 == 0 < begun[1][0] % 10  # within an epoch
-    check_exact(run)
-
     (tracked,) = runs_of(run.storage)
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["pooling.power"] == "0.5"
-    assert tracked.data.metrics["epoch"] == 3
+    assert tracked.data.metrics["epoch"] == 4
     assert tracked.data.metrics["train/images_per_s"] > 0
+    assert tracked.data.metrics["train/peak_memory_mb"] > 100
     uri = tracking.default_uri(run.storage)
     kept = tracking.read_text(uri, tracked.info.run_id, path="bad_images.csv")
     named = sorted(line.split(",")[0] for line in kept.splitlines())
@@ -163,45 +184,12 @@ def test_worker_killed(ray_local: None, tmp_path: Path) -> None:
         read_record(run.storage, name="killed")
 
 
-def test_a_failed_run_goes_on_with_one_worker_and_with_three(
-    ray_local: None, tmp_path: Path
-) -> None:
-    """Two workers, then one, then three: the same batches, the same pixels."""
-    run = audited_run(tmp_path, num_epochs=3, max_failures=0)
-    runs = tmp_path / "runs" / "again"
-    killer = kill_one_worker_after(runs / "step_00000008")
-    with pytest.raises(RunFailedError):
-        fit(run, name="again")
-    assert killer.result(timeout=0) > 0, "nobody was killed"
-    (tracked,) = runs_of(run.storage)
-    assert tracked.info.status == "FAILED"
-    assert tracked.data.tags["failure_reason"]
-
-    with pytest.raises(ValueError, match="already holds"):
-        fit(run, name="again")
-    with pytest.raises(ValueError, match=r"optim\.lr"):
-        _main(["--resume", "again", "--storage", run.storage, "--optim.lr", "1"])
-
-    killer = kill_one_worker_after(runs / "step_00000016")
-    with pytest.raises(RunFailedError):
-        fit_again(run, num_workers=1)
-    assert killer.result(timeout=0) > 0, "nobody was killed"
-    result = fit_again(run, num_workers=3)
-    assert result.checkpoint is not None
-    position = read_manifest(Path(result.checkpoint.path)).position
-    assert (position.epoch, position.step) == (3, 30)
-    assert [num_workers for _, num_workers in attempts_of(run)] == [2, 1, 3]
-    check_exact(run)
-    (tracked,) = runs_of(run.storage)
-    assert tracked.info.status == "FINISHED"
-
-
 def fit_again(run: Run, *, num_workers: int) -> Result:
-    """Go on with the run named again."""
-    record = read_record(run.storage, name="again")
+    """Go on with the run named killed."""
+    record = read_record(run.storage, name="killed")
     scale = dataclasses.replace(record.run.scale, num_workers=num_workers)
     run = dataclasses.replace(record.run, scale=scale)
-    return fit(run, name="again", record=record)
+    return fit(run, name="killed", record=record)
 
 
 def damage(folder: str) -> Path:

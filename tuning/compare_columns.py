@@ -23,7 +23,7 @@ _PEAK_MEMORY = "train/peak_memory_mb"
 _PROBES = ("probe/loss_variation", "probe/gradient_predictiveness")
 _REASON_TAG = "failure_reason"
 _ALWAYS = ("name", "n", "epochs", "final", "best")
-_MILLION = "M"
+_MILLION, _HOURS = "M", "h"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,24 +90,20 @@ def columns_of(
     ]
     if metric == TOP1:
         made += [
-            _measured(rows, "published", _published, ".2f", note="of the paper, %"),
-            _measured(rows, "diff", _difference, "+.2f", note="final - published"),
+            _same(rows, "published", _published, ".2f", note="what the paper reports"),
+            _mean(rows, "diff", _difference, "+.2f", note="final - published"),
         ]
     if metric != LOSS:
         made.append(_measured(rows, "loss", _loss, ".4f", note=f"last {LOSS}"))
     made += [
-        _measured(
-            rows, "images/s", Measured.images_per_s, ",.0f", note="while training"
-        ),
-        _measured(rows, "hours", Measured.hours, "g", note="from start to end"),
-        _measured(rows, "device h", Measured.device_hours, "g", note="hours x workers"),
-        _measured(rows, "params", _num_params, _MILLION),
+        _measured(rows, "images/s", Measured.images_per_s, ",.0f", note="of training"),
+        _mean(rows, "hours", Measured.hours, _HOURS, note="from start to end"),
+        _mean(rows, "device h", Measured.device_hours, _HOURS, note="hours x workers"),
+        _same(rows, "params", _num_params, _MILLION, note="parameters of the model"),
+        _mean(rows, "peak MB", _last(_PEAK_MEMORY), ",.0f", note=_PEAK_MEMORY),
         *(
-            _measured(rows, name, _last(logged), form, note=f"last {logged}")
-            for name, logged, form in (
-                ("peak MB", _PEAK_MEMORY, ",.0f"),
-                *((name.partition("/")[2], name, "g") for name in _PROBES),
-            )
+            _measured(rows, probe.partition("/")[2], _last(probe), ".3g", note=probe)
+            for probe in _PROBES
         ),
     ]
     kept = [
@@ -139,14 +135,14 @@ def sort_rows(
 
 
 def number_text(value: float, form: str) -> str:
-    """Write a number: `g` with three digits, `M` as millions, else as Python does."""
+    """Write a number: `M` as millions, `h` as hours, else as Python does."""
     if not math.isfinite(value):
         return str(value)
     if form == _MILLION:
         return f"{value / 1e6:.2f} M"
-    if form != "g":
-        return f"{value:{form}}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    if form == _HOURS:
+        form = ".3f" if value < 1 else ".2f" if value < 100 else ",.0f"
+    return f"{value:{form}}"
 
 
 def _cell(found: Spread | None, form: str) -> Cell:
@@ -154,7 +150,7 @@ def _cell(found: Spread | None, form: str) -> Cell:
         return Cell(text=NOTHING)
     text = number_text(found.mean, form)
     if found.deviation is not None:
-        text += f" ± {number_text(found.deviation, form.removeprefix('+'))}"
+        text += f" ± {number_text(found.deviation, form)}"
     return Cell(text=text, value=found.mean, deviation=found.deviation)
 
 
@@ -174,9 +170,45 @@ def _measured(
     value: Callable[[Measured], float | None],
     form: str,
     *,
-    note: str = "",
+    note: str,
 ) -> Column:
     return _column(rows, name, lambda row: _cell(row.spread(value), form), note=note)
+
+
+def _mean(
+    rows: Sequence[Row],
+    name: str,
+    value: Callable[[Measured], float | None],
+    form: str,
+    *,
+    note: str,
+) -> Column:
+    """Show means alone, where the deviation says little or stands elsewhere."""
+
+    def cell(row: Row) -> Cell:
+        found = row.spread(value)
+        if found is None:
+            return _cell(None, form)
+        text = number_text(found.mean, form)
+        return Cell(text=text, value=found.mean, deviation=found.deviation)
+
+    return _column(rows, name, cell, note=note)
+
+
+def _same(
+    rows: Sequence[Row],
+    name: str,
+    value: Callable[[Measured], float | None],
+    form: str,
+    *,
+    note: str,
+) -> Column:
+    """Make a column of what is one number for all runs of a row."""
+
+    def cell(row: Row) -> Cell:
+        return _cell(Spread.of(set(map(value, row.runs))), form)
+
+    return _column(rows, name, cell, note=note)
 
 
 def _names(rows: Sequence[Row]) -> Column:
@@ -256,7 +288,7 @@ def _param_cell(text: str | None) -> Cell:
     except ValueError:
         return Cell(text=text, value=text)
     # What a sweep has drawn has seventeen digits.
-    return Cell(text=min(f"{value:.6g}", text, key=len), value=value, note=text)
+    return Cell(text=min(f"{value:.4g}", text, key=len), value=value, note=text)
 
 
 def _range(values: Sequence[float]) -> str:

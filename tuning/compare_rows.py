@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Literal, NamedTuple
 
 from pipelines.tracking.query import MetricPoint, StoredRun
@@ -86,7 +87,8 @@ class Measured:
     def images_per_s(self) -> float | None:
         """Average the rate, without the start where there is more."""
         rates = [point.value for point in self.rates]
-        return fmean(rates[1:] or rates) if rates else None
+        found = Spread.of(rates[1:] or rates)
+        return found.mean if found else None
 
     def final(self) -> float | None:
         """Give the metric's last value."""
@@ -124,8 +126,12 @@ class Spread:
         numbers = [value for value in values if value is not None]
         if not numbers:
             return None
-        deviation = stdev(numbers) if len(numbers) > 1 else None
-        return cls(mean=fmean(numbers), deviation=deviation)
+        deviation = None
+        if len(numbers) > 1:
+            # A run that diverged has no number, which `stdev` would not take.
+            are_finite = all(map(math.isfinite, numbers))
+            deviation = stdev(numbers) if are_finite else math.nan
+        return cls(mean=sum(numbers) / len(numbers), deviation=deviation)
 
 
 class CurvePoint(NamedTuple):

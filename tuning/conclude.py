@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from pipelines import tracking
 from pipelines.retries import answering
 from pipelines.tracking.provenance import without_credentials
-from pipelines.tracking.sweeps import log_metrics, tag_run
+from pipelines.tracking.sweeps import log_metrics, save_view, tag_run
 from tuning.entries import Entry, Ledger, Sweep
 from tuning.figures import draw_importances, draw_parallel, draw_pareto, draw_ranks
 from tuning.heads import HEAD_METRIC, foretold
@@ -54,6 +54,14 @@ def conclude(
         metrics |= _figures(sweep, ledger=ledger, heads=heads, folder=folder)
         _keep(sweep, folder=folder, uri=uri)
     log_metrics(uri, sweep.mlflow_run_id, metrics=metrics)
+    view = save_view(
+        uri,
+        sweep=sweep.name,
+        run_id=sweep.mlflow_run_id,
+        experiment=sweep.run.experiment,
+        fields=list(sweep.domains),
+        metric=sweep.search.metric,
+    )
     whole = all(entry.has_ended for entry in entries)
     tracking.end_run(
         uri,
@@ -61,7 +69,7 @@ def conclude(
         status="FINISHED" if whole else "KILLED",
         reason="" if whole else "its budget is used up",
     )
-    _print_next(sweep, winner=winner, is_whole=whole, uri=uri)
+    _print_next(sweep, winner=winner, is_whole=whole, uri=uri, view=view)
     return winner
 
 
@@ -123,7 +131,7 @@ def _keep(sweep: Sweep, *, folder: Path, uri: str) -> None:
 
 
 def _print_next(
-    sweep: Sweep, *, winner: Entry | None, is_whole: bool, uri: str
+    sweep: Sweep, *, winner: Entry | None, is_whole: bool, uri: str, view: str
 ) -> None:
     """Say what can be done now."""
     lines: dict[str, str] = {}
@@ -132,6 +140,11 @@ def _print_next(
         lines["winner"] = f"sovit-train {report.within(WINNER_FILE)}:best"
     lines["report"] = str(report)
     lines["compare"] = f"sovit-compare {sweep.name} --store {without_credentials(uri)}"
+    server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    if view:
+        lines["look"] = f"{without_credentials(server)}/{view}"
+    if not uri.startswith("http"):
+        lines["after"] = f"mlflow ui --backend-store-uri {without_credentials(uri)}"
     if not is_whole:
         lines["go on"] = f"sovit-tune --resume {sweep.name} --max-gpu-hours MORE"
     for name, line in lines.items():

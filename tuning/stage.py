@@ -16,7 +16,9 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.util.state import list_actors
 
+from pipelines.failures import first_line
 from pipelines.retries import answering, is_remote
 from pipelines.tracking.client import environment
 from tuning.budget import Budget
@@ -34,8 +36,11 @@ _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # Ctrl-C ends the sweep at once: what is known is written down already.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
 }
 _FREE_TIMEOUT_S = 60.0
+_STATE_TIMEOUT_S = 30
 _POLL_S = 1.0
 
 
@@ -165,6 +170,22 @@ def optuna_of(space: Space, ledger: Ledger) -> tuple[Searcher, Space]:
         for name, domain in space.items()
     }
     return searcher, domains
+
+
+def check_state_api() -> None:
+    """Raise ValueError where Ray can't say which of its actors live.
+
+    Ray Train frees what a stopped trial held once it knows that the trial is dead;
+    without an answer the next trials would wait for ever.
+    """
+    try:
+        list_actors(limit=1, timeout=_STATE_TIMEOUT_S)
+    except Exception as error:  # requests' and Ray's own
+        raise ValueError(
+            "wanted a Ray whose dashboard answers, which a sweep needs to free what "
+            f"stopped trials held, came {first_line(error)}; start Ray with "
+            "include_dashboard=True, and install ray[default]"
+        ) from error
 
 
 def wait_until_free(before: set[str]) -> None:

@@ -29,6 +29,7 @@ from tuning.heads import HEAD_METRIC, TOKENS, promoted, run_head_trial
 from tuning.settings import list_settings
 from tuning.spaces import Space
 from tuning.stage import (
+    check_state_api,
     optuna_of,
     placement_groups,
     run_stage,
@@ -85,6 +86,7 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
     uri = tracking.default_uri(run.storage)
     num_runs = max(search.num_concurrent, 1)
     with ray_session(run.scale, num_runs=num_runs, dashboard=True):
+        check_state_api()
         carried = _Carried(
             sweep=_opened(sweep, uri=uri),
             space=space,

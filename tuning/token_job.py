@@ -6,7 +6,6 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 
-import pyarrow as pa
 import ray
 from ray.data import (
     ActorPoolStrategy,

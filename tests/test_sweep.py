@@ -1,0 +1,214 @@
+"""A sweep on real parts, killed half-way: Ray Tune, Ray Train, MLflow.
+
+Ray takes seconds to start, so one sweep shows it all. It begins in a process of its own
+with a Ray of its own, beside the tests' Ray: helpers that mix up the two hang.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from pipelines import tracking
+from pipelines.fields import change_fields, differing
+from pipelines.recipe import load_recipe
+from pipelines.runfile import to_json
+from pipelines.tracking.query import RunStore
+from tests.demo_runs import small_demo
+from tests.test_train import wait_for
+from tuning.entries import Entry, Ledger, Sweep, read_sweep, write_sweep
+from tuning.search import _begun, _main, _split
+from tuning.stage import placement_groups
+
+ROOT = Path(__file__).parents[1]
+# Good, without end, and so small that nothing is learnt.
+RATES = (2e-3, 1e30, 1e-9, 1e-3)
+SPACE = f"""
+from ray import tune
+def rates(): return {{"optim.lr": tune.choice({list(RATES)})}}
+def one(): return {{"optim.lr": tune.choice([1e-3])}}
+"""
+RECIPE = """
+from pathlib import Path
+from pipelines.config import Run
+from pipelines.runfile import from_json
+def small() -> Run:
+    return from_json(Path(__file__).with_name("run.json").read_text())
+"""
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """Give the arguments of a sweep of four trials, two epochs of a second each."""
+    run = small_demo(tmp_path, num_epochs=2, num_workers=1)
+    optim = dataclasses.replace(
+        run.optim, ema_decay=0.0, warmup_epochs=0, mixup=0.0, cutmix=0.0
+    )
+    (tmp_path / "run.json").write_text(to_json(dataclasses.replace(run, optim=optim)))
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    (tmp_path / "space.py").write_text(SPACE)
+    names = [f"{tmp_path}/recipe.py:small", f"{tmp_path}/space.py:rates"]
+    options = "--name searched --method grid --metrics val/loss --modes min"
+    return [*names, *options.split(), "--reduction-factor", "2"]
+
+
+def killed_when(command: list[str], *, ledger_of: Path) -> None:
+    """Begin a sweep, and kill it by signal once a trial has ended."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tuning.search", *command, "--num-concurrent", "2"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+    def one_has_ended() -> bool:
+        assert process.poll() is None, process.communicate()[0]
+        texts = (file.read_text() for file in ledger_of.glob("*.json"))
+        return any('"finished"' in text or '"diverged"' in text for text in texts)
+
+    try:
+        wait_for(one_has_ended, what="the first trial's end", seconds=240)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def by_rate(entries: tuple[Entry, ...]) -> dict[float, Entry]:
+    return {entry.setting["optim.lr"]: entry for entry in entries}
+
+
+@pytest.mark.ray
+def test_a_killed_sweep_goes_on_to_its_end(
+    ray_local: None,
+    tmp_path: Path,
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    storage = str(tmp_path / "runs")
+    killed_when(command, ledger_of=tmp_path / "runs/searched/full")
+    before = Ledger(read_sweep(storage, name="searched"), stage="full")
+    ended = {entry.number: entry for entry in before.entries if entry.has_ended}
+    assert 0 < len(ended) < len(RATES)
+    groups = placement_groups()
+
+    _main(["--resume", "searched", "--storage", storage, "--num-concurrent", "2"])
+
+    sweep = read_sweep(storage, name="searched")
+    found = Ledger(sweep, stage="full")
+    assert [entry.setting["optim.lr"] for entry in found.entries] == list(RATES)
+    assert {number: found[number] for number in ended} == ended
+    trials = by_rate(found.entries)
+    assert trials[1e30].status == "diverged"
+    assert "finite" in trials[1e30].reason
+    assert trials[2e-3].status == "finished"
+    assert trials[1e-9].status == "stopped"
+    assert trials[1e-9].epoch == 1
+    assert placement_groups() <= groups
+    assert ray.is_initialized()
+
+    said = capsys.readouterr().out
+    assert "diverged" in said.lower()
+    check_mlflow(storage, entries=found.entries)
+    check_report(tmp_path, entries=found.entries, storage=storage)
+
+
+def check_mlflow(storage: str, *, entries: tuple[Entry, ...]) -> None:
+    """One parent, and below it each trial once, with what it came to."""
+    store = RunStore(tracking.default_uri(storage))
+    everything = store.find(["experiment:sovit"])
+    children = store.find(["searched"])
+    assert len(children) == len(entries)
+    (parent,) = {run.tags["mlflow.parentRunId"] for run in children}
+    (sweep,) = [run for run in everything if run.run_id == parent]
+    assert len(everything) == len(children) + 1
+    assert (sweep.status, sweep.tags["sovit.kind"]) == ("FINISHED", "sweep")
+    assert sweep.metrics["num_diverged"] == 1
+    by_id = {run.run_id: run for run in children}
+    for entry in entries:
+        run = by_id[entry.mlflow_run_id]
+        assert run.tags["sovit.outcome"] == entry.status
+        bad = entry.status == "diverged"
+        assert run.status == ("FAILED" if bad else "FINISHED")
+        assert float(run.params["optim.lr"]) == entry.setting["optim.lr"]
+        if entry.reports:
+            assert run.metrics["val/loss"] == pytest.approx(entry.last("val/loss"))
+            assert run.metrics["epoch"] == entry.epoch
+
+
+def check_report(folder: Path, *, entries: tuple[Entry, ...], storage: str) -> None:
+    """The winner is the best of those that finished, and can be trained as it is."""
+    report = Path(storage) / "searched" / "report"
+    names = {file.name for file in report.iterdir()}
+    wanted = {"trials.txt", "trials.csv", "winner.py", "parallel_coordinates.png"}
+    assert wanted <= names
+    best = load_recipe(f"{report}/winner.py:best")
+    finished = [entry for entry in entries if entry.status == "finished"]
+    least = min(finished, key=lambda entry: entry.last("val/loss") or 0.0)
+    given = load_recipe(f"{folder}/recipe.py:small")
+    expected = change_fields(given, least.setting)
+    assert set(differing(expected, best)) <= {"recipe", "num_checkpoints_to_keep"}
+
+
+def refused(arguments: list[str], *, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        _main(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_can_not_begin_is_refused_and_leaves_nothing(
+    tmp_path: Path, command: list[str]
+) -> None:
+    recipe, _, *options = command
+    cases: list[tuple[list[str], str]] = [
+        ([], "a recipe and a space"),
+        ([recipe, "", *options], "came an empty one"),
+        ([recipe, "nix", *options], "there are heads, iterations"),
+        ([*command, "--optim.num-epochs", "1"], "asha"),
+        (
+            [*command, "--num-concurrent", "99"],
+            r"99 trials at a time.*--num-concurrent",
+        ),
+        ([*command, "--method", "random", "--num-trials", "9"], "a space of 4"),
+        (["--resume", "nix", "--storage", str(tmp_path)], "a sweep to go on with"),
+        ([*command, "--data.train", str(tmp_path / "nix")], "not there"),
+    ]
+    for arguments, said in cases:
+        refused(arguments, said=said)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_deleted_experiment_and_a_lost_store_are_one_line_each(
+    ray_local: None, tmp_path: Path, command: list[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    uri = tracking.default_uri(str(tmp_path / "runs"))
+    tracking.open_run(uri, experiment="sovit", name="old", params={}, tags={})
+    client = MlflowClient(uri)
+    experiment: Any = client.get_experiment_by_name("sovit")
+    client.delete_experiment(experiment.experiment_id)
+    refused(command, said="mlflow experiments restore")
+    assert not (tmp_path / "runs/searched").exists()
+
+    client.restore_experiment(experiment.experiment_id)
+    lost = dataclasses.replace(a_sweep(command), mlflow_run_id="f" * 32)
+    write_sweep(lost)
+    refused(
+        ["--resume", "searched", "--storage", str(tmp_path / "runs")],
+        said="came a store without it; put the store back",
+    )
+
+
+def a_sweep(command: list[str]) -> Sweep:
+    """Describe the sweep that the command would begin."""
+    sweep, _ = _begun(*_split(command))
+    return sweep
