@@ -23,7 +23,7 @@ from pipelines.recipe import load_recipe
 from pipelines.runfile import to_json
 from pipelines.tracking.query import RunStore
 from tests.demo_runs import small_demo
-from tests.test_train import wait_for
+from tests.test_train import runs_of, wait_for
 from tuning.entries import Entry, Ledger, Sweep, read_sweep, write_sweep
 from tuning.search import _begun, _main, _split
 from tuning.stage import placement_groups
@@ -78,7 +78,8 @@ def killed_when(command: list[str], *, ledger_of: Path) -> None:
     try:
         wait_for(one_has_ended, what="the first trial's end", seconds=240)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -124,14 +125,15 @@ def test_a_killed_sweep_goes_on_to_its_end(
 def check_mlflow(storage: str, *, entries: tuple[Entry, ...]) -> None:
     """One parent, and below it each trial once, with what it came to."""
     store = RunStore(tracking.default_uri(storage))
-    everything = store.find(["experiment:sovit"])
     children = store.find(["searched"])
     assert len(children) == len(entries)
     (parent,) = {run.tags["mlflow.parentRunId"] for run in children}
-    (sweep,) = [run for run in everything if run.run_id == parent]
+    everything = runs_of(storage)
     assert len(everything) == len(children) + 1
-    assert (sweep.status, sweep.tags["sovit.kind"]) == ("FINISHED", "sweep")
-    assert sweep.metrics["num_diverged"] == 1
+    (sweep,) = [run for run in everything if run.info.run_id == parent]
+    assert sweep.info.status == "FINISHED"
+    assert sweep.data.tags["sovit.kind"] == "sweep"
+    assert sweep.data.metrics["num_diverged"] == 1
     by_id = {run.run_id: run for run in children}
     for entry in entries:
         run = by_id[entry.mlflow_run_id]

@@ -127,7 +127,7 @@ def test_a_run_whose_workers_are_killed_twice_and_that_goes_on(
     folder = tmp_path / "runs" / "killed"
     killers = [
         kill_one_worker_after(folder / name)
-        for name in ("step_00000008", "step_00000024")
+        for name in ("step_00000012", "step_00000032")
     ]
     with pytest.raises(RunFailedError):
         fit(run, name="killed")
@@ -144,7 +144,8 @@ def test_a_run_whose_workers_are_killed_twice_and_that_goes_on(
     result = fit_again(run, num_workers=1)
     begun = attempts_of(run)
     assert [num_workers for _, num_workers in begun] == [2, 2, 1]
-    assert begun[1][0] % 4 == 0 < begun[1][0] % 10  # within an epoch
+    assert all(step % 4 == 0 or step % 10 == 0 for step, _ in begun)
+    assert any(step % 10 for step, _ in begun)  # within an epoch
     check_exact(run)
     check_end(result, run=run)
 

@@ -18,21 +18,21 @@ _STYLE = """
   --back: #ffffff; --stripe: #f5f7fa; --mark: #0a6b3d; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8f0; --soft: #9aa4b5;
   --line: #353c49; --back: #14181f; --stripe: #1b212a; --mark: #5fd39a; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
-  margin: 2rem auto; padding: 0 1.5rem; max-width: 96rem; }
+body { font: 14px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
+  margin: 2rem auto; padding: 0 1.5rem; max-width: 120rem; }
 h1 { font-size: 1.5rem; margin: 0; }
 h2 { font-size: 1.05rem; margin: 0 0 .5rem; }
 p { color: var(--soft); margin: .3rem 0 1rem; }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem; text-align: left; white-space: nowrap; }
+th, td { padding: .3rem .6rem; text-align: left; white-space: nowrap; }
 td.number, th.number { text-align: right; }
 thead th { border-bottom: 1px solid var(--line); font-weight: 600; }
 tbody tr:nth-child(even) > * { background: var(--stripe); }
-tbody th { font-weight: 500; max-width: 24rem; overflow: hidden;
+tbody th { font-weight: 500; max-width: 20rem; overflow: hidden;
   text-overflow: ellipsis; }
 .name { position: sticky; left: 0; background: var(--back); }
-td.param { max-width: 16rem; overflow: hidden; text-overflow: ellipsis; }
+td.param { max-width: 14rem; overflow: hidden; text-overflow: ellipsis; }
 .best { color: var(--mark); font-weight: 700; }
 button { all: unset; cursor: pointer; }
 button:hover { text-decoration: underline; }
@@ -40,7 +40,7 @@ button:focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 .charts { display: grid; gap: 1.5rem 2rem; margin-top: 2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(36rem, 100%), 1fr)); }
 figure { margin: 0; }
 svg { width: 100%; height: auto; max-width: 56rem; }
 svg text { font-family: system-ui, sans-serif !important; }

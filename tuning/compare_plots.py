@@ -21,7 +21,7 @@ PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 _INCHES = (7.6, 4.0)
 _DOTS_PER_INCH = 110
 _NUM_COLORED = 10
-_MAX_LABEL_CHARS = 40
+_MAX_LABEL_CHARS = 32
 _MAX_POINTS = 400
 # Any colour that nothing else has: in a page it becomes that of the page's text.
 _INK = "#010203"
@@ -41,6 +41,11 @@ class Chart:
     across: str = ""
     """Column on the horizontal axis; the epochs if empty."""
     more_is_better: bool = True
+    """Of what is across."""
+    unit: float = 1.0
+    """What the horizontal axis counts in."""
+    label: str = ""
+    """What stands below it."""
 
 
 def charts_of(
@@ -50,11 +55,18 @@ def charts_of(
     common = {"metric": metric, "mode": mode, "rows": rows, "columns": columns}
     charts = [
         Chart(title=f"{metric} by epoch", **common),
-        Chart(title=f"{metric} against images/s", across="images/s", **common),
+        Chart(
+            title=f"{metric} against images/s",
+            across="images/s",
+            label="images/s of training",
+            **common,
+        ),
         Chart(
             title=f"{metric} against parameters",
             across="params",
             more_is_better=False,
+            unit=1e6,
+            label="parameters (millions)",
             **common,
         ),
     ]
@@ -73,7 +85,7 @@ def points_of(chart: Chart) -> dict[int, tuple[float, float]]:
         return points
     for at, (x, y) in enumerate(zip(across.cells, up.cells, strict=True)):
         if isinstance(x.value, int | float) and isinstance(y.value, int | float):
-            place = float(x.value), float(y.value)
+            place = x.value / chart.unit, float(y.value)
             if all(map(math.isfinite, place)):
                 points[at] = place
     return points
@@ -125,6 +137,8 @@ def _draw(axes: Axes, chart: Chart, *, ink: str) -> None:
 
 def _draw_curves(axes: Axes, chart: Chart, *, ink: str) -> None:
     """Draw a line a row, with a band of one deviation where it has several runs."""
+    from matplotlib.ticker import MaxNLocator
+
     # The first rows last, so that they lie above the others.
     for at, row in reversed(list(enumerate(chart.rows))):
         every = row.mean_curve()
@@ -146,6 +160,7 @@ def _draw_curves(axes: Axes, chart: Chart, *, ink: str) -> None:
                 epochs, low, high, color=style["color"], alpha=0.2, linewidth=0
             )
     axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = axes.get_legend_handles_labels()
     shown = list(zip(handles, labels, strict=True))[::-1][:_NUM_COLORED]
     legend = axes.legend(
@@ -162,12 +177,17 @@ def _draw_curves(axes: Axes, chart: Chart, *, ink: str) -> None:
 
 
 def _draw_points(axes: Axes, chart: Chart, *, ink: str) -> None:
-    """Draw a point a row, with its number, deviations and the Pareto front."""
+    """Draw a point a row with its deviations, numbers, and the Pareto front."""
     points = points_of(chart)
     across, up = _column(chart, chart.across), _column(chart, "final")
     assert across is not None
     assert up is not None
-    front = pareto(points, more_is_better=(chart.more_is_better, chart.mode == "max"))
+    # What was stopped early is no rival of what was trained to its end.
+    done = {at for at in points if chart.rows[at].state == "finished"}
+    front = pareto(
+        {at: place for at, place in points.items() if at in done or not done},
+        more_is_better=(chart.more_is_better, chart.mode == "max"),
+    )
     axes.plot(
         [points[at][0] for at in front],
         [points[at][1] for at in front],
@@ -175,32 +195,30 @@ def _draw_points(axes: Axes, chart: Chart, *, ink: str) -> None:
         linestyle="--",
         linewidth=1,
         alpha=0.6,
-        label="Pareto front",
+        label="Pareto front, finished runs" if done else "Pareto front",
     )
     for at, (x, y) in points.items():
         style = _style(at, ink=ink)
         axes.errorbar(
             x,
             y,
-            xerr=across.cells[at].deviation or None,
+            xerr=(across.cells[at].deviation or 0) / chart.unit or None,
             yerr=up.cells[at].deviation or None,
             marker="o",
             markersize=7 if at in front else 4,
             **style,
         )
-        axes.annotate(
-            str(at + 1),
-            (x, y),
-            xytext=(6, 4),
-            textcoords="offset points",
-            color=ink,
-            fontsize=9,
-            fontweight="bold" if at in front else "normal",
-        )
-    xs = [x for x, _ in points.values()]
-    if min(xs) > 0 and max(xs) > 10 * min(xs):
-        axes.set_xscale("log")
-    axes.set_xlabel("parameters" if chart.across == "params" else chart.across)
+        if at in front or at < _NUM_COLORED:
+            axes.annotate(
+                str(at + 1),
+                (x, y),
+                xytext=(6, 4),
+                textcoords="offset points",
+                color=ink,
+                fontsize=9,
+                fontweight="bold" if at in front else "normal",
+            )
+    axes.set_xlabel(chart.label)
     axes.margins(0.1)
     axes.legend(loc="best", fontsize=8, frameon=False, labelcolor=ink)
 

@@ -116,7 +116,13 @@ def _foretelling(
         f"ranks  heads against full training, {len(cheap)} settings: "
         f"Spearman {spearman:.2f}, Kendall {kendall:.2f}"
     )
-    draw_ranks(sweep, cheap, full, numbers, folder / "head_ranks.png")
+    draw_ranks(
+        cheap,
+        full,
+        folder / "head_ranks.png",
+        numbers=numbers,
+        names=(HEAD_METRIC, sweep.search.metric),
+    )
     return {"head/spearman": spearman, "head/kendall": kendall}
 
 

@@ -128,7 +128,8 @@ class Ledger:
     """Hold the trials of one stage of a sweep, on disk as in memory."""
 
     def __init__(self, sweep: Sweep, *, stage: StageName) -> None:
-        self.sweep, self.stage = sweep, stage
+        self.sweep = sweep
+        self.stage: StageName = stage
         self._folder = sweep.folder.within(stage)
         self._entries: dict[int, Entry] = {}
         with answering():

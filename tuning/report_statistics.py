@@ -131,11 +131,11 @@ def rank_correlation(
     pairs = [
         pair for pair in zip(cheap, full, strict=True) if all(map(math.isfinite, pair))
     ]
-    firsts, seconds = [first for first, _ in pairs], [second for _, second in pairs]
-    if len(pairs) < MIN_PAIRS or min(len(set(firsts)), len(set(seconds))) < 2:
+    left, right = [one for one, _ in pairs], [one for _, one in pairs]
+    if len(pairs) < MIN_PAIRS or min(len(set(left)), len(set(right))) < 2:
         return math.nan, math.nan
     from scipy.stats import kendalltau, spearmanr
 
-    results: list[Any] = [spearmanr(firsts, seconds), kendalltau(firsts, seconds)]
+    results: list[Any] = [spearmanr(left, right), kendalltau(left, right)]
     spearman, kendall = (float(result.statistic) for result in results)
     return spearman, kendall

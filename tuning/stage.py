@@ -179,7 +179,9 @@ def check_state_api() -> None:
     without an answer the next trials would wait for ever.
     """
     try:
-        list_actors(limit=1, timeout=_STATE_TIMEOUT_S)
+        # Of this Ray: another one may run on the machine.
+        address = ray.get_runtime_context().gcs_address
+        list_actors(address, limit=1, timeout=_STATE_TIMEOUT_S)
     except Exception as error:  # requests' and Ray's own
         raise ValueError(
             "wanted a Ray whose dashboard answers, which a sweep needs to free what "
