@@ -28,7 +28,10 @@ HOMES = {
         for name in ("worker", "train", "failures", "opener", "keeping")
     },
     "nvidia": {f"pipelines/pixels/{name}.py" for name in ("dali", "dali_ops")},
-    "mlflow": {f"pipelines/tracking/{name}.py" for name in ("client", "model", "runs", "sweeps", "query")},
+    "mlflow": {
+        f"pipelines/tracking/{name}.py"
+        for name in ("client", "model", "runs", "sweeps")
+    },
 }
 RUNNING = ("ray", "mlflow", "nvidia")
 
@@ -194,7 +197,14 @@ def test_what_runs_is_seen_where_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["pipelines.ingest.reading", "pipelines.progress", "pipelines.failures"]
+    "module",
+    [
+        "pipelines.ingest.reading",
+        "pipelines.progress",
+        "pipelines.failures",
+        "tuning.trial",
+        "tuning.token_parts",
+    ],
 )
 def test_what_starts_often_starts_without_torch(module: str) -> None:
     """Read tasks, the board and the controller: torch would cost each five seconds."""

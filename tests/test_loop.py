@@ -18,6 +18,7 @@ from pipelines import loop
 from pipelines.checkpoint import (
     Position,
 )
+from pipelines.errors import NonFiniteLossError
 from pipelines.ingest.batch import Batch
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.loop import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,9 @@ from tuning.trial import bad_end, config_of
 from tuning.watch import Watch
 
 
-class FakeTrial:
+def trial_of(entry: Entry) -> Any:
     """Stand for Tune's trial: only its configuration is looked at."""
-
-    def __init__(self, entry: Entry) -> None:
-        self.config = config_of(entry)
+    return SimpleNamespace(config=config_of(entry.number, entry.setting))
 
 
 def a_sweep(folder: Path, **search: Any) -> Sweep:
@@ -86,7 +85,7 @@ def test_trials_end_as_they_should(
 ) -> None:
     ledger = a_ledger(tmp_path)
     watch, ended = watched(ledger)
-    whole, stopped, bad = (FakeTrial(entry) for entry in ledger.entries)
+    whole, stopped, bad = (trial_of(entry) for entry in ledger.entries)
     event: dict[str, Any] = {"iteration": 0, "trials": []}
     for trial in (whole, stopped, bad):
         watch.on_trial_start(trial=trial, **event)
@@ -119,7 +118,7 @@ def test_trials_end_as_they_should(
 def test_a_trial_that_dies_is_tried_again_and_then_marked(tmp_path: Path) -> None:
     ledger = a_ledger(tmp_path, num_trials=1)
     watch, ended = watched(ledger)
-    trial: Any = FakeTrial(ledger[0])
+    trial: Any = trial_of(ledger[0])
     event: dict[str, Any] = {"iteration": 0, "trials": [], "trial": trial}
     watch.on_trial_start(**event)
     watch.on_trial_recover(**event)

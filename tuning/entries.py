@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from pipelines.files import Place
 from pipelines.retries import answering
 from pipelines.runfile import from_json, to_json, tuples
 from tuning.options import Search
+from tuning.trial import last_report, trial_name
 
 Status = Literal[
     "waiting", "running", "finished", "stopped", "failed", "diverged", "refused"
@@ -61,6 +62,13 @@ class Entry:
         """Count the epochs that it reported."""
         return round(self.reports[-1]["epoch"]) if self.reports else 0
 
+    def told_again(self, *, metrics: Sequence[str]) -> list[Mapping[str, Any]]:
+        """Give what the trial reported, its bad end among it."""
+        if self.status not in ("diverged", "refused"):
+            return list(self.reports)
+        end = last_report(self.status, self.reason, metrics=metrics)
+        return [*self.reports, end]
+
     def last(self, metric: str) -> float | None:
         """Give a metric's last value, if there is one."""
         return self.reports[-1].get(metric) if self.reports else None
@@ -88,9 +96,8 @@ class Sweep:
         return Place(self.run.storage).within(self.name)
 
     def trial_name(self, number: int, *, stage: StageName = "full") -> str:
-        """Name a trial's run; `sovit-train --resume` and `sovit-eval` know it so."""
-        kind = "head-" if stage == "head" else ""
-        return f"{self.name}-{kind}{number:04d}"
+        """Name a trial's run; a head has none but in MLflow."""
+        return trial_name(self.name, number, kind="head-" if stage == "head" else "")
 
 
 def write_sweep(sweep: Sweep) -> None:

@@ -7,46 +7,51 @@ from typing import Any
 
 from ray import tune
 
-from pipelines.fields import change_fields
+from pipelines.files import Place
 from tuning.entries import Entry, Sweep
 from tuning.options import Search
 from tuning.settings import spread
-from tuning.trial import OUTCOME, Known, bad_end, number_of, setting_of, tell_again
+from tuning.trial import Known, bad_end, number_of, setting_of, tell_again
 
 HEAD_METRIC = "head/top1"
 TOKENS = "tokens"
 
 
-def run_head_trial(config: Mapping[str, Any], *, known: Known) -> None:
-    """Train the head of one setting, or tell again what is known of it."""
+def run_head_trial(
+    config: Mapping[str, Any], *, known: Known, tokens: str, num_epochs: int
+) -> None:
+    """Train the head of one setting, or tell again what is known of it.
+
+    Args:
+        tokens: Folder of the token sets.
+    """
     number = number_of(config)
-    entry = known.entries.get(number)
-    if entry is not None:
-        tell_again(entry, metrics=(HEAD_METRIC,))
+    if number in known.told:
+        tell_again(known.told[number])
         return
-    # Only where it is needed: torch costs every process seconds.
+    # Only where they are needed: torch costs every process seconds.
     import torch
 
+    from pipelines.fields import change_fields
+    from pipelines.runfile import from_json
     from tuning.head import train_head
     from tuning.token_set import TokenSet
 
-    sweep = known.sweep
-    if not sweep.run.scale.use_gpu:
+    run = from_json(known.run)
+    if not run.scale.use_gpu:
         torch.set_num_threads(1)
-    folder = sweep.folder.within(TOKENS)
+    folder = Place(tokens)
     try:
         train_head(
-            change_fields(sweep.run, setting_of(config)),
+            change_fields(run, setting_of(config)),
             tokens=TokenSet.open(folder.within("train")),
             val=TokenSet.open(folder.within("val")),
-            num_epochs=sweep.search.head_epochs,
-            seed=sweep.run.seed,
+            num_epochs=num_epochs,
+            seed=run.seed,
             on_epoch=tune.report,
         )
     except ValueError as error:
-        end = bad_end(error, metrics=(HEAD_METRIC,))
-        assert end[OUTCOME] != "failed"
-        tune.report(end)
+        tune.report(bad_end(error, metrics=(HEAD_METRIC,)))
 
 
 def promoted(heads: list[Entry], *, search: Search) -> list[Entry]:

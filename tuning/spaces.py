@@ -27,6 +27,7 @@ from pipelines.config import Run
 from pipelines.fields import change_fields
 from pipelines.recipe import module_of
 from sovit import Pooling
+from tuning.trial import tidy
 
 Space = dict[str, Any]
 """Domains of Ray Tune, or {"grid_search": [...]}, by dotted fields."""
@@ -233,14 +234,6 @@ def draw(space: Space, *, generator: np.random.RandomState) -> dict[str, Any]:
         else:
             setting[name] = domain.sample(random_state=generator)
     return tidy(setting)
-
-
-def tidy(setting: Mapping[str, Any]) -> dict[str, Any]:
-    """Round what steps of 0.05 make of 0.6, 0.6000000000000001, to ten digits."""
-    return {
-        name: float(f"{value:.10g}") if isinstance(value, float) else value
-        for name, value in setting.items()
-    }
 
 
 def words_of(space: Space) -> dict[str, str]:

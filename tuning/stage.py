@@ -68,7 +68,9 @@ def run_stage(
     sweep, search = ledger.sweep, ledger.sweep.search
     folder = sweep.folder.within(f"tune-{ledger.stage}")
     filesystem, path = sweep.folder.open()
-    listed = tune.grid_search([config_of(entry) for entry in ledger.entries])
+    listed = tune.grid_search(
+        [config_of(entry.number, entry.setting) for entry in ledger.entries]
+    )
     searched = {SETTING: space} if searcher else {LISTED: listed}
     budget = Budget(
         search.max_gpu_hours,

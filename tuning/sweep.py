@@ -12,7 +12,7 @@ from pipelines import tracking
 from pipelines.errors import RunFailedError
 from pipelines.fields import change_fields
 from pipelines.preflight import check_run
-from pipelines.runfile import flat_params
+from pipelines.runfile import flat_params, to_json
 from pipelines.runs import find_record
 from pipelines.session import needed, ray_session, room
 from pipelines.tracking.provenance import provenance_tags
@@ -65,8 +65,21 @@ class _Carried:
 
     def known(self, ledger: Ledger) -> Known:
         """Tell trials what is known of those that have ended."""
-        ended = {entry.number: entry for entry in ledger.entries if entry.has_ended}
-        return Known(sweep=self.sweep, entries=ended, tracking_uri=self.uri)
+        metrics = self.sweep.search.metrics
+        if ledger.stage == "head":
+            metrics = (HEAD_METRIC,)
+        return Known(
+            sweep=self.sweep.name,
+            run=to_json(self.sweep.run),
+            metrics=metrics,
+            parent_id=self.sweep.mlflow_run_id,
+            tracking_uri=self.uri,
+            told={
+                entry.number: entry.told_again(metrics=metrics)
+                for entry in ledger.entries
+                if entry.has_ended
+            },
+        )
 
 
 def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Ledger:
@@ -188,8 +201,8 @@ def _try_heads(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
             "wanted settings that are known before the heads are tried, came --method "
             "optuna; take random or grid, or leave out --head-from"
         )
-    tokens = sweep.folder.within(TOKENS)
-    write_tokens(sweep.run, checkpoint=search.head_from, out=f"{sweep.folder}/{TOKENS}")
+    tokens = str(sweep.folder.within(TOKENS))
+    write_tokens(sweep.run, checkpoint=search.head_from, out=tokens)
     ledger = carried.ledger("head", listed)
     watch = Watch(
         ledger,
@@ -205,7 +218,12 @@ def _try_heads(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
         watch,
         lambda: run_stage(
             ledger,
-            trainable=functools.partial(run_head_trial, known=carried.known(ledger)),
+            trainable=functools.partial(
+                run_head_trial,
+                known=carried.known(ledger),
+                tokens=tokens,
+                num_epochs=search.head_epochs,
+            ),
             watch=watch,
             scheduler=scheduler_of(plain, num_epochs=search.head_epochs),
             num_concurrent=carried.num_concurrent,

@@ -20,14 +20,8 @@ from ray.actor import ActorClass
 from ray.exceptions import RayError
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from pipelines.config import Run
 from pipelines.errors import NonFiniteLossError, RunFailedError
 from pipelines.failures import causes, first_line
-from pipelines.fields import change_fields
-from pipelines.runs import find_record
-from pipelines.tracking.sweeps import child_tags
-from tuning.entries import Entry, Sweep
-from tuning.spaces import tidy
 
 # Settings that are known before lie one level deeper, in a list for Tune.
 NUMBER, SETTING, LISTED = "number", "setting", "listed"
@@ -37,17 +31,32 @@ EPOCH = "epoch"
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """Hold what every trial of a stage is told."""
+    """Hold what every trial of a stage is told.
 
-    sweep: Sweep
-    entries: Mapping[int, Entry]
-    """Trials of an earlier start that have ended."""
+    Plain values: what knows a run imports torch, which costs each of a trial's
+    processes seconds.
+    """
+
+    sweep: str
+    """Its name."""
+    run: str
+    """The run that every trial changes, as JSON."""
+    metrics: tuple[str, ...]
+    parent_id: str
+    """Id of the sweep's run in MLflow."""
     tracking_uri: str
+    told: Mapping[int, Sequence[Mapping[str, Any]]]
+    """What trials of an earlier start reported, by number, where they have ended."""
 
 
-def config_of(entry: Entry) -> dict[str, Any]:
-    """Give what Tune hands to the trial of an entry."""
-    return {NUMBER: entry.number, SETTING: dict(entry.setting)}
+def trial_name(sweep: str, number: int, *, kind: str = "") -> str:
+    """Name a trial's run; `sovit-train --resume` and `sovit-eval` know it so."""
+    return f"{sweep}-{kind}{number:04d}"
+
+
+def config_of(number: int, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what Tune hands to a trial."""
+    return {NUMBER: number, SETTING: dict(setting)}
 
 
 def number_of(config: Mapping[str, Any]) -> int:
@@ -58,6 +67,14 @@ def number_of(config: Mapping[str, Any]) -> int:
 def setting_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Take the searched fields out of what Tune hands to a trial."""
     return tidy(config.get(LISTED, config)[SETTING])
+
+
+def tidy(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Round what steps of 0.05 make of 0.6, 0.6000000000000001, to ten digits."""
+    return {
+        name: float(f"{value:.10g}") if isinstance(value, float) else value
+        for name, value in setting.items()
+    }
 
 
 class ReportEpochs(TuneReportCallback):
@@ -77,9 +94,8 @@ class ReportEpochs(TuneReportCallback):
 def run_trial(config: Mapping[str, Any], *, known: Known) -> None:
     """Train one setting, or tell again what an earlier start of the sweep found."""
     number = number_of(config)
-    entry = known.entries.get(number)
-    if entry is not None:
-        tell_again(entry, metrics=known.sweep.search.metrics)
+    if number in known.told:
+        tell_again(known.told[number])
         return
     address = ray.get_runtime_context().gcs_address
     trainer = cast(ActorClass, ray.remote(num_cpus=0)(Trainer)).options(
@@ -89,15 +105,14 @@ def run_trial(config: Mapping[str, Any], *, known: Known) -> None:
     try:
         last = ray.get(
             trainer.train.remote(
-                change_fields(known.sweep.run, setting_of(config)),
-                name=known.sweep.trial_name(number),
-                tracking_uri=known.tracking_uri,
-                tags=child_tags(known.sweep.name, parent_id=known.sweep.mlflow_run_id),
+                known,
+                name=trial_name(known.sweep, number),
+                setting=setting_of(config),
                 callback=ReportEpochs(),
             )
         )
     except RayError as error:
-        end = bad_end(error, metrics=known.sweep.search.metrics)
+        end = bad_end(error, metrics=known.metrics)
         tune.report(end)
         if end[OUTCOME] == "failed":
             raise  # Tune tries again
@@ -106,13 +121,10 @@ def run_trial(config: Mapping[str, Any], *, known: Known) -> None:
         tune.report(last)
 
 
-def tell_again(entry: Entry, *, metrics: Sequence[str]) -> None:
+def tell_again(reports: Sequence[Mapping[str, Any]]) -> None:
     """Report what is known: so scheduler and searcher are where they were."""
-    for report in entry.reports:
+    for report in reports:
         tune.report(dict(report))
-    if entry.status in ("diverged", "refused"):
-        end = {OUTCOME: entry.status, REASON: entry.reason}
-        tune.report(_no_values(metrics) | end)
 
 
 def bad_end(error: BaseException, *, metrics: Sequence[str]) -> dict[str, Any]:
@@ -126,12 +138,14 @@ def bad_end(error: BaseException, *, metrics: Sequence[str]) -> dict[str, Any]:
             break
         if isinstance(cause, RunFailedError):
             reason = first_line(cause)
-    return _no_values(metrics) | {OUTCOME: outcome, REASON: reason}
+    return last_report(outcome, reason, metrics=metrics)
 
 
-def _no_values(metrics: Sequence[str]) -> dict[str, float]:
+def last_report(outcome: str, reason: str, *, metrics: Sequence[str]) -> dict[str, Any]:
+    """Say that a trial has ended badly, and that there is no value of its metrics."""
     # Before any epoch, so that asha compares it nowhere.
-    return dict.fromkeys(metrics, math.nan) | {EPOCH: 0}
+    values = dict.fromkeys(metrics, math.nan) | {EPOCH: 0}
+    return values | {OUTCOME: outcome, REASON: reason}
 
 
 class Trainer:
@@ -139,27 +153,31 @@ class Trainer:
 
     def train(
         self,
-        run: Run,
+        known: Known,
         *,
         name: str,
-        tracking_uri: str,
-        tags: Mapping[str, str],
+        setting: Mapping[str, Any],
         callback: ReportEpochs,
     ) -> dict[str, Any] | None:
         """Train a new run, or go on with it; give the last metrics of the latter.
 
         They may have been reported just when the sweep was killed.
         """
+        from pipelines.fields import change_fields
+        from pipelines.runfile import from_json
+        from pipelines.runs import find_record
+        from pipelines.tracking.sweeps import child_tags
         from pipelines.train import fit
 
+        run = change_fields(from_json(known.run), setting)
         record = find_record(run.storage, name=name)
         result = fit(
             run if record is None else record.run,
             name=name,
             record=record,
             callbacks=[callback],
-            tracking_uri=tracking_uri,
-            tags=tags,
+            tracking_uri=known.tracking_uri,
+            tags=child_tags(known.sweep, parent_id=known.parent_id),
             keep_model=False,
         )
         return None if record is None else result.metrics
