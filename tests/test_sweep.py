@@ -30,7 +30,7 @@ from tuning.stage import placement_groups
 
 ROOT = Path(__file__).parents[1]
 # Good, without end, and so small that nothing is learnt.
-RATES = (2e-3, 1e30, 1e-9, 1e-3)
+RATES = (2e-3, 1e30, 1e-9)
 SPACE = f"""
 from ray import tune
 def rates(): return {{"optim.lr": tune.choice({list(RATES)})}}
@@ -47,7 +47,7 @@ def small() -> Run:
 
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
-    """Give the arguments of a sweep of four trials, two epochs of a second each."""
+    """Give the arguments of a sweep of three trials, two epochs of a second each."""
     run = small_demo(tmp_path, num_epochs=2, num_workers=1)
     optim = dataclasses.replace(
         run.optim, ema_decay=0.0, warmup_epochs=0, mixup=0.0, cutmix=0.0
@@ -61,7 +61,7 @@ def command(tmp_path: Path) -> list[str]:
 
 
 def killed_when(command: list[str], *, ledger_of: Path) -> None:
-    """Begin a sweep, and kill it by signal once a trial has ended."""
+    """Begin a sweep, and kill it by signal once a trial has finished."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tuning.search", *command, "--num-concurrent", "2"],
         cwd=ROOT,
@@ -70,13 +70,13 @@ def killed_when(command: list[str], *, ledger_of: Path) -> None:
         text=True,
     )
 
-    def one_has_ended() -> bool:
+    def one_has_finished() -> bool:
         assert process.poll() is None, process.communicate()[0]
         texts = (file.read_text() for file in ledger_of.glob("*.json"))
-        return any('"finished"' in text or '"diverged"' in text for text in texts)
+        return any('"finished"' in text for text in texts)
 
     try:
-        wait_for(one_has_ended, what="the first trial's end", seconds=240)
+        wait_for(one_has_finished, what="the first trial's end", seconds=240)
     finally:
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
@@ -179,7 +179,7 @@ def test_what_can_not_begin_is_refused_and_leaves_nothing(
             [*command, "--num-concurrent", "99"],
             r"99 trials at a time.*--num-concurrent",
         ),
-        ([*command, "--method", "random", "--num-trials", "9"], "a space of 4"),
+        ([*command, "--method", "random", "--num-trials", "9"], "a space of 3"),
         (["--resume", "nix", "--storage", str(tmp_path)], "a sweep to go on with"),
         ([*command, "--data.train", str(tmp_path / "nix")], "not there"),
     ]

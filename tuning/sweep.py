@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,6 +75,7 @@ class _Carried:
             metrics=metrics,
             parent_id=self.sweep.mlflow_run_id,
             tracking_uri=self.uri,
+            is_local=not os.environ.get("RAY_ADDRESS"),
             told={
                 entry.number: entry.told_again(metrics=metrics)
                 for entry in ledger.entries

@@ -45,6 +45,8 @@ class Known:
     parent_id: str
     """Id of the sweep's run in MLflow."""
     tracking_uri: str
+    is_local: bool
+    """Whether the Ray was started for this sweep, on this machine."""
     told: Mapping[int, Sequence[Mapping[str, Any]]]
     """What trials of an earlier start reported, by number, where they have ended."""
 
@@ -97,9 +99,12 @@ def run_trial(config: Mapping[str, Any], *, known: Known) -> None:
     if number in known.told:
         tell_again(known.told[number])
         return
-    address = ray.get_runtime_context().gcs_address
+    settings = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    if known.is_local:
+        # Nobody takes a laptop away with notice; the watcher is a process a trial.
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     trainer = cast(ActorClass, ray.remote(num_cpus=0)(Trainer)).options(
-        runtime_env={"env_vars": {"RAY_ADDRESS": address}}
+        runtime_env={"env_vars": settings}
     )
     trainer = trainer.remote()
     try:
