@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,22 @@ def test_a_band_holds_the_extremes_over_the_images_that_count() -> None:
     assert metrics == pytest.approx({name: v.item() for name, v in wanted.items()})
     assert band.loss == pytest.approx(found.loss.item())
     assert band.loss < band.loss_max
+
+
+def test_the_bands_widths_are_averaged_once_each() -> None:
+    """What a sweep may look for: the narrower, the smoother."""
+    _, _, prober = trained(probed_run(every_steps=2), batches(5))
+    widths = {
+        "probe/loss_variation": fmean(
+            band.loss_max - band.loss_min for band in prober.bands
+        ),
+        "probe/gradient_predictiveness": fmean(
+            band.gradient_change_max - band.gradient_change_min for band in prober.bands
+        ),
+    }
+    assert min(widths.values()) > 0
+    assert prober.summary() == pytest.approx(widths)
+    assert prober.summary() == {}
 
 
 def test_an_unknown_stem_is_refused_before_training() -> None:

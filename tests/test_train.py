@@ -6,6 +6,7 @@ Ray takes seconds to start a group of workers, so each test here shows several t
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from ray.train import Result
 
 from pipelines import tracking
@@ -57,8 +59,6 @@ def wait_for(condition: Callable[[], bool], *, what: str, seconds: float = 120) 
 
 
 def runs_of(storage: str) -> list:
-    from mlflow import MlflowClient
-
     client = MlflowClient(tracking.default_uri(storage))
     experiment = client.get_experiment_by_name("sovit")
     assert experiment is not None
@@ -168,6 +168,10 @@ def check_end(result: Result, *, run: Run) -> None:
     assert tracked.data.metrics["train/images_per_s"] > 0
     assert tracked.data.metrics["train/peak_memory_mb"] > 100
     uri = tracking.default_uri(run.storage)
+    # MLflow's compare page shows what came first: the accuracy, before it has a value.
+    points = MlflowClient(uri).get_metric_history(tracked.info.run_id, "val/top1")
+    assert math.isnan(points[0].value)
+    assert [point.step for point in points] == [0, 10, 20, 30, 40]
     kept = tracking.read_text(uri, tracked.info.run_id, path="bad_images.csv")
     named = sorted(line.split(",")[0] for line in kept.splitlines())
     assert named == ["split", "train", "train", "val"]
