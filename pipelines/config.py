@@ -154,6 +154,12 @@ class Run:
                 f"{self.augment.num_repeats} and {self.data.batch_size}; set "
                 "--augment.num-repeats or --data.batch-size"
             )
+        if not self.data.num_readers and self.scale.num_workers > 1:
+            raise ValueError(
+                "data.num_readers: wanted at least 1 for several workers, came 0 for "
+                f"{self.scale.num_workers}; set --data.num-readers or "
+                "--scale.num-workers 1"
+            )
         share = self.data.batch_size / self.scale.num_workers
         if share < 2 * self.optim.num_accumulation:
             raise ValueError(

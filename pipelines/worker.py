@@ -22,7 +22,7 @@ from pipelines import checkpoint as ckpt
 from pipelines.bad_images import BadImageTeller
 from pipelines.checkpoint import Position
 from pipelines.ingest.batch import Batch
-from pipelines.ingest.stream import Plans
+from pipelines.ingest.stream import LocalOpener, Plans
 from pipelines.initial import load_initial
 from pipelines.job import Job
 from pipelines.key_log import KeyLog
@@ -147,8 +147,11 @@ class _Worker:
         shards = job.train_shards if is_train else job.val_shards
         world_size = self.settings.world_size
         reading = reading_of(shards, run=run, train=is_train, num_workers=world_size)
-        opener = RayOpener(reading, data=run.data, rank=self.rank)
-        self.openers.append(opener)
+        if run.data.num_readers:
+            opener = RayOpener(reading, data=run.data, rank=self.rank)
+            self.openers.append(opener)
+        else:
+            opener = LocalOpener(reading)
         return Supply(
             shards,
             run=run,

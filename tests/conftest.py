@@ -20,13 +20,12 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep what shares a Ray, or the compiling processes, in one of two processes."""
+    """Mark what uses the shared Ray, before tests are chosen by their marks."""
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        for shared in ("ray_local", "bare_processes"):
-            if shared in fixtures:
-                item.add_marker(pytest.mark.xdist_group(shared))
+        if "ray_local" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,6 @@ from tuning.compare import Comparison, Options, as_page, compare, main
 from tuning.compare_rows import Measured
 
 # One process makes the store: MLflow takes seconds for it.
-pytestmark = pytest.mark.xdist_group("compared_runs")
 
 PUBLISHED = 78.0
 EVIL = '<script>document.title="taken"</script> & $x^2$ \x1b[31m"red"'

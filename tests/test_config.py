@@ -78,6 +78,7 @@ BAD = [
     (Probe(), "every_steps", -1),
     (Probe(), "min_step_size", 76.0),
     (Probe(), "num_step_sizes", 1),
+    (RUN.data, "num_readers", -1),
     (Scale(), "num_workers", 0),
     (Scale(), "cpus_per_worker", 0.0),
     (Scale(), "max_failures", -1),
@@ -99,6 +100,13 @@ def test_a_bad_value_is_refused_by_name(good: Any, name: str, value: Any) -> Non
     assert f"{name}: wanted" in message
     assert repr(value) in message
     assert name.replace("_", "-") in message
+
+
+def test_only_one_worker_can_read_for_itself() -> None:
+    alone = dataclasses.replace(RUN.data, num_readers=0)
+    assert dataclasses.replace(RUN, data=alone, scale=Scale()).data.num_readers == 0
+    with pytest.raises(ValueError, match=r"--scale\.num-workers 1"):
+        dataclasses.replace(RUN, data=alone, scale=Scale(num_workers=2))
 
 
 def test_repeats_must_fit_a_batch_and_a_policy_be_one() -> None:

@@ -19,7 +19,6 @@ from pipelines.tracking.sweeps import KIND_TAG, PARENT_TAG, SWEEP_KIND
 from tests.stored_runs import keep_run, log_epochs
 
 # One process makes the store: MLflow takes seconds for it.
-pytestmark = pytest.mark.xdist_group("stored_runs")
 
 ODD_NAME = """it's "odd" <script>alert('1')</script>"""
 

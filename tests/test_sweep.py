@@ -52,7 +52,10 @@ def command(tmp_path: Path) -> list[str]:
     optim = dataclasses.replace(
         run.optim, ema_decay=0.0, warmup_epochs=0, mixup=0.0, cutmix=0.0
     )
-    (tmp_path / "run.json").write_text(to_json(dataclasses.replace(run, optim=optim)))
+    # Trials that read for themselves start in half the time.
+    data = dataclasses.replace(run.data, num_readers=0)
+    run = dataclasses.replace(run, optim=optim, data=data)
+    (tmp_path / "run.json").write_text(to_json(run))
     (tmp_path / "recipe.py").write_text(RECIPE)
     (tmp_path / "space.py").write_text(SPACE)
     names = [f"{tmp_path}/recipe.py:small", f"{tmp_path}/space.py:rates"]
