@@ -37,7 +37,7 @@ BAD = [
     (MODEL, "drop_path_rate", 1.0),
     (MODEL, "drop_path_rate", float("nan")),
     *((DATA, name, 0) for name in ("batch_size", "eval_batch_size", "shuffle_rows")),
-    *((DATA, f"num_{name}", 0) for name in ("decode_threads", "readers")),
+    (DATA, "num_decode_threads", 0),
     (DATA, "num_prefetch_batches", 0),
     (AUGMENT, "crop_scale", (0.0, 1.0)),
     (AUGMENT, "crop_scale", (0.5, 0.4)),

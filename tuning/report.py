@@ -142,9 +142,13 @@ def table(sweep: Sweep, entries: Sequence[Entry]) -> str:
 
 def _columns(sweep: Sweep, ordered: Sequence[Entry]) -> dict[str, list[str]]:
     search = sweep.search
+    num_compared = len(compared(search, ordered))
     columns = {
         "": _marks(search, ordered),
-        "rank": [str(place) for place in range(1, len(ordered) + 1)],
+        "rank": [
+            str(place) if place <= num_compared else "-"
+            for place in range(1, len(ordered) + 1)
+        ],
         "trial": [str(entry.number) for entry in ordered],
         "status": [entry.status for entry in ordered],
         "epoch": [str(entry.epoch) if entry.epoch else "-" for entry in ordered],

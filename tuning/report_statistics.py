@@ -90,7 +90,8 @@ def _fanova(
             )
             study.add_trial(trial)
         evaluator = FanovaImportanceEvaluator(seed=0)
-        return optuna.importance.get_param_importances(study, evaluator=evaluator)
+        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return {field: float(share) for field, share in shares.items()}
 
 
 def _distribution(values: Sequence[Any]) -> BaseDistribution:

@@ -1,0 +1,156 @@
+"""What a sweep says at its end: who won, why, and a recipe that can be trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipelines.config import Run
+from pipelines.fields import change_fields, differing
+from pipelines.preflight import with_absolute_paths
+from pipelines.recipe import load_recipe
+from recipes.demo import demo
+from tuning.entries import Entry, Sweep
+from tuning.figures import draw_importances, draw_parallel, draw_pareto, draw_ranks
+from tuning.options import Search
+from tuning.report import as_csv, ranked, table, winner_of
+from tuning.report_recipe import winner_recipe
+from tuning.report_statistics import importances, rank_correlation
+
+DOMAINS = {
+    "pooling.power": "steps of 0.05 (0.3, 0.9)",
+    "pooling.reduced_dim": "choice([(24, 12), (48, 24)])",
+    "optim.lr": "loguniform (0.0005, 0.008)",
+}
+NO_DIFFERENCE = {"recipe", "storage", "num_checkpoints_to_keep"}
+
+
+def a_sweep(run: Run | None = None, **search: Any) -> Sweep:
+    return Sweep(
+        name="searched",
+        recipe="demo",
+        run=with_absolute_paths(run or demo()),
+        space="pooling",
+        domains=DOMAINS,
+        search=Search(**search),
+    )
+
+
+def trial(number: int, *values: float, status: Any = "finished") -> Entry:
+    """Make a trial whose result hangs on its power alone."""
+    power = round(0.3 + 0.05 * number, 2)
+    dims = [(24, 12), (48, 24)][number % 2]
+    rate = 1e-3 * (1 + number % 3)
+    return Entry(
+        number=number,
+        setting={
+            "pooling.power": power,
+            "pooling.reduced_dim": dims,
+            "optim.lr": rate,
+        },
+        status=status,
+        reports=tuple(
+            {
+                "epoch": float(epoch),
+                "val/top1": value,
+                "train/images_per_s": 9.0 + number,
+            }
+            for epoch, value in enumerate(values, start=1)
+        ),
+    )
+
+
+ENTRIES = (
+    trial(0, 50.0, 60.0),
+    trial(1, 52.0, 71.5),
+    trial(2, 70.0, status="stopped"),
+    trial(3, status="diverged"),
+    trial(4, 40.0, status="stopped"),
+    trial(5, 51.0, 66.0),
+    trial(6, status="waiting"),
+)
+
+
+def test_those_that_finished_come_first_and_bad_ones_last() -> None:
+    search = Search()
+    order = [entry.number for entry in ranked(search, ENTRIES)]
+    assert order[:5] == [1, 5, 0, 2, 4]
+    assert order[-1] == 3
+    winner = winner_of(search, ENTRIES)
+    assert winner is not None
+    assert winner.number == 1
+    least = Search(modes=("min",))
+    assert [entry.number for entry in ranked(least, ENTRIES)][:3] == [0, 5, 1]
+    assert winner_of(search, ENTRIES[3:4]) is None
+
+
+def test_the_table_and_the_file_hold_every_trial() -> None:
+    text = table(a_sweep(), ENTRIES)
+    rows = [line for line in text.splitlines() if "finished" in line]
+    assert len(rows) == 3
+    assert "71.5" in rows[0]
+    assert "diverged" in text
+    lines = as_csv(a_sweep(), ENTRIES).splitlines()
+    assert len(lines) == 1 + len(ENTRIES)
+    assert "pooling.reduced_dim" in lines[0]
+    assert '"(48, 24)"' in lines[1]
+
+
+def test_importance_finds_the_field_that_decides() -> None:
+    entries = [trial(n, 50.0 + 3 * n, 60.0) for n in range(12)]
+    epoch, shares = importances(
+        a_sweep(), [*entries, trial(12, 86.0, status="stopped")]
+    )
+    assert epoch == 1
+    assert set(shares) == set(DOMAINS)
+    assert max(shares, key=lambda name: shares[name]) == "pooling.power"
+    assert sum(shares.values()) == pytest.approx(1.0, abs=1e-6)
+    assert importances(a_sweep(), entries[:3])[1] == {}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optim.num_epochs": 3, "optim.warmup_epochs": 0.5, "scale.num_workers": 1},
+        {"model.kwargs.depth": 2, "optim.schedule.kind": "constant"},
+    ],
+)
+def test_the_winner_is_a_recipe(tmp_path: Path, changes: dict[str, Any]) -> None:
+    sweep = a_sweep(change_fields(demo(), changes))
+    (tmp_path / "winner.py").write_text(winner_recipe(sweep, ENTRIES[1]))
+    best = with_absolute_paths(load_recipe(f"{tmp_path}/winner.py:best"))
+    wanted = change_fields(sweep.run, ENTRIES[1].setting)
+    assert set(differing(wanted, best)) <= NO_DIFFERENCE
+    for check in (["format", "--check"], ["check"]):
+        ruff = [sys.executable, "-m", "ruff", *check, str(tmp_path / "winner.py")]
+        subprocess.run(ruff, check=True, cwd=Path(__file__).parents[1])
+
+
+def test_rank_correlation() -> None:
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx((1, 1))
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx((-1, -1))
+    assert rank_correlation([1, 2, 3], [1, 3, 2]) == pytest.approx((0.5, 1 / 3))
+    assert all(value != value for value in rank_correlation([1, 2], [1, 2]))
+
+
+def test_the_pictures_show_something(tmp_path: Path) -> None:
+    sweep = dataclasses.replace(a_sweep(), name="searched")
+    entries = [*ENTRIES, *(trial(n, 50.0 + n, 60.0 + n) for n in range(7, 12))]
+    for draw in (draw_parallel, draw_pareto, draw_importances):
+        draw(sweep, entries, tmp_path / f"{draw.__name__}.png")
+    values = [float(n) for n in range(5)]
+    path = tmp_path / "ranks.png"
+    draw_ranks(values, values[::-1], path, numbers=range(5))
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert len(pictures) == 4
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert image.width >= 600
+            assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
