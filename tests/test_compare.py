@@ -20,8 +20,8 @@ from pipelines.config import Model
 from pipelines.tracking.sweeps import KIND_TAG, OUTCOME_TAG, PARENT_TAG, SWEEP_KIND
 from tests.browser import find_browser, open_page
 from tests.stored_runs import RUN, keep_run
-from tuning.compare import Comparison, Options, as_page, compare, main
-from tuning.compare_rows import Measured
+from tuning.compare.command import Comparison, Options, as_page, compare, main
+from tuning.compare.rows import Measured
 
 # One process makes the store: MLflow takes seconds for it.
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.tracking.query import MetricPoint, StoredRun
-from tuning.compare_rows import (
+from tuning.compare.rows import (
     Measured,
     Row,
     Spread,

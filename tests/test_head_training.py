@@ -19,8 +19,8 @@ from pipelines.loop import NonFiniteLossError
 from tests.small_runs import SO_VIT
 from tests.token_sets import NUM_CLASSES, write_token_set
 from tuning.head import build_head, train_head
-from tuning.token_backbone import feature_shape
-from tuning.token_set import TokenReader, TokenSet
+from tuning.tokens.backbone import feature_shape
+from tuning.tokens.set import TokenReader, TokenSet
 
 CPU = torch.device("cpu")
 RUN = Run(

@@ -21,7 +21,7 @@ HOMES = {
     "ray.data": {
         "pipelines/ingest/source.py",
         "pipelines/shards/command.py",
-        "tuning/token_job.py",
+        "tuning/tokens/job.py",
     },
     "ray.train": {
         f"pipelines/{name}.py"
@@ -203,7 +203,7 @@ def test_what_runs_is_seen_where_it_is() -> None:
         "pipelines.progress",
         "pipelines.failures",
         "tuning.trial",
-        "tuning.token_parts",
+        "tuning.tokens.parts",
     ],
 )
 def test_what_starts_often_starts_without_torch(module: str) -> None:

@@ -17,11 +17,16 @@ from pipelines.preflight import with_absolute_paths
 from pipelines.recipe import load_recipe
 from recipes.demo import demo
 from tuning.entries import Entry, Sweep
-from tuning.figures import draw_importances, draw_parallel, draw_pareto, draw_ranks
 from tuning.options import Search
-from tuning.report import as_csv, ranked, table, winner_of
-from tuning.report_recipe import winner_recipe
-from tuning.report_statistics import importances, rank_correlation
+from tuning.report.figures import (
+    draw_importances,
+    draw_parallel,
+    draw_pareto,
+    draw_ranks,
+)
+from tuning.report.recipe import winner_recipe
+from tuning.report.statistics import importances, rank_correlation
+from tuning.report.table import as_csv, ranked, table, winner_of
 
 DOMAINS = {
     "pooling.power": "steps of 0.05 (0.3, 0.9)",
@@ -92,7 +97,7 @@ def test_those_that_finished_come_first_and_bad_ones_last() -> None:
 
 def test_the_table_and_the_file_hold_every_trial() -> None:
     text = table(a_sweep(), ENTRIES)
-    rows = [line for line in text.splitlines() if "finished" in line]
+    rows = [line for line in text.splitlines() if "  finished  " in line]
     assert len(rows) == 3
     assert "71.5" in rows[0]
     assert "diverged" in text

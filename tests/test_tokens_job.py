@@ -21,11 +21,11 @@ from pipelines.supply import opened_here, reading_of
 from sovit.official import official_names
 from tests.demo_runs import small_demo
 from tuning.head import train_head
-from tuning.token_backbone import Backbone, load_backbone
-from tuning.token_parts import Part, read_part
-from tuning.token_set import TokenSet
-from tuning.token_writer import TokenWriter, make_job, part_plan
-from tuning.tokens import write_tokens
+from tuning.tokens.backbone import Backbone, load_backbone
+from tuning.tokens.parts import Part, read_part
+from tuning.tokens.set import TokenSet
+from tuning.tokens.writer import TokenWriter, make_job, part_plan
+from tuning.tokens.writing import write_tokens
 
 BAD_ROW = 7
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 
 from pipelines.files import Place
 from pipelines.pixels.rows import ROW_ID
-from tuning.token_set import TokenSet, part_name, schema, write_part
+from tuning.tokens.set import TokenSet, part_name, schema, write_part
 
 NUM_CLASSES = 3
 

@@ -21,8 +21,8 @@ from pipelines.loop import LoopSettings, NonFiniteLossError
 from pipelines.metrics import Sums
 from pipelines.mixing import smooth_targets, soft_cross_entropy
 from pipelines.optim import build_optimizer, learning_rate, set_learning_rate
-from tuning.token_backbone import feature_shape, without_weights
-from tuning.token_set import TokenReader, TokenSet
+from tuning.tokens.backbone import feature_shape, without_weights
+from tuning.tokens.set import TokenReader, TokenSet
 
 _EVAL_BATCH_SIZE = 1024
 

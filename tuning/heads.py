@@ -35,7 +35,7 @@ def run_head_trial(
     from pipelines.fields import change_fields
     from pipelines.runfile import from_json
     from tuning.head import train_head
-    from tuning.token_set import TokenSet
+    from tuning.tokens.set import TokenSet
 
     run = from_json(known.run)
     if not run.scale.use_gpu:

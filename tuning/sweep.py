@@ -24,9 +24,9 @@ from pipelines.tracking.sweeps import (
     open_sweep,
     tag_run,
 )
-from tuning.conclude import conclude
 from tuning.entries import Entry, Ledger, Sweep, write_sweep
 from tuning.heads import HEAD_METRIC, TOKENS, promoted, run_head_trial
+from tuning.report.conclude import conclude
 from tuning.settings import list_settings
 from tuning.spaces import Space
 from tuning.stage import (
@@ -195,7 +195,7 @@ def _train(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
 
 def _try_heads(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
     """Compute the backbone's tokens, and train a head on them for each setting."""
-    from tuning.tokens import write_tokens
+    from tuning.tokens.writing import write_tokens
 
     sweep, search = carried.sweep, carried.sweep.search
     if search.method == "optuna":

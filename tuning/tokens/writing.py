@@ -27,10 +27,10 @@ from pipelines.loop import check_bad_share
 from pipelines.preflight import with_absolute_paths
 from pipelines.retries import answering, retrying
 from pipelines.supply import reading_of
-from tuning.token_backbone import Backbone, load_backbone
-from tuning.token_parts import Part
-from tuning.token_set import TOKENS_FILE, TokenReader, TokenSet
-from tuning.token_writer import BAD, MADE_OF, TokenJob, make_job, part_plan
+from tuning.tokens.backbone import Backbone, load_backbone
+from tuning.tokens.parts import Part
+from tuning.tokens.set import TOKENS_FILE, TokenReader, TokenSet
+from tuning.tokens.writer import BAD, MADE_OF, TokenJob, make_job, part_plan
 
 __all__ = ["TokenReader", "TokenSet", "TokenSets", "write_tokens"]
 
@@ -203,7 +203,7 @@ def _compute(
     backbone: Backbone,
 ) -> None:
     """Write files, and show how far that is."""
-    from tuning.token_job import write_parts
+    from tuning.tokens.job import write_parts
 
     readings = {
         split: reading_of(shards[split], run=job.run) for split, job in jobs.items()

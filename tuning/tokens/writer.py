@@ -21,9 +21,9 @@ from pipelines.loop import LoopSettings
 from pipelines.pixels.decoder import BatchDecoder
 from pipelines.pixels.rows import BadImage, Rows, rows_of
 from pipelines.supply import pixel_settings
-from tuning.token_backbone import Backbone
-from tuning.token_parts import INDEX, SPLIT, VIEW
-from tuning.token_set import bytes_per_image, part_name, schema, write_part
+from tuning.tokens.backbone import Backbone
+from tuning.tokens.parts import INDEX, SPLIT, VIEW
+from tuning.tokens.set import bytes_per_image, part_name, schema, write_part
 
 if TYPE_CHECKING:
     import ray

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tuning.entries import Entry, Sweep
-from tuning.report import compared, values_of
+from tuning.report.table import compared, values_of
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

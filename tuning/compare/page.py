@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from html import escape
 
-from tuning.compare_columns import Cell, Column
+from tuning.compare.columns import Cell, Column
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --soft: #5b6475; --line: #d9dde5;

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuning.compare_columns import Column
-from tuning.compare_rows import Mode, Row, pareto
-from tuning.compare_table import printable
+from tuning.compare.columns import Column
+from tuning.compare.rows import Mode, Row, pareto
+from tuning.compare.table import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

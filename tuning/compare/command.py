@@ -27,11 +27,11 @@ from pipelines.cli import parse, run_command
 from pipelines.tracking import default_uri
 from pipelines.tracking.provenance import without_credentials
 from pipelines.tracking.query import RunStore, StoredRun
-from tuning.compare_columns import LOSS, TOP1, Column, columns_of, sort_rows
-from tuning.compare_page import page_of
-from tuning.compare_plots import PLOT_SUFFIXES, Chart, as_svg, charts_of, draw
-from tuning.compare_rows import Measured, Mode, Row, group
-from tuning.compare_table import as_csv, as_text
+from tuning.compare.columns import LOSS, TOP1, Column, columns_of, sort_rows
+from tuning.compare.page import page_of
+from tuning.compare.plots import PLOT_SUFFIXES, Chart, as_svg, charts_of, draw
+from tuning.compare.rows import Measured, Mode, Row, group
+from tuning.compare.table import as_csv, as_text
 
 _PROG = "sovit-compare"
 _RATE = "train/images_per_s"

@@ -12,11 +12,16 @@ from pipelines.retries import answering
 from pipelines.tracking.provenance import without_credentials
 from pipelines.tracking.sweeps import log_metrics, save_view, tag_run
 from tuning.entries import Entry, Ledger, Sweep
-from tuning.figures import draw_importances, draw_parallel, draw_pareto, draw_ranks
 from tuning.heads import HEAD_METRIC, foretold
-from tuning.report import as_csv, compared, table, winner_of
-from tuning.report_recipe import winner_recipe
-from tuning.report_statistics import importances, rank_correlation
+from tuning.report.figures import (
+    draw_importances,
+    draw_parallel,
+    draw_pareto,
+    draw_ranks,
+)
+from tuning.report.recipe import winner_recipe
+from tuning.report.statistics import importances, rank_correlation
+from tuning.report.table import as_csv, compared, table, winner_of
 
 logger = logging.getLogger(__name__)
 REPORT = "report"

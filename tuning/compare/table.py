@@ -7,8 +7,8 @@ import io
 import math
 from collections.abc import Sequence
 
-from tuning.compare_columns import NOTHING, Cell, Column
-from tuning.compare_rows import Row
+from tuning.compare.columns import NOTHING, Cell, Column
+from tuning.compare.rows import Row
 
 _BARS = "▁▂▃▄▅▆▇█"
 _NUM_BARS = 12

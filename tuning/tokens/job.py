@@ -20,9 +20,9 @@ from pipelines.failures import causes, first_line
 from pipelines.ingest.reading import Reading
 from pipelines.ingest.source import CPUS_PER_READ
 from pipelines.session import per_worker, ray_session
-from tuning.token_backbone import Backbone
-from tuning.token_parts import Part, read_part
-from tuning.token_writer import NUM_IMAGES, TokenJob, WriterActor
+from tuning.tokens.backbone import Backbone
+from tuning.tokens.parts import Part, read_part
+from tuning.tokens.writer import NUM_IMAGES, TokenJob, WriterActor
 
 
 def write_parts(

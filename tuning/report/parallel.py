@@ -11,8 +11,8 @@ from typing import Any
 
 from pipelines.runfile import tuples
 from tuning.entries import Entry, Sweep
-from tuning.report import compared, short_names, spelled, value_of
-from tuning.report_statistics import is_log
+from tuning.report.statistics import is_log
+from tuning.report.table import compared, short_names, spelled, value_of
 
 _DOTS_PER_INCH = 110
 _HEIGHT_INCHES = 5.2

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tuning.compare_rows import (
+from tuning.compare.rows import (
     NUM_PARAMS,
     PUBLISHED,
     Measured,

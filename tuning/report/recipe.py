@@ -11,8 +11,7 @@ from typing import Any
 from pipelines.fields import change_fields
 from pipelines.recipe import load_recipe
 from tuning.entries import Entry, Sweep
-from tuning.report import value_of
-from tuning.report_source import (
+from tuning.report.source import (
     INDENT,
     Group,
     Imports,
@@ -24,6 +23,7 @@ from tuning.report_source import (
     literal,
     string,
 )
+from tuning.report.table import value_of
 
 FUNCTION = "best"
 # Said by whoever trains, not by what was found; unless it was searched.

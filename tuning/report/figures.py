@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tuning.entries import Entry, Sweep
-from tuning.figure_parallel import draw_parallel
 from tuning.options import Mode
-from tuning.report import compared, front, short_names, value_of
-from tuning.report_statistics import MIN_PAIRS, importances, rank_correlation
+from tuning.report.parallel import draw_parallel
+from tuning.report.statistics import MIN_PAIRS, importances, rank_correlation
+from tuning.report.table import compared, front, short_names, value_of
 
 __all__ = ["draw_importances", "draw_parallel", "draw_pareto", "draw_ranks"]
 

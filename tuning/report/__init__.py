@@ -1,0 +1,1 @@
+"""Tell what a sweep found: table, plots, importances, the winner as a recipe."""
