@@ -16,6 +16,7 @@ from pipelines.fields import change_fields, differing
 from pipelines.preflight import with_absolute_paths
 from pipelines.recipe import load_recipe
 from recipes.demo import demo
+from sovit import Pooling
 from tuning.entries import Entry, Sweep
 from tuning.options import Search
 from tuning.report.figures import (
@@ -29,7 +30,7 @@ from tuning.report.statistics import importances, rank_correlation
 from tuning.report.table import as_csv, ranked, table, winner_of
 
 DOMAINS = {
-    "pooling.power": "steps of 0.05 (0.3, 0.9)",
+    "pooling.power": "uniform (0.3, 0.9) in steps of 0.05",
     "pooling.reduced_dim": "choice([(24, 12), (48, 24)])",
     "optim.lr": "loguniform (0.0005, 0.008)",
 }
@@ -128,14 +129,54 @@ def test_importance_finds_the_field_that_decides() -> None:
     ],
 )
 def test_the_winner_is_a_recipe(tmp_path: Path, changes: dict[str, Any]) -> None:
-    sweep = a_sweep(change_fields(demo(), changes))
-    (tmp_path / "winner.py").write_text(winner_recipe(sweep, ENTRIES[1]))
-    best = with_absolute_paths(load_recipe(f"{tmp_path}/winner.py:best"))
-    wanted = change_fields(sweep.run, ENTRIES[1].setting)
+    check_recipe(a_sweep(change_fields(demo(), changes)), ENTRIES[1], folder=tmp_path)
+
+
+def check_recipe(sweep: Sweep, winner: Entry, *, folder: Path) -> None:
+    """Hold the written recipe to the trial's run, and to our layout."""
+    file = folder / "winner.py"
+    file.write_text(winner_recipe(sweep, winner))
+    best = with_absolute_paths(load_recipe(f"{file}:best"))
+    wanted = change_fields(sweep.run, winner.setting)
     assert set(differing(wanted, best)) <= NO_DIFFERENCE
+    assert set(differing(best, wanted)) <= NO_DIFFERENCE
+    root = Path(__file__).parents[1]
     for check in (["format", "--check"], ["check"]):
-        ruff = [sys.executable, "-m", "ruff", *check, str(tmp_path / "winner.py")]
-        subprocess.run(ruff, check=True, cwd=Path(__file__).parents[1])
+        config = ["--config", str(root / "pyproject.toml")]
+        ruff = [sys.executable, "-m", "ruff", *check, *config, str(file)]
+        subprocess.run(ruff, check=True, cwd=root)
+
+
+OWN = """from __future__ import annotations
+
+import dataclasses
+
+from pipelines.config import Run
+from recipes.demo import demo
+
+
+def run() -> Run:
+    start = demo()
+    plain = dataclasses.replace(start.model, pooling=None, kwargs={"depth": 2})
+    return dataclasses.replace(start, model=plain)
+"""
+
+
+def test_a_winner_of_another_head_and_odd_names_is_a_recipe(tmp_path: Path) -> None:
+    """A recipe of one's own without a pooling gets one; strings need any quotes."""
+    (tmp_path / "own.py").write_text(OWN)
+    recipe = f"{tmp_path}/own.py:run"
+    run = load_recipe(recipe)
+    model = dataclasses.replace(
+        run.model,
+        pooling=Pooling(reduced_dim=(12, 6), power=0.4),
+        kwargs={"depth": 3, 'a "long" name': "it's a word of very many " * 5},
+    )
+    sweep = dataclasses.replace(
+        a_sweep(dataclasses.replace(run, model=model)), recipe=recipe
+    )
+    winner = dataclasses.replace(ENTRIES[1], setting={"optim.lr": 3e-5, "seed": 7})
+    check_recipe(sweep, winner, folder=tmp_path)
 
 
 def test_rank_correlation() -> None:

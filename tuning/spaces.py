@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from ray import tune
-from ray.tune.search.sample import Categorical, Domain
+from ray.tune.search.sample import Categorical, Domain, Quantized
 
 from pipelines.config import Run
 from pipelines.fields import change_fields
@@ -247,9 +247,10 @@ def _words(domain: Any) -> str:
         return f"choice({values})"
     sampler = domain.get_sampler()
     step = getattr(sampler, "q", None)
-    name = type(sampler).__name__.strip("_").lower()
-    bounds = domain.domain_str
-    return f"{name} {bounds}" if step is None else f"steps of {step:g} {bounds}"
+    inner = sampler.get_sampler() if isinstance(sampler, Quantized) else sampler
+    name = type(inner).__name__.strip("_").lower()
+    words = f"{name} {domain.domain_str}"
+    return words if step is None else f"{words} in steps of {step:g}"
 
 
 def shipped() -> list[str]:

@@ -91,7 +91,6 @@ def _figures(
     if compared(sweep.search, ledger.entries):
         draw_parallel(sweep, ledger.entries, folder / "parallel_coordinates.png")
         draw_pareto(sweep, ledger.entries, folder / "pareto.png")
-    # Of many cheap heads importances are surer than of few trainings.
     epoch, shares = importances(sweep, ledger.entries)
     if shares:
         draw_importances(sweep, ledger.entries, folder / "importances.png")
@@ -148,7 +147,10 @@ def _print_next(
     lines: dict[str, str] = {}
     report = sweep.folder.within(REPORT)
     if winner is not None:
-        lines["winner"] = f"sovit-train {report.within(WINNER_FILE)}:best"
+        file = report.within(WINNER_FILE)
+        lines["winner"] = f"{file}, a recipe to keep"
+        if not file.is_remote:
+            lines["winner"] = f"sovit-train {file}:best"
     lines["report"] = str(report)
     lines["compare"] = f"sovit-compare {sweep.name} --store {without_credentials(uri)}"
     server = uri if uri.startswith("http") else "http://127.0.0.1:5000"

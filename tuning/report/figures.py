@@ -61,7 +61,7 @@ def draw_pareto(sweep: Sweep, entries: Sequence[Entry], path: Path) -> None:
             linewidths=0,
             zorder=3,
         )
-    _draw_key(place, has_pale=not pale.isdisjoint(points))
+    _draw_key(figure, place, has_pale=not pale.isdisjoint(points))
     _name_points(figure, place, on_front, points=list(points.values()))
     figure.savefig(path, dpi=_DOTS_PER_INCH, format="png")
 
@@ -81,7 +81,7 @@ def _better(mode: Mode) -> str:
     return "more is better" if mode == "max" else "less is better"
 
 
-def _draw_key(place: Any, *, has_pale: bool) -> None:
+def _draw_key(figure: Any, place: Any, *, has_pale: bool) -> None:
     """Say what the colours mean."""
     shown = [
         (_FRONT_COLOR, 1.0, "no other is better in both"),
@@ -91,7 +91,9 @@ def _draw_key(place: Any, *, has_pale: bool) -> None:
         shown.append((_POINT_COLOR, _PALE, "pale: did not finish"))
     for color, alpha, label in shown:
         place.scatter([], [], s=40, color=color, alpha=alpha, linewidths=0, label=label)
-    place.legend(fontsize=_FONT_SIZE, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(
+        fontsize=_FONT_SIZE, loc="outside lower center", ncols=3, frameon=False
+    )
 
 
 def draw_importances(sweep: Sweep, entries: Sequence[Entry], path: Path) -> None:

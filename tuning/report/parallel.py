@@ -48,12 +48,12 @@ def draw_parallel(sweep: Sweep, entries: Sequence[Entry], path: Path) -> None:
     figure = Figure(figsize=(width, _HEIGHT_INCHES), layout="constrained")
     place = figure.subplots()
     place.set_title(_title(sweep, found, num_all=len(entries)), fontsize=11)
-    place.set_xlim(-0.15, len(names) - 1 + 0.55)
+    place.set_xlim(-0.15, len(names) - 1 + 0.9)
     place.set_ylim(-0.16, 1.04)
     place.axis("off")
     axes = _axes(sweep, found) if found else []
     for at, axis in enumerate(axes):
-        _draw_axis(place, axis, x=at)
+        _draw_axis(place, axis, x=at, is_last=at == len(axes) - 1)
     for at, name in enumerate(names):
         # Neighbours stand on two levels where there are many: names are long.
         low = len(names) > 5 and at % 2
@@ -65,7 +65,7 @@ def draw_parallel(sweep: Sweep, entries: Sequence[Entry], path: Path) -> None:
     if found:
         value = value_of(found[0], sweep.search.metric)
         place.text(
-            len(names) - 1 + 0.1,
+            len(names) - 1 + 0.4,
             axes[-1].places[0],
             f"trial {found[0].number}\n{spelled(value)}",
             color=_WINNER_COLOR,
@@ -77,24 +77,28 @@ def draw_parallel(sweep: Sweep, entries: Sequence[Entry], path: Path) -> None:
 
 
 def _title(sweep: Sweep, found: Sequence[Entry], *, num_all: int) -> str:
-    left_out = num_all - len(found)
-    more = f"; {left_out} without a value are left out" if left_out else ""
-    return f"{sweep.name}: {len(found)} trials{more}"
+    words = [f"{sweep.name}: {len(found)} trials"]
+    if num_all > len(found):
+        words.append(f"{num_all - len(found)} failed or without a value left out")
+    if any(entry.status != "finished" for entry in found):
+        words.append("thin: did not finish")
+    return ", ".join(words)
 
 
-def _draw_axis(place: Any, axis: _Axis, *, x: int) -> None:
+def _draw_axis(place: Any, axis: _Axis, *, x: int, is_last: bool) -> None:
+    """Draw an axis; the ticks of the last stand on its free side."""
     place.plot([x, x], [0, 1], color="0.25", linewidth=1, zorder=5)
     for y, text in axis.ticks:
         place.plot([x - 0.012, x + 0.012], [y, y], color="0.25", linewidth=1, zorder=5)
         place.text(
-            x - 0.025,
+            x + 0.03 if is_last else x - 0.03,
             y,
             text,
-            ha="right",
+            ha="left" if is_last else "right",
             va="center",
             fontsize=8.5,
             zorder=6,
-            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8},
+            bbox={"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 0.8},
         )
 
 
@@ -181,7 +185,7 @@ def _number_axis(
     return _Axis(
         places=[place(value) for value in values],
         ticks=[
-            (place(tick), f"{tick:.6g}")
+            (place(tick), f"{tick:.6g}" if high > low else spelled(tick))
             for tick in ticks
             if (tick > 0 or not takes_log) and 0 <= place(tick) <= 1
         ],
