@@ -161,6 +161,8 @@ def _train(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
     # Settings that heads were tried on are listed, whoever drew them.
     if search.method == "optuna" and not search.head_from:
         searcher, space = optuna_of(space, ledger)
+    end = functools.partial(_end, ledger=ledger, uri=carried.uri)
+    _mend(ledger, end)
     num_epochs = sweep.run.optim.total_epochs
     num_trials = search.num_trials if searcher else len(ledger.entries)
     watch = Watch(
@@ -168,7 +170,7 @@ def _train(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
         metric=search.metric,
         num_epochs=num_epochs,
         num_trials=num_trials,
-        on_end=functools.partial(_end, ledger=ledger, uri=carried.uri),
+        on_end=end,
     )
     scale = sweep.run.scale
     logger.info(
@@ -206,12 +208,14 @@ def _try_heads(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
     tokens = str(sweep.folder.within(TOKENS))
     write_tokens(sweep.run, checkpoint=search.head_from, out=tokens)
     ledger = carried.ledger("head", listed)
+    end = functools.partial(_end_head, ledger=ledger, uri=carried.uri)
+    _mend(ledger, end)
     watch = Watch(
         ledger,
         metric=HEAD_METRIC,
         num_epochs=search.head_epochs,
         num_trials=len(ledger.entries),
-        on_end=functools.partial(_end_head, ledger=ledger, uri=carried.uri),
+        on_end=end,
     )
     use_gpu = sweep.run.scale.use_gpu
     logger.info("%d heads on the tokens in %s", len(ledger.entries), tokens)
@@ -254,12 +258,20 @@ def _end(entry: Entry, *, ledger: Ledger, uri: str) -> None:
     if record is None:
         return
     run_id = record.mlflow_run_id
-    ledger.change(entry.number, mlflow_run_id=run_id)
     tag_run(uri, run_id, tags={OUTCOME_TAG: entry.status})
     if entry.status == "stopped":
         tracking.end_run(uri, run_id, status="FINISHED")
     elif entry.status == "failed":
         tracking.end_run(uri, run_id, status="FAILED", reason=entry.reason)
+    # Last: a trial without an id has its end still to come, see `_mend`.
+    ledger.change(entry.number, mlflow_run_id=run_id)
+
+
+def _mend(ledger: Ledger, end: Callable[[Entry], None]) -> None:
+    """Give those their end in MLflow that the sweep was killed in the middle of."""
+    for entry in ledger.entries:
+        if entry.has_ended and not entry.mlflow_run_id:
+            end(entry)
 
 
 def _end_head(entry: Entry, *, ledger: Ledger, uri: str) -> None:
