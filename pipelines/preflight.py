@@ -86,12 +86,13 @@ def _read_shards(run: Run) -> tuple[ShardSet, ShardSet]:
     return train_shards, val_shards
 
 
+def absolute(place: str) -> str:
+    """Make a local path absolute; addresses are it already."""
+    return place if "://" in place else os.path.abspath(place)
+
+
 def with_absolute_paths(run: Run) -> Run:
     """Make local folders absolute: workers have another working directory."""
-
-    def absolute(place: str) -> str:
-        return place if "://" in place else os.path.abspath(place)
-
     data = dataclasses.replace(
         run.data, train=absolute(run.data.train), val=absolute(run.data.val)
     )

@@ -28,7 +28,8 @@ Status = Literal[
     "waiting", "running", "finished", "stopped", "failed", "diverged", "refused"
 ]
 StageName = Literal["head", "full"]
-ENDED: tuple[Status, ...] = ("finished", "stopped", "failed", "diverged", "refused")
+BAD: tuple[Status, ...] = ("failed", "diverged", "refused")
+ENDED: tuple[Status, ...] = ("finished", "stopped", *BAD)
 _FILE = "sweep.json"
 
 

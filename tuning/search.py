@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,14 +23,13 @@ import tyro
 
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
-from pipelines.preflight import with_absolute_paths
+from pipelines.preflight import absolute, with_absolute_paths
 from pipelines.recipe import load_recipe
 from pipelines.runs import check_name
 from tuning.entries import Sweep, read_sweep
 from tuning.options import Search
 from tuning.spaces import Space, load_space, words_of
 
-logger = logging.getLogger(__name__)
 _PROG = "sovit-tune"
 # What may differ when a sweep goes on: what was tried stays what it was.
 _FREE = ("num_trials", "num_concurrent", "max_gpu_hours", "num_retries")
@@ -120,9 +118,7 @@ def _resumed(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]
             f"wanted --resume NAME alone, came {' '.join(chosen.names)} too; the sweep "
             "goes on with what it began with"
         )
-    storage = with_absolute_paths(
-        dataclasses.replace(load_recipe("demo"), storage=chosen.storage or "runs")
-    ).storage
+    storage = absolute(chosen.storage or "runs")
     sweep = read_sweep(storage, name=chosen.resume)
     search = parse(Search, default=sweep.search, arguments=rest, prog=_PROG)
     changed = [

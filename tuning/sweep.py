@@ -7,7 +7,8 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from ray.tune.schedulers import TrialScheduler
 
 from pipelines import tracking
 from pipelines.errors import RunFailedError
@@ -24,7 +25,7 @@ from pipelines.tracking.sweeps import (
     open_sweep,
     tag_run,
 )
-from tuning.entries import Entry, Ledger, Sweep, write_sweep
+from tuning.entries import BAD, Entry, Ledger, StageName, Sweep, write_sweep
 from tuning.heads import HEAD_METRIC, TOKENS, promoted, run_head_trial
 from tuning.report.conclude import conclude
 from tuning.settings import list_settings
@@ -53,7 +54,7 @@ class _Carried:
     num_concurrent: int
     retries_failed: bool
 
-    def ledger(self, stage: Any, settings: Sequence[Entry]) -> Ledger:
+    def ledger(self, stage: StageName, settings: Sequence[Entry]) -> Ledger:
         """Open a stage's ledger, with further trials to make."""
         ledger = Ledger(self.sweep, stage=stage)
         for entry in ledger.entries:
@@ -96,6 +97,11 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
     run, search = sweep.run, sweep.search
     check_run(run)
     _scheduler(sweep)
+    if search.method == "optuna" and search.head_from:
+        raise ValueError(
+            "wanted settings that are known before the heads are tried, came --method "
+            "optuna; take random or grid, or leave out --head-from"
+        )
     settings = [] if search.method == "optuna" else list_settings(space, search=search)
     listed = [Entry(number=n, setting=setting) for n, setting in enumerate(settings)]
     uri = tracking.default_uri(run.storage)
@@ -127,7 +133,7 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
     return ledger
 
 
-def _scheduler(sweep: Sweep) -> Any:
+def _scheduler(sweep: Sweep) -> TrialScheduler:
     """Build the full trainings' scheduler; promoted settings go to their end."""
     search = sweep.search
     if search.head_from:
@@ -158,8 +164,7 @@ def _train(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
     ledger = carried.ledger("full", listed)
     sweep, search = carried.sweep, carried.sweep.search
     searcher, space = None, carried.space
-    # Settings that heads were tried on are listed, whoever drew them.
-    if search.method == "optuna" and not search.head_from:
+    if search.method == "optuna":
         searcher, space = optuna_of(space, ledger)
     end = functools.partial(_end, ledger=ledger, uri=carried.uri)
     _mend(ledger, end)
@@ -200,11 +205,6 @@ def _try_heads(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
     from tuning.tokens.writing import write_tokens
 
     sweep, search = carried.sweep, carried.sweep.search
-    if search.method == "optuna":
-        raise ValueError(
-            "wanted settings that are known before the heads are tried, came --method "
-            "optuna; take random or grid, or leave out --head-from"
-        )
     tokens = str(sweep.folder.within(TOKENS))
     write_tokens(sweep.run, checkpoint=search.head_from, out=tokens)
     ledger = carried.ledger("head", listed)
@@ -290,11 +290,10 @@ def _end_head(entry: Entry, *, ledger: Ledger, uri: str) -> None:
         tags=tags | {OUTCOME_TAG: entry.status},
         reports=entry.reports,
     )
-    is_bad = entry.status in ("failed", "diverged", "refused")
     tracking.end_run(
         uri,
         run_id,
-        status="FAILED" if is_bad else "FINISHED",
+        status="FAILED" if entry.status in BAD else "FINISHED",
         reason=entry.reason,
     )
     ledger.change(entry.number, mlflow_run_id=run_id)

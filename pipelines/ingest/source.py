@@ -6,7 +6,7 @@ import functools
 import itertools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar, cast
 
 import pyarrow as pa
@@ -30,13 +30,12 @@ _MIB = 1 << 20
 T = TypeVar("T")
 
 
-class UnitSource(Datasource):
-    """Offer units as read tasks, in order; each yields its workers' shares."""
+class TaskSource(Datasource):
+    """Offer read tasks as they are, in order."""
 
-    def __init__(self, units: Sequence[Unit], *, reading: Reading) -> None:
+    def __init__(self, tasks: Sequence[ReadTask]) -> None:
         super().__init__()
-        self._units = units
-        self._reading = reading
+        self._tasks = tasks
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Decline to guess: shares are small and back-pressure is by their number."""
@@ -48,19 +47,30 @@ class UnitSource(Datasource):
         per_task_row_limit: int | None = None,
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
-        """Make one task a unit, whatever parallelism Ray would like."""
-        return [self._task(unit) for unit in self._units]
+        """Give all tasks, whatever parallelism Ray would like."""
+        return list(self._tasks)
 
-    def _task(self, unit: Unit) -> ReadTask:
-        # A task carries its own unit only: the set's footers would be megabytes.
-        read = functools.partial(share_tables, unit, reading=self._reading)
-        metadata = BlockMetadata(
-            num_rows=None,
-            size_bytes=None,
-            input_files=tuple({item.path: None for item in unit.slices}),
-            exec_stats=None,
-        )
-        return ReadTask(read, metadata)
+
+def read_task(
+    read: Callable[[], Iterable[pa.Table]], *, unit: Unit, num_rows: int | None = None
+) -> ReadTask:
+    """Make the task that reads a unit; `num_rows` are those of its blocks, if known.
+
+    A task carries its own unit only: the set's footers would be megabytes.
+    """
+    metadata = BlockMetadata(
+        num_rows=num_rows,
+        size_bytes=None,
+        input_files=tuple({item.path: None for item in unit.slices}),
+        exec_stats=None,
+    )
+    return ReadTask(read, metadata)
+
+
+def reader_labels(data: Data) -> dict[str, str] | None:
+    """Name the nodes that read, as Ray selects them; None is any."""
+    label, _, value = data.reader_label.partition("=")
+    return {label: value} if label else None
 
 
 def split_units(
@@ -72,13 +82,17 @@ def split_units(
     worker's share of some batches, so with the order preserved they go round in turn.
     """
     decodes = reading.decode is not None
-    label, _, value = data.reader_label.partition("=")
+    tasks = [
+        # Each unit's tables are its workers' shares.
+        read_task(functools.partial(share_tables, unit, reading=reading), unit=unit)
+        for unit in units
+    ]
     dataset = read_datasource(
-        UnitSource(units, reading=reading),
+        TaskSource(tasks),
         num_cpus=float(data.num_decode_threads) if decodes else CPUS_PER_READ,
         concurrency=data.num_readers,
         override_num_blocks=len(units),
-        label_selector={label: value} if label else None,
+        label_selector=reader_labels(data),
     )
     options = dataset.context.execution_options
     options.preserve_order = True

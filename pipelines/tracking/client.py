@@ -169,21 +169,26 @@ def connect(uri: str, *, create: bool) -> MlflowClient:
 
 
 def find_run(client: MlflowClient, *, run_id: str) -> Run | None:
-    """Find a run that can go on; None where there is none, or it was deleted."""
-    from mlflow.exceptions import MlflowException
-
+    """Find a run that can go on; None, with a warning, where it is gone."""
     if not run_id:
         return None
+    run = active_run(client, run_id=run_id)
+    if run is None:
+        logger.warning("run %s is no longer in MLflow; starting another", run_id)
+    return run
+
+
+def active_run(client: MlflowClient, *, run_id: str) -> Run | None:
+    """Get a run; None where there is none, or it was deleted."""
+    from mlflow.exceptions import MlflowException
+
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        run = None
-    if run is None or run.info.lifecycle_stage != "active":
-        logger.warning("run %s is no longer in MLflow; starting another", run_id)
         return None
-    return run
+    return run if run.info.lifecycle_stage == "active" else None
 
 
 def create_run(client: MlflowClient, *, uri: str, experiment: str, name: str) -> Run:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pipelines.tracking.client import (
     ADDRESS_VARIABLE,
     PATIENCE,
+    active_run,
     attempt,
     connect,
     create_run,
@@ -191,15 +192,8 @@ def _check_experiment(client: MlflowClient, *, name: str) -> None:
 
 
 def _old_run(client: MlflowClient, *, run_id: str, uri: str) -> Run:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        run = None
-    if run is None or run.info.lifecycle_stage != "active":
+    run = active_run(client, run_id=run_id)
+    if run is None:
         raise ValueError(
             f"wanted the sweep's run {run_id} in MLflow at {without_credentials(uri)}, "
             f"came a store without it; put the store back, set {ADDRESS_VARIABLE} to "

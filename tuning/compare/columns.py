@@ -145,11 +145,11 @@ def number_text(value: float, form: str) -> str:
     return f"{value:{form}}"
 
 
-def _cell(found: Spread | None, form: str) -> Cell:
+def _cell(found: Spread | None, form: str, *, with_deviation: bool = True) -> Cell:
     if found is None:
         return Cell(text=NOTHING)
     text = number_text(found.mean, form)
-    if found.deviation is not None:
+    if with_deviation and found.deviation is not None:
         text += f" ± {number_text(found.deviation, form)}"
     return Cell(text=text, value=found.mean, deviation=found.deviation)
 
@@ -186,11 +186,7 @@ def _mean(
     """Show means alone, where the deviation says little or stands elsewhere."""
 
     def cell(row: Row) -> Cell:
-        found = row.spread(value)
-        if found is None:
-            return _cell(None, form)
-        text = number_text(found.mean, form)
-        return Cell(text=text, value=found.mean, deviation=found.deviation)
+        return _cell(row.spread(value), form, with_deviation=False)
 
     return _column(rows, name, cell, note=note)
 

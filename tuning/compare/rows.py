@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from pipelines.tracking.query import MetricPoint, StoredRun
 from pipelines.tracking.sweeps import OUTCOME_TAG
+from tuning.names import short_tail
 
 NUM_PARAMS = "model.num_params"
 PUBLISHED = "published_top1"
@@ -237,14 +238,7 @@ def short_name(name: str, *, among: Iterable[str]) -> str:
 
     A model's name keeps its `model.`, since rows have names of their own.
     """
-    others = [other for other in among if other != name]
-    parts = name.split(".")
-    for num_parts in range(1, len(parts)):
-        short = ".".join(parts[-num_parts:])
-        is_taken = any(f".{other}".endswith(f".{short}") for other in others)
-        if not is_taken and short not in ("name", "train", "val"):
-            return short
-    return name
+    return short_tail(name, among=among, taken=("name", "train", "val"))
 
 
 def pareto(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,13 +19,11 @@ from tuning.report.figures import (
     draw_ranks,
 )
 from tuning.report.recipe import winner_recipe
-from tuning.report.statistics import importances, rank_correlation
+from tuning.report.statistics import MIN_PAIRS, importances, rank_correlation
 from tuning.report.table import as_csv, compared, table, winner_of
 
-logger = logging.getLogger(__name__)
 REPORT = "report"
 WINNER_FILE = "winner.py"
-_MIN_RANKS = 3
 
 
 def conclude(
@@ -93,7 +90,12 @@ def _figures(
         draw_pareto(sweep, ledger.entries, folder / "pareto.png")
     epoch, shares = importances(sweep, ledger.entries)
     if shares:
-        draw_importances(sweep, ledger.entries, folder / "importances.png")
+        draw_importances(
+            sweep,
+            ledger.entries,
+            folder / "importances.png",
+            found=(epoch, shares),
+        )
         metrics |= {f"importance/{name}": share for name, share in shares.items()}
         shown = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         print(f"importance  {shown} (after epoch {epoch})")
@@ -112,7 +114,7 @@ def _foretelling(
     cheap, full, numbers = foretold(
         list(heads.entries), list(ledger.entries), sweep=sweep
     )
-    if len(cheap) < _MIN_RANKS:
+    if len(cheap) < MIN_PAIRS:
         print(f"ranks  too few to compare: {len(cheap)} settings trained in full")
         return {}
     spearman, kendall = rank_correlation(cheap, full)

@@ -96,9 +96,19 @@ def _draw_key(figure: Any, place: Any, *, has_pale: bool) -> None:
     )
 
 
-def draw_importances(sweep: Sweep, entries: Sequence[Entry], path: Path) -> None:
-    """Draw how much each field mattered as bars in a PNG; see `importances`."""
-    epoch, shares = importances(sweep, entries)
+def draw_importances(
+    sweep: Sweep,
+    entries: Sequence[Entry],
+    path: Path,
+    *,
+    found: tuple[int, Mapping[str, float]] | None = None,
+) -> None:
+    """Draw how much each field mattered as bars in a PNG.
+
+    Args:
+        found: What `importances` gave, which takes seconds; worked out if None.
+    """
+    epoch, shares = importances(sweep, entries) if found is None else found
     names = short_names(sweep.domains)
     figure, place = _figure(height=1.4 + 0.45 * max(len(shares), 3))
     num = len(compared(sweep.search, entries))

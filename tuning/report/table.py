@@ -16,10 +16,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tuning.entries import Entry, Status, Sweep
+from tuning.entries import BAD, Entry, Sweep
+from tuning.names import short_tail
 from tuning.options import Mode, Search
 
-BAD: tuple[Status, ...] = ("failed", "diverged", "refused")
 _BEST, _FRONT = "*", "+"
 
 
@@ -103,16 +103,7 @@ def best_epoch(search: Search, entry: Entry) -> int | None:
 def short_names(fields: Iterable[str]) -> dict[str, str]:
     """Shorten dotted names to as many last parts as tell them apart."""
     names = list(fields)
-
-    def short(name: str) -> str:
-        parts = name.split(".")
-        for num in range(1, len(parts)):
-            tail = ".".join(parts[-num:])
-            if sum(f".{other}".endswith(f".{tail}") for other in names) == 1:
-                return tail
-        return name
-
-    return {name: short(name) for name in names}
+    return {name: short_tail(name, among=names) for name in names}
 
 
 def table(sweep: Sweep, entries: Sequence[Entry]) -> str:

@@ -7,18 +7,16 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import ray
-from ray.data import (
-    ActorPoolStrategy,
-    DataContext,
-    Datasource,
-    ReadTask,
-    read_datasource,
-)
-from ray.data.block import BlockMetadata
+from ray.data import ActorPoolStrategy, ReadTask, read_datasource
 
 from pipelines.failures import causes, first_line
 from pipelines.ingest.reading import Reading
-from pipelines.ingest.source import CPUS_PER_READ
+from pipelines.ingest.source import (
+    CPUS_PER_READ,
+    TaskSource,
+    read_task,
+    reader_labels,
+)
 from pipelines.session import per_worker, ray_session
 from tuning.tokens.backbone import Backbone
 from tuning.tokens.parts import Part, read_part
@@ -45,11 +43,11 @@ def write_parts(
     with ray_session(scale):
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         units = read_datasource(
-            PartSource(parts, readings=readings),
+            TaskSource([_task(part, reading=readings[part.split]) for part in parts]),
             num_cpus=CPUS_PER_READ,
             concurrency=run.data.num_readers,
             override_num_blocks=len(parts),
-            label_selector=_labels(run.data.reader_label),
+            label_selector=reader_labels(run.data),
         )
         done = units.map_batches(
             WriterActor,
@@ -75,40 +73,7 @@ def write_parts(
             raise
 
 
-class PartSource(Datasource):
-    """Offer parts as read tasks; each gives a block of one row, still encoded."""
-
-    def __init__(
-        self, parts: Sequence[Part], *, readings: Mapping[str, Reading]
-    ) -> None:
-        super().__init__()
-        self._parts = parts
-        self._readings = readings
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Decline to guess."""
-        return None
-
-    def get_read_tasks(
-        self,
-        parallelism: int,
-        per_task_row_limit: int | None = None,
-        data_context: DataContext | None = None,
-    ) -> list[ReadTask]:
-        """Make one task a part, whatever parallelism Ray would like."""
-        return [self._task(part) for part in self._parts]
-
-    def _task(self, part: Part) -> ReadTask:
-        read = functools.partial(read_part, part, reading=self._readings[part.split])
-        metadata = BlockMetadata(
-            num_rows=1,
-            size_bytes=None,
-            input_files=tuple({item.path: None for item in part.unit.slices}),
-            exec_stats=None,
-        )
-        return ReadTask(read, metadata)
-
-
-def _labels(reader_label: str) -> dict[str, str] | None:
-    label, _, value = reader_label.partition("=")
-    return {label: value} if label else None
+def _task(part: Part, *, reading: Reading) -> ReadTask:
+    """Make the task that gives a part as a block of one row, still encoded."""
+    read = functools.partial(read_part, part, reading=reading)
+    return read_task(read, unit=part.unit, num_rows=1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from pipelines.config import Run
 from pipelines.files import Place
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.loop import check_bad_share
-from pipelines.preflight import with_absolute_paths
+from pipelines.preflight import absolute, with_absolute_paths
 from pipelines.retries import answering, retrying
 from pipelines.supply import reading_of
 from tuning.tokens.backbone import Backbone, load_backbone
@@ -67,7 +66,7 @@ def write_tokens(
             f"num_views: wanted at least 1, came {num_views}; 1 is evaluation's view"
         )
     run = with_absolute_paths(run)
-    place = Place(out if "://" in out else os.path.abspath(out))
+    place = Place(absolute(out))
     shards = {"train": read_shard_set(run.data.train)}
     shards["val"] = read_shard_set(run.data.val)
     backbone = load_backbone(
