@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from typing import TYPE_CHECKING
 
-from ray.actor import ActorHandle
-
 if TYPE_CHECKING:  # the board starts without torch
     from pipelines.ingest.plan import GroupTable
     from pipelines.pixels.rows import BadImage
@@ -28,10 +26,16 @@ class NamedBadImage:
 
 
 class BadImageTeller:
-    """Tell the driver's board what one worker can't decode, each image once."""
+    """Tell the driver what one worker can't decode, each image once."""
 
-    def __init__(self, board: ActorHandle, *, split: str, groups: GroupTable) -> None:
-        self._board = board
+    def __init__(
+        self,
+        post: Callable[[NamedBadImage], None],
+        *,
+        split: str,
+        groups: GroupTable,
+    ) -> None:
+        self._post = post
         self._split = split
         self._groups = groups
         self._told: set[int] = set()
@@ -48,7 +52,7 @@ class BadImageTeller:
                 key=image.key,
                 reason=image.reason,
             )
-            self._board.post.remote(named)
+            self._post(named)
 
 
 class BadImageLog:

@@ -125,7 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"wanted a checkpoint folder with {MANIFEST}, came {folder}; "
             "name one that sovit-train printed"
         )
-    raw = _read_json(path)
+    raw = _parsed(path.read_bytes(), shown=str(path))
     for name, wanted in raw["files"].items():
         _check_file(folder / name, wanted=wanted, shown=str(folder / name))
     return Manifest(
@@ -137,8 +137,22 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
+def step_of(place: Place) -> int | None:
+    """Read how many steps a checkpoint was trained for; None where it was cut off.
+
+    Raises ValueError where its manifest is damaged.
+    """
+    manifest = place.within(MANIFEST)
+    try:
+        with answering():
+            content = manifest.read()
+    except FileNotFoundError:
+        return None
+    return _parsed(content, shown=str(manifest))["position"]["step"]
+
+
 @contextlib.contextmanager
-def opened(address: str) -> Iterator[Path]:
+def opened(address: str | Place) -> Iterator[Path]:
     """Give the local folder of a checkpoint that may lie in a bucket.
 
     A folder on a path is given as it is. Of a remote one, the manifest and the files
@@ -146,7 +160,7 @@ def opened(address: str) -> Iterator[Path]:
     use. Raises ValueError, naming the address, where there is no checkpoint, it is
     damaged, or the store does not answer.
     """
-    place = Place(address)
+    place = Place(address) if isinstance(address, str) else address
     if not place.is_remote:
         yield Path(place.open()[1])
         return
@@ -165,7 +179,7 @@ def _copy(place: Place, folder: Path) -> None:
             f"wanted a checkpoint with {MANIFEST}, came {str(place)!r}; "
             "name one that sovit-train printed"
         ) from error
-    raw = _read_json(folder / MANIFEST, shown=str(manifest))
+    raw = _parsed((folder / MANIFEST).read_bytes(), shown=str(manifest))
     for name, wanted in raw["files"].items():
         file = place.within(name)
         if Path(name).name != name:
@@ -187,15 +201,15 @@ def _check_file(path: Path, *, wanted: dict[str, int], shown: str) -> None:
         )
 
 
-def _read_json(path: Path, *, shown: str = "") -> dict[str, Any]:
+def _parsed(manifest: bytes, *, shown: str) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(manifest)
         whole = raw.pop("crc32") == _crc_of(raw)
     except (ValueError, AttributeError, KeyError):
         whole, raw = False, {}
     if not whole:
         raise ValueError(
-            f"{shown or path}: wanted a whole manifest, came one that was cut off or "
+            f"{shown}: wanted a whole manifest, came one that was cut off or "
             "changed; this checkpoint is damaged, use the one before it"
         )
     return raw

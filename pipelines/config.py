@@ -88,9 +88,11 @@ class Scale:
     """Say on how many workers a run goes, and what each of them holds."""
 
     num_workers: int = 1
+    """0 trains in the calling process: no Ray is started, and what fails ends the run,
+    which can be gone on with."""
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
-    """CPUs that Ray reserves for a worker."""
+    """CPUs that Ray reserves for a worker, and threads that it computes with."""
     max_failures: int = 3
     """Worker failures that are answered with a restart from the last checkpoint."""
     start_timeout_s: float = 30.0
@@ -102,10 +104,20 @@ class Scale:
         check_fields(
             self,
             "scale.",
-            num_workers=(self.num_workers >= 1, "at least 1"),
+            num_workers=(self.num_workers >= 0, "at least 0"),
             cpus_per_worker=(self.cpus_per_worker > 0, "above 0"),
             max_failures=(self.max_failures >= 0, "at least 0"),
         )
+
+    @property
+    def is_alone(self) -> bool:
+        """Tell whether the calling process trains, without Ray."""
+        return not self.num_workers
+
+    @property
+    def world_size(self) -> int:
+        """Count the processes that train."""
+        return max(self.num_workers, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,28 +166,22 @@ class Run:
                 f"{self.augment.num_repeats} and {self.data.batch_size}; set "
                 "--augment.num-repeats or --data.batch-size"
             )
-        if not self.data.num_readers and self.scale.num_workers > 1:
-            raise ValueError(
-                "data.num_readers: wanted at least 1 for several workers, came 0 for "
-                f"{self.scale.num_workers}; set --data.num-readers or "
-                "--scale.num-workers 1"
-            )
-        share = self.data.batch_size / self.scale.num_workers
+        share = self.data.batch_size / self.scale.world_size
         if share < 2 * self.optim.num_accumulation:
             raise ValueError(
                 "data.batch_size: wanted at least 2 images a worker and micro-batch, "
-                f"came {self.data.batch_size} over {self.scale.num_workers} workers; "
+                f"came {self.data.batch_size} over {self.scale.world_size} workers; "
                 "raise --data.batch-size or lower --scale.num-workers"
             )
-        if self.data.eval_batch_size < self.scale.num_workers:
+        if self.data.eval_batch_size < self.scale.world_size:
             raise ValueError(
                 "data.eval_batch_size: wanted at least 1 image a worker, came "
-                f"{self.data.eval_batch_size} over {self.scale.num_workers} workers; "
+                f"{self.data.eval_batch_size} over {self.scale.world_size} workers; "
                 "raise --data.eval-batch-size or lower --scale.num-workers"
             )
 
     @property
     def micro_batch_size(self) -> int:
         """Count the images of one forward pass of one worker."""
-        share = math.ceil(self.data.batch_size / self.scale.num_workers)
+        share = math.ceil(self.data.batch_size / self.scale.world_size)
         return math.ceil(share / self.optim.num_accumulation)

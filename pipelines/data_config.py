@@ -101,8 +101,7 @@ class Data:
     num_prefetch_batches: int = 4
     """Decoded batches that wait for the model, at most."""
     num_readers: int = 4
-    """Units that are read at the same time, at most, over all machines. 0: a run's only
-    worker reads for itself, without Ray Data: lighter, for small sets near at hand."""
+    """Units that are read at the same time, at most, over all machines."""
     read_ahead_mb: int = 64
     """Encoded megabytes that wait for one worker, at most."""
     max_bad_share: float = 0.01
@@ -115,6 +114,7 @@ class Data:
             "shuffle_rows",
             "num_decode_threads",
             "num_prefetch_batches",
+            "num_readers",
             "read_ahead_mb",
         )
         name, is_label, value = self.reader_label.partition("=")
@@ -122,7 +122,6 @@ class Data:
             self,
             "data.",
             **{name: (getattr(self, name) >= 1, "at least 1") for name in counts},
-            num_readers=(self.num_readers >= 0, "at least 0"),
             crop_pct=(0 < self.crop_pct <= 1, "0 < share <= 1"),
             std=(min(self.std) > 0, "three numbers above 0"),
             hw_decoder_load=(0 <= self.hw_decoder_load <= 1, "0 <= share <= 1"),

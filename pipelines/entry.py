@@ -12,6 +12,6 @@ from typing import Any
 
 def work(config: Mapping[str, Any]) -> None:
     """Train as one worker of a group: Ray Train's `train_loop_per_worker`."""
-    from pipelines.worker import run_worker
+    from pipelines.ray_group import run_worker
 
     run_worker(config)

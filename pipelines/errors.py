@@ -9,3 +9,7 @@ class RunFailedError(RuntimeError):
 
 class NonFiniteLossError(ValueError):
     """Say that the loss is not a number any more."""
+
+
+class StoppedEarly(SystemExit):
+    """Say that a training was stopped because it was no use going on."""

@@ -1,12 +1,12 @@
-"""Define what the driver gives every worker."""
+"""Define what the driver gives every worker, and what it gets at the end."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ray.actor import ActorHandle
-
 from pipelines.config import Run
+from pipelines.files import Place
 from pipelines.ingest.footers import ShardSet
 
 
@@ -17,6 +17,15 @@ class Job:
     run: Run
     train_shards: ShardSet
     val_shards: ShardSet
-    board: ActorHandle
     tracking_uri: str
     mlflow_run_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Say what a training came to."""
+
+    metrics: Mapping[str, float]
+    """What its last epoch reported."""
+    checkpoint: Place | None
+    """Its last checkpoint; None where it ended before the first."""

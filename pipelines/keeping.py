@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from pathlib import Path
-
-import ray.train
 
 from pipelines import tracking
-from pipelines.config import Run
+from pipelines.checkpoint import opened
 from pipelines.files import Place
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.plan import plan_epoch
 from pipelines.ingest.reading import read_rows
+from pipelines.job import Job, Trained
 from pipelines.pixels.pillow_decode import is_whole
 from pipelines.runfile import flat_params
 from pipelines.runs import Record
@@ -59,16 +57,17 @@ def log_shards(shards: ShardSet, *, uri: str, run_id: str, context: str) -> None
     )
 
 
-def log_model(
-    result: ray.train.Result, *, uri: str, run_id: str, run: Run, shards: ShardSet
-) -> None:
+def log_model(trained: Trained, *, job: Job) -> None:
     """Keep the final model in MLflow, with a held-out image as its example."""
-    if result.checkpoint is None or not run_id:
+    if trained.checkpoint is None or not job.mlflow_run_id:
         return
     logger.info("keeping the model in MLflow")
+    shards = job.val_shards
     plan = plan_epoch(shards.groups, batch_size=1, shuffle_rows=64, shuffle=False)
-    rows = read_rows(plan.unit(0), reading=reading_of(shards, run=run))
+    rows = read_rows(plan.unit(0), reading=reading_of(shards, run=job.run))
     images = (image.as_py() or b"" for image in rows["image"])
     example = next(filter(is_whole, images), b"")
-    with result.checkpoint.as_directory() as folder:
-        tracking.log_model(uri, run_id, checkpoint=Path(folder), example=example)
+    with opened(trained.checkpoint) as folder:
+        tracking.log_model(
+            job.tracking_uri, job.mlflow_run_id, checkpoint=folder, example=example
+        )

@@ -1,19 +1,17 @@
 """Show a run's progress on the driver: a bar in a terminal, plain lines elsewhere.
 
-Rank 0 posts events to a small actor; a thread of the driver takes and shows them.
+Workers post to a board; a thread of the driver takes what is there and shows it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
 
-import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayError
 from tqdm import tqdm
 
 from pipelines.bad_images import BadImageLog, NamedBadImage
@@ -31,68 +29,59 @@ class Event:
     epoch_metrics: Mapping[str, float] | None = None
 
 
+Shown = Event | NamedBadImage
+
+
 class Board:
-    """Hold events until the driver takes them; made an actor by `start_board`."""
+    """Hold what is posted until the driver takes it; on Ray it is an actor."""
 
     def __init__(self) -> None:
-        self._events: list[Event | NamedBadImage] = []
+        # Training alone, a thread takes while another posts.
+        self._items: queue.SimpleQueue[Shown] = queue.SimpleQueue()
 
-    def post(self, event: Event | NamedBadImage) -> None:
-        """Add an event."""
-        self._events.append(event)
+    def post(self, item: Shown) -> None:
+        """Add something."""
+        self._items.put(item)
 
-    def take(self) -> list[Event | NamedBadImage]:
-        """Hand over all events and forget them."""
-        events, self._events = self._events, []
-        return events
-
-
-def start_board() -> ActorHandle:
-    """Start the actor that the workers post to; it needs no CPU of its own."""
-    return cast(ActorHandle, ray.remote(num_cpus=0)(Board).remote())
+    def take(self) -> list[Shown]:
+        """Hand over all that is there, and forget it."""
+        return [self._items.get() for _ in range(self._items.qsize())]
 
 
 class Display:
-    """Show a board's events while a `with` block runs."""
+    """Show what a run's workers post; see `showing`."""
 
     def __init__(
-        self,
-        board: ActorHandle,
-        *,
-        num_steps: int,
-        num_epochs: int,
-        bad_images: BadImageLog,
+        self, *, num_steps: int, num_epochs: int, bad_images: BadImageLog
     ) -> None:
-        self._board = board
         self._bad_images = bad_images
         self._num_epochs = num_epochs
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=num_steps, unit="step", disable=not self._is_terminal, leave=False
         )
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="display", daemon=True)
 
-    def __enter__(self) -> Display:
-        self._thread.start()
-        return self
+    @contextlib.contextmanager
+    def showing(self, take: Callable[[], list[Shown]]) -> Iterator[None]:
+        """Show, on a thread, what `take` gives while a `with` block runs."""
+        ended = threading.Event()
 
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        self._bad_images.flush()
-        self._bar.close()
+        def run() -> None:
+            while not ended.wait(_POLL_S):
+                self._show_all(take())
+            self._show_all(take())
 
-    def _run(self) -> None:
-        while not self._ended.wait(_POLL_S):
-            self._show_new()
-        self._show_new()
-
-    def _show_new(self) -> None:
+        thread = threading.Thread(target=run, name="display", daemon=True)
+        thread.start()
         try:
-            events = ray.get(self._board.take.remote())
-        except RayError:
-            return  # Ray is going down; the result will say how it ended.
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self._bad_images.flush()
+            self._bar.close()
+
+    def _show_all(self, events: list[Shown]) -> None:
         for event in events:
             if isinstance(event, NamedBadImage):
                 if line := self._bad_images.add(event):

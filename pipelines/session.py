@@ -55,13 +55,13 @@ def ray_session(
 
 def needed(scale: Scale) -> dict[str, float]:
     """Count the resources of all workers together."""
-    wanted = {"CPU": scale.num_workers * scale.cpus_per_worker}
-    return wanted | ({"GPU": float(scale.num_workers)} if scale.use_gpu else {})
+    wanted = {"CPU": scale.world_size * scale.cpus_per_worker}
+    return wanted | ({"GPU": float(scale.world_size)} if scale.use_gpu else {})
 
 
 def per_worker(scale: Scale) -> dict[str, float]:
     """Give what Ray reserves for one worker."""
-    return {name: total / scale.num_workers for name, total in needed(scale).items()}
+    return {name: total / scale.world_size for name, total in needed(scale).items()}
 
 
 def room(scale: Scale) -> int:
@@ -85,7 +85,7 @@ def _check_machine(scale: Scale, *, num_runs: int) -> None:
 
 def _workers(scale: Scale, num_runs: int) -> str:
     runs = f" in each of {num_runs} trials at a time" if num_runs > 1 else ""
-    return f"{scale.num_workers} workers{runs}"
+    return f"{scale.world_size} workers{runs}"
 
 
 def _fewer(num_runs: int) -> str:
@@ -114,7 +114,7 @@ def _wait_for_room(scale: Scale, *, num_runs: int) -> None:
                 "--scale.num-workers, add nodes, or raise --scale.start-timeout-s"
             )
         if not asked:
-            num_workers = num_runs * scale.num_workers
+            num_workers = num_runs * scale.world_size
             request_resources(bundles=[per_worker(scale)] * num_workers)
             asked = True
         time.sleep(_POLL_S)

@@ -11,6 +11,7 @@ last checkpoint and with its own configuration.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
@@ -21,27 +22,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-import ray
-import ray.train
-import ray.train.torch
 from ray.train import UserCallback
 
 from pipelines import tracking
+from pipelines.alone import train_alone
 from pipelines.bad_images import FILE, BadImageLog
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
-from pipelines.entry import work
-from pipelines.errors import RunFailedError
-from pipelines.failures import StopOnValueError, end_of
-from pipelines.files import Place
+from pipelines.errors import RunFailedError, StoppedEarly
 from pipelines.ingest.stream import Plans
-from pipelines.job import Job
+from pipelines.job import Job, Trained
 from pipelines.keeping import log_model, log_shards, open_tracking
-from pipelines.places import open_place
-from pipelines.preflight import CheckedRun, check_run, with_absolute_paths
-from pipelines.progress import Display, start_board
+from pipelines.preflight import check_run, with_absolute_paths
+from pipelines.progress import Display
+from pipelines.ray_trainer import train_on_ray
 from pipelines.recipe import load_recipe
-from pipelines.retries import is_remote
 from pipelines.runfile import flat_params
 from pipelines.runs import (
     Record,
@@ -50,7 +45,7 @@ from pipelines.runs import (
     read_record,
     write_record,
 )
-from pipelines.session import per_worker, ray_session
+from pipelines.session import ray_session
 from pipelines.tracking.provenance import without_credentials
 
 logger = logging.getLogger(__name__)
@@ -66,13 +61,14 @@ def fit(
     tracking_uri: str = "",
     tags: Mapping[str, str] = MappingProxyType({}),
     keep_model: bool = True,
-) -> ray.train.Result:
-    """Train a run to its end and return Ray Train's result.
+) -> Trained:
+    """Train a run to its end, on Ray's workers or in this process.
 
     Args:
         name: The new run's name, or that of the one to go on with.
         record: The record of the run to go on with; None starts a new run.
-        callbacks: Ray Train callbacks, such as Tune's.
+        callbacks: Ray Train callbacks, such as Tune's. One that raises StoppedEarly in
+            this process ends the run as one that has finished.
         tracking_uri: MLflow's address; by default that of the storage, or the
             environment's.
         tags: Further tags of the MLflow run.
@@ -88,7 +84,8 @@ def fit(
     checked = check_run(run)
     logger.info("run %s: %s", name, checked.summary)
     uri = tracking_uri or tracking.default_uri(run.storage)
-    with ray_session(run.scale):
+    here = contextlib.nullcontext()
+    with here if run.scale.is_alone else ray_session(run.scale):
         # Only now: a run that there is no room for leaves nothing behind.
         record = record or new_record(run, name=name)
         record = dataclasses.replace(record, run=run)
@@ -102,16 +99,23 @@ def fit(
             log_shards(shards, uri=uri, run_id=run_id, context=context)
         record = dataclasses.replace(record, mlflow_run_id=run_id)
         write_record(record)
+        job = Job(
+            run=run,
+            train_shards=checked.train_shards,
+            val_shards=checked.val_shards,
+            tracking_uri=uri,
+            mlflow_run_id=run_id,
+        )
         try:
-            result = _train(
-                checked, run, name=name, callbacks=callbacks, uri=uri, run_id=run_id
-            )
+            train = train_alone if run.scale.is_alone else train_on_ray
+            trained = train(job, name=name, callbacks=callbacks, display=_display(job))
             if keep_model:
-                log_model(
-                    result, uri=uri, run_id=run_id, run=run, shards=checked.val_shards
-                )
+                log_model(trained, job=job)
         except (ValueError, RunFailedError) as error:
             tracking.end_run(uri, run_id, status="FAILED", reason=str(error))
+            raise
+        except StoppedEarly:
+            tracking.end_run(uri, run_id, status="FINISHED")
             raise
         except (KeyboardInterrupt, SystemExit):  # Ray Train answers Ctrl-C with these
             tracking.end_run(uri, run_id, status="KILLED", reason="interrupted")
@@ -121,66 +125,23 @@ def fit(
             raise
     tracking.end_run(uri, run_id, status="FINISHED")
     write_record(dataclasses.replace(record, status="finished"))
-    return result
+    return trained
 
 
-def _train(
-    checked: CheckedRun,
-    run: Run,
-    *,
-    name: str,
-    callbacks: Sequence[UserCallback],
-    uri: str,
-    run_id: str,
-) -> ray.train.Result:
-    """Start the workers, show what they report, and wait for their end."""
-    logger.info("starting %d workers", run.scale.num_workers)
-    board = start_board()
-    job = Job(
-        run=run,
-        train_shards=checked.train_shards,
-        val_shards=checked.val_shards,
-        board=board,
-        tracking_uri=uri,
-        mlflow_run_id=run_id,
-    )
-    filesystem, path = open_place(run.storage)
-    trainer = ray.train.torch.TorchTrainer(
-        work,
-        train_loop_config={"job": ray.put(job)},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=run.scale.num_workers,
-            use_gpu=run.scale.use_gpu,
-            resources_per_worker=per_worker(run.scale),
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=path,
-            storage_filesystem=filesystem if is_remote(run.storage) else None,
-            failure_config=ray.train.FailureConfig(max_failures=run.scale.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=run.num_checkpoints_to_keep
-            ),
-            callbacks=[StopOnValueError(), *callbacks],
-        ),
-    )
-    plans = Plans(shards=checked.train_shards, run=run, train=True)
-    num_epochs = run.optim.total_epochs
+def _display(job: Job) -> Display:
+    """Make what shows a run's progress, and names its bad images in MLflow."""
+    uri, run_id = job.tracking_uri, job.mlflow_run_id
+    plans = Plans(shards=job.train_shards, run=job.run, train=True)
+    num_epochs = job.run.optim.total_epochs
     bad_images = BadImageLog(
         keep=lambda text: tracking.log_text(uri, run_id, text=text, path=FILE),
         before=tracking.read_text(uri, run_id, path=FILE),
     )
-    display = Display(
-        board,
+    return Display(
         num_steps=plans.shape(0).num_batches * num_epochs,
         num_epochs=num_epochs,
         bad_images=bad_images,
     )
-    try:
-        with display:
-            return trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise end_of(error) from error
 
 
 def main() -> None:
@@ -212,8 +173,8 @@ def _main(arguments: Sequence[str]) -> None:
         _check_same(record.run, run)
     name = chosen.resume or chosen.name or _new_name(run)
     start_s = time.monotonic()
-    result = fit(run, name=name, record=record)
-    _print_summary(result, run=run, name=name, seconds=time.monotonic() - start_s)
+    trained = fit(run, name=name, record=record)
+    _print_summary(trained, run=run, seconds=time.monotonic() - start_s)
 
 
 def _check_same(before: Run, now: Run) -> None:
@@ -233,25 +194,27 @@ def _check_same(before: Run, now: Run) -> None:
             f"wanted the settings that the run began with, came others for "
             f"{', '.join(changed)}; leave them out, or start a new run"
         )
+    if before.scale.is_alone != now.scale.is_alone:
+        raise ValueError(
+            "scale.num_workers: wanted 0 again for a run that began so, and at least "
+            f"1 for one that did not, came {now.scale.num_workers} after "
+            f"{before.scale.num_workers}; leave it out, or start a new run"
+        )
 
 
 def _new_name(run: Run) -> str:
     return f"{run.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _print_summary(
-    result: ray.train.Result, *, run: Run, name: str, seconds: float
-) -> None:
-    metrics = result.metrics or {}
+def _print_summary(trained: Trained, *, run: Run, seconds: float) -> None:
+    metrics, folder = trained.metrics, trained.checkpoint
     uri = tracking.default_uri(with_absolute_paths(run).storage)
     print(
         f"trained {run.model.name} in {seconds:.0f} s: "
         f"held-out top-1 {metrics.get('val/top1', float('nan')):.2f} % of "
         f"{metrics.get('val/num_images', 0):,.0f} images"
     )
-    if result.checkpoint is not None:
-        # Of a bucket, Ray gives the path alone.
-        folder = Place(run.storage, f"{name}/{Path(result.checkpoint.path).name}")
+    if folder is not None:
         val = without_credentials(run.data.val)
         print(f"checkpoint  {folder}")
         print(f"evaluate    {_installed('sovit-eval')} {folder} {val}")

@@ -1,4 +1,4 @@
-"""Run one worker of a training: the part that talks to Ray Train."""
+"""Train as one worker: model, streams, checkpoints and what is told of them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import ray
-import ray.train
-import ray.train.torch
 import torch
-from ray.train.collective import broadcast_from_rank_zero
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from pipelines import checkpoint as ckpt
 from pipelines.bad_images import BadImageTeller
 from pipelines.checkpoint import Position
+from pipelines.group import Group
 from pipelines.ingest.batch import Batch
-from pipelines.ingest.stream import LocalOpener, Plans
+from pipelines.ingest.stream import Plans
 from pipelines.initial import load_initial
 from pipelines.job import Job
 from pipelines.key_log import KeyLog
@@ -35,7 +31,6 @@ from pipelines.loop import (
     train,
 )
 from pipelines.memory import peak_memory_mb
-from pipelines.opener import RayOpener
 from pipelines.optim import build_optimizer
 from pipelines.probing import Prober, draw_bands
 from pipelines.progress import Event
@@ -45,24 +40,13 @@ from pipelines.tracking import FigureWriter, MetricWriter
 _FLUSH_S = 15.0
 
 
-def run_worker(config: Mapping[str, Any]) -> None:
-    """Train as one worker of a group, with the job that `config` refers to."""
-    job: Job = ray.get(config["job"])
-    context = ray.train.get_context()
-    worker = _Worker(
-        job, rank=context.get_world_rank(), world_size=context.get_world_size()
-    )
-    with worker:
-        worker.train()
-
-
-class _Worker:
+class Worker:
     """Hold one worker's model, streams and connections while it trains."""
 
-    def __init__(self, job: Job, *, rank: int, world_size: int) -> None:
+    def __init__(self, job: Job, *, group: Group) -> None:
         run = job.run
-        self.job, self.run, self.rank = job, run, rank
-        self.device = ray.train.torch.get_device()
+        self.job, self.run, self.group, self.rank = job, run, group, group.rank
+        self.device = group.device
         if self.device.type == "cpu":
             torch.set_num_threads(max(int(run.scale.cpus_per_worker), 1))
         epoch = Plans(shards=job.train_shards, run=run, train=True).shape(0)
@@ -72,30 +56,29 @@ class _Worker:
             steps_per_epoch=epoch.num_batches,
             images_per_epoch=epoch.num_images,
             device=self.device,
-            world_size=world_size,
-            rank=rank,
+            world_size=group.world_size,
+            rank=group.rank,
         )
         self.state = self._restore()
         # In the same order on every worker: opening is a collective.
-        self.openers: list[RayOpener] = []
         self.supplies = {split: self._supply(split) for split in ("train", "val")}
         self.writer = MetricWriter(
-            job.tracking_uri, job.mlflow_run_id if not rank else ""
+            job.tracking_uri, job.mlflow_run_id if not self.rank else ""
         )
         self.figures = FigureWriter(job.tracking_uri, job.mlflow_run_id)
         self.prober = self._open_prober()
         self.key_log = self._open_key_log()
         self._last_log: dict[str, float] = {}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Worker:
         for supply in self.supplies.values():
             supply.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         for supply in self.supplies.values():
             supply.close()
-        for opener in self.openers:
-            opener.close()
+        self.group.close()
         self.figures.close(_FLUSH_S)
         self.writer.close(_FLUSH_S)
         if self.key_log is not None:
@@ -136,7 +119,7 @@ class _Worker:
             return None
         return KeyLog(
             Path(self.run.key_log),
-            attempt=broadcast_from_rank_zero(time.time_ns()),
+            attempt=self.group.agreed(time.time_ns()),
             step=self.state.position.step,
             rank=self.rank,
             num_repeats=self.run.augment.num_repeats,
@@ -147,21 +130,16 @@ class _Worker:
         shards = job.train_shards if is_train else job.val_shards
         world_size = self.settings.world_size
         reading = reading_of(shards, run=run, train=is_train, num_workers=world_size)
-        if run.data.num_readers:
-            opener = RayOpener(reading, data=run.data, rank=self.rank)
-            self.openers.append(opener)
-        else:
-            opener = LocalOpener(reading)
         return Supply(
             shards,
             run=run,
             train=is_train,
             start=self.state.position,
-            opener=opener,
+            opener=self.group.opener(reading, data=run.data),
             device=self.device,
             rank=self.rank,
             world_size=world_size,
-            on_bad=BadImageTeller(job.board, split=split, groups=shards.groups),
+            on_bad=BadImageTeller(self.group.post, split=split, groups=shards.groups),
         )
 
     def _restore(self) -> TrainState:
@@ -171,21 +149,20 @@ class _Worker:
         model = ckpt.build_model(run.model, num_classes=self.settings.num_classes)
         # Convolutions are faster so, on CPUs too, and decoders give their images so.
         model.to(self.device).to(memory_format=torch.channels_last)
-        found = ray.train.get_checkpoint()
-        if found is None and run.model.init_from:
-            classes = self.job.train_shards.classes
-            load_initial(model, run.model.init_from, classes=classes)
-        decay = run.optim.ema_decay
-        ema = ModelEmaV3(model, decay=decay) if decay else None
-        optimizer = build_optimizer(model, optim=run.optim)
-        position = Position()
-        if found is not None:
-            with found.as_directory() as folder:
-                position = ckpt.read_manifest(Path(folder)).position
-                ckpt.load_weights(model, Path(folder))
+        with self.group.latest() as folder:
+            if folder is None and run.model.init_from:
+                classes = self.job.train_shards.classes
+                load_initial(model, run.model.init_from, classes=classes)
+            decay = run.optim.ema_decay
+            ema = ModelEmaV3(model, decay=decay) if decay else None
+            optimizer = build_optimizer(model, optim=run.optim)
+            position = Position()
+            if folder is not None:
+                position = ckpt.read_manifest(folder).position
+                ckpt.load_weights(model, folder)
                 if ema is not None:
-                    ckpt.load_weights(ema.module, Path(folder), ema=True)
-                ckpt.load_optimizer(optimizer, Path(folder))
+                    ckpt.load_weights(ema.module, folder, ema=True)
+                ckpt.load_optimizer(optimizer, folder)
         return TrainState(
             model=model,
             forward=self._wrap(model),
@@ -223,7 +200,7 @@ class _Worker:
             metrics=self._last_log,
             epoch_metrics=held_out,
         )
-        self.job.board.post.remote(event)
+        self.group.post(event)
 
     def _end_epoch(self, state: TrainState) -> None:
         """Evaluate, write a checkpoint and report."""
@@ -271,7 +248,7 @@ class _Worker:
         trained = {f"train/{name}": value for name, value in self._last_log.items()}
         metrics = trained | metrics
         with contextlib.ExitStack() as stack:
-            kept = None
+            folder = None
             if self.rank == 0:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 ckpt.save_checkpoint(
@@ -284,9 +261,4 @@ class _Worker:
                     ema=state.ema.module if state.ema is not None else None,
                     optimizer=state.optimizer,
                 )
-                kept = ray.train.Checkpoint.from_directory(str(folder))
-            ray.train.report(
-                metrics,
-                checkpoint=kept,
-                checkpoint_dir_name=name,
-            )
+            self.group.report(metrics, folder=folder, name=name)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from ray.actor import ActorHandle
 
 from pipelines.bad_images import BadImageLog, BadImageTeller, NamedBadImage
 from pipelines.ingest.plan import GroupTable
@@ -46,29 +45,18 @@ def test_each_is_named_once_and_the_table_grows() -> None:
     assert kept[1].count("\n") == 4
 
 
-class Board:
-    """Stand for the driver's actor."""
-
-    def __init__(self) -> None:
-        self.posted: list[NamedBadImage] = []
-        self.post = self
-
-    def remote(self, named: NamedBadImage) -> None:
-        self.posted.append(named)
-
-
 def test_a_worker_tells_each_once_with_its_shard() -> None:
     groups = GroupTable(
         paths=("a.parquet", "b.parquet"),
         num_groups=np.array([1, 2], np.int32),
         num_rows=np.array([5, 3, 4], np.int32),
     )
-    board = Board()
-    tell = BadImageTeller(cast(ActorHandle, board), split="val", groups=groups)
+    posted: list[NamedBadImage] = []
+    tell = BadImageTeller(posted.append, split="val", groups=groups)
     rows = [BadImage(row_id=row, key=f"k{row}", reason="empty") for row in (4, 5, 11)]
     tell((rows[0], rows[1]))
     tell((rows[1], rows[2]))
-    assert [(named.key, named.shard) for named in board.posted] == [
+    assert [(named.key, named.shard) for named in posted] == [
         ("k4", "a.parquet"),
         ("k5", "b.parquet"),
         ("k11", "b.parquet"),

@@ -78,8 +78,8 @@ BAD = [
     (Probe(), "every_steps", -1),
     (Probe(), "min_step_size", 76.0),
     (Probe(), "num_step_sizes", 1),
-    (RUN.data, "num_readers", -1),
-    (Scale(), "num_workers", 0),
+    (RUN.data, "num_readers", 0),
+    (Scale(), "num_workers", -1),
     (Scale(), "cpus_per_worker", 0.0),
     (Scale(), "max_failures", -1),
     (RUN, "log_every_steps", 0),
@@ -102,11 +102,11 @@ def test_a_bad_value_is_refused_by_name(good: Any, name: str, value: Any) -> Non
     assert name.replace("_", "-") in message
 
 
-def test_only_one_worker_can_read_for_itself() -> None:
-    alone = dataclasses.replace(RUN.data, num_readers=0)
-    assert dataclasses.replace(RUN, data=alone, scale=Scale()).data.num_readers == 0
-    with pytest.raises(ValueError, match=r"--scale\.num-workers 1"):
-        dataclasses.replace(RUN, data=alone, scale=Scale(num_workers=2))
+def test_a_process_that_trains_alone_has_the_whole_batch() -> None:
+    alone = dataclasses.replace(RUN, scale=Scale(num_workers=0))
+    one = dataclasses.replace(RUN, scale=Scale(num_workers=1))
+    assert alone.micro_batch_size == one.micro_batch_size
+    assert (alone.scale.is_alone, one.scale.is_alone) == (True, False)
 
 
 def test_repeats_must_fit_a_batch_and_a_policy_be_one() -> None:

@@ -25,7 +25,7 @@ HOMES = {
     },
     "ray.train": {
         f"pipelines/{name}.py"
-        for name in ("worker", "train", "failures", "opener", "keeping")
+        for name in ("alone", "failures", "opener", "ray_group", "ray_trainer", "train")
     },
     "nvidia": {f"pipelines/pixels/{name}.py" for name in ("dali", "dali_ops")},
     "mlflow": {

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from ray.train import Result
 
 from pipelines import tracking
 from pipelines.checkpoint import read_manifest
@@ -25,6 +24,7 @@ from pipelines.config import Augment, Run
 from pipelines.errors import RunFailedError
 from pipelines.evaluate import Options, evaluate_checkpoint
 from pipelines.ingest.footers import read_shard_set
+from pipelines.job import Trained as Ended
 from pipelines.key_log import KeyLog, Trained, trained
 from pipelines.runs import read_record
 from pipelines.train import _main, fit
@@ -152,10 +152,10 @@ def test_a_run_whose_workers_are_killed_twice_and_that_goes_on(
     check_end(result, run=run)
 
 
-def check_end(result: Result, *, run: Run) -> None:
+def check_end(result: Ended, *, run: Run) -> None:
     """Checkpoint, MLflow and another evaluation say the same of the run."""
     assert result.checkpoint is not None
-    folder = Path(result.checkpoint.path)
+    folder = Path(str(result.checkpoint))
     manifest = read_manifest(folder)
     assert manifest.position.epoch == 4
     assert manifest.position.step == 4 * 10  # ceil(301 / 32)
@@ -192,7 +192,7 @@ def check_end(result: Result, *, run: Run) -> None:
         read_record(run.storage, name="killed")
 
 
-def fit_again(run: Run, *, num_workers: int) -> Result:
+def fit_again(run: Run, *, num_workers: int) -> Ended:
     """Go on with the run named killed."""
     record = read_record(run.storage, name="killed")
     scale = dataclasses.replace(record.run.scale, num_workers=num_workers)

@@ -16,7 +16,7 @@ from pipelines.fields import change_fields
 from pipelines.preflight import check_run
 from pipelines.runfile import flat_params, to_json
 from pipelines.runs import find_record
-from pipelines.session import needed, ray_session, room
+from pipelines.session import needed, per_worker, ray_session, room
 from pipelines.tracking.provenance import provenance_tags
 from pipelines.tracking.sweeps import (
     OUTCOME_TAG,
@@ -31,6 +31,7 @@ from tuning.report.conclude import conclude
 from tuning.settings import list_settings
 from tuning.spaces import Space
 from tuning.stage import (
+    TRIAL_RESOURCES,
     check_state_api,
     optuna_of,
     placement_groups,
@@ -77,6 +78,7 @@ class _Carried:
             parent_id=self.sweep.mlflow_run_id,
             tracking_uri=self.uri,
             is_local=not os.environ.get("RAY_ADDRESS"),
+            is_alone=self.sweep.run.scale.is_alone,
             told={
                 entry.number: entry.told_again(metrics=metrics)
                 for entry in ledger.entries
@@ -194,7 +196,10 @@ def _train(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
             searcher=searcher,
             space=space,
             num_concurrent=carried.num_concurrent,
-            num_devices=needed(scale).get("GPU", scale.num_workers),
+            # Alone, Tune's processes train, and torch starts once for many trials.
+            resources=per_worker(scale) if scale.is_alone else TRIAL_RESOURCES,
+            reuse_actors=scale.is_alone,
+            num_devices=needed(scale).get("GPU", scale.world_size),
         ),
     )
     return ledger

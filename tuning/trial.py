@@ -1,7 +1,8 @@
 """Train one trial of a sweep: what Ray Tune calls.
 
-Tune's process only waits and passes reports on; the training is started by an actor
-below it, which ends with it when Tune stops the trial. Ray Train's helpers, which free
+A recipe without workers is trained in Tune's own process. Of one with workers, that
+process only waits and passes reports on; the training is started by an actor below it,
+which ends with it when Tune stops the trial. Ray Train's helpers, which free
 the workers' resources after that, find their Ray by an address in their environment:
 without it they can't tell two Rays on a machine apart, and the sweep waits for ever.
 """
@@ -9,6 +10,7 @@ without it they can't tell two Rays on a machine apart, and the sweep waits for 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,15 +20,17 @@ import ray.train
 from ray import tune
 from ray.actor import ActorClass
 from ray.exceptions import RayError
+from ray.train import UserCallback
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from pipelines.errors import NonFiniteLossError, RunFailedError
+from pipelines.errors import NonFiniteLossError, RunFailedError, StoppedEarly
 from pipelines.failures import causes, first_line
 
 # Settings that are known before lie one level deeper, in a list for Tune.
 NUMBER, SETTING, LISTED = "number", "setting", "listed"
 OUTCOME, REASON = "outcome", "reason"
 EPOCH = "epoch"
+_END_TIMEOUT_S = "60"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,8 @@ class Known:
     tracking_uri: str
     is_local: bool
     """Whether the Ray was started for this sweep, on this machine."""
+    is_alone: bool
+    """Whether a trial trains in Tune's own process."""
     told: Mapping[int, Sequence[Mapping[str, Any]]]
     """What trials of an earlier start reported, by number, where they have ended."""
 
@@ -93,12 +99,56 @@ class ReportEpochs(TuneReportCallback):
             super().after_report(run_context, metrics, checkpoint)
 
 
+class ReportHere(UserCallback):
+    """Pass on to Tune what epochs report, where its own process trains."""
+
+    def after_report(
+        self,
+        run_context: Any,
+        metrics: list[dict[str, Any]],
+        checkpoint: ray.train.Checkpoint | None,
+    ) -> None:
+        """Tell Tune an epoch's metrics; raise StoppedEarly where it has enough."""
+        if EPOCH not in metrics[0]:
+            return
+        try:
+            tune.report(metrics[0])
+        except SystemExit as end:
+            raise StoppedEarly(end.code) from None
+
+
 def run_trial(config: Mapping[str, Any], *, known: Known) -> None:
     """Train one setting, or tell again what an earlier start of the sweep found."""
     number = number_of(config)
     if number in known.told:
         tell_again(known.told[number])
         return
+    try:
+        train = _train_here if known.is_alone else _train_below
+        last = train(
+            known, name=trial_name(known.sweep, number), setting=setting_of(config)
+        )
+    except (RayError, RunFailedError, ValueError) as error:
+        end = bad_end(error, metrics=known.metrics)
+        tune.report(end)
+        if end[OUTCOME] == "failed":
+            raise  # Tune tries again
+        return
+    if last is not None:
+        tune.report(last)
+
+
+def _train_here(
+    known: Known, *, name: str, setting: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    # Before the next trial begins in this process, the last one ends its run.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", _END_TIMEOUT_S)
+    return Trainer().train(known, name=name, setting=setting, callback=ReportHere())
+
+
+def _train_below(
+    known: Known, *, name: str, setting: Mapping[str, Any]
+) -> dict[str, Any] | None:
     settings = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     if known.is_local:
         # Nobody takes a laptop away with notice; the watcher is a process a trial.
@@ -107,23 +157,9 @@ def run_trial(config: Mapping[str, Any], *, known: Known) -> None:
         runtime_env={"env_vars": settings}
     )
     trainer = trainer.remote()
-    try:
-        last = ray.get(
-            trainer.train.remote(
-                known,
-                name=trial_name(known.sweep, number),
-                setting=setting_of(config),
-                callback=ReportEpochs(),
-            )
-        )
-    except RayError as error:
-        end = bad_end(error, metrics=known.metrics)
-        tune.report(end)
-        if end[OUTCOME] == "failed":
-            raise  # Tune tries again
-        return
-    if last is not None:
-        tune.report(last)
+    return ray.get(
+        trainer.train.remote(known, name=name, setting=setting, callback=ReportEpochs())
+    )
 
 
 def tell_again(reports: Sequence[Mapping[str, Any]]) -> None:
@@ -154,7 +190,7 @@ def last_report(outcome: str, reason: str, *, metrics: Sequence[str]) -> dict[st
 
 
 class Trainer:
-    """Train beside Tune's process, and end with it."""
+    """Train in Tune's process, or as an actor beside it that ends with it."""
 
     def train(
         self,
@@ -162,7 +198,7 @@ class Trainer:
         *,
         name: str,
         setting: Mapping[str, Any],
-        callback: ReportEpochs,
+        callback: UserCallback,
     ) -> dict[str, Any] | None:
         """Train a new run, or go on with it; give the last metrics of the latter.
 
@@ -176,7 +212,7 @@ class Trainer:
 
         run = change_fields(from_json(known.run), setting)
         record = find_record(run.storage, name=name)
-        result = fit(
+        trained = fit(
             run if record is None else record.run,
             name=name,
             record=record,
@@ -185,4 +221,4 @@ class Trainer:
             tags=child_tags(known.sweep, parent_id=known.parent_id),
             keep_model=False,
         )
-        return None if record is None else result.metrics
+        return None if record is None else dict(trained.metrics)

@@ -79,7 +79,7 @@ def winner_recipe(sweep: Sweep, winner: Entry) -> str:
 
 def _header(sweep: Sweep, winner: Entry) -> list[str]:
     scale = sweep.run.scale
-    workers = "1 worker" if scale.num_workers == 1 else f"{scale.num_workers} workers"
+    workers = "1 worker" if scale.world_size == 1 else f"{scale.world_size} workers"
     return docstring(
         f"What the sweep {sweep.name} found best, as a recipe.",
         f"    sovit-train FILE.py:{FUNCTION}",

@@ -54,7 +54,7 @@ def write_parts(
             # A block is one row that holds a whole unit.
             batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=min(scale.num_workers, len(parts))),
+            compute=ActorPoolStrategy(size=min(scale.world_size, len(parts))),
             num_cpus=per_worker(scale)["CPU"],
             num_gpus=per_worker(scale).get("GPU"),
             fn_constructor_args=(jobs,),

@@ -1,0 +1,82 @@
+"""Run one worker of a training that Ray Train has started."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.actor import ActorHandle
+from ray.train.collective import broadcast_from_rank_zero
+
+from pipelines.bad_images import NamedBadImage
+from pipelines.config import Data
+from pipelines.ingest.reading import Reading
+from pipelines.ingest.stream import Opener
+from pipelines.opener import RayOpener
+from pipelines.progress import Event
+from pipelines.worker import Worker
+
+
+class RayGroup:
+    """Be a worker's `Group`: the workers that Ray Train has started together.
+
+    Args:
+        board: The driver's actor that takes what is to be shown.
+    """
+
+    def __init__(self, board: ActorHandle) -> None:
+        context = ray.train.get_context()
+        self.rank = context.get_world_rank()
+        self.world_size = context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self._board = board
+        self._openers: list[RayOpener] = []
+
+    def opener(self, reading: Reading, *, data: Data) -> Opener:
+        """Give what makes Ray datasets."""
+        opener = RayOpener(reading, data=data, rank=self.rank)
+        self._openers.append(opener)
+        return opener
+
+    @contextlib.contextmanager
+    def latest(self) -> Iterator[Path | None]:
+        """Give the checkpoint that Ray Train has kept last."""
+        found = ray.train.get_checkpoint()
+        if found is None:
+            yield None
+            return
+        with found.as_directory() as folder:
+            yield Path(folder)
+
+    def agreed(self, value: int) -> int:
+        """Give all workers the first one's value."""
+        return broadcast_from_rank_zero(value)
+
+    def report(
+        self, metrics: Mapping[str, float], *, folder: Path | None, name: str
+    ) -> None:
+        """Hand metrics and checkpoint to Ray Train: a barrier of all workers."""
+        kept = None
+        if folder is not None:
+            kept = ray.train.Checkpoint.from_directory(str(folder))
+        ray.train.report(dict(metrics), checkpoint=kept, checkpoint_dir_name=name)
+
+    def post(self, item: Event | NamedBadImage) -> None:
+        """Post to the driver's board."""
+        self._board.post.remote(item)
+
+    def close(self) -> None:
+        """End the openers' threads."""
+        for opener in self._openers:
+            opener.close()
+
+
+def run_worker(config: Mapping[str, Any]) -> None:
+    """Train as one worker of a group, with the job that `config` refers to."""
+    with Worker(ray.get(config["job"]), group=RayGroup(config["board"])) as worker:
+        worker.train()

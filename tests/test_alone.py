@@ -1,0 +1,138 @@
+"""A run in the calling process: the same files and records, without any Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.train import UserCallback
+from safetensors.torch import load_file
+
+from pipelines import checkpoint as ckpt
+from pipelines.config import Run
+from pipelines.errors import RunFailedError, StoppedEarly
+from pipelines.runs import read_record
+from pipelines.train import _main, fit
+from tests.demo_runs import small_demo
+from tests.test_train import runs_of
+
+
+class Reports(UserCallback):
+    """Collect what a run reports, and end it after some reports, if that is wanted."""
+
+    def __init__(
+        self, *, last: int = 0, end: type[BaseException] = StoppedEarly
+    ) -> None:
+        self.seen: list[Mapping[str, Any]] = []
+        self._last, self._end = last, end
+
+    def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
+        """Note the metrics of the only worker."""
+        (of_worker,) = metrics
+        self.seen.append(of_worker)
+        if len(self.seen) == self._last:
+            raise self._end("as the test wants it")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Make a run of three epochs of ten steps, a checkpoint every four steps."""
+    run = small_demo(tmp_path, num_epochs=3, num_workers=0)
+    return dataclasses.replace(run, checkpoint_every_steps=4)
+
+
+def weights_of(run: Run, name: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(run.storage, name, "epoch_0003", ckpt.EMA_FILE))
+
+
+def test_it_trains_keeps_and_records_as_workers_do(run: Run) -> None:
+    reports = Reports()
+    trained = fit(run, name="alone", callbacks=[reports])
+    assert not ray.is_initialized()
+    folder = Path(run.storage, "alone")
+    kept = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    assert kept == ["epoch_0003", "step_00000028"]
+    assert str(trained.checkpoint) == str(folder / "epoch_0003")
+    manifest = ckpt.read_manifest(folder / "epoch_0003")
+    assert (manifest.position.epoch, manifest.position.step) == (3, 30)
+    assert manifest.metrics == trained.metrics
+    assert trained.metrics["val/num_images"] == 101
+
+    assert [seen["epoch"] for seen in reports.seen if "epoch" in seen] == [1, 2, 3]
+    (tracked,) = runs_of(run.storage)
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.metrics["val/top1"] == trained.metrics["val/top1"]
+    with pytest.raises(ValueError, match="has finished"):
+        read_record(run.storage, name="alone")
+
+
+@pytest.mark.parametrize(
+    ("error", "caught", "status"),
+    [
+        (StoppedEarly, StoppedEarly, "FINISHED"),
+        (KeyboardInterrupt, KeyboardInterrupt, "KILLED"),
+        (OSError, RunFailedError, "FAILED"),
+        (ValueError, ValueError, "FAILED"),
+    ],
+)
+def test_what_ends_early_goes_on_to_the_same_weights(
+    run: Run,
+    error: type[BaseException],
+    caught: type[BaseException],
+    status: str,
+) -> None:
+    """Whoever ends it, between epochs or within one: the weights are bit for bit."""
+    torch.set_num_threads(1)
+    fit(run, name="unbroken")
+    with pytest.raises(caught, match="as the test wants it"):
+        # The fifth report is a checkpoint within the second epoch.
+        fit(run, name="broken", callbacks=[Reports(last=5, end=error)])
+    by_name = {tracked.info.run_name: tracked for tracked in runs_of(run.storage)}
+    assert by_name["broken"].info.status == status
+
+    record = read_record(run.storage, name="broken")
+    reports = Reports()
+    fit(record.run, name="broken", record=record, callbacks=[reports])
+    assert [seen["epoch"] for seen in reports.seen if "epoch" in seen] == [2, 3]
+    expected, found = weights_of(run, "unbroken"), weights_of(run, "broken")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(run: Run) -> None:
+    with pytest.raises(StoppedEarly):
+        fit(run, name="cut", callbacks=[Reports(last=4)])
+    folder = Path(run.storage, "cut")
+    (folder / "step_00000012" / ckpt.MANIFEST).unlink()
+    record = read_record(run.storage, name="cut")
+    reports = Reports()
+    fit(record.run, name="cut", record=record, callbacks=[reports])
+    # From the first epoch's end.
+    assert [seen.get("epoch") for seen in reports.seen] == [
+        None,
+        None,
+        2,
+        None,
+        None,
+        3,
+    ]
+
+
+def test_a_run_goes_on_as_it_began_alone_or_not(run: Run) -> None:
+    with pytest.raises(StoppedEarly):
+        fit(run, name="mine", callbacks=[Reports(last=1)])
+    resume = ["--resume", "mine", "--storage", run.storage]
+    with pytest.raises(ValueError, match=r"scale\.num_workers: wanted 0 again"):
+        _main([*resume, "--scale.num-workers", "2"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_said_in_one_line(run: Run) -> None:
+    scale = dataclasses.replace(run.scale, use_gpu=True)
+    with pytest.raises(ValueError, match=r"wanted a GPU for --scale\.use-gpu"):
+        fit(dataclasses.replace(run, scale=scale), name="no-gpu")
