@@ -33,8 +33,8 @@ demo: $(READY)
 
 sweep: $(READY)
 	$(BIN)/sovit-tune demo pooling --name $(NAME:demo-%=sweep-%) --num-trials 12 \
-	  --scale.num-workers 1 --data.num-readers 0 --optim.num-epochs 2 \
-	  --optim.warmup-epochs 0.5 --optim.ema-decay 0
+	  --scale.num-workers 0 --optim.num-epochs 3 --optim.warmup-epochs 0.5 \
+	  --optim.ema-decay 0
 
 test: $(READY)
 	$(BIN)/ruff format --check .

@@ -175,6 +175,7 @@ def reached_from(start: str, *, when_called: bool) -> set[str]:
     "start",
     [
         "pipelines/loop.py",
+        "pipelines/group.py",
         "pipelines/ingest/plan.py",
         "pipelines/ingest/feed.py",
         "pipelines/ingest/stream.py",
@@ -191,7 +192,7 @@ def test_the_loop_the_data_and_the_recipes_know_nothing_that_runs(start: str) ->
 
 def test_what_runs_is_seen_where_it_is() -> None:
     """Hold the test above: from the worker, Ray and DALI are reached."""
-    reached = reached_from("pipelines/worker.py", when_called=True)
+    reached = reached_from("pipelines/ray_group.py", when_called=True)
     for library in RUNNING:
         assert any(is_of(name, library) for name in reached)
 
