@@ -1,7 +1,8 @@
-"""A sweep on real parts, killed half-way: Ray Tune, Ray Train, MLflow.
+"""Sweeps on real parts: Ray Tune, Ray Train, MLflow.
 
-Ray takes seconds to start, so one sweep shows it all. It begins in a process of its own
-with a Ray of its own, beside the tests' Ray: helpers that mix up the two hang.
+Workers of Ray Train take a minute to start, so what does not need them is shown by
+trials that train alone. The sweep that is killed begins in a process of its own with a
+Ray of its own, beside the tests' Ray: helpers that mix up the two hang.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ RATES = (2e-3, 1e30, 1e-9)
 SPACE = f"""
 from ray import tune
 def rates(): return {{"optim.lr": tune.choice({list(RATES)})}}
-def one(): return {{"optim.lr": tune.choice([1e-3])}}
+def free(): return {{"optim.lr": tune.loguniform(1e-4, 1e-2)}}
+def good_and_slow(): return {{"optim.lr": tune.choice({[RATES[0], RATES[2]]})}}
 """
 RECIPE = """
 from pathlib import Path
@@ -48,7 +50,7 @@ def small() -> Run:
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
     """Give the arguments of a sweep of three trials, two epochs of a second each."""
-    run = small_demo(tmp_path, num_epochs=2, num_workers=1)
+    run = small_demo(tmp_path, num_epochs=2, num_workers=0)
     optim = dataclasses.replace(
         run.optim, ema_decay=0.0, warmup_epochs=0, mixup=0.0, cutmix=0.0
     )
@@ -159,6 +161,68 @@ def check_report(folder: Path, *, entries: tuple[Entry, ...], storage: str) -> N
     given = load_recipe(f"{folder}/recipe.py:small")
     expected = change_fields(given, least.setting)
     assert set(differing(expected, best)) <= {"recipe", "num_checkpoints_to_keep"}
+
+
+@pytest.mark.ray
+def test_trials_on_workers_are_stopped_and_leave_nothing(
+    ray_local: None, tmp_path: Path, command: list[str]
+) -> None:
+    """What Ray Train holds for a trial is free once asha has stopped it."""
+    recipe, _, *options = command
+    command = [recipe, f"{tmp_path}/space.py:good_and_slow", *options]
+    groups = placement_groups()
+    _main([*command, "--scale.num-workers", "1", "--num-concurrent", "1"])
+    storage = str(tmp_path / "runs")
+    found = Ledger(read_sweep(storage, name="searched"), stage="full")
+    assert [(entry.status, entry.epoch) for entry in found.entries] == [
+        ("finished", 2),
+        ("stopped", 1),
+    ]
+    assert placement_groups() <= groups
+    (parent, *children) = sorted(
+        runs_of(storage), key=lambda run: "mlflow.parentRunId" in run.data.tags
+    )
+    assert {run.info.status for run in children} == {"FINISHED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {
+        parent.info.run_id
+    }
+
+
+@pytest.mark.ray
+def test_a_budget_ends_a_search_for_smooth_losses_that_goes_on_with_more(
+    ray_local: None, tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    """Optuna looks for accuracy and a smooth loss; the probes come to MLflow too."""
+    recipe, *_ = command
+    search = "--name smooth --method optuna --num-trials 4 --num-concurrent 1"
+    wanted = "--metrics val/top1 probe/loss_variation --modes max min"
+    probes = "--probe.every-steps 5 --probe.num-step-sizes 3"
+    short = "--scheduler none --optim.num-epochs 1 --max-gpu-hours 1e-6"
+    options = f"{search} {wanted} {probes} {short}".split()
+    _main([recipe, f"{tmp_path}/space.py:free", *options])
+    storage = str(tmp_path / "runs")
+    first = Ledger(read_sweep(storage, name="smooth"), stage="full").entries
+    assert 0 < len(first) < 4
+    assert "--max-gpu-hours MORE" in capsys.readouterr().out
+
+    _main(["--resume", "smooth", "--storage", storage, "--max-gpu-hours", "1"])
+    found = Ledger(read_sweep(storage, name="smooth"), stage="full").entries
+    assert [entry.status for entry in found] == ["finished"] * 4
+    assert [entry.setting for entry in found[: len(first)]] == [
+        entry.setting for entry in first
+    ]
+    assert len({entry.setting["optim.lr"] for entry in found}) == 4
+    children = [run for run in runs_of(storage) if "sovit.outcome" in run.data.tags]
+    assert len(children) == 4
+    for entry in found:
+        variation = entry.last("probe/loss_variation")
+        assert variation is not None
+        assert variation > 0
+    by_number = sorted(children, key=lambda run: run.info.run_name)
+    assert [run.data.metrics["probe/loss_variation"] for run in by_number] == [
+        pytest.approx(entry.last("probe/loss_variation")) for entry in found
+    ]
+    assert (tmp_path / "runs/smooth/report/pareto.png").exists()
 
 
 def refused(arguments: list[str], *, said: str) -> None:
