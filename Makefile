@@ -11,7 +11,7 @@ NAME ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
 help:
 	@echo "make demo     train a So-ViT on 12,000 photographs for a few minutes"
-	@echo "make sweep    search its pooling: 12 trials, the hopeless ones stopped early"
+	@echo "make sweep    search its pooling: 12 trials in some 7 minutes, half stopped early"
 	@echo "make test     lint, types, import rules and tests"
 	@echo "make install  prepare .venv alone"
 	@echo "make pins     resolve the pinned requirements again"

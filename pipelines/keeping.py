@@ -18,7 +18,7 @@ from pipelines.runfile import flat_params
 from pipelines.runs import Record
 from pipelines.supply import reading_of
 from pipelines.tracking.provenance import provenance_tags
-from pipelines.tracking.sweeps import log_metrics
+from pipelines.tracking.sweeps import NUM_PARAMS, log_metrics
 
 logger = logging.getLogger(__name__)
 _FIRST_METRIC = "val/top1"
@@ -32,7 +32,7 @@ def open_tracking(
         uri,
         experiment=record.run.experiment,
         name=record.name,
-        params=flat_params(record.run) | {"model.num_params": num_params},
+        params=flat_params(record.run) | {NUM_PARAMS: num_params},
         tags=provenance_tags() | dict(tags),
         run_id=record.mlflow_run_id,
     )

@@ -227,11 +227,12 @@ class Worker:
         metrics["epoch"] = state.position.epoch
         if self.prober is not None:
             metrics |= self.prober.summary()
-        self._report(state, name=f"epoch_{state.position.epoch:04d}", metrics=metrics)
         position = state.position
         if self.rank == 0:
+            # Before the report, with which a sweep may end this run.
             self.writer.log(metrics, step=position.step)
             self._post(position, held_out=held_out)
+        self._report(state, name=f"epoch_{position.epoch:04d}", metrics=metrics)
         if self.prober is not None:
             title = f"{self.run.recipe}, to epoch {position.epoch}"
             draw = partial(draw_bands, tuple(self.prober.bands), title=title)

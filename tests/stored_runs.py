@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pipelines import tracking
 from pipelines.config import Data, Model, Optim, Run, Scale
 from pipelines.runfile import flat_params
+from pipelines.tracking.sweeps import NUM_PARAMS
 from sovit import Pooling
 
 STEPS_PER_EPOCH = 10
@@ -50,7 +51,7 @@ def keep_run(
         model=dataclasses.replace(run.model, pooling=pooling),
         scale=Scale(num_workers=num_workers),
     )
-    params: dict[str, Any] = flat_params(run) | {"model.num_params": num_params}
+    params: dict[str, Any] = flat_params(run) | {NUM_PARAMS: num_params}
     run_id = tracking.open_run(
         uri, experiment=experiment, name=name, params=params, tags=tags or {}
     )

@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipelines import tracking
 from pipelines.runfile import flat_params
+from pipelines.tracking.sweeps import NUM_PARAMS
 from recipes.demo import demo
 from tests.browser import find_browser, mlflow_server, open_page
 
@@ -120,7 +121,9 @@ def _record(uri: str, name: str, *, values: Any, parent_id: str) -> str:
         run, model=dataclasses.replace(run.model, pooling=pooling)
     )
     parent = {"mlflow.parentRunId": parent_id}
-    run_id = _open(uri, name=name, params=flat_params(run), **parent)
+    # As a training counts it: the reduced dimension changes it too.
+    size = {NUM_PARAMS: 900_000 + 1_000 * (reduced_dim or 0)}
+    run_id = _open(uri, name=name, params=flat_params(run) | size, **parent)
     writer = tracking.MetricWriter(uri, run_id)
     # The page draws one metric, the first that a run has ever got and all runs share.
     writer.log({"val/top1": math.nan}, step=0)

@@ -35,6 +35,9 @@ T = TypeVar("T")
 PARENT_TAG = "mlflow.parentRunId"
 KIND_TAG, SWEEP_KIND = "sovit.kind", "sweep"
 SWEEP_TAG, OUTCOME_TAG = "sovit.sweep", "sovit.outcome"
+# MLflow's compare page shows the first three params that differ, by name: this one
+# comes after those of a pooling, which often change it.
+NUM_PARAMS = "total_params"
 
 
 def open_sweep(

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pipelines.tracking.sweeps import NUM_PARAMS
 from tuning.compare.rows import (
-    NUM_PARAMS,
     PUBLISHED,
     Measured,
     Mode,

@@ -9,10 +9,9 @@ from statistics import stdev
 from typing import Literal, NamedTuple
 
 from pipelines.tracking.query import MetricPoint, StoredRun
-from pipelines.tracking.sweeps import OUTCOME_TAG
+from pipelines.tracking.sweeps import NUM_PARAMS, OUTCOME_TAG
 from tuning.names import short_tail
 
-NUM_PARAMS = "model.num_params"
 PUBLISHED = "published_top1"
 SEED = "seed"
 _NUM_WORKERS = "scale.num_workers"
