@@ -18,7 +18,7 @@ import torch
 from ray.train import UserCallback
 
 from pipelines.bad_images import NamedBadImage
-from pipelines.checkpoint import MANIFEST, opened, step_of
+from pipelines.checkpoint import MANIFEST, opened, read_manifest, step_of
 from pipelines.config import Data
 from pipelines.errors import RunFailedError
 from pipelines.failures import first_line
@@ -76,6 +76,8 @@ class Alone:
             yield None
             return
         with opened(self.checkpoint) as folder:
+            # Where nothing is left to train, this is what the run came to.
+            self.metrics = read_manifest(folder).metrics
             yield folder
 
     def agreed(self, value: int) -> int:

@@ -51,9 +51,9 @@ def weights_of(run: Run, name: str) -> dict[str, torch.Tensor]:
 
 
 def test_it_trains_keeps_and_records_as_workers_do(run: Run) -> None:
-    reports = Reports()
+    reports, had_ray = Reports(), ray.is_initialized()
     trained = fit(run, name="alone", callbacks=[reports])
-    assert not ray.is_initialized()
+    assert ray.is_initialized() == had_ray
     folder = Path(run.storage, "alone")
     kept = sorted(path.name for path in folder.iterdir() if path.is_dir())
     assert kept == ["epoch_0003", "step_00000028"]
@@ -121,6 +121,18 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(run: Run) -> None:
         None,
         3,
     ]
+
+
+def test_a_run_that_was_cut_after_its_last_step_tells_what_it_came_to(run: Run) -> None:
+    before = Reports(last=9)
+    with pytest.raises(StoppedEarly):
+        fit(run, name="last", callbacks=[before])
+    record = read_record(run.storage, name="last")
+    reports = Reports()
+    trained = fit(record.run, name="last", record=record, callbacks=[reports])
+    assert reports.seen == []
+    assert trained.metrics == before.seen[-1]
+    assert trained.metrics["epoch"] == 3
 
 
 def test_a_run_goes_on_as_it_began_alone_or_not(run: Run) -> None:

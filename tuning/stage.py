@@ -165,7 +165,8 @@ def optuna_of(space: Space, ledger: Ledger) -> tuple[Searcher, Space]:
             {f"{SETTING}/{name}": value for name, value in entry.setting.items()}
             for entry in ledger.entries
         ],
-        seed=search.sample_seed,
+        # Drawing begins anew: the same seed would give what is there already.
+        seed=search.sample_seed + len(ledger.entries),
     )
     domains = {
         name: tune.choice(values) if (values := choices_of(domain)) else domain

@@ -127,12 +127,23 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
         ledger = _train(carried, listed)
     conclude(carried.sweep, ledger=ledger, heads=heads, uri=uri)
     if not any(entry.reports for entry in ledger.entries):
-        reasons = [entry.reason for entry in ledger.entries if entry.reason]
         raise RunFailedError(
             f"wanted a trial that reports something, came none of "
-            f"{len(ledger.entries)}: {reasons[0] if reasons else 'none has begun'}"
+            f"{len(ledger.entries)}: {_why_nothing_came(ledger)}"
         )
     return ledger
+
+
+def _why_nothing_came(ledger: Ledger) -> str:
+    reasons = [entry.reason for entry in ledger.entries if entry.reason]
+    if reasons:
+        return reasons[0]
+    hours = ledger.sweep.search.max_gpu_hours
+    return (
+        f"{hours:g} hours were too few; raise --max-gpu-hours"
+        if hours
+        else "none has begun"
+    )
 
 
 def _scheduler(sweep: Sweep) -> TrialScheduler:
