@@ -1,4 +1,7 @@
-"""A run lives in a bucket: shards, record and checkpoints, and no secret gets out."""
+"""A run lives in a bucket: shards, record and checkpoints, and no secret gets out.
+
+Trials on Ray's workers that keep theirs in a bucket: see test_sweep.py.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,6 @@ from pipelines.runs import read_record
 from pipelines.train import fit
 from tests.demo_runs import small_demo
 from tests.s3_server import BUCKET, Line, s3_server
-
-pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
@@ -51,7 +52,6 @@ def upload(folder: str, address: str) -> None:
 
 
 def test_a_run_lives_in_a_bucket(
-    ray_local: None,
     tmp_path: Path,
     line: Line,
     monkeypatch: pytest.MonkeyPatch,
@@ -59,7 +59,7 @@ def test_a_run_lives_in_a_bucket(
 ) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    run = small_demo(tmp_path, num_epochs=1, num_workers=1)
+    run = small_demo(tmp_path, num_epochs=1, num_workers=0)
     train, val, storage = addresses("train", "val", "runs")
     upload(run.data.train, train)
     upload(run.data.val, val)

@@ -19,12 +19,15 @@ import pytest
 import ray
 
 from pipelines import tracking
+from pipelines.checkpoint import opened, read_manifest
 from pipelines.errors import RunFailedError
 from pipelines.fields import change_fields, differing
 from pipelines.recipe import load_recipe
 from pipelines.runfile import to_json
 from pipelines.tracking.query import RunStore
 from tests.demo_runs import small_demo
+from tests.s3_server import s3_server
+from tests.test_bucket_run import addresses
 from tests.test_train import runs_of, wait_for
 from tuning.entries import Entry, Ledger, Sweep, read_sweep, write_sweep
 from tuning.search import _begun, _main, _split
@@ -166,27 +169,39 @@ def check_report(folder: Path, *, entries: tuple[Entry, ...], storage: str) -> N
 
 @pytest.mark.ray
 def test_trials_on_workers_are_stopped_and_leave_nothing(
-    ray_local: None, tmp_path: Path, command: list[str]
+    ray_local: None,
+    tmp_path: Path,
+    command: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What Ray Train holds for a trial is free once asha has stopped it."""
-    recipe, _, *options = command
-    command = [recipe, f"{tmp_path}/space.py:good_and_slow", *options]
-    groups = placement_groups()
-    _main([*command, "--scale.num-workers", "1", "--num-concurrent", "1"])
-    storage = str(tmp_path / "runs")
-    found = Ledger(read_sweep(storage, name="searched"), stage="full")
-    assert [(entry.status, entry.epoch) for entry in found.entries] == [
-        ("finished", 2),
-        ("stopped", 1),
-    ]
-    assert placement_groups() <= groups
-    (parent, *children) = sorted(
-        runs_of(storage), key=lambda run: "mlflow.parentRunId" in run.data.tags
-    )
-    assert {run.info.status for run in children} == {"FINISHED"}
-    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {
-        parent.info.run_id
-    }
+    """What Ray Train holds for a trial is free once asha has stopped it.
+
+    Sweep and checkpoints lie in a bucket.
+    """
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with s3_server():
+        storage, checkpoint = addresses("runs", "runs/searched-0000/epoch_0002")
+        recipe, _, *options = command
+        command = [recipe, f"{tmp_path}/space.py:good_and_slow", *options]
+        groups = placement_groups()
+        scale = ["--scale.num-workers", "1", "--num-concurrent", "1"]
+        _main([*command, *scale, "--storage", storage])
+        found = Ledger(read_sweep(storage, name="searched"), stage="full")
+        assert [(entry.status, entry.epoch) for entry in found.entries] == [
+            ("finished", 2),
+            ("stopped", 1),
+        ]
+        assert placement_groups() <= groups
+        with opened(checkpoint) as folder:
+            assert read_manifest(folder).position.epoch == 2
+        (parent, *children) = sorted(
+            runs_of(storage), key=lambda run: "mlflow.parentRunId" in run.data.tags
+        )
+        assert {run.info.status for run in children} == {"FINISHED"}
+        assert {run.data.tags["mlflow.parentRunId"] for run in children} == {
+            parent.info.run_id
+        }
 
 
 @pytest.mark.ray
