@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from ray.tune.schedulers import TrialScheduler
 
 from pipelines import tracking
-from pipelines.errors import RunFailedError
 from pipelines.fields import change_fields
 from pipelines.preflight import check_run
 from pipelines.runfile import flat_params, to_json
@@ -27,7 +26,7 @@ from pipelines.tracking.sweeps import (
 )
 from tuning.entries import BAD, Entry, Ledger, StageName, Sweep, write_sweep
 from tuning.heads import HEAD_METRIC, TOKENS, promoted, run_head_trial
-from tuning.report.conclude import conclude
+from tuning.report.conclude import check_something_came, conclude
 from tuning.settings import list_settings
 from tuning.spaces import Space
 from tuning.stage import (
@@ -126,24 +125,8 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
             ]
         ledger = _train(carried, listed)
     conclude(carried.sweep, ledger=ledger, heads=heads, uri=uri)
-    if not any(entry.reports for entry in ledger.entries):
-        raise RunFailedError(
-            f"wanted a trial that reports something, came none of "
-            f"{len(ledger.entries)}: {_why_nothing_came(ledger)}"
-        )
+    check_something_came(ledger)
     return ledger
-
-
-def _why_nothing_came(ledger: Ledger) -> str:
-    reasons = [entry.reason for entry in ledger.entries if entry.reason]
-    if reasons:
-        return reasons[0]
-    hours = ledger.sweep.search.max_gpu_hours
-    return (
-        f"{hours:g} hours were too few; raise --max-gpu-hours"
-        if hours
-        else "none has begun"
-    )
 
 
 def _scheduler(sweep: Sweep) -> TrialScheduler:

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipelines import tracking
+from pipelines.errors import RunFailedError
 from pipelines.retries import answering
 from pipelines.tracking.provenance import without_credentials
 from pipelines.tracking.sweeps import log_metrics, save_view, tag_run
@@ -164,3 +165,18 @@ def _print_next(
         lines["go on"] = f"sovit-tune --resume {sweep.name} --max-gpu-hours MORE"
     for name, line in lines.items():
         print(f"{name:<10}  {line}")
+
+
+def check_something_came(ledger: Ledger) -> None:
+    """Raise RunFailedError, with a reason, where not one trial reported anything."""
+    if any(entry.reports for entry in ledger.entries):
+        return
+    why = next((entry.reason for entry in ledger.entries if entry.reason), "")
+    if not why:
+        hours = ledger.sweep.search.max_gpu_hours
+        too_few = f"{hours:g} hours were too few; raise --max-gpu-hours"
+        why = too_few if hours else "none has begun"
+    raise RunFailedError(
+        f"wanted a trial that reports something, came none of "
+        f"{len(ledger.entries)}: {why}"
+    )
