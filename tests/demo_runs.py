@@ -14,6 +14,15 @@ from pipelines.config import Run, Scale
 from pipelines.shards.format import CLASSES_FILE, shard_name, write_shard
 from recipes.demo import demo
 
+RECIPE = """
+from pathlib import Path
+from pipelines.config import Run
+from pipelines.runfile import from_json
+def small() -> Run:
+    return from_json(Path(__file__).with_name("run.json").read_text())
+"""
+"""A recipe file for a run that lies beside it as run.json."""
+
 
 def part_of_demo(
     folder: Path,
