@@ -17,7 +17,7 @@ import pyarrow.fs as pafs
 import torch
 from ray.train import UserCallback
 
-from pipelines.bad_images import NamedBadImage
+from pipelines.board import Board, Item
 from pipelines.checkpoint import MANIFEST, opened, read_manifest, step_of
 from pipelines.config import Data
 from pipelines.errors import RunFailedError
@@ -26,7 +26,7 @@ from pipelines.files import Place
 from pipelines.ingest.reading import Reading
 from pipelines.ingest.stream import LocalOpener, Opener
 from pipelines.job import Job, Trained
-from pipelines.progress import Board, Display, Event
+from pipelines.listener import Listener
 from pipelines.retries import answering
 from pipelines.worker import Worker
 
@@ -94,9 +94,13 @@ class Alone:
         for callback in self._callbacks:
             callback.after_report(None, [dict(metrics)], None)  # pyright: ignore[reportArgumentType]
 
-    def post(self, item: Event | NamedBadImage) -> None:
+    def post(self, item: Item) -> None:
         """Post to this process's board."""
         self._board.post(item)
+
+    def is_ending(self) -> bool:
+        """Ask this process's board."""
+        return self._board.is_ending()
 
     def close(self) -> None:
         """End nothing: nothing was started."""
@@ -130,7 +134,7 @@ def _checkpoints(folder: Place) -> list[str]:
 
 
 def train_alone(
-    job: Job, *, name: str, callbacks: Sequence[UserCallback], display: Display
+    job: Job, *, name: str, callbacks: Sequence[UserCallback], listener: Listener
 ) -> Trained:
     """Train to the end of the run, and show what it reports.
 
@@ -151,7 +155,7 @@ def train_alone(
             callbacks=callbacks,
             board=board,
         )
-        with display.showing(board.take), Worker(job, group=group) as worker:
+        with listener.listening(board), Worker(job, group=group) as worker:
             worker.train()
     except ValueError:
         raise

@@ -90,6 +90,11 @@ class Scale:
     num_workers: int = 1
     """0 trains in the calling process: no Ray is started, and what fails ends the run,
     which can be gone on with."""
+    min_workers: int = 0
+    """Go on with as few where hosts are lost, and with more as they come back, up to
+    num_workers; 0 waits until all are there. The batches stay the same."""
+    resize_every_s: float = 60.0
+    """How often workers that have come back are looked for, with min_workers."""
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for a worker, and threads that it computes with."""
@@ -105,6 +110,8 @@ class Scale:
             self,
             "scale.",
             num_workers=(self.num_workers >= 0, "at least 0"),
+            min_workers=(0 <= self.min_workers <= self.num_workers, "0 to num_workers"),
+            resize_every_s=(self.resize_every_s > 0, "above 0"),
             cpus_per_worker=(self.cpus_per_worker > 0, "above 0"),
             max_failures=(self.max_failures >= 0, "at least 0"),
         )

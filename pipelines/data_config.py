@@ -8,6 +8,8 @@ from typing import Literal
 from pipelines.field_checks import check_fields
 from pipelines.pixels.policy import RandAugment, parse_rand_augment
 
+# Reads wait for storage more than they compute, so four of them share a CPU.
+CPUS_PER_READ = 0.25
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ray.exceptions import RayTaskError
 from ray.train import (
@@ -12,25 +12,35 @@ from ray.train import (
     WorkerGroupError,
 )
 
+from pipelines.board import Failed
 from pipelines.errors import NonFiniteLossError, RunFailedError
 
 
 class StopOnValueError(UserCallback):
-    """End a run whose worker raised a ValueError, instead of starting it again.
+    """Tell of workers that failed; end a run where one raised a ValueError.
 
     A ValueError is for the user: a damaged shard is as damaged at the next attempt.
     Ray Train counts restarts but does not look at the error; an exception out of this
     callback ends the run.
+
+    Args:
+        tell: Gets what is to be told the driver.
     """
+
+    def __init__(self, tell: Callable[[Failed], object] = lambda failed: None) -> None:
+        self._tell = tell
 
     def after_exception(
         self, run_context: object, worker_exceptions: dict[int, Exception]
     ) -> None:
-        """Raise the first ValueError among the workers' errors."""
+        """Raise the first ValueError among the workers' errors; tell of the others."""
         for error in worker_exceptions.values():
             for cause in causes(error):
                 if isinstance(cause, ValueError):
                     raise _mendable(cause)
+        for rank, error in worker_exceptions.items():
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            self._tell(Failed(rank=rank, reason=reason))
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

@@ -9,11 +9,10 @@ from typing import Protocol
 
 import torch
 
-from pipelines.bad_images import NamedBadImage
+from pipelines.board import Item
 from pipelines.config import Data
 from pipelines.ingest.reading import Reading
 from pipelines.ingest.stream import Opener
-from pipelines.progress import Event
 
 
 class Group(Protocol):
@@ -49,8 +48,12 @@ class Group(Protocol):
         """
         ...
 
-    def post(self, item: Event | NamedBadImage) -> None:
-        """Tell the driver something to show, without waiting for it."""
+    def post(self, item: Item) -> None:
+        """Tell the driver something, without waiting for it."""
+        ...
+
+    def is_ending(self) -> bool:
+        """Tell one worker at least whether the driver wants all of them to end."""
         ...
 
     def close(self) -> None:

@@ -26,6 +26,8 @@ from pipelines.metrics import Sums
 from pipelines.mixing import draw_mix, mix, smooth_targets, soft_cross_entropy
 from pipelines.optim import learning_rate, set_learning_rate
 
+_MINUTES_WHILE_FEW = 5.0
+
 
 @dataclass(kw_only=True)
 class TrainState:
@@ -52,6 +54,17 @@ class LoopSettings:
     device: torch.device
     world_size: int = 1
     rank: int = 0
+
+    @property
+    def checkpoint_every_minutes(self) -> float:
+        """Give the run's, but no more than a few while workers are missing.
+
+        When they come back, all start again from the last checkpoint.
+        """
+        minutes = self.run.checkpoint_every_minutes
+        if minutes and self.world_size < self.run.scale.world_size:
+            return min(minutes, _MINUTES_WHILE_FEW)
+        return minutes
 
     @property
     def autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -84,8 +97,9 @@ def train(
     on_checkpoint: Callable[[TrainState], None] = lambda state: None,
     on_batch: Callable[[Batch, int], None] = lambda batch, step: None,
     on_step_begin: Callable[[TrainState, Batch], None] = lambda state, batch: None,
+    is_ending: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train until the batches end.
+    """Train until the batches end, or until it is told to, and then a checkpoint.
 
     Args:
         on_log: gets means since the last call, on every worker alike.
@@ -94,6 +108,7 @@ def train(
             every worker at the same step.
         on_batch: is called with each micro-batch that was trained on, and its step.
         on_step_begin: is called before a step, with its first micro-batch.
+        is_ending: tells, each time metrics are due, whether to end before the run does.
 
     Raises NonFiniteLossError, naming the step, where the loss is not finite, and
     BadImagesError where too many images could not be decoded.
@@ -115,10 +130,13 @@ def train(
         position = state.position
         every = run.checkpoint_every_steps
         is_due = every > 0 and position.step % every == 0
+        is_last = False
         if position.step % run.log_every_steps == 0 or batch.ends_epoch:
             # Workers' clocks differ: if one finds it is time, all of them do.
-            metrics = sums.total(vote=clock.is_time(run.checkpoint_every_minutes))
-            is_due = is_due or metrics.pop("num_votes") > 0
+            is_time = clock.is_time(settings.checkpoint_every_minutes)
+            metrics = sums.total(votes={"is_time": is_time, "is_last": is_ending()})
+            is_last = metrics.pop("is_last") > 0
+            is_due = metrics.pop("is_time") > 0 or is_due or is_last
             epoch_bad += round(metrics.pop("num_bad"))
             _check(metrics, num_bad=epoch_bad, position=position, settings=settings)
             num_images = metrics.pop("num_images")
@@ -134,6 +152,8 @@ def train(
         elif is_due:
             with clock.pause():
                 on_checkpoint(state)
+        if is_last:
+            return
 
 
 def _check(
@@ -258,6 +278,4 @@ def evaluate(
         sums.add(logits, batch.labels, batch.weights, losses, num_bad=batch.num_bad)
         if batch.ends_epoch and batch.ends_step:
             break
-    metrics = sums.total()
-    del metrics["num_votes"]
-    return metrics
+    return sums.total()

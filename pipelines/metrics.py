@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+NO_VOTES: Mapping[str, bool] = MappingProxyType({})
 
 
 def correct(logits: Tensor, labels: Tensor, *, k: int) -> Tensor:
@@ -42,19 +47,19 @@ class Sums:
         )
         self._sums += (columns * weights).sum(dim=1)
 
-    def total(self, *, vote: bool = False) -> dict[str, float]:
+    def total(self, *, votes: Mapping[str, bool] = NO_VOTES) -> dict[str, float]:
         """Add up over all workers, give means, and start again.
 
-        Every worker must call this at the same step: it is a collective. `num_votes`
-        counts the workers that gave their vote.
+        Every worker must call this at the same step, with votes of the same names: it
+        is a collective. Under each name comes back how many workers gave it.
         """
-        counts = torch.tensor([self._num_bad, vote], dtype=torch.float64)
+        counts = torch.tensor([self._num_bad, *votes.values()], dtype=torch.float64)
         sums = torch.cat([self._sums, counts.to(self._sums.device)])
         self._sums.zero_()
         self._num_bad = 0
         if dist.is_initialized():
             dist.all_reduce(sums)
-        loss, top1, top5, num_images, num_bad, num_votes = sums.tolist()
+        loss, top1, top5, num_images, num_bad, *given = sums.tolist()
         count = max(num_images, 1.0)
         return {
             "loss": loss / count,
@@ -62,5 +67,4 @@ class Sums:
             "top5": 100 * top5 / count,
             "num_images": num_images,
             "num_bad": num_bad,
-            "num_votes": num_votes,
-        }
+        } | dict(zip(votes, given, strict=True))

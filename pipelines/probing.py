@@ -1,4 +1,4 @@
-"""Probe a training every few steps: metrics, and the bands as a picture.
+"""Probe a training every few steps.
 
 `sovit.probes` says what is measured. One worker's share of the batch is probed, just
 before it is trained on, with the targets and the draws of that step.
@@ -6,40 +6,17 @@ before it is trained on, with the targets and the draws of that step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 
+from pipelines.bands import Band
 from pipelines.ingest.batch import Batch
 from pipelines.loop import LoopSettings, TrainState, mixed
 from pipelines.mixing import soft_cross_entropy
 from sovit.probes import Probed, find_stem, probe
-
-_INCHES = (7.0, 6.0)
-_DOTS_PER_INCH = 110
-
-
-@dataclass(frozen=True, kw_only=True)
-class Band:
-    """Hold the extremes that one step's probe has found, over all step sizes."""
-
-    step: int
-    loss: float
-    """Loss of the batch itself."""
-    loss_min: float
-    loss_max: float
-    gradient_change_min: float
-    gradient_change_max: float
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Name the values as they are logged."""
-        names = ("loss_min", "loss_max", "gradient_change_min", "gradient_change_max")
-        return {f"probe/{name}": getattr(self, name) for name in names}
 
 
 class Prober:
@@ -114,30 +91,3 @@ def _band(found: Probed, *, step: int) -> Band:
         gradient_change_min=changes.min().item(),
         gradient_change_max=changes.max().item(),
     )
-
-
-def draw_bands(bands: Sequence[Band], path: Path, *, title: str) -> None:
-    """Draw the bands over the steps as a PNG, as the study's figures do."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_INCHES, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    steps = [band.step for band in bands]
-    figure.suptitle(title)
-    upper.fill_between(
-        steps,
-        [band.loss_min for band in bands],
-        [band.loss_max for band in bands],
-        alpha=0.4,
-    )
-    upper.plot(steps, [band.loss for band in bands], marker=".")
-    upper.set_ylabel("loss, and its band")
-    lower.fill_between(
-        steps,
-        [band.gradient_change_min for band in bands],
-        [band.gradient_change_max for band in bands],
-        alpha=0.4,
-    )
-    lower.set_ylabel("gradient change")
-    lower.set_xlabel("step")
-    figure.savefig(path, dpi=_DOTS_PER_INCH, format="png")

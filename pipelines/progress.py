@@ -1,95 +1,58 @@
-"""Show a run's progress on the driver: a bar in a terminal, plain lines elsewhere.
-
-Workers post to a board; a thread of the driver takes what is there and shows it.
-"""
+"""Show a run's progress on the driver: a bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
 
 from pipelines.bad_images import BadImageLog, NamedBadImage
-
-_POLL_S = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """Report a step, or the end of an epoch where `epoch_metrics` is given."""
-
-    step: int
-    epoch: int
-    metrics: Mapping[str, float]
-    epoch_metrics: Mapping[str, float] | None = None
-
-
-Shown = Event | NamedBadImage
-
-
-class Board:
-    """Hold what is posted until the driver takes it; on Ray it is an actor."""
-
-    def __init__(self) -> None:
-        # Training alone, a thread takes while another posts.
-        self._items: queue.SimpleQueue[Shown] = queue.SimpleQueue()
-
-    def post(self, item: Shown) -> None:
-        """Add something."""
-        self._items.put(item)
-
-    def take(self) -> list[Shown]:
-        """Hand over all that is there, and forget it."""
-        return [self._items.get() for _ in range(self._items.qsize())]
+from pipelines.board import Began, Event, Failed, Item
 
 
 class Display:
-    """Show what a run's workers post; see `showing`."""
+    """Show what a run's workers tell."""
 
     def __init__(
         self, *, num_steps: int, num_epochs: int, bad_images: BadImageLog
     ) -> None:
         self._bad_images = bad_images
         self._num_epochs = num_epochs
+        self._begun: dict[int, Began] = {}
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=num_steps, unit="step", disable=not self._is_terminal, leave=False
         )
 
-    @contextlib.contextmanager
-    def showing(self, take: Callable[[], list[Shown]]) -> Iterator[None]:
-        """Show, on a thread, what `take` gives while a `with` block runs."""
-        ended = threading.Event()
+    def show(self, item: Item) -> None:
+        """Show something; what is not to be seen is passed over."""
+        if isinstance(item, NamedBadImage):
+            if line := self._bad_images.add(item):
+                self._say(line)
+        elif isinstance(item, Event):
+            self._show_event(item)
+        elif isinstance(item, Began):
+            self._show_begin(item)
+        elif isinstance(item, Failed):
+            self._say(f"worker {item.rank} failed: {item.reason}")
 
-        def run() -> None:
-            while not ended.wait(_POLL_S):
-                self._show_all(take())
-            self._show_all(take())
+    def close(self) -> None:
+        """Keep the list of bad images, and take the bar away."""
+        self._bad_images.flush()
+        self._bar.close()
 
-        thread = threading.Thread(target=run, name="display", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            self._bad_images.flush()
-            self._bar.close()
+    def _show_begin(self, item: Began) -> None:
+        """Say on which hosts workers have begun, once all of them have."""
+        if item.rank in self._begun:
+            self._begun.clear()
+        self._begun[item.rank] = item
+        if len(self._begun) == item.world_size:
+            self._say(begin_line(list(self._begun.values())))
+            self._begun.clear()
 
-    def _show_all(self, events: list[Shown]) -> None:
-        for event in events:
-            if isinstance(event, NamedBadImage):
-                if line := self._bad_images.add(event):
-                    self._say(line)
-            else:
-                self._show(event)
-
-    def _show(self, event: Event) -> None:
+    def _show_event(self, event: Event) -> None:
         if event.epoch_metrics is not None:
             self._say(epoch_line(event, num_epochs=self._num_epochs))
             self._bad_images.flush()
@@ -106,6 +69,14 @@ class Display:
         write: Callable[[str], object] = self._bar.write if self._is_terminal else print
         write(line)
         sys.stdout.flush()
+
+
+def begin_line(begun: list[Began]) -> str:
+    """Say how many workers train on which hosts, and from which step on."""
+    on = Counter(item.host for item in begun)
+    hosts = ", ".join(f"{host}: {num}" for host, num in sorted(on.items()))
+    workers = "1 worker" if len(begun) == 1 else f"{len(begun)} workers"
+    return f"{workers} on {hosts}; from step {begun[0].step}"
 
 
 def step_text(metrics: Mapping[str, float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,19 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError
 from ray.train.collective import broadcast_from_rank_zero
 
-from pipelines.bad_images import NamedBadImage
+from pipelines.board import Item
 from pipelines.config import Data
 from pipelines.ingest.reading import Reading
 from pipelines.ingest.stream import Opener
 from pipelines.opener import RayOpener
-from pipelines.progress import Event
 from pipelines.worker import Worker
+
+# Of a driver that is there, answers come in milliseconds.
+_ANSWER_S = 5.0
+_POLL_S = 0.1
 
 
 class RayGroup:
@@ -62,13 +67,32 @@ class RayGroup:
     ) -> None:
         """Hand metrics and checkpoint to Ray Train: a barrier of all workers."""
         kept = None
+        if self.rank == 0:
+            self._wait_until_heard()
         if folder is not None:
             kept = ray.train.Checkpoint.from_directory(str(folder))
         ray.train.report(dict(metrics), checkpoint=kept, checkpoint_dir_name=name)
 
-    def post(self, item: Event | NamedBadImage) -> None:
+    def post(self, item: Item) -> None:
         """Post to the driver's board."""
         self._board.post.remote(item)
+
+    def is_ending(self) -> bool:
+        """Ask the driver's board, as the first worker; the others need not know."""
+        if self.rank != 0:
+            return False
+        with contextlib.suppress(GetTimeoutError):
+            return bool(ray.get(self._board.is_ending.remote(), timeout=_ANSWER_S))
+        return False
+
+    def _wait_until_heard(self) -> None:
+        """Let the driver keep what was measured: with a report a sweep may end it."""
+        deadline_s = time.monotonic() + _ANSWER_S
+        with contextlib.suppress(GetTimeoutError):
+            while not ray.get(self._board.is_heard.remote(), timeout=_ANSWER_S):
+                if time.monotonic() > deadline_s:
+                    return
+                time.sleep(_POLL_S)
 
     def close(self) -> None:
         """End the openers' threads."""

@@ -13,13 +13,16 @@ import ray.train.torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.train import UserCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.board import Board, Item
+from pipelines.config import Scale
 from pipelines.entry import work
 from pipelines.failures import StopOnValueError, end_of
 from pipelines.files import Place
 from pipelines.job import Job, Trained
+from pipelines.listener import Listener
 from pipelines.places import open_place
-from pipelines.progress import Board, Display, Shown
 from pipelines.retries import is_remote
 from pipelines.session import per_worker
 
@@ -27,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def train_on_ray(
-    job: Job, *, name: str, callbacks: Sequence[UserCallback], display: Display
+    job: Job, *, name: str, callbacks: Sequence[UserCallback], listener: Listener
 ) -> Trained:
     """Start the workers, show what they report, and wait for their end.
 
@@ -35,15 +38,15 @@ def train_on_ray(
     more often than the run allows.
     """
     run = job.run
-    logger.info("starting %d workers", run.scale.num_workers)
-    # It needs no CPU of its own.
-    board = cast(ActorHandle, ray.remote(num_cpus=0)(Board).remote())
+    logger.info("starting %s workers", _num_text(run.scale))
+    board = _begin_board()
     filesystem, path = open_place(run.storage)
     trainer = ray.train.torch.TorchTrainer(
         work,
         train_loop_config={"job": ray.put(job), "board": board},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=run.scale.num_workers,
+            num_workers=_num_workers(run.scale),
+            elastic_resize_monitor_interval_s=run.scale.resize_every_s,
             use_gpu=run.scale.use_gpu,
             resources_per_worker=per_worker(run.scale),
         ),
@@ -55,11 +58,11 @@ def train_on_ray(
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=run.num_checkpoints_to_keep
             ),
-            callbacks=[StopOnValueError(), *callbacks],
+            callbacks=[StopOnValueError(board.post.remote), *callbacks],
         ),
     )
     try:
-        with display.showing(lambda: _taken(board)):
+        with listener.listening(_ActorBoard(board)):
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise end_of(error) from error
@@ -70,8 +73,38 @@ def train_on_ray(
     return Trained(metrics=result.metrics or {}, checkpoint=kept)
 
 
-def _taken(board: ActorHandle) -> list[Shown]:
-    try:
-        return ray.get(board.take.remote())
-    except RayError:
-        return []  # Ray is going down; the result will say how it ended.
+def _num_workers(scale: Scale) -> int | tuple[int, int]:
+    """Count the workers as Ray Train wants it: a range where it may vary."""
+    if not scale.min_workers:
+        return scale.num_workers
+    return scale.min_workers, scale.num_workers
+
+
+def _num_text(scale: Scale) -> str:
+    least = f"{scale.min_workers} to " if scale.min_workers else ""
+    return f"{least}{scale.num_workers}"
+
+
+def _begin_board() -> ActorHandle:
+    """Start the board beside the driver; it needs no CPU of its own."""
+    here = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    actor = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here)
+    return cast(ActorHandle, actor.remote())
+
+
+class _ActorBoard:
+    """Be the board's door to the driver."""
+
+    def __init__(self, actor: ActorHandle) -> None:
+        self._actor = actor
+
+    def take(self) -> list[Item]:
+        try:
+            return ray.get(self._actor.take.remote())
+        except RayError:
+            return []  # Ray is going down; the result will say how it ended.
+
+    def end(self) -> None:
+        self._actor.end.remote()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import time
@@ -12,6 +13,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from pipelines.config import Scale
+from pipelines.data_config import CPUS_PER_READ
 
 logger = logging.getLogger(__name__)
 _POLL_S = 1.0
@@ -73,6 +75,19 @@ def room(scale: Scale) -> int:
     return min(int(has.get(name, 0) // total) for name, total in needed(scale).items())
 
 
+def _lacking(scale: Scale, *, num_runs: int) -> str:
+    """Say what Ray lacks for the workers of some runs; nothing where it has it all."""
+    has, wanted = ray.cluster_resources(), needed(scale)
+    # Were all CPUs the workers', reading would wait for one for ever.
+    wanted["CPU"] += CPUS_PER_READ
+    totals = {name: num_runs * total for name, total in wanted.items()}
+    return ", ".join(
+        f"{name} {total:g} (there are {has.get(name, 0):g})"
+        for name, total in totals.items()
+        if has.get(name, 0) < total
+    )
+
+
 def _check_machine(scale: Scale, *, num_runs: int) -> None:
     has, wanted = os.cpu_count() or 1, num_runs * needed(scale)["CPU"]
     if wanted > has:
@@ -94,24 +109,18 @@ def _fewer(num_runs: int) -> str:
 
 def _wait_for_room(scale: Scale, *, num_runs: int) -> None:
     """Ask the autoscaler for the workers and wait; Train alone waits for ever."""
-    wanted = {name: num_runs * total for name, total in needed(scale).items()}
     deadline_s = time.monotonic() + scale.start_timeout_s
     asked = False
-    while True:
-        has = ray.cluster_resources()
-        short = {
-            name: f"{total:g} (there are {has.get(name, 0):g})"
-            for name, total in wanted.items()
-            if has.get(name, 0) < total
-        }
-        if not short:
-            return
+    while short := _lacking(scale, num_runs=num_runs):
         is_local = not os.environ.get("RAY_ADDRESS")
         if is_local or time.monotonic() > deadline_s:
+            least = dataclasses.replace(scale, num_workers=scale.min_workers or 1)
+            if scale.min_workers and not _lacking(least, num_runs=num_runs):
+                return
             raise ValueError(
-                f"wanted {', '.join(f'{n} {text}' for n, text in short.items())} for "
-                f"{_workers(scale, num_runs)}; lower {_fewer(num_runs)}"
-                "--scale.num-workers, add nodes, or raise --scale.start-timeout-s"
+                f"wanted {short} for {_workers(scale, num_runs)} and what reads for "
+                f"them; lower {_fewer(num_runs)}--scale.num-workers or "
+                "--scale.cpus-per-worker, add nodes, or raise --scale.start-timeout-s"
             )
         if not asked:
             num_workers = num_runs * scale.world_size

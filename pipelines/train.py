@@ -5,7 +5,9 @@
     sovit-train --resume NAME
 
 A new run gets a new name; `--resume` goes on with a run that did not finish, from its
-last checkpoint and with its own configuration.
+last checkpoint and with its own configuration. With a recipe, `--resume NAME` begins
+the run where there is none of that name, so the same command may be given again and
+again. SIGTERM is answered with a checkpoint and an end.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,10 +32,13 @@ from pipelines.alone import train_alone
 from pipelines.bad_images import FILE, BadImageLog
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
-from pipelines.errors import RunFailedError, StoppedEarly
+from pipelines.ending import noted_sigterm
+from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
+from pipelines.gauges import Gauges
 from pipelines.ingest.stream import Plans
 from pipelines.job import Job, Trained
 from pipelines.keeping import log_model, log_shards, open_tracking
+from pipelines.listener import Listener
 from pipelines.preflight import check_run, with_absolute_paths
 from pipelines.progress import Display
 from pipelines.ray_trainer import train_on_ray
@@ -41,6 +47,7 @@ from pipelines.runfile import flat_params
 from pipelines.runs import (
     Record,
     check_name,
+    find_record,
     new_record,
     read_record,
     write_record,
@@ -108,7 +115,11 @@ def fit(
         )
         try:
             train = train_alone if run.scale.is_alone else train_on_ray
-            trained = train(job, name=name, callbacks=callbacks, display=_display(job))
+            with noted_sigterm() as is_over:
+                listener = _listener(job, name=name, is_over=is_over)
+                trained = train(job, name=name, callbacks=callbacks, listener=listener)
+            if is_over.is_set() and not _is_complete(trained, run=run):
+                raise InterruptedRun(f"{_PROG}: ended; go on with --resume {name}")
             if keep_model:
                 log_model(trained, job=job)
         except (ValueError, RunFailedError) as error:
@@ -126,6 +137,21 @@ def fit(
     tracking.end_run(uri, run_id, status="FINISHED")
     write_record(dataclasses.replace(record, status="finished"))
     return trained
+
+
+def _is_complete(trained: Trained, *, run: Run) -> bool:
+    return trained.metrics.get("epoch") == run.optim.total_epochs
+
+
+def _listener(job: Job, *, name: str, is_over: threading.Event) -> Listener:
+    """Make what hears the workers: progress, MLflow, and on Ray the gauges."""
+    return Listener(
+        display=_display(job),
+        writer=tracking.MetricWriter(job.tracking_uri, job.mlflow_run_id),
+        figures=tracking.FigureWriter(job.tracking_uri, job.mlflow_run_id),
+        is_over=is_over,
+        gauges=None if job.run.scale.is_alone else Gauges(name),
+    )
 
 
 def _display(job: Job) -> Display:
@@ -161,8 +187,8 @@ def _main(arguments: Sequence[str]) -> None:
         rest += ["--storage", chosen.storage]
     record = None
     if chosen.resume:
-        record = read_record(chosen.storage or "runs", name=chosen.resume)
-    elif not recipe and "--help" not in rest and "-h" not in rest:
+        record = _record(chosen.resume, storage=chosen.storage, recipe=recipe)
+    if record is None and not recipe and "--help" not in rest and "-h" not in rest:
         raise ValueError(
             "wanted a recipe, such as demo or imagenet.so_vit_14, or --resume NAME; "
             "came neither"
@@ -175,6 +201,16 @@ def _main(arguments: Sequence[str]) -> None:
     start_s = time.monotonic()
     trained = fit(run, name=name, record=record)
     _print_summary(trained, run=run, seconds=time.monotonic() - start_s)
+
+
+def _record(name: str, *, storage: str, recipe: str) -> Record | None:
+    """Find a run to go on with; None where its recipe is to begin it."""
+    if not recipe:
+        return read_record(storage or "runs", name=name)
+    storage = storage or load_recipe(recipe).storage
+    if find_record(storage, name=name) is None:
+        return None
+    return read_record(storage, name=name)
 
 
 def _check_same(before: Run, now: Run) -> None:

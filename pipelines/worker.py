@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import tempfile
 import time
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from torch import nn
 
 from pipelines import checkpoint as ckpt
 from pipelines.bad_images import BadImageTeller
+from pipelines.bands import draw_bands
+from pipelines.board import Began, Event, Measured, Pictured
 from pipelines.checkpoint import Position
 from pipelines.group import Group
 from pipelines.ingest.batch import Batch
@@ -32,12 +35,8 @@ from pipelines.loop import (
 )
 from pipelines.memory import peak_memory_mb
 from pipelines.optim import build_optimizer
-from pipelines.probing import Prober, draw_bands
-from pipelines.progress import Event
+from pipelines.probing import Prober
 from pipelines.supply import Supply, reading_of
-from pipelines.tracking import FigureWriter, MetricWriter
-
-_FLUSH_S = 15.0
 
 
 class Worker:
@@ -62,10 +61,6 @@ class Worker:
         self.state = self._restore()
         # In the same order on every worker: opening is a collective.
         self.supplies = {split: self._supply(split) for split in ("train", "val")}
-        self.writer = MetricWriter(
-            job.tracking_uri, job.mlflow_run_id if not self.rank else ""
-        )
-        self.figures = FigureWriter(job.tracking_uri, job.mlflow_run_id)
         self.prober = self._open_prober()
         self.key_log = self._open_key_log()
         self._last_log: dict[str, float] = {}
@@ -73,19 +68,24 @@ class Worker:
     def __enter__(self) -> Worker:
         for supply in self.supplies.values():
             supply.start()
+        begun = Began(
+            rank=self.rank,
+            world_size=self.settings.world_size,
+            host=socket.gethostname(),
+            step=self.state.position.step,
+        )
+        self.group.post(begun)
         return self
 
     def __exit__(self, *_: object) -> None:
         for supply in self.supplies.values():
             supply.close()
         self.group.close()
-        self.figures.close(_FLUSH_S)
-        self.writer.close(_FLUSH_S)
         if self.key_log is not None:
             self.key_log.close()
 
     def train(self) -> None:
-        """Train to the end of the run."""
+        """Train to the end of the run, or until the driver asks to end."""
         train(
             self.state,
             self.supplies["train"],
@@ -95,6 +95,7 @@ class Worker:
             on_checkpoint=self._keep,
             on_batch=self._note,
             on_step_begin=self._probe,
+            is_ending=self.group.is_ending,
         )
 
     def _probe(self, state: TrainState, batch: Batch) -> None:
@@ -106,7 +107,7 @@ class Worker:
             return None
 
         def log(metrics: Mapping[str, float], step: int) -> None:
-            self.writer.log(metrics, step=step)
+            self.group.post(Measured(step=step, metrics=dict(metrics)))
 
         return Prober(self.state.model, settings=self.settings, on_probe=log)
 
@@ -189,7 +190,7 @@ class Worker:
         if self.rank == 0:
             self._post(position)
             named = {f"train/{name}": value for name, value in metrics.items()}
-            self.writer.log(named, step=position.step)
+            self.group.post(Measured(step=position.step, metrics=named))
 
     def _post(
         self, position: Position, *, held_out: Mapping[str, float] | None = None
@@ -230,13 +231,14 @@ class Worker:
         position = state.position
         if self.rank == 0:
             # Before the report, with which a sweep may end this run.
-            self.writer.log(metrics, step=position.step)
+            self.group.post(Measured(step=position.step, metrics=metrics))
             self._post(position, held_out=held_out)
         self._report(state, name=f"epoch_{position.epoch:04d}", metrics=metrics)
         if self.prober is not None:
             title = f"{self.run.recipe}, to epoch {position.epoch}"
             draw = partial(draw_bands, tuple(self.prober.bands), title=title)
-            self.figures.log(draw, path=f"probes/epoch_{position.epoch:04d}.png")
+            path = f"probes/epoch_{position.epoch:04d}.png"
+            self.group.post(Pictured(draw=draw, path=path))
 
     def _keep(self, state: TrainState) -> None:
         """Write a checkpoint within an epoch: nothing is evaluated."""
@@ -246,6 +248,7 @@ class Worker:
         self, state: TrainState, *, name: str, metrics: dict[str, float]
     ) -> None:
         """Write a checkpoint with what was measured last; a barrier of all workers."""
+        start_s = time.perf_counter()
         trained = {f"train/{name}": value for name, value in self._last_log.items()}
         metrics = trained | metrics
         with contextlib.ExitStack() as stack:
@@ -263,3 +266,6 @@ class Worker:
                     optimizer=state.optimizer,
                 )
             self.group.report(metrics, folder=folder, name=name)
+        if self.rank == 0:
+            stall = {"train/checkpoint_s": time.perf_counter() - start_s}
+            self.group.post(Measured(step=state.position.step, metrics=stall))

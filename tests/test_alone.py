@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,11 @@ from safetensors.torch import load_file
 
 from pipelines import checkpoint as ckpt
 from pipelines.config import Run
-from pipelines.errors import RunFailedError, StoppedEarly
+from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
+from pipelines.runfile import to_json
 from pipelines.runs import read_record
 from pipelines.train import _main, fit
-from tests.demo_runs import small_demo
+from tests.demo_runs import RECIPE, small_demo
 from tests.test_train import runs_of
 
 
@@ -36,7 +40,19 @@ class Reports(UserCallback):
         (of_worker,) = metrics
         self.seen.append(of_worker)
         if len(self.seen) == self._last:
-            raise self._end("as the test wants it")
+            end(self._end)
+
+
+class Ended(Exception):
+    """Stand for SIGTERM where errors are listed."""
+
+
+def end(error: type[BaseException]) -> None:
+    """Raise an error, or send this process SIGTERM and see that it is noted."""
+    if error is not Ended:
+        raise error("as the test wants it")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)  # the driver's thread looks twice a second
 
 
 @pytest.fixture
@@ -78,6 +94,7 @@ def test_it_trains_keeps_and_records_as_workers_do(run: Run) -> None:
         (KeyboardInterrupt, KeyboardInterrupt, "KILLED"),
         (OSError, RunFailedError, "FAILED"),
         (ValueError, ValueError, "FAILED"),
+        (Ended, InterruptedRun, "KILLED"),
     ],
 )
 def test_what_ends_early_goes_on_to_the_same_weights(
@@ -89,7 +106,7 @@ def test_what_ends_early_goes_on_to_the_same_weights(
     """Whoever ends it, between epochs or within one: the weights are bit for bit."""
     torch.set_num_threads(1)
     fit(run, name="unbroken")
-    with pytest.raises(caught, match="as the test wants it"):
+    with pytest.raises(caught, match=r"as the test wants it|--resume broken"):
         # The fifth report is a checkpoint within the second epoch.
         fit(run, name="broken", callbacks=[Reports(last=5, end=error)])
     by_name = {tracked.info.run_name: tracked for tracked in runs_of(run.storage)}
@@ -98,7 +115,9 @@ def test_what_ends_early_goes_on_to_the_same_weights(
     record = read_record(run.storage, name="broken")
     reports = Reports()
     fit(record.run, name="broken", record=record, callbacks=[reports])
-    assert [seen["epoch"] for seen in reports.seen if "epoch" in seen] == [2, 3]
+    epochs = [seen["epoch"] for seen in reports.seen if "epoch" in seen]
+    # Asked to end, it came to the second epoch's end.
+    assert epochs == ([3] if error is Ended else [2, 3])
     expected, found = weights_of(run, "unbroken"), weights_of(run, "broken")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -133,6 +152,32 @@ def test_a_run_that_was_cut_after_its_last_step_tells_what_it_came_to(run: Run) 
     assert reports.seen == []
     assert trained.metrics == before.seen[-1]
     assert trained.metrics["epoch"] == 3
+
+
+def test_asked_to_end_it_writes_a_checkpoint_first(run: Run) -> None:
+    """By the next time that metrics are due, which is every five steps here."""
+    reports = Reports(last=5, end=Ended)
+    with pytest.raises(InterruptedRun, match="--resume ended"):
+        fit(run, name="ended", callbacks=[reports])
+    # After the fifth report, at step 16, the one that was not asked for at step 20.
+    folder = Path(run.storage, "ended", "epoch_0002")
+    assert ckpt.read_manifest(folder).position.step == 20
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_same_command_begins_a_run_and_goes_on_with_it(
+    run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "run.json").write_text(to_json(run))
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    command = [f"{tmp_path}/recipe.py:small", "--resume", "mine"]
+    with pytest.raises(ValueError, match="wanted a run to resume"):
+        _main(["--resume", "mine", "--storage", run.storage])
+    fit(run, name="other")
+    _main(command)
+    assert weights_of(run, "mine").keys() == weights_of(run, "other").keys()
+    with pytest.raises(ValueError, match="has finished"):
+        _main(command)
 
 
 def test_a_run_goes_on_as_it_began_alone_or_not(run: Run) -> None:

@@ -191,17 +191,25 @@ def test_the_loop_the_data_and_the_recipes_know_nothing_that_runs(start: str) ->
 
 
 def test_what_runs_is_seen_where_it_is() -> None:
-    """Hold the test above: from the worker, Ray and DALI are reached."""
-    reached = reached_from("pipelines/ray_group.py", when_called=True)
+    """Hold the test above: from the driver, all that runs is reached."""
+    reached = reached_from("pipelines/train.py", when_called=True)
     for library in RUNNING:
         assert any(is_of(name, library) for name in reached)
+
+
+def test_workers_do_not_know_mlflow() -> None:
+    """The driver alone writes to it: they may be where it does not listen."""
+    reached = reached_from("pipelines/ray_group.py", when_called=True)
+    assert any(is_of(name, "ray") for name in reached)
+    assert not any(is_of(name, "mlflow") for name in reached)
 
 
 @pytest.mark.parametrize(
     "module",
     [
         "pipelines.ingest.reading",
-        "pipelines.progress",
+        "pipelines.board",
+        "pipelines.bands",
         "pipelines.failures",
         "tuning.trial",
         "tuning.tokens.parts",

@@ -26,9 +26,10 @@ def test_sums_are_weighted_means_and_start_again() -> None:
     losses = torch.tensor([1.0, 2.0, 6.0, 100.0])
     sums.add(logits, labels, weights, losses, num_bad=2)
     sums.add(logits[:1], labels[:1], weights[:1], losses[:1], num_bad=1)
-    total = sums.total(vote=True)
+    total = sums.total(votes={"is_time": True, "is_last": False})
     assert total["num_bad"] == 3
-    assert total["num_votes"] == 1
+    assert total["is_time"] == 1
+    assert total["is_last"] == 0
     assert total["num_images"] == 4
     assert total["loss"] == pytest.approx(2.5)
     assert total["top1"] == pytest.approx(75)

@@ -21,11 +21,10 @@ from ray.data import (
 from ray.data.block import BlockMetadata
 
 from pipelines.config import Data
+from pipelines.data_config import CPUS_PER_READ
 from pipelines.ingest.plan import Unit
 from pipelines.ingest.reading import MAX_SHARE_BYTES, Reading, share_tables
 
-# Reads wait for storage more than they compute, so four of them share a CPU.
-CPUS_PER_READ = 0.25
 _MIB = 1 << 20
 T = TypeVar("T")
 

@@ -9,14 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import ray
 from ray.data import ActorPoolStrategy, ReadTask, read_datasource
 
+from pipelines.data_config import CPUS_PER_READ
 from pipelines.failures import causes, first_line
 from pipelines.ingest.reading import Reading
-from pipelines.ingest.source import (
-    CPUS_PER_READ,
-    TaskSource,
-    read_task,
-    reader_labels,
-)
+from pipelines.ingest.source import TaskSource, read_task, reader_labels
 from pipelines.session import per_worker, ray_session
 from tuning.tokens.backbone import Backbone
 from tuning.tokens.parts import Part, read_part

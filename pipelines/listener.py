@@ -1,0 +1,63 @@
+"""Hear on the driver what the workers tell: show it, keep it in MLflow, export it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from pipelines.board import Began, DriversBoard, Item, Measured, Pictured, heard
+from pipelines.gauges import Gauges
+from pipelines.progress import Display
+from pipelines.tracking import FigureWriter, MetricWriter
+
+_FLUSH_S = 15.0
+
+
+class Listener:
+    """Pass on what is told to whom it concerns.
+
+    Args:
+        is_over: Once it is set, the workers are asked to end.
+        gauges: None where no Ray is there to export them.
+    """
+
+    def __init__(
+        self,
+        *,
+        display: Display,
+        writer: MetricWriter,
+        figures: FigureWriter,
+        is_over: threading.Event,
+        gauges: Gauges | None,
+    ) -> None:
+        self._display = display
+        self._writer = writer
+        self._figures = figures
+        self._is_over = is_over
+        self._gauges = gauges
+
+    @contextlib.contextmanager
+    def listening(self, board: DriversBoard) -> Iterator[None]:
+        """Listen, on a thread, while a `with` block runs; then write what waits."""
+        try:
+            with heard(board, hear=self._hear, is_over=self._is_over):
+                yield
+        finally:
+            self._display.close()
+            self._figures.close(_FLUSH_S)
+            self._writer.close(_FLUSH_S)
+
+    def _hear(self, item: Item) -> None:
+        if isinstance(item, Measured):
+            self._writer.log(item.metrics, step=item.step)
+        elif isinstance(item, Pictured):
+            self._figures.log(item.draw, path=item.path)
+        else:
+            self._display.show(item)
+        if self._gauges is None:
+            return
+        if isinstance(item, Measured):
+            self._gauges.measured(item.metrics, step=item.step)
+        elif isinstance(item, Began) and item.rank == 0:
+            self._gauges.began()

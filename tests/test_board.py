@@ -1,0 +1,74 @@
+"""What workers tell reaches the driver, once and in order; its word reaches them."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from pipelines.bad_images import BadImageLog
+from pipelines.board import Began, Board, Failed, Item, Measured, heard
+from pipelines.progress import Display
+
+
+def begun(rank: int, *, host: str, world_size: int = 3, step: int = 0) -> Began:
+    return Began(rank=rank, world_size=world_size, host=host, step=step)
+
+
+def test_all_that_was_posted_is_heard_in_order_the_last_after_the_end() -> None:
+    board, found = Board(), list[Item]()
+    items = [Measured(step=step, metrics={"loss": 1.0}) for step in range(5)]
+    for item in items[:4]:
+        board.post(item)
+    with heard(board, hear=found.append, is_over=threading.Event()):
+        deadline_s = time.monotonic() + 10
+        while not board.is_heard():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        assert found == items[:4]
+        board.post(items[4])
+        assert not board.is_heard()
+    assert found == items
+    assert not board.is_ending()
+
+
+def test_what_was_taken_is_heard_when_the_driver_comes_again() -> None:
+    board = Board()
+    assert board.is_heard()
+    board.post(begun(0, host="a"))
+    assert not board.is_heard()
+    assert len(board.take()) == 1
+    assert not board.is_heard()
+    assert board.take() == []
+    assert board.is_heard()
+
+
+def test_the_driver_s_word_to_end_reaches_the_board() -> None:
+    board, is_over = Board(), threading.Event()
+    with heard(board, hear=lambda item: None, is_over=is_over):
+        is_over.set()
+        deadline_s = time.monotonic() + 10
+        while not board.is_ending():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+
+
+def test_hosts_are_named_when_all_workers_have_begun(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad_images = BadImageLog(keep=lambda text: None)
+    display = Display(num_steps=10, num_epochs=1, bad_images=bad_images)
+    display.show(begun(1, host="b"))
+    display.show(begun(0, host="a"))
+    assert capsys.readouterr().out == ""
+    display.show(begun(2, host="a"))
+    assert capsys.readouterr().out == "3 workers on a: 2, b: 1; from step 0\n"
+
+    display.show(Failed(rank=1, reason="it died"))
+    assert capsys.readouterr().out == "worker 1 failed: it died\n"
+    # One that began and died before the others did is forgotten.
+    display.show(begun(0, host="a", step=7))
+    display.show(begun(0, host="b", world_size=1, step=7))
+    assert capsys.readouterr().out == "1 worker on b: 1; from step 7\n"
+    display.close()
