@@ -21,6 +21,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,12 +30,15 @@ from pipelines.config import Model, Run
 from pipelines.files import Place
 from pipelines.retries import answering
 from pipelines.runfile import from_json, to_json
+from pipelines.tracking.provenance import without_credentials
 
 MANIFEST = "checkpoint.json"
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 _CHUNK_BYTES = 1 << 20
+# What timm's builder, and ours of networks, take to load weights.
+PRETRAINED = ("pretrained", "pretrained_backbone", "checkpoint_path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,12 @@ def build_model(settings: Model, *, num_classes: int) -> nn.Module:
     return timm.create_model(settings.name, num_classes=num_classes, **arguments)
 
 
+def without_weights(settings: Model) -> Model:
+    """Take out of a model's settings what would load weights from elsewhere."""
+    kwargs = {k: v for k, v in settings.kwargs.items() if k not in PRETRAINED}
+    return dataclasses.replace(settings, kwargs=kwargs, init_from="")
+
+
 def save_checkpoint(
     folder: Path,
     *,
@@ -92,7 +102,7 @@ def save_checkpoint(
     ema: nn.Module | None,
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
-    """Write a checkpoint into an existing folder, its manifest last."""
+    """Write a checkpoint, without credentials, into a folder; its manifest last."""
     save_file(_plain(model), folder / MODEL_FILE)
     names = [MODEL_FILE]
     if ema is not None:
@@ -102,7 +112,7 @@ def save_checkpoint(
         torch.save(optimizer.state_dict(), folder / OPTIMIZER_FILE)
         names.append(OPTIMIZER_FILE)
     content = {
-        "run": json.loads(to_json(run)),
+        "run": json.loads(without_credentials(to_json(run))),
         "position": dataclasses.asdict(position),
         "classes": list(classes),
         "metrics": dict(metrics),
@@ -126,7 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
             "name one that sovit-train printed"
         )
     raw = _parsed(path.read_bytes(), shown=str(path))
-    for name, wanted in raw["files"].items():
+    for name, wanted in _files_of(raw, shown=str(path)).items():
         _check_file(folder / name, wanted=wanted, shown=str(folder / name))
     return Manifest(
         run=from_json(json.dumps(raw["run"])),
@@ -180,16 +190,19 @@ def _copy(place: Place, folder: Path) -> None:
             "name one that sovit-train printed"
         ) from error
     raw = _parsed((folder / MANIFEST).read_bytes(), shown=str(manifest))
-    for name, wanted in raw["files"].items():
+    for name, wanted in _files_of(raw, shown=str(manifest)).items():
         file = place.within(name)
-        if Path(name).name != name:
-            raise ValueError(
-                f"{manifest}: wanted plain names of files, came {name!r}; "
-                "do not trust this checkpoint"
-            )
         with contextlib.suppress(FileNotFoundError):
             file.download(folder / name)
         _check_file(folder / name, wanted=wanted, shown=str(file))
+
+
+def _files_of(raw: Mapping[str, Any], *, shown: str) -> dict[str, dict[str, int]]:
+    for name in raw["files"]:
+        if Path(name).name != name:
+            why = f"wanted plain names of files, came {name!r}; do not trust it"
+            raise ValueError(f"{shown}: {why}")
+    return raw["files"]
 
 
 def _check_file(path: Path, *, wanted: dict[str, int], shown: str) -> None:
@@ -215,6 +228,17 @@ def _parsed(manifest: bytes, *, shown: str) -> dict[str, Any]:
     return raw
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read tensors by name: the format has no room for anything else."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: wanted safetensors, came a file of something else ({error}); "
+            "use a checkpoint that sovit-train wrote"
+        ) from error
+
+
 def load_weights(model: nn.Module, folder: Path, *, ema: bool = False) -> None:
     """Load a checkpoint's weights, or their moving average, into a model."""
     path = folder / (EMA_FILE if ema else MODEL_FILE)
@@ -223,7 +247,7 @@ def load_weights(model: nn.Module, folder: Path, *, ema: bool = False) -> None:
             f"wanted {path.name} in {folder}, came none; this run kept no moving "
             "average, evaluate the weights themselves (--no-ema)"
         )
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(read_weights(path))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -249,7 +273,9 @@ def load_model(folder: Path, *, ema: bool | None = None) -> tuple[nn.Module, Man
     With `ema=None` the moving average is taken where the checkpoint has one.
     """
     manifest = read_manifest(folder)
-    model = build_model(manifest.run.model, num_classes=len(manifest.classes))
+    # Who wrote it does not choose what else is read here.
+    settings = without_weights(manifest.run.model)
+    model = build_model(settings, num_classes=len(manifest.classes))
     use_ema = EMA_FILE in manifest.files if ema is None else ema
     load_weights(model, folder, ema=use_ema)
     return model.eval(), manifest

@@ -13,6 +13,7 @@ from typing import NoReturn, TypeVar
 import tyro
 
 from pipelines.errors import RunFailedError
+from pipelines.tracking.provenance import holds_secret, without_credentials
 
 T = TypeVar("T")
 _BOX = re.compile(r"[─-╿\s]+")
@@ -51,10 +52,12 @@ def parse(
 def run_command(command: Callable[[Sequence[str]], None], *, prog: str) -> NoReturn:
     """Run a command; what the user can mend becomes one line and exit status 2.
 
-    A run whose workers failed too often becomes one line and exit status 1.
+    So does an argument that holds a secret: the command does not begin. A run whose
+    workers failed too often becomes one line and exit status 1.
     """
     _show_progress_of_ours()
     try:
+        refuse_secrets(sys.argv[1:])
         command(sys.argv[1:])
     except ValueError as error:
         fail(f"{prog}: {error}", status=2)
@@ -65,13 +68,44 @@ def run_command(command: Callable[[Sequence[str]], None], *, prog: str) -> NoRet
     sys.exit(0)
 
 
+def refuse_secrets(arguments: Sequence[str]) -> None:
+    """Raise ValueError, without the secret, where an address in an argument holds one.
+
+    `ps` shows arguments to everybody on the machine, for as long as a run lives.
+    """
+    option = ""
+    for number, argument in enumerate(arguments, start=1):
+        if argument.startswith("--"):
+            option = without_credentials(argument.partition("=")[0])
+        if not holds_secret(argument):
+            continue
+        after = f" ({option})" if option else ""
+        raise ValueError(
+            f"wanted addresses without secrets, came one with a secret as argument "
+            f"{number}{after}, which ps shows to everybody on this machine; leave it "
+            "out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
+            "or give the machine an instance profile; MLflow's belong in "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or with the whole "
+            "address in MLFLOW_TRACKING_URI. Then replace the secret: it was seen"
+        )
+
+
+class _WithoutCredentials(logging.Formatter):
+    """Write a record without the secrets that an address in it holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_credentials(super().format(record))
+
+
 def _show_progress_of_ours() -> None:
     """Print what our modules log at INFO, plainly; other libraries' warnings alone."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_WithoutCredentials("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger(__package__).setLevel(logging.INFO)
 
 
 def fail(message: str, *, status: int) -> NoReturn:
-    """Say why in one line on stderr and leave."""
-    print(" ".join(message.split()), file=sys.stderr)
+    """Say why in one line on stderr, without credentials, and leave."""
+    print(without_credentials(" ".join(message.split())), file=sys.stderr)
     sys.exit(status)

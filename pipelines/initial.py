@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipelines.checkpoint import EMA_FILE, MODEL_FILE, opened, read_manifest
+from pipelines.checkpoint import (
+    EMA_FILE,
+    MODEL_FILE,
+    opened,
+    read_manifest,
+    read_weights,
+)
+from pipelines.files import Place
 from pipelines.optim import classifiers
 
 _MAX_NAMES = 5
@@ -27,7 +33,7 @@ def load_initial(model: nn.Module, address: str, *, classes: tuple[str, ...]) ->
     with opened(address) as folder:
         manifest = read_manifest(folder)
         file = EMA_FILE if EMA_FILE in manifest.files else MODEL_FILE
-        weights = load_file(Path(folder) / file)
+        weights = read_weights(Path(folder) / file)
     own, fresh = model.state_dict(), set[str]()
     if manifest.classes != classes:
         fresh = _classifier_names(model)
@@ -63,8 +69,9 @@ def _refuse(kind: str, names: set[str], *, address: str) -> None:
 def _text(kind: str, names: set[str], *, address: str) -> str:
     shown = ", ".join(sorted(names)[:_MAX_NAMES])
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    name = str(Place(address))
     return (
-        f"model.init_from: wanted a checkpoint of this model, came {address!r} with "
+        f"model.init_from: wanted a checkpoint of this model, came {name!r} with "
         f"tensors {kind}: {shown}{more}; set --model.name, --model.pooling and "
         "--model.kwargs as it was trained"
     )

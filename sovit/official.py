@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pickle
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -205,9 +206,7 @@ def _weights(
     if isinstance(source, Mapping):
         found: Mapping[str, Any] = source
     else:
-        # The release's training script keeps its arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(source, map_location="cpu", weights_only=True)
+        found = _read(source)
     keys = [EMA_KEY] if ema else [key for key in WEIGHT_KEYS if key in found]
     if ema and EMA_KEY not in found:
         raise ValueError(
@@ -223,6 +222,26 @@ def _weights(
             f"the weights themselves, or under one of {WEIGHT_KEYS}."
         )
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def _read(source: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Read a file of tensors and plain values; anything else in it is refused."""
+    try:
+        # The release's training script keeps its arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(source, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(
+            f"A file of tensors was wanted, got {os.fspath(source)!r}, which holds "
+            f"something else or is damaged ({' '.join(str(error).split())[:120]}): do "
+            "not trust it, take the file that the authors published."
+        ) from error
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"A state dict of tensors was wanted, got a {type(found).__name__} in "
+            f"{os.fspath(source)!r}: take the file that the authors published."
+        )
+    return found
 
 
 def _raise_if_any(kind: str, names: list[str]) -> None:

@@ -157,7 +157,7 @@ class _Reader:
         fragment = ds.ParquetFileFormat().make_fragment(
             info.path, filesystem=filesystem, file_size=info.size
         )
-        footer = _fetched(lambda: fragment.metadata, name=name, part="footer")
+        footer = _fetched(lambda: _metadata(fragment), name=name, part="footer")
         _check_columns(footer, name=name)
         labels = self._known_labels(footer)
         if labels is None and self._may_read_labels(footer):
@@ -199,6 +199,16 @@ def _fetched(function: Callable[[], T], *, name: str, part: str) -> T:
             f"{name}: wanted a Parquet shard, came one whose {part} can't be read "
             f"({error}); write it again with sovit-shards"
         ) from error
+
+
+def _metadata(fragment: ds.ParquetFileFragment) -> pq.FileMetaData:
+    try:
+        return fragment.metadata
+    except pa.ArrowInvalid:
+        raise
+    except (TypeError, ValueError):
+        # Of types that Ray registers with Arrow: it would name a switch that unpickles.
+        raise pa.ArrowInvalid("a column's type is not one of Arrow's own") from None
 
 
 def _labels(fragment: ds.ParquetFileFragment) -> pa.ChunkedArray:

@@ -88,6 +88,9 @@ def _read_slices(
 def _read_slice(parquet: pq.ParquetFile, item: Slice) -> pa.Table:
     table = parquet.read_row_group(item.place, columns=SCHEMA.names)
     table = table.select(SCHEMA.names)
+    # Exchanged since its footer was checked: some of Ray's types unpickle when read.
+    if table.schema.types != SCHEMA.types:
+        raise pa.ArrowInvalid("its columns are of other types than a shard's")
     table = table.slice(item.start, item.stop - item.start)
     # 32-bit offsets would overflow where a unit's images pass 2 GiB.
     place = table.schema.get_field_index("image")

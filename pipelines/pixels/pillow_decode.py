@@ -12,6 +12,9 @@ from torch import Tensor
 
 from pipelines.pixels.geometry import Geometry
 
+# What training decodes. Pillow knows more, and starts Ghostscript for some of them.
+_FORMATS = ("JPEG", "JPEG2000", "TIFF", "PNG", "BMP", "PPM", "WEBP")
+
 
 class PillowWindows:
     """Decode a window of each image: uint8 (height, width, 3)."""
@@ -35,7 +38,8 @@ class PillowWindows:
 
 
 def _open(data: np.ndarray | bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data if isinstance(data, bytes) else data.tobytes()))
+    content = data if isinstance(data, bytes) else data.tobytes()
+    return Image.open(io.BytesIO(content), formats=_FORMATS)
 
 
 def stored_size(data: bytes) -> tuple[int, int]:

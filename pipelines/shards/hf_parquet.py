@@ -64,16 +64,40 @@ def _refuse_mixed_splits(paths: Sequence[Path]) -> None:
 def _open(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
+        schema = file.schema_arrow
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from None
-    schema = file.schema_arrow
+    except (TypeError, ValueError):  # of types that Ray registered with Arrow
+        raise ValueError(f"{path} has a column of a type not Arrow's own.") from None
     if "image" not in schema.names or "label" not in schema.names:
         raise ValueError(
             f"Wanted the columns image and label in {path}, got {schema.names}."
         )
     if not pa.types.is_integer(schema.field("label").type):
         raise ValueError(f"Wanted whole numbers as labels in {path}.")
+    _check_types(schema, path=path)
     return file
+
+
+def _check_types(schema: pa.Schema, *, path: Path) -> None:
+    """Refuse other than bytes and text: reading a type of Ray's own would unpickle."""
+    image = schema.field("image").type
+    parts = {"bytes": image}
+    if pa.types.is_struct(image):
+        parts = {field.name: field.type for field in image}
+    found = {
+        "bytes": parts.get("bytes"),
+        "path": parts.get("path", pa.null()),
+        "key": schema.field("key").type if "key" in schema.names else pa.null(),
+    }
+    texts = (pa.null(), pa.string(), pa.large_string(), pa.string_view())
+    wanted = {"bytes": (pa.binary(), pa.large_binary(), pa.binary_view())}
+    for name, kind in found.items():
+        if kind not in wanted.get(name, texts):
+            raise ValueError(
+                f"Wanted images as bytes, paths and keys as text in {path}, got {name} "
+                f"as {kind}."
+            )
 
 
 def _image_column(file: pq.ParquetFile) -> str:

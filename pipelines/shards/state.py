@@ -26,7 +26,7 @@ from pipelines.files import PARTIAL_SUFFIX, Place
 from pipelines.hashing import seeded_order
 from pipelines.retries import retrying
 from pipelines.shards.format import CLASSES_FILE, cut_evenly, write_json
-from pipelines.shards.listing import Listing, Skipped
+from pipelines.shards.listing import RECORD_SCHEMA, Listing, Skipped
 from pipelines.shards.planning import UNPACKED_FOLDER, Done, Plan
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,10 @@ def _write_records(plan: Plan, *, listing: Listing) -> None:
 
 
 def read_records(plan: Plan, *, shard: int) -> pa.Table:
-    """Read the records of one shard, in the order of its rows."""
+    """Read the records of one shard, in the order of its rows.
+
+    Raises ValueError where the file is not what this command wrote.
+    """
     file = plan.out.within(RECORDS_FILE)
     filesystem, path = file.open()
 
@@ -173,7 +176,11 @@ def read_records(plan: Plan, *, shard: int) -> pa.Table:
             batch = pa.ipc.open_file(source).get_batch(shard)
             return pa.Table.from_batches([batch])
 
-    return retrying(read, address=str(file))
+    records = retrying(read, address=str(file))
+    # Reading a type of Ray's own would unpickle.
+    if records.schema.types != [*RECORD_SCHEMA.types, pa.int64()]:
+        raise ValueError(f"{file} is not what this command wrote: use --overwrite.")
+    return records
 
 
 def pending_shards(plan: Plan) -> list[int]:

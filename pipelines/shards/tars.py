@@ -61,10 +61,12 @@ def scan_tar(
             tar = tarfile.TarFile(fileobj=file)
             while (info := tar.next()) is not None and info.offset < stop:
                 tar.members.clear()  # type: ignore[attr-defined]
+                if info.size < 0:  # the next member would be this one again, for ever
+                    raise ValueError(f"{path} is damaged within {info.name!r}.")
                 if info.offset_data + info.size > stop:
                     raise ValueError(f"{path} is cut short within {info.name!r}.")
+                name = check_member_name(info.name, tar=path)
                 if not info.isdir():
-                    name = check_member_name(info.name, tar=path)
                     is_file = info.isreg() and not info.issparse()
                     yield Member(name, info.offset_data, info.size, is_file)
         except tarfile.TarError as error:
@@ -217,7 +219,7 @@ def _take_label(sample: _Sample, data: bytes, *, suffix: str) -> None:
             value = fields.get("label", fields.get("cls"))
             is_label = isinstance(value, (int, str)) and not isinstance(value, bool)
             text = str(value).strip() if is_label else ""
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         sample.problem = f"its .{suffix} cannot be read"
         return
     if text and (suffix == "cls" or sample.label is None):

@@ -40,7 +40,7 @@ class ImageClassifier(PythonModel):
     """Classify encoded images with a checkpoint's model.
 
     Input: a table with the column `image`, bytes of a JPEG, PNG or other format that
-    Pillow reads. Output, a row each: `label`, `score` (its probability), and
+    training reads. Output, a row each: `label`, `score` (its probability), and
     `top_labels` and `top_scores`, the five most probable, or all of fewer classes.
     """
 

@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.checkpoint import build_model, load_model, opened
+from pipelines.checkpoint import (
+    PRETRAINED,
+    build_model,
+    load_model,
+    opened,
+    without_weights,
+)
 from pipelines.config import Model, Run
 from pipelines.files import Place
 from sovit.official import load_official
 from sovit.trunks import image_shape
-
-# What timm's builder, and ours of networks, take to load weights.
-_PRETRAINED = ("pretrained", "pretrained_backbone", "checkpoint_path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +61,6 @@ class Backbone:
         return model.eval()
 
 
-def without_weights(settings: Model) -> Model:
-    """Take out of a model's settings what would load weights."""
-    kwargs = {k: v for k, v in settings.kwargs.items() if k not in _PRETRAINED}
-    return dataclasses.replace(settings, kwargs=kwargs, init_from="")
-
-
 def load_backbone(run: Run, *, checkpoint: str, num_classes: int) -> Backbone:
     """Load the backbone that a run's tokens come from.
 
@@ -84,7 +81,7 @@ def load_backbone(run: Run, *, checkpoint: str, num_classes: int) -> Backbone:
         with opened(source) as folder:
             model, manifest = load_model(folder)
         settings, num_classes = manifest.run.model, len(manifest.classes)
-    elif any(run.model.kwargs.get(name) for name in _PRETRAINED):
+    elif any(run.model.kwargs.get(name) for name in PRETRAINED):
         model = build_model(run.model, num_classes=num_classes)
         settings, source = run.model, f"{run.model.name} with its released weights"
     else:
