@@ -108,22 +108,30 @@ def _fewer(num_runs: int) -> str:
 
 
 def _wait_for_room(scale: Scale, *, num_runs: int) -> None:
-    """Ask the autoscaler for the workers and wait; Train alone waits for ever."""
-    deadline_s = time.monotonic() + scale.start_timeout_s
-    asked = False
-    while short := _lacking(scale, num_runs=num_runs):
-        is_local = not os.environ.get("RAY_ADDRESS")
-        if is_local or time.monotonic() > deadline_s:
-            least = dataclasses.replace(scale, num_workers=scale.min_workers or 1)
-            if scale.min_workers and not _lacking(least, num_runs=num_runs):
-                return
-            raise ValueError(
-                f"wanted {short} for {_workers(scale, num_runs)} and what reads for "
-                f"them; lower {_fewer(num_runs)}--scale.num-workers or "
-                "--scale.cpus-per-worker, add nodes, or raise --scale.start-timeout-s"
-            )
-        if not asked:
-            num_workers = num_runs * scale.world_size
-            request_resources(bundles=[per_worker(scale)] * num_workers)
-            asked = True
-        time.sleep(_POLL_S)
+    """Ask the autoscaler for the workers and wait; Train alone waits for ever.
+
+    With `min_workers` these are enough once time is up.
+    """
+    is_local = not os.environ.get("RAY_ADDRESS")
+    deadline_s = time.monotonic() + (0 if is_local else scale.start_timeout_s)
+    if not _lacking(scale, num_runs=num_runs):
+        return
+    num_workers = num_runs * scale.world_size
+    request_resources(bundles=[per_worker(scale)] * num_workers)
+    try:
+        while short := _lacking(scale, num_runs=num_runs):
+            if time.monotonic() > deadline_s:
+                break
+            time.sleep(_POLL_S)
+    finally:
+        # A request stands until it is taken back, and keeps nodes from being idle. What
+        # came stays for some minutes; by then the workers hold it.
+        request_resources(bundles=[])
+    least = dataclasses.replace(scale, num_workers=scale.min_workers or 1)
+    is_enough = scale.min_workers and not _lacking(least, num_runs=num_runs)
+    if short and not is_enough:
+        raise ValueError(
+            f"wanted {short} for {_workers(scale, num_runs)} and what reads for them; "
+            f"lower {_fewer(num_runs)}--scale.num-workers or --scale.cpus-per-worker, "
+            "add nodes, or raise --scale.start-timeout-s"
+        )

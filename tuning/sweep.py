@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 
+import ray
 from ray.tune.schedulers import TrialScheduler
 
 from pipelines import tracking
@@ -78,6 +79,7 @@ class _Carried:
             tracking_uri=self.uri,
             is_local=not os.environ.get("RAY_ADDRESS"),
             is_alone=self.sweep.run.scale.is_alone,
+            node_id=ray.get_runtime_context().get_node_id(),
             told={
                 entry.number: entry.told_again(metrics=metrics)
                 for entry in ledger.entries

@@ -22,6 +22,7 @@ from ray.actor import ActorClass
 from ray.exceptions import RayError
 from ray.train import UserCallback
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.errors import NonFiniteLossError, RunFailedError, StoppedEarly
 from pipelines.failures import causes, first_line
@@ -53,6 +54,8 @@ class Known:
     """Whether the Ray was started for this sweep, on this machine."""
     is_alone: bool
     """Whether a trial trains in Tune's own process."""
+    node_id: str
+    """Ray's name of the machine that the sweep's driver runs on."""
     told: Mapping[int, Sequence[Mapping[str, Any]]]
     """What trials of an earlier start reported, by number, where they have ended."""
 
@@ -154,7 +157,9 @@ def _train_below(
         # Nobody takes a laptop away with notice; the watcher is a process a trial.
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     trainer = cast(ActorClass, ray.remote(num_cpus=0)(Trainer)).options(
-        runtime_env={"env_vars": settings}
+        runtime_env={"env_vars": settings},
+        # It is this training's driver, so it must find MLflow where the sweep does.
+        scheduling_strategy=NodeAffinitySchedulingStrategy(known.node_id, soft=False),
     )
     trainer = trainer.remote()
     return ray.get(
