@@ -85,7 +85,7 @@ def killed_when(command: list[str], *, ledger_of: Path) -> None:
 
 
 def as_ended(entries: Iterable[Entry]) -> list[Entry]:
-    """Give trials without their runs in MLflow: a kill may come before they are noted."""
+    """Give trials without their MLflow runs: a kill may come before they are noted."""
     return [dataclasses.replace(entry, mlflow_run_id="") for entry in entries]
 
 
