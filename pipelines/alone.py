@@ -17,7 +17,7 @@ import pyarrow.fs as pafs
 import torch
 from ray.train import UserCallback
 
-from pipelines.board import Board, Item
+from pipelines.board import Board, Item, wait_until_heard
 from pipelines.checkpoint import MANIFEST, opened, read_manifest, step_of
 from pipelines.config import Data
 from pipelines.errors import RunFailedError
@@ -31,6 +31,8 @@ from pipelines.retries import answering
 from pipelines.worker import Worker
 
 logger = logging.getLogger(__name__)
+# In one process that costs nothing, and a report waits for it.
+_LISTEN_EVERY_S = 0.02
 
 
 class Alone:
@@ -89,6 +91,7 @@ class Alone:
     ) -> None:
         """Keep a checkpoint, delete those before the last few, tell the callbacks."""
         self.metrics = metrics
+        wait_until_heard(self._board.is_heard, every_s=_LISTEN_EVERY_S)
         if folder is not None:
             self._keep(folder, name=name)
         for callback in self._callbacks:
@@ -155,7 +158,8 @@ def train_alone(
             callbacks=callbacks,
             board=board,
         )
-        with listener.listening(board), Worker(job, group=group) as worker:
+        listening = listener.listening(board, every_s=_LISTEN_EVERY_S)
+        with listening, Worker(job, group=group) as worker:
             worker.train()
     except ValueError:
         raise

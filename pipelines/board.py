@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Protocol
 
 from pipelines.bad_images import NamedBadImage
 
-_POLL_S = 0.5
+_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,16 @@ class Board:
         return self._is_ending
 
 
+def wait_until_heard(is_heard: Callable[[], bool], *, every_s: float) -> None:
+    """Wait until the driver has done with all, but not for one that does not listen.
+
+    With a report a sweep may end the run: what was measured is to be kept first.
+    """
+    deadline_s = time.monotonic() + _PATIENCE_S
+    while not is_heard() and time.monotonic() < deadline_s:
+        time.sleep(every_s)
+
+
 class DriversBoard(Protocol):
     """Be a board as the driver sees it, wherever it is."""
 
@@ -113,18 +124,23 @@ class DriversBoard(Protocol):
 
 @contextlib.contextmanager
 def heard(
-    board: DriversBoard, *, hear: Callable[[Item], None], is_over: threading.Event
+    board: DriversBoard,
+    *,
+    hear: Callable[[Item], None],
+    is_over: threading.Event,
+    every_s: float,
 ) -> Iterator[None]:
     """Hear, on a thread, what is posted while a `with` block runs.
 
     Args:
         is_over: Once it is set, the workers are asked to end.
+        every_s: How often the thread looks.
     """
     has_ended = threading.Event()
 
     def run() -> None:
         is_asked = False
-        while not has_ended.wait(_POLL_S):
+        while not has_ended.wait(every_s):
             if is_over.is_set() and not is_asked:
                 board.end()
                 is_asked = True

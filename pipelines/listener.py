@@ -38,10 +38,11 @@ class Listener:
         self._gauges = gauges
 
     @contextlib.contextmanager
-    def listening(self, board: DriversBoard) -> Iterator[None]:
+    def listening(self, board: DriversBoard, *, every_s: float) -> Iterator[None]:
         """Listen, on a thread, while a `with` block runs; then write what waits."""
         try:
-            with heard(board, hear=self._hear, is_over=self._is_over):
+            is_over = self._is_over
+            with heard(board, hear=self._hear, is_over=is_over, every_s=every_s):
                 yield
         finally:
             self._display.close()

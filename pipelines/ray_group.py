@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError
 from ray.train.collective import broadcast_from_rank_zero
 
-from pipelines.board import Item
+from pipelines.board import Item, wait_until_heard
 from pipelines.config import Data
 from pipelines.ingest.reading import Reading
 from pipelines.ingest.stream import Opener
@@ -68,7 +67,7 @@ class RayGroup:
         """Hand metrics and checkpoint to Ray Train: a barrier of all workers."""
         kept = None
         if self.rank == 0:
-            self._wait_until_heard()
+            wait_until_heard(self._is_heard, every_s=_POLL_S)
         if folder is not None:
             kept = ray.train.Checkpoint.from_directory(str(folder))
         ray.train.report(dict(metrics), checkpoint=kept, checkpoint_dir_name=name)
@@ -85,14 +84,10 @@ class RayGroup:
             return bool(ray.get(self._board.is_ending.remote(), timeout=_ANSWER_S))
         return False
 
-    def _wait_until_heard(self) -> None:
-        """Let the driver keep what was measured: with a report a sweep may end it."""
-        deadline_s = time.monotonic() + _ANSWER_S
+    def _is_heard(self) -> bool:
         with contextlib.suppress(GetTimeoutError):
-            while not ray.get(self._board.is_heard.remote(), timeout=_ANSWER_S):
-                if time.monotonic() > deadline_s:
-                    return
-                time.sleep(_POLL_S)
+            return bool(ray.get(self._board.is_heard.remote(), timeout=_ANSWER_S))
+        return False
 
     def close(self) -> None:
         """End the openers' threads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -25,8 +26,10 @@ from pipelines.listener import Listener
 from pipelines.places import open_place
 from pipelines.retries import is_remote
 from pipelines.session import per_worker
+from pipelines.tracking.client import environment
 
 logger = logging.getLogger(__name__)
+_LISTEN_EVERY_S = 0.5
 
 
 def train_on_ray(
@@ -62,7 +65,8 @@ def train_on_ray(
         ),
     )
     try:
-        with listener.listening(_ActorBoard(board)):
+        listening = listener.listening(_ActorBoard(board), every_s=_LISTEN_EVERY_S)
+        with environment(_settings()), listening:
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise end_of(error) from error
@@ -71,6 +75,14 @@ def train_on_ray(
         # Of a bucket, Ray gives the path alone.
         kept = Place(run.storage, f"{name}/{Path(result.checkpoint.path).name}")
     return Trained(metrics=result.metrics or {}, checkpoint=kept)
+
+
+def _settings() -> dict[str, str]:
+    """Give Ray Train's settings for where it runs."""
+    if os.environ.get("RAY_ADDRESS"):
+        return {}
+    # Nobody takes a laptop away with notice; the watcher is a process more.
+    return {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 def _num_workers(scale: Scale) -> int | tuple[int, int]:

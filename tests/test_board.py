@@ -21,7 +21,7 @@ def test_all_that_was_posted_is_heard_in_order_the_last_after_the_end() -> None:
     items = [Measured(step=step, metrics={"loss": 1.0}) for step in range(5)]
     for item in items[:4]:
         board.post(item)
-    with heard(board, hear=found.append, is_over=threading.Event()):
+    with heard(board, hear=found.append, is_over=threading.Event(), every_s=0.02):
         deadline_s = time.monotonic() + 10
         while not board.is_heard():
             assert time.monotonic() < deadline_s
@@ -46,7 +46,7 @@ def test_what_was_taken_is_heard_when_the_driver_comes_again() -> None:
 
 def test_the_driver_s_word_to_end_reaches_the_board() -> None:
     board, is_over = Board(), threading.Event()
-    with heard(board, hear=lambda item: None, is_over=is_over):
+    with heard(board, hear=lambda item: None, is_over=is_over, every_s=0.02):
         is_over.set()
         deadline_s = time.monotonic() + 10
         while not board.is_ending():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.gauges import GAUGES
 from pipelines.key_log import trained
 from recipes.demo import demo
 from tests.cluster import (
@@ -188,16 +189,35 @@ def test_a_job_outlives_a_host_and_its_own_end(cluster: Cluster) -> None:
         found = job.says(grown, after=found.end())
         assert int(found[1]) >= 20
         job.says(r"epoch \d+/1000", after=found.end())
+        check_gauges(cluster)
         step = job.stop()
 
     again = Job(cluster, number=2)
     with cluster.beside(again.script, log=again.log.name):
         found = again.says(r"2 workers on .*; from step (\d+)\n")
         assert int(found[1]) == step
-        again.says(r"epoch \d+/1000", after=found.end())
+        again.says(r"step \d+/", after=found.end())
         again.stop()
     check_epochs(cluster)
     check_mlflow(cluster)
+
+
+def check_gauges(cluster: Cluster) -> None:
+    """Prometheus finds all our gauges where Ray says that it should look."""
+    found = r"grep -o '[0-9.]*:[0-9]*' /tmp/ray/prom_metrics_service_discovery.json"
+    ask = f"for at in $({found}); do curl -s $at/metrics; done"
+
+    def lacking_gauges() -> set[str]:
+        said = cluster.hosts["head"].run(ask)
+        pattern = r'^ray_(sovit_\w+)\{.*run="first".*\} [\d.e+-]+$'
+        return GAUGES.keys() - set(re.findall(pattern, said, re.MULTILINE))
+
+    until(
+        lambda: not lacking_gauges(),
+        what="the gauges",
+        log=lambda: f"without {lacking_gauges()}",
+        every_s=2,
+    )
 
 
 def check_epochs(cluster: Cluster) -> None:
@@ -232,12 +252,5 @@ def check_mlflow(cluster: Cluster) -> None:
 
 def test_it_is_taken_down(cluster: Cluster) -> None:
     cluster.type(with_yaml(readme_command("ray down"), cluster=cluster))
+    # Those of the workers end by themselves, a minute after.
     assert "raylet" not in cluster.hosts["head"].run("ps ax")
-    for name in ("worker-1", "worker-2"):
-        host = cluster.hosts[name]
-        until(
-            lambda host=host: "raylet" not in host.run("ps ax"),
-            what=f"Ray's end on {name}",
-            log=lambda host=host: host.run("ps ax"),
-            every_s=2,
-        )
