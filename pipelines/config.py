@@ -92,7 +92,8 @@ class Scale:
     which can be gone on with."""
     min_workers: int = 0
     """Go on with as few where hosts are lost, and with more as they come back, up to
-    num_workers; 0 waits until all are there. The batches stay the same."""
+    num_workers; 0 waits until all are there. The batches stay the same, in more
+    micro-batches."""
     resize_every_s: float = 60.0
     """How often workers that have come back are looked for, with min_workers."""
     use_gpu: bool = False
@@ -192,3 +193,14 @@ class Run:
         """Count the images of one forward pass of one worker."""
         share = math.ceil(self.data.batch_size / self.scale.world_size)
         return math.ceil(share / self.optim.num_accumulation)
+
+    def num_micro(self, num_workers: int) -> int:
+        """Count a step's micro-batches on so many workers.
+
+        On fewer than the run has there are more of them, so that each fits a device's
+        memory as before.
+        """
+        if num_workers == self.scale.world_size:
+            return self.optim.num_accumulation
+        share = math.ceil(self.data.batch_size / num_workers)
+        return math.ceil(share / self.micro_batch_size)

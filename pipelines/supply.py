@@ -97,7 +97,7 @@ class Supply:
         batch_size = data.batch_size if self._train else data.eval_batch_size
         shape = Shape(
             share_rows=-(-batch_size // self._world_size),
-            num_micro=run.optim.num_accumulation if self._train else 1,
+            num_micro=run.num_micro(self._world_size) if self._train else 1,
         )
         decode = BatchDecoder(
             pixel_settings(run, train=self._train),

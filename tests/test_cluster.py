@@ -43,11 +43,8 @@ SMALLER = (
     "--checkpoint-every-steps 20 --scale.cpus-per-worker 1.5 "
     f"--scale.resize-every-s 10 --key-log {HOME}/{KEYS}"
 )
-# A dead host's workers are waited for 30 and 60 seconds otherwise.
-SOONER = {
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-}
+# A lost process group's end is waited for 30 seconds otherwise.
+SOONER = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5"}
 # A call to the server of Ray's client, with a token or without.
 KNOCK = """
 import sys, grpc
@@ -150,7 +147,7 @@ class Job:
         self.script = f"bash {HOME}/{script.name}"
         self.log = cluster.folder / f"{self.name}.log"
 
-    def says(self, pattern: str, *, after: int = 0, seconds: float = 150) -> re.Match:
+    def says(self, pattern: str, *, after: int = 0, seconds: float = 300) -> re.Match:
         """Wait until it says something, after a place in its log."""
         found: list[re.Match[str]] = []
 

@@ -147,6 +147,14 @@ def test_a_micro_batch_holds_the_largest_share(
     ) * num * num_workers < batch_size + num_workers * num
 
 
+def test_fewer_workers_take_more_micro_batches_of_the_same_size() -> None:
+    data = dataclasses.replace(DATA, batch_size=64)
+    optim = dataclasses.replace(OPTIM, num_accumulation=2)
+    run = dataclasses.replace(RUN, data=data, optim=optim, scale=Scale(num_workers=8))
+    assert run.micro_batch_size == 4
+    assert [run.num_micro(num) for num in (8, 7, 4, 2, 1)] == [2, 3, 4, 8, 16]
+
+
 def test_epochs_add_up() -> None:
     assert dataclasses.replace(OPTIM, cooldown_epochs=3).total_epochs == 13
 
