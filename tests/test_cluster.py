@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -130,11 +131,25 @@ def test_beyond_loopback_only_ray_and_sshd_listen(cluster: Cluster, name: str) -
             assert re.search(r"^sshd|/ray/|^ray::|-m ray\.", command), (port, command)
 
 
+@pytest.fixture
+def tell(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Give what prints a line past pytest, with the seconds since the test began."""
+    start_s = time.monotonic()
+
+    def tell(line: str) -> None:
+        with capsys.disabled():
+            print(f"\n{time.monotonic() - start_s:4.0f} s  {line[:100]}", end="")
+
+    return tell
+
+
 class Job:
     """Be README's job, submitted as the number-th try; see what it says."""
 
-    def __init__(self, cluster: Cluster, *, number: int) -> None:
-        self.cluster = cluster
+    def __init__(
+        self, cluster: Cluster, *, number: int, tell: Callable[[str], None]
+    ) -> None:
+        self.cluster, self.tell = cluster, tell
         self.name = f"first-{number}"
         command = readme_command("ray job submit").replace("first-1", self.name)
         variables = json.dumps({"env_vars": cluster.keys | SOONER})
@@ -157,6 +172,7 @@ class Job:
             return bool(found)
 
         until(is_said, what=pattern, log=self.log.read_text, seconds=seconds)
+        self.tell(f"{self.name}: {found[0][0].strip()}")
         return found[0]
 
     def stop(self) -> int:
@@ -170,18 +186,22 @@ class Job:
         return int(steps[-1])
 
 
-def test_a_job_outlives_a_host_and_its_own_end(cluster: Cluster) -> None:
+def test_a_job_outlives_a_host_and_its_own_end(
+    cluster: Cluster, tell: Callable[[str], None]
+) -> None:
     """Two hosts, one, two again; stopped, submitted again: every epoch is exact."""
     lost = cluster.hosts["worker-2"]
-    job = Job(cluster, number=1)
+    job = Job(cluster, number=1, tell=tell)
     with cluster.beside(job.script, log=job.log.name):
         job.says(r"2 workers on worker-1: 1, worker-2: 1; from step 0\n")
         at = job.says(r"step 30/").end()
         lost.turn_off()
+        tell(f"{lost.name} is turned off")
         at = job.says(r"worker \d failed: .*\n", after=at).end()
         found = job.says(r"1 worker on worker-1: 1; from step (\d+)\n", after=at)
         assert int(found[1]) >= 20
         lost.turn_on()
+        tell(f"{lost.name} is turned on")
         grown = r"2 workers on worker-1: 1, worker-2: 1; from step (\d+)\n"
         found = job.says(grown, after=found.end())
         assert int(found[1]) >= 20
@@ -189,13 +209,14 @@ def test_a_job_outlives_a_host_and_its_own_end(cluster: Cluster) -> None:
         check_gauges(cluster)
         step = job.stop()
 
-    again = Job(cluster, number=2)
+    again = Job(cluster, number=2, tell=tell)
     with cluster.beside(again.script, log=again.log.name):
         found = again.says(r"2 workers on .*; from step (\d+)\n")
         assert int(found[1]) == step
         again.says(r"step \d+/", after=found.end())
         again.stop()
-    check_epochs(cluster)
+    num_epochs = check_epochs(cluster)
+    tell(f"{num_epochs} epochs, each of {NUM_IMAGES['train']} images once\n")
     check_mlflow(cluster)
 
 
@@ -217,8 +238,8 @@ def check_gauges(cluster: Cluster) -> None:
     )
 
 
-def check_epochs(cluster: Cluster) -> None:
-    """Each epoch that ended was trained on every image once, on two hosts."""
+def check_epochs(cluster: Cluster) -> int:
+    """Each epoch that ended was trained on every image once; count them."""
     merged = cluster.folder / KEYS
     merged.mkdir()
     for name in ("worker-1", "worker-2"):
@@ -232,6 +253,7 @@ def check_epochs(cluster: Cluster) -> None:
     for epoch in range(num_epochs):
         rows = sorted(item.row for item in found if item.epoch == epoch)
         assert rows == list(range(NUM_IMAGES["train"]))
+    return num_epochs
 
 
 def check_mlflow(cluster: Cluster) -> None:

@@ -1,0 +1,1 @@
+"""Say what runs out first when a training grows: `python -m benchmarks.scale`."""

@@ -1,0 +1,115 @@
+"""Work out for what GPUs stand still: plans, checkpoints, an epoch's end, the start."""
+
+from __future__ import annotations
+
+import math
+
+from benchmarks.scale.loads import Allowed, Limit
+from benchmarks.scale.model import Case, Cluster, Costs, Shards
+
+_NUM_HELD_OUT = 50_000
+_FILES_PER_LISTING = 1000
+_MB = 10**6
+
+
+def pauses(
+    case: Case, *, cluster: Cluster, costs: Costs, allowed: Allowed
+) -> list[Limit]:
+    """Work out all loads of this kind."""
+    return [
+        _planning(case, costs=costs, allowed=allowed),
+        _epoch_end(case, cluster=cluster, costs=costs, allowed=allowed),
+        _timed_checkpoints(case, cluster=cluster, costs=costs, allowed=allowed),
+        _start(case, cluster=cluster, costs=costs, allowed=allowed),
+    ]
+
+
+def _planning(case: Case, *, costs: Costs, allowed: Allowed) -> Limit:
+    units_s = case.shards.num_slices(case.unit_rows) * costs.slice_us / _MB
+    plan_s = case.shards.num_groups * costs.plan_us_per_group / _MB
+    share = units_s * case.images_per_s / case.unit_rows + plan_s / case.epoch_s
+    return Limit(
+        name="planning within the loop",
+        kind="pause",
+        load=share / allowed.pause_share,
+        needs=f"{share:.1%} of the time",
+        has=f"{allowed.pause_share:.0%}",
+    )
+
+
+def checkpoint_pause_s(case: Case, *, cluster: Cluster, costs: Costs) -> float:
+    """Give the time in which all GPUs wait for a checkpoint to be where it belongs."""
+    upload_s = costs.kept.num_mb / cluster.stream_mb_s if case.in_bucket else 0.0
+    return costs.kept.save_s + upload_s + costs.heard_s
+
+
+def _epoch_end(
+    case: Case, *, cluster: Cluster, costs: Costs, allowed: Allowed
+) -> Limit:
+    # Evaluation as fast as training, and not a second longer to begin.
+    pause_s = checkpoint_pause_s(case, cluster=cluster, costs=costs)
+    pause_s += _NUM_HELD_OUT / case.images_per_s
+    return Limit(
+        name="an epoch's end",
+        kind="pause",
+        load=pause_s / case.epoch_s / allowed.pause_share,
+        needs=f"{pause_s:,.1f} s after {case.epoch_s:,.1f} s",
+        has=f"{allowed.pause_share:.0%}",
+    )
+
+
+def _timed_checkpoints(
+    case: Case, *, cluster: Cluster, costs: Costs, allowed: Allowed
+) -> Limit:
+    pause_s = checkpoint_pause_s(case, cluster=cluster, costs=costs)
+    between_s = 60 * case.run.checkpoint_every_minutes
+    share = pause_s / between_s if between_s else 0.0
+    return Limit(
+        name="checkpoints by time",
+        kind="pause",
+        load=share / allowed.pause_share,
+        needs=f"{pause_s:,.1f} s in {between_s:,.0f} s",
+        has=f"{allowed.pause_share:.0%}",
+        flags=("--checkpoint-every-minutes",),
+    )
+
+
+def footers_s(
+    shards: Shards, *, cluster: Cluster, costs: Costs, in_bucket: bool = True
+) -> float:
+    """Give the time in which the driver reads the footers of a set, and lists it."""
+    here_s = shards.num_shards * costs.footer_ms / 1000
+    if not in_bucket:
+        return here_s
+    slower = cluster.store_latency_ms / costs.bucket_latency_ms
+    asked_s = shards.num_shards * costs.bucket_footer_ms * slower / 1000
+    listed_s = (
+        math.ceil(shards.num_shards / _FILES_PER_LISTING)
+        * cluster.store_latency_ms
+        / 1000
+    )
+    return max(here_s, asked_s) + listed_s
+
+
+def restore_s(case: Case, *, cluster: Cluster, costs: Costs) -> float:
+    """Give the time in which workers get a checkpoint: one of a host downloads it."""
+    download_s = costs.kept.num_mb / cluster.stream_mb_s if case.in_bucket else 0.0
+    return download_s + costs.kept.crc_s + costs.kept.load_s
+
+
+def _start(case: Case, *, cluster: Cluster, costs: Costs, allowed: Allowed) -> Limit:
+    of_footers_s = footers_s(
+        case.shards, cluster=cluster, costs=costs, in_bucket=case.in_bucket
+    )
+    plan_s = case.shards.num_groups * costs.plan_us_per_group / _MB
+    unit_s = case.unit_s(costs, cluster)
+    total_s = of_footers_s + plan_s + unit_s
+    total_s += restore_s(case, cluster=cluster, costs=costs)
+    return Limit(
+        name="the start",
+        kind="start",
+        load=total_s / allowed.start_s,
+        needs=f"{total_s:,.0f} s: footers {of_footers_s:,.0f}, a unit {unit_s:,.0f}",
+        has=f"{allowed.start_s:,.0f} s",
+        flags=("sovit-shards --num-shards", "--data.shuffle-rows"),
+    )
