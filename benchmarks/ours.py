@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 import torch
@@ -28,15 +28,15 @@ class LocalSplit:
     def __init__(self, reading: Reading, *, data: Data) -> None:
         self._reading = reading
         self._data = data
-        self._units: list[Unit] = []
+        self._plan: Callable[[], list[Unit]] = list
 
-    def prepare(self, units: list[Unit]) -> None:
-        """Keep the units until they are opened."""
-        self._units = units
+    def prepare(self, plan: Callable[[], list[Unit]]) -> None:
+        """Keep what plans the units until they are opened."""
+        self._plan = plan
 
     def open(self) -> Iterator[pa.Table]:
         """Start a dataset and give its tables."""
-        (iterator,) = split_units(self._units, reading=self._reading, data=self._data)
+        (iterator,) = split_units(self._plan(), reading=self._reading, data=self._data)
         return shares(iterator, data=self._data)
 
 

@@ -129,12 +129,14 @@ def heard(
     hear: Callable[[Item], None],
     is_over: threading.Event,
     every_s: float,
+    on_look: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Hear, on a thread, what is posted while a `with` block runs.
 
     Args:
         is_over: Once it is set, the workers are asked to end.
         every_s: How often the thread looks.
+        on_look: Is called then.
     """
     has_ended = threading.Event()
 
@@ -145,6 +147,7 @@ def heard(
                 board.end()
                 is_asked = True
             _hear_all(board.take(), hear=hear)
+            on_look()
         _hear_all(board.take(), hear=hear)
 
     thread = threading.Thread(target=run, name="board", daemon=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -35,12 +36,18 @@ _SOURCES = MappingProxyType(
 )
 
 
+# Ray exports every 10 s, and drops what was not set for 20.
+_AGAIN_S = 5.0
+
+
 class Gauges:
     """Hold the gauges of one run; Ray must be running."""
 
     def __init__(self, run: str) -> None:
         self._tags = {"run": run}
         self._num_starts = 0
+        self._values: dict[str, float] = {}
+        self._set_at_s = 0.0
         self._gauges = {
             name: Gauge(name, description=text, tag_keys=("run",))
             for name, text in GAUGES.items()
@@ -58,5 +65,14 @@ class Gauges:
         self._num_starts += 1
         self._set("sovit_num_restarts", self._num_starts - 1)
 
+    def keep(self) -> None:
+        """Set the last values again where it is time; to be called often."""
+        if time.monotonic() - self._set_at_s < _AGAIN_S:
+            return
+        self._set_at_s = time.monotonic()
+        for name, value in self._values.items():
+            self._gauges[name].set(value, tags=self._tags)
+
     def _set(self, name: str, value: float) -> None:
+        self._values[name] = value
         self._gauges[name].set(value, tags=self._tags)

@@ -41,8 +41,13 @@ class Listener:
     def listening(self, board: DriversBoard, *, every_s: float) -> Iterator[None]:
         """Listen, on a thread, while a `with` block runs; then write what waits."""
         try:
-            is_over = self._is_over
-            with heard(board, hear=self._hear, is_over=is_over, every_s=every_s):
+            with heard(
+                board,
+                hear=self._hear,
+                is_over=self._is_over,
+                every_s=every_s,
+                on_look=self._gauges.keep if self._gauges else lambda: None,
+            ):
                 yield
         finally:
             self._display.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pyarrow as pa
@@ -18,8 +18,8 @@ from pipelines.ingest.source import shares, split_units
 class RayOpener:
     """Make each dataset on rank 0 and hand its iterators to all workers.
 
-    Making one takes seconds of actor start-up, so a thread does it while the workers
-    train; opening it is a matter of milliseconds.
+    Making one takes seconds of planning and of actor start-up, so a thread does it
+    while the workers train; opening it is a matter of milliseconds.
     """
 
     def __init__(self, reading: Reading, *, data: Data, rank: int) -> None:
@@ -29,9 +29,9 @@ class RayOpener:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="split")
         self._prepared: Future[ray.ObjectRef] | None = None
 
-    def prepare(self, units: list[Unit]) -> None:
-        """Begin to make a dataset of units, in the background; rank 0 does."""
-        self._prepared = self._thread.submit(self._split, units)
+    def prepare(self, plan: Callable[[], list[Unit]]) -> None:
+        """Begin to plan units and make a dataset of them; rank 0 does."""
+        self._prepared = self._thread.submit(self._split, plan)
 
     def open(self) -> Iterator[pa.Table]:
         """Give this worker's tables of the dataset that was prepared: a collective."""
@@ -45,5 +45,5 @@ class RayOpener:
         """End the thread without waiting for it."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _split(self, units: list[Unit]) -> ray.ObjectRef:
-        return ray.put(split_units(units, reading=self._reading, data=self._data))
+    def _split(self, plan: Callable[[], list[Unit]]) -> ray.ObjectRef:
+        return ray.put(split_units(plan(), reading=self._reading, data=self._data))

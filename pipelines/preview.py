@@ -47,7 +47,7 @@ def preview(run: Run, *, num_images: int, num_epochs: int, path: Path) -> None:
     shards = read_shard_set(run.data.train)
     plan = Plans(shards=shards, run=run, train=True).plan(0)
     opener = LocalOpener(reading_of(shards, run=run))
-    opener.prepare([plan.unit(0)])
+    opener.prepare(lambda: [plan.unit(0)])
     rows = rows_of(next(opener.open())).cut(0, num_images)
     if len(rows) < num_images:
         raise ValueError(

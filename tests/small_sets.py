@@ -6,7 +6,7 @@ import functools
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,9 +110,9 @@ class WorkerOpener:
             decode=decode,
         )
 
-    def prepare(self, units: list[Unit]) -> None:
+    def prepare(self, plan: Callable[[], list[Unit]]) -> None:
         """Keep the units until they are opened."""
-        self._units = units
+        self._units = plan()
 
     def open(self) -> Iterator[pa.Table]:
         """Give this worker's tables."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -109,8 +109,8 @@ class MemoryOpener:
     worker: int
     units: list[Unit] = field(default_factory=list)
 
-    def prepare(self, units: list[Unit]) -> None:
-        self.units = units
+    def prepare(self, plan: Callable[[], list[Unit]]) -> None:
+        self.units = plan()
 
     def open(self) -> Iterator[pa.Table]:
         return self._tables(self.units)

@@ -141,6 +141,6 @@ def test_evaluation_has_its_own_batches_in_the_order_of_the_files(
 def test_a_local_opener_reads_what_was_prepared(shards: ShardSet) -> None:
     opener = LocalOpener(reading_of(shards))
     plan = Plans(shards=shards, run=RUN, train=True).plan(0)
-    opener.prepare(list(plan.units()))
+    opener.prepare(lambda: list(plan.units()))
     ids = [i for table in opener.open() for i in rows_of(table).ids.tolist()]
     assert sorted(ids) == list(range(NUM_ROWS))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from pipelines.ingest.footers import check_labels
 from pipelines.ingest.plan import Slice, Unit, share
 from pipelines.pixels.rows import REPEAT, ROW_ID, image_views, nested
 from pipelines.places import open_place
-from pipelines.retries import retrying
+from pipelines.retries import is_remote, retrying
 from pipelines.shards.format import SCHEMA
 
 if TYPE_CHECKING:  # read tasks start without torch
@@ -35,6 +36,8 @@ if TYPE_CHECKING:  # read tasks start without torch
 # Large enough that Ray's cost for an object vanishes, small enough to wait a little
 # for; a single batch may be larger.
 MAX_SHARE_BYTES = 16 << 20
+FILES_AT_ONCE = 16
+"""Shards in a bucket that one read task asks for at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,27 +58,42 @@ def read_rows(unit: Unit, *, reading: Reading) -> pa.Table:
     ConnectionError where a store does not answer.
     """
     filesystem, _ = open_place(reading.address)
-    tables: list[tuple[Slice, pa.Table]] = []
     by_path = attrgetter("path")
-    for path, slices in itertools.groupby(sorted(unit.slices, key=by_path), by_path):
-        read = functools.partial(
-            _read_slices, path, slices=list(slices), filesystem=filesystem
-        )
-        try:
-            of_file = retrying(read, address=reading.address)
-        except ConnectionError:  # the store is down, the shard may be whole
-            raise
-        except (OSError, pa.ArrowInvalid, KeyError) as error:
-            raise ValueError(
-                f"{path}: wanted a whole shard, came one that can't be read ({error}); "
-                "write it again with sovit-shards"
-            ) from error
-        for _, table in of_file:
-            check_labels(table["label"], num_classes=reading.num_classes, path=path)
-        tables += of_file
+    files = {
+        path: list(slices)
+        for path, slices in itertools.groupby(sorted(unit.slices, key=by_path), by_path)
+    }
+    read = functools.partial(_read_file, reading=reading, filesystem=filesystem)
+    # A bucket takes its time for each answer, whoever else asks. A disk does not.
+    num_threads = FILES_AT_ONCE if is_remote(reading.address) else 1
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="read") as pool:
+        of_files = pool.map(read, files.keys(), files.values())
+        tables = list(itertools.chain.from_iterable(of_files))
     place = {item: at for at, item in enumerate(unit.slices)}
     tables.sort(key=lambda pair: place[pair[0]])
     return pa.concat_tables([table for _, table in tables])
+
+
+def _read_file(
+    path: str,
+    slices: Sequence[Slice],
+    *,
+    reading: Reading,
+    filesystem: pafs.FileSystem,
+) -> list[tuple[Slice, pa.Table]]:
+    read = functools.partial(_read_slices, path, slices=slices, filesystem=filesystem)
+    try:
+        of_file = retrying(read, address=reading.address)
+    except ConnectionError:  # the store is down, the shard may be whole
+        raise
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise ValueError(
+            f"{path}: wanted a whole shard, came one that can't be read ({error}); "
+            "write it again with sovit-shards"
+        ) from error
+    for _, table in of_file:
+        check_labels(table["label"], num_classes=reading.num_classes, path=path)
+    return of_file
 
 
 def _read_slices(

@@ -7,6 +7,7 @@ the next segment's dataset is opened while the last tenth of one is trained on.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import queue
 from collections.abc import Callable, Iterator
@@ -40,8 +41,11 @@ Segment = tuple[EpochUnits, ...]
 class Opener(Protocol):
     """Starts datasets on all workers together; all of them call it in step."""
 
-    def prepare(self, units: list[Unit]) -> None:
-        """Begin to make a dataset of units, in the background; one worker does."""
+    def prepare(self, plan: Callable[[], list[Unit]]) -> None:
+        """Begin to plan units and make a dataset of them, in the background.
+
+        One worker does.
+        """
         ...
 
     def open(self) -> Iterator[pa.Table]:
@@ -54,16 +58,16 @@ class LocalOpener:
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
-        self._units: list[Unit] = []
+        self._plan: Callable[[], list[Unit]] = list
 
-    def prepare(self, units: list[Unit]) -> None:
-        """Keep the units until they are opened."""
-        self._units = units
+    def prepare(self, plan: Callable[[], list[Unit]]) -> None:
+        """Keep what plans the units until they are opened."""
+        self._plan = plan
 
     def open(self) -> Iterator[pa.Table]:
         """Give the tables; a unit is read when its first one is taken."""
         return itertools.chain.from_iterable(
-            share_tables(unit, reading=self._reading) for unit in self._units
+            share_tables(unit, reading=self._reading) for unit in self._plan()
         )
 
 
@@ -182,10 +186,12 @@ class EpochStream:
     def _prepare(self) -> Segment | None:
         segment = next(self._segments, None)
         if segment is not None and self._is_planner:
-            self._opener.prepare(
-                [unit for part in segment for unit in self._units(part)]
-            )
+            self._opener.prepare(functools.partial(self._planned_units, segment))
         return segment
+
+    def _planned_units(self, segment: Segment) -> list[Unit]:
+        """Plan a segment: seconds for a thousand units of many slices."""
+        return [unit for part in segment for unit in self._units(part)]
 
     def _units(self, part: EpochUnits) -> Iterator[Unit]:
         # A segment may end within an epoch, whose plan then serves the next one too.
