@@ -50,6 +50,9 @@ class Line:
 
     def __init__(self, store: WSGIApplication) -> None:
         self.latency_s = 0.0
+        self.most_at_once = 0
+        """The most requests that waited for their answers together."""
+        self._num_waiting = 0
         self._store = store
         self._requests: list[str] = []
         self._orders: list[_Order] = []
@@ -78,7 +81,7 @@ class Line:
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         fault = self._note(environ)
-        time.sleep(self.latency_s)
+        self._wait()
         if fault is None:
             return self._store(environ, start_response)
         # Unread, a body would be taken for the next request of this connection.
@@ -87,6 +90,14 @@ class Line:
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [_SLOW_DOWN]
         return _cut(environ, start_response, within=fault == "cut within")
+
+    def _wait(self) -> None:
+        with self._lock:
+            self._num_waiting += 1
+            self.most_at_once = max(self.most_at_once, self._num_waiting)
+        time.sleep(self.latency_s)
+        with self._lock:
+            self._num_waiting -= 1
 
     def _note(self, environ: WSGIEnvironment) -> Fault | None:
         query = environ.get("QUERY_STRING")

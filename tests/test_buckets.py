@@ -54,6 +54,22 @@ def test_a_set_in_a_bucket_is_the_set_on_a_path(
     assert make(images, f"{out}2", classes=out).done.num_rows == 24
 
 
+def test_a_unit_asks_for_its_shards_beside_each_other(
+    line: Line, tmp_path: Path
+) -> None:
+    local = write_set(tmp_path / "set", groups=[[2]] * 6)
+    far = upload(Path(local), f"{ROOT}/set")
+    plan = plan_epoch(read_shard_set(far).groups, batch_size=12, shuffle_rows=12)
+    (unit,) = plan.units()
+    assert len({item.path for item in unit.slices}) == 6
+    reading = reading_of(read_shard_set(far))
+    line.latency_s, line.most_at_once = 0.2, 0
+    rows = read_rows(unit, reading=reading)
+    assert line.most_at_once > 2
+    planned = [i + s.first_id for s in unit.slices for i in range(s.start, s.stop)]
+    assert rows["row_id"].to_pylist() == planned
+
+
 class Stopped(Exception):
     """Stands for the end of the process."""
 
