@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def noted_sigterm() -> Iterator[threading.Event]:
+def noted_sigterm(*, is_wanted: bool = True) -> Iterator[threading.Event]:
     """Give an event that SIGTERM sets, instead of ending the process.
 
-    The second one ends it. Python lets the main thread alone do this; in others the
-    event is never set.
+    The second one ends it. Where that is not wanted, and in other threads than the main
+    one, for which Python can't do this, the event is never set.
     """
     is_over = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if not is_wanted or threading.current_thread() is not threading.main_thread():
         yield is_over
         return
 

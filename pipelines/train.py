@@ -68,6 +68,7 @@ def fit(
     tracking_uri: str = "",
     tags: Mapping[str, str] = MappingProxyType({}),
     keep_model: bool = True,
+    ends_on_sigterm: bool = True,
 ) -> Trained:
     """Train a run to its end, on Ray's workers or in this process.
 
@@ -80,6 +81,8 @@ def fit(
             environment's.
         tags: Further tags of the MLflow run.
         keep_model: Whether the final model goes to MLflow; its checkpoint stays anyway.
+        ends_on_sigterm: Whether SIGTERM is answered with a checkpoint and
+            InterruptedRun. Ray's own processes leave it to Ray.
 
     Raises ValueError for what the user can mend, before or while it trains, and
     RunFailedError where workers failed more often than the run allows. The MLflow run
@@ -115,7 +118,7 @@ def fit(
         )
         try:
             train = train_alone if run.scale.is_alone else train_on_ray
-            with noted_sigterm() as is_over:
+            with noted_sigterm(is_wanted=ends_on_sigterm) as is_over:
                 listener = _listener(job, name=name, is_over=is_over)
                 trained = train(job, name=name, callbacks=callbacks, listener=listener)
             if is_over.is_set() and not _is_complete(trained, run=run):

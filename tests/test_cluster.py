@@ -249,7 +249,7 @@ def check_epochs(cluster: Cluster) -> int:
             shutil.copy(file, merged)
     found = trained(merged)
     num_epochs = found[-1].epoch  # the last one was cut off
-    assert num_epochs >= 2
+    assert num_epochs >= 1
     for epoch in range(num_epochs):
         rows = sorted(item.row for item in found if item.epoch == epoch)
         assert rows == list(range(NUM_IMAGES["train"]))
@@ -265,7 +265,7 @@ def check_mlflow(cluster: Cluster) -> None:
     assert run["info"]["run_name"] == "first"
     assert run["info"]["status"] == "KILLED"
     metrics = {item["key"]: item["value"] for item in run["data"]["metrics"]}
-    assert metrics["epoch"] >= 2
+    assert metrics["epoch"] >= 1
     assert metrics["train/checkpoint_s"] > 0
 
 

@@ -23,6 +23,13 @@ def test_the_first_is_noted_and_the_second_ends() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_where_it_is_not_wanted_signals_are_left_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with noted_sigterm(is_wanted=False) as is_over:
+        assert signal.getsignal(signal.SIGTERM) == before
+        assert not is_over.is_set()
+
+
 def test_a_thread_leaves_signals_alone() -> None:
     before, seen = signal.getsignal(signal.SIGTERM), []
 

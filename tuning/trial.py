@@ -225,5 +225,6 @@ class Trainer:
             tracking_uri=known.tracking_uri,
             tags=child_tags(known.sweep, parent_id=known.parent_id),
             keep_model=False,
+            ends_on_sigterm=False,
         )
         return None if record is None else dict(trained.metrics)
