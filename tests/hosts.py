@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,15 @@ UsePAM no
 PidFile none
 MaxStartups 50
 MaxSessions 50
+"""
+# What not every machine lets one do.
+_TRIAL = """\
+set -e
+mount --make-rprivate /
+mkdir "$FOLDER/home" "$FOLDER/work"
+mount -t overlay overlay \
+  -o "lowerdir=$HOME,upperdir=$FOLDER/home,workdir=$FOLDER/work" "$HOME"
+ip link add one type veth peer name other
 """
 # What is under /tmp would be hidden, so the folders that stay are bound first.
 _BOOT = """\
@@ -70,12 +80,14 @@ def lacking() -> str:
     missing = [name for name in _PROGRAMS if not shutil.which(name, path=_PATH)]
     if missing:
         return f"needs {', '.join(missing)}: openssh-server, iproute2, rsync, curl"
-    tried = subprocess.run(
-        ["unshare", *_NAMESPACES, "--fork", "ip", "link", "set", "lo", "up"],
-        capture_output=True,
-        text=True,
-    )
-    return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
+    with tempfile.TemporaryDirectory() as folder:
+        tried = subprocess.run(
+            ["unshare", *_NAMESPACES, "--fork", "sh", "-c", _TRIAL],
+            env={"PATH": _PATH, "HOME": str(HOME), "FOLDER": folder},
+            capture_output=True,
+            text=True,
+        )
+    return f"no hosts here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 @dataclass(kw_only=True)
