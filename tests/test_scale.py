@@ -6,6 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from benchmarks.scale import reading
@@ -21,12 +22,11 @@ from benchmarks.scale.model import (
     shards_of,
 )
 from benchmarks.scale.pauses import footers_s
-from benchmarks.scale.rates import (
-    host_bytes_per_s,
-)
+from benchmarks.scale.rates import PLANNED_WITHIN, host_bytes_per_s
+from pipelines.ingest import stream
 from pipelines.ingest.footers import read_shard_set
 from pipelines.ingest.plan import plan_epoch
-from pipelines.ingest.reading import Reading, share_tables
+from pipelines.ingest.reading import FILES_AT_ONCE, Reading, share_tables
 
 ROOT = Path(__file__).parents[1]
 COSTS = Costs(
@@ -40,6 +40,7 @@ COSTS = Costs(
     bucket_latency_ms=100,
     requests_per_file=2,
     read_mb_s=2000,
+    bucket_mb_s=500,
     post_us=1,
     heard_s=1,
     points_per_s=5000,
@@ -155,13 +156,13 @@ def test_slices_and_files_of_a_unit_are_those_of_a_plan(num_gpus: int) -> None:
 
 
 def test_what_runs_out_first_depends_on_what_is_set() -> None:
-    assert first_of(case_of(8)) == "reading"
-    enough = 2 * math.ceil(case_of(8).readers_needed(COSTS, CLUSTER))
-    assert first_of(case_of(8, num_readers=enough)) == "read-ahead for the readers"
-    more = case_of(8, num_readers=enough, read_ahead_mb=4096)
-    assert first_of(more) == "handing out blocks"
+    assert first_of(case_of(8)) == "handing out blocks"
     quick = dataclasses.replace(COSTS, block_ms=0.01)
-    assert loads(more, quick)["handing out blocks"] < 1
+    needed = math.ceil(case_of(8).readers_needed(quick, CLUSTER))
+    assert first_of(case_of(8, num_readers=needed // 2), quick) == "reading"
+    many = case_of(8, num_readers=2 * needed)
+    assert first_of(many, quick) == "read-ahead for the readers"
+    more = case_of(8, num_readers=2 * needed, read_ahead_mb=4096)
     assert max(loads(more, quick).values()) < 1
 
 
@@ -183,7 +184,7 @@ def test_an_epoch_may_be_too_short_and_a_set_too_large() -> None:
         "reading",
         "handing out blocks",
         "requests to the store",
-        "planning within the loop",
+        "planning ahead",
     ],
 )
 def test_loads_grow_with_the_images_a_second(name: str) -> None:
@@ -206,11 +207,40 @@ def test_on_a_path_nothing_waits_for_a_store() -> None:
     assert near.unit_s(COSTS, CLUSTER) == near.unit_mb / COSTS.read_mb_s
     slow = dataclasses.replace(CLUSTER, store_latency_ms=200)
     waiting_s = far.unit_s(COSTS, slow) - far.unit_s(COSTS, CLUSTER)
-    assert waiting_s == pytest.approx(0.1 * far.requests_per_unit(COSTS))
+    assert waiting_s == pytest.approx(0.1 * far.waits_per_unit(COSTS))
     assert loads(near)["requests to the store"] == 0
     assert footers_s(
         near.shards, cluster=CLUSTER, costs=COSTS, in_bucket=False
     ) == pytest.approx(near.shards.num_shards * COSTS.footer_ms / 1000)
+
+
+def test_files_in_a_bucket_are_read_beside_each_other() -> None:
+    at_once = min(FILES_AT_ONCE, pa.io_thread_count())
+    case = case_of(8)
+    assert case.unit_files > FILES_AT_ONCE
+    waits = 2 * case.unit_files / FILES_AT_ONCE + case.unit_slices / at_once
+    assert case.waits_per_unit(COSTS) == pytest.approx(waits)
+    one = dataclasses.replace(
+        case, shards=dataclasses.replace(case.shards, num_shards=1)
+    )
+    assert one.waits_per_unit(COSTS) == pytest.approx(one.requests_per_unit(COSTS))
+    assert case_of(8, in_bucket=False).waits_per_unit(COSTS) == 0
+
+
+@pytest.mark.parametrize(("stream_mb_s", "bucket_mb_s"), [(90, 10_000), (1000, 300)])
+def test_bytes_come_as_fast_as_connections_and_the_reader_let_them(
+    stream_mb_s: float, bucket_mb_s: float
+) -> None:
+    cluster = Cluster(stream_mb_s=stream_mb_s, store_latency_ms=0)
+    costs = dataclasses.replace(COSTS, bucket_mb_s=bucket_mb_s, read_mb_s=math.inf)
+    at_once = min(FILES_AT_ONCE, pa.io_thread_count())
+    case = case_of(8)
+    mb_s = min(stream_mb_s * at_once, bucket_mb_s)
+    assert case.unit_s(costs, cluster) == pytest.approx(case.unit_mb / mb_s)
+
+
+def test_units_are_planned_ahead_for_as_long_as_the_stream_lets() -> None:
+    assert stream._OPEN_AT_SHARE == PLANNED_WITHIN
 
 
 def test_images_come_to_a_host_twice_and_gradients_nearly_so() -> None:

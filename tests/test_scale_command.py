@@ -155,8 +155,10 @@ def test_the_command_measures_prints_and_writes(
     assert set(content["measured"]) == {
         one.name for one in dataclasses.fields(Findings)
     }
-    (read,) = content["measured"]["bucket_reads"]
-    assert read["num_requests"] == 2 * read["num_files"] + read["num_slices"]
+    reads = content["measured"]["bucket_reads"]
+    assert len(reads) == 2
+    for read in reads + content["measured"]["bucket_streams"]:
+        assert read["num_requests"] == 2 * read["num_files"] + read["num_slices"]
     (footers,) = content["measured"]["bucket_footers"]
     # A listing, the classes' two; of each shard its footer, and in so small a set the
     # labels of all its groups, which lie side by side.

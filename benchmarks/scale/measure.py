@@ -25,6 +25,8 @@ _MAX_RAY_MESSAGES = 10_000
 # As many rows as a shard of photographs has, and shards of the set that is read.
 _FOOTER_ROWS = 1216
 _NUM_READ_SHARDS = 16
+# As many rows as recipes read at a time.
+_UNIT_ROWS = 2048
 
 
 @dataclass(kw_only=True)
@@ -36,6 +38,10 @@ class Findings:
     bucket_footers: list[reading.FooterCost] = field(default_factory=list)
     reads: list[reading.ReadCost] = field(default_factory=list)
     bucket_reads: list[reading.ReadCost] = field(default_factory=list)
+    """Of tiny images in as many row groups as a unit of photographs, which shows the
+    waits; then of photographs."""
+    bucket_streams: list[reading.ReadCost] = field(default_factory=list)
+    """Of photographs, without a delay."""
     cuts: list[reading.ReadCost] = field(default_factory=list)
     boards: list[keeping.BoardCost] = field(default_factory=list)
     points_per_s: list[float] = field(default_factory=list)
@@ -53,7 +59,7 @@ def costs_of(found: Findings, *, block_ms: float | None) -> Costs:
     """
     plan = max(found.plans, key=lambda plan: plan.num_groups)
     unit = max(plan.units, key=lambda unit: unit.num_slices)
-    (read,), (bucket_read,) = found.reads, found.bucket_reads
+    (read,), bucket_read = found.reads, found.bucket_reads[-1]
     (in_bucket,), (board,) = found.bucket_footers, found.boards
     ray = found.rays[0] if found.rays else None
     further = bucket_read.num_requests - bucket_read.num_slices
@@ -68,6 +74,7 @@ def costs_of(found: Findings, *, block_ms: float | None) -> Costs:
         bucket_latency_ms=in_bucket.latency_ms,
         requests_per_file=further / bucket_read.num_files,
         read_mb_s=read.mb / read.seconds,
+        bucket_mb_s=max(one.mb / one.seconds for one in found.bucket_streams),
         post_us=ray.post_us if ray else board.post_us,
         heard_s=board.heard_s,
         points_per_s=found.points_per_s[0] if found.points_per_s else None,
@@ -174,11 +181,21 @@ def _bucket(options: Options, *, folder: Path, found: Findings) -> None:
     with reading.bucket(latency_ms=options.cluster.store_latency_ms) as line:
         address = reading.upload(folder / "few", line=line)
         found.bucket_footers.append(reading.measure_footers(address, line=line))
+        found.bucket_reads.append(
+            reading.measure_bucket_reading(address, line=line, num_rows=_UNIT_ROWS)
+        )
         address = reading.upload(folder / "unit", line=line)
         found.bucket_reads.append(
             reading.measure_bucket_reading(
                 address, line=line, num_rows=options.num_bucket_rows // 2
             )
+        )
+        line.latency_s = 0.0
+        found.bucket_streams += (
+            reading.measure_bucket_reading(
+                address, line=line, num_rows=options.num_bucket_rows
+            )
+            for _ in range(options.num_rounds)
         )
 
 

@@ -11,10 +11,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from pipelines.config import Run, Scale
 from pipelines.ingest.plan import EpochShape, GroupTable, epoch_shape
-from pipelines.ingest.reading import MAX_SHARE_BYTES
+from pipelines.ingest.reading import FILES_AT_ONCE, MAX_SHARE_BYTES
 from pipelines.shards.format import cut_evenly, group_bounds, shard_name
 from pipelines.shards.planning import BYTES_PER_SHARD, MIN_SHARDS
 from recipes.imagenet import so_vit_14
@@ -148,6 +149,9 @@ class Costs:
     """To read from a file of a bucket, beside one for each row group."""
     read_mb_s: float
     """What one reader reads and cuts from the page cache."""
+    bucket_mb_s: float
+    """What one reader reads from a bucket that answers at once: a server on the same
+    cores, so the least that it can do."""
     post_us: float
     """To post a message to the driver's board and take it."""
     heard_s: float
@@ -226,21 +230,46 @@ class Case:
         """Give what the coordinator has to hand out."""
         return self.images_per_s / self.images_per_block
 
+    @property
+    def unit_files(self) -> float:
+        """Count the files that a unit is read from."""
+        return self.shards.num_files(self.unit_rows)
+
+    @property
+    def unit_slices(self) -> float:
+        """Count the parts of row groups that it is read from."""
+        return self.shards.num_slices(self.unit_rows)
+
     def requests_per_unit(self, costs: Costs) -> float:
         """Count the requests to a bucket for a unit; none for a path."""
         if not self.in_bucket:
             return 0.0
-        rows = self.unit_rows
-        of_files = costs.requests_per_file * self.shards.num_files(rows)
-        return of_files + self.shards.num_slices(rows)
+        return costs.requests_per_file * self.unit_files + self.unit_slices
+
+    def waits_per_unit(self, costs: Costs) -> float:
+        """Count how often a reader waits for a bucket's answer, one after another.
+
+        Files are opened beside each other, as many as a read task asks for at a time.
+        Row groups are fetched by Arrow's own threads, which are fewer.
+        """
+        if not self.in_bucket:
+            return 0.0
+        opened = costs.requests_per_file * self.unit_files
+        opened /= min(FILES_AT_ONCE, self.unit_files)
+        return opened + self.unit_slices / self._fetched_at_once
+
+    @property
+    def _fetched_at_once(self) -> float:
+        return min(FILES_AT_ONCE, pa.io_thread_count(), self.unit_files)
 
     def unit_s(self, costs: Costs, cluster: Cluster) -> float:
-        """Give the time in which one reader reads a unit: request after request."""
-        waiting_s = self.requests_per_unit(costs) * cluster.store_latency_ms / 1000
-        mb_s = costs.read_mb_s
+        """Give the time in which one reader reads a unit: its waits and its bytes."""
+        waiting_s = self.waits_per_unit(costs) * cluster.store_latency_ms / 1000
+        reading_s = self.unit_mb / costs.read_mb_s
         if self.in_bucket:
-            mb_s = 1 / (1 / mb_s + 1 / cluster.stream_mb_s)
-        return waiting_s + self.unit_mb / mb_s
+            streams_mb_s = cluster.stream_mb_s * self._fetched_at_once
+            reading_s += self.unit_mb / min(streams_mb_s, costs.bucket_mb_s)
+        return waiting_s + reading_s
 
     def readers_needed(self, costs: Costs, cluster: Cluster) -> float:
         """Count the readers that together read as fast as the GPUs train."""

@@ -36,7 +36,8 @@ class Options:
     """More than 2000, as of large sets: then no labels are read."""
     num_bucket_footers: int = 480
     num_bucket_rows: int = 1024
-    """Photographs in the bucket, half of which are read as one unit."""
+    """Photographs in the bucket, half of which are read as one unit; and all, without a
+    delay."""
     num_read_rows: int = 4096
     """Photographs on the disk, half of which are read as one unit."""
     num_rounds: int = 5

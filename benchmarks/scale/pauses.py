@@ -1,4 +1,4 @@
-"""Work out for what GPUs stand still: plans, checkpoints, an epoch's end, the start."""
+"""Work out for what GPUs stand still: checkpoints, an epoch's end, the start."""
 
 from __future__ import annotations
 
@@ -17,24 +17,10 @@ def pauses(
 ) -> list[Limit]:
     """Work out all loads of this kind."""
     return [
-        _planning(case, costs=costs, allowed=allowed),
         _epoch_end(case, cluster=cluster, costs=costs, allowed=allowed),
         _timed_checkpoints(case, cluster=cluster, costs=costs, allowed=allowed),
         _start(case, cluster=cluster, costs=costs, allowed=allowed),
     ]
-
-
-def _planning(case: Case, *, costs: Costs, allowed: Allowed) -> Limit:
-    units_s = case.shards.num_slices(case.unit_rows) * costs.slice_us / _MB
-    plan_s = case.shards.num_groups * costs.plan_us_per_group / _MB
-    share = units_s * case.images_per_s / case.unit_rows + plan_s / case.epoch_s
-    return Limit(
-        name="planning within the loop",
-        kind="pause",
-        load=share / allowed.pause_share,
-        needs=f"{share:.1%} of the time",
-        has=f"{allowed.pause_share:.0%}",
-    )
 
 
 def checkpoint_pause_s(case: Case, *, cluster: Cluster, costs: Costs) -> float:

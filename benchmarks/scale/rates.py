@@ -18,6 +18,8 @@ _STORE_SHARE = 0.3  # of a host's memory: Ray's default
 _UNIT_COPIES = 2  # that a read task holds: docs/running.md
 BLOCKS_PER_READER = 2
 """Blocks that Ray 2.60 lets a read task put out before they are taken."""
+PLANNED_WITHIN = 0.9
+"""Share of a segment's time in which rank 0 plans the units of the next."""
 _BYTES_PER_GRADIENT = 4
 _GB, _MB = 10**9, 10**6
 
@@ -33,6 +35,7 @@ def rates_and_rooms(case: Case, *, cluster: Cluster, costs: Costs) -> list[Limit
         _cpus(case, cluster=cluster),
         _network(case, cluster=cluster, costs=costs),
         _requests(case, cluster=cluster, costs=costs),
+        _planning(case, costs),
         _board(case, costs),
         _points(case, costs),
     ]
@@ -158,6 +161,20 @@ def _requests(case: Case, *, cluster: Cluster, costs: Costs) -> Limit:
         needs=f"{needed:,.0f}/s",
         has=f"{cluster.store_requests_per_s:,.0f}/s",
         flags=("sovit-shards --short-side",),
+    )
+
+
+def _planning(case: Case, costs: Costs) -> Limit:
+    # By a thread of rank 0 while it trains, not between two steps.
+    units_s = case.unit_slices * costs.slice_us / _MB
+    plan_s = case.shards.num_groups * costs.plan_us_per_group / _MB
+    share = units_s * case.images_per_s / case.unit_rows + plan_s / case.epoch_s
+    return Limit(
+        name="planning ahead",
+        kind="rate",
+        load=share / PLANNED_WITHIN,
+        needs=f"{share:.1%} of the time of a thread of rank 0",
+        has=f"{PLANNED_WITHIN:.0%}",
     )
 
 
