@@ -17,7 +17,6 @@ import pyarrow.fs as pafs
 import torch
 from ray.train import UserCallback
 
-from pipelines.board import Board, Item, wait_until_heard
 from pipelines.checkpoint import MANIFEST, opened, read_manifest, step_of
 from pipelines.config import Data
 from pipelines.errors import RunFailedError
@@ -26,8 +25,9 @@ from pipelines.files import Place
 from pipelines.ingest.reading import Reading
 from pipelines.ingest.stream import LocalOpener, Opener
 from pipelines.job import Job, Trained
-from pipelines.listener import Listener
 from pipelines.retries import answering
+from pipelines.telling.board import Board, Item, wait_until_heard
+from pipelines.telling.listener import Listener
 from pipelines.worker import Worker
 
 logger = logging.getLogger(__name__)

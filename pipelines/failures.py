@@ -12,8 +12,8 @@ from ray.train import (
     WorkerGroupError,
 )
 
-from pipelines.board import Failed
 from pipelines.errors import NonFiniteLossError, RunFailedError
+from pipelines.telling.board import Failed
 
 
 class StopOnValueError(UserCallback):

@@ -9,10 +9,10 @@ from typing import Protocol
 
 import torch
 
-from pipelines.board import Item
 from pipelines.config import Data
 from pipelines.ingest.reading import Reading
 from pipelines.ingest.stream import Opener
+from pipelines.telling.board import Item
 
 
 class Group(Protocol):

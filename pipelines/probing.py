@@ -12,10 +12,10 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from pipelines.bands import Band
 from pipelines.ingest.batch import Batch
 from pipelines.loop import LoopSettings, TrainState, mixed
 from pipelines.mixing import soft_cross_entropy
+from pipelines.telling.bands import Band
 from sovit.probes import Probed, find_stem, probe
 
 

@@ -14,11 +14,11 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError
 from ray.train.collective import broadcast_from_rank_zero
 
-from pipelines.board import Item, wait_until_heard
 from pipelines.config import Data
 from pipelines.ingest.reading import Reading
 from pipelines.ingest.stream import Opener
 from pipelines.opener import RayOpener
+from pipelines.telling.board import Item, wait_until_heard
 from pipelines.worker import Worker
 
 # Of a driver that is there, answers come in milliseconds.

@@ -16,16 +16,16 @@ from ray.exceptions import RayError
 from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines.board import Board, Item
 from pipelines.config import Scale
 from pipelines.entry import work
 from pipelines.failures import StopOnValueError, end_of
 from pipelines.files import Place
 from pipelines.job import Job, Trained
-from pipelines.listener import Listener
 from pipelines.places import open_place
 from pipelines.retries import is_remote
 from pipelines.session import per_worker
+from pipelines.telling.board import Board, Item
+from pipelines.telling.listener import Listener
 from pipelines.tracking.client import environment
 
 logger = logging.getLogger(__name__)

@@ -29,18 +29,14 @@ from ray.train import UserCallback
 
 from pipelines import tracking
 from pipelines.alone import train_alone
-from pipelines.bad_images import FILE, BadImageLog
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
 from pipelines.ending import noted_sigterm
 from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
-from pipelines.gauges import Gauges
 from pipelines.ingest.stream import Plans
 from pipelines.job import Job, Trained
 from pipelines.keeping import log_model, log_shards, open_tracking
-from pipelines.listener import Listener
 from pipelines.preflight import check_run, with_absolute_paths
-from pipelines.progress import Display
 from pipelines.ray_trainer import train_on_ray
 from pipelines.recipe import load_recipe
 from pipelines.runfile import flat_params
@@ -53,6 +49,10 @@ from pipelines.runs import (
     write_record,
 )
 from pipelines.session import ray_session
+from pipelines.telling.bad_images import FILE, BadImageLog
+from pipelines.telling.gauges import Gauges
+from pipelines.telling.listener import Listener
+from pipelines.telling.progress import Display
 from pipelines.tracking.provenance import without_credentials
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,6 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from pipelines import checkpoint as ckpt
-from pipelines.bad_images import BadImageTeller
-from pipelines.bands import draw_bands
-from pipelines.board import Began, Event, Measured, Pictured
 from pipelines.checkpoint import Position
 from pipelines.group import Group
 from pipelines.ingest.batch import Batch
@@ -37,6 +34,9 @@ from pipelines.memory import peak_memory_mb
 from pipelines.optim import build_optimizer
 from pipelines.probing import Prober
 from pipelines.supply import Supply, reading_of
+from pipelines.telling.bad_images import BadImageTeller
+from pipelines.telling.bands import draw_bands
+from pipelines.telling.board import Began, Event, Measured, Pictured
 
 
 class Worker:

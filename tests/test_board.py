@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from pipelines.bad_images import BadImageLog
-from pipelines.board import Began, Board, Failed, Item, Measured, heard
-from pipelines.progress import Display
+from pipelines.telling.bad_images import BadImageLog
+from pipelines.telling.board import Began, Board, Failed, Item, Measured, heard
+from pipelines.telling.progress import Display
 
 
 def begun(rank: int, *, host: str, world_size: int = 3, step: int = 0) -> Began:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.gauges import GAUGES
 from pipelines.key_log import trained
+from pipelines.telling.gauges import GAUGES
 from recipes.demo import demo
 from tests.cluster import (
     Cluster,

@@ -208,8 +208,8 @@ def test_workers_do_not_know_mlflow() -> None:
     "module",
     [
         "pipelines.ingest.reading",
-        "pipelines.board",
-        "pipelines.bands",
+        "pipelines.telling.board",
+        "pipelines.telling.bands",
         "pipelines.failures",
         "tuning.trial",
         "tuning.tokens.parts",

@@ -32,12 +32,12 @@ from benchmarks.scale.rates import (
 from benchmarks.scale.report import markdown
 from pipelines import ray_group, ray_trainer
 from pipelines.alone import Alone
-from pipelines.board import Board, Item, Measured
 from pipelines.files import Place
 from pipelines.ingest.footers import read_shard_set
 from pipelines.job import Job
 from pipelines.runfile import flat_params
 from pipelines.shards.command import Arguments
+from pipelines.telling.board import Board, Item, Measured
 from pipelines.worker import Worker
 from tests.demo_runs import small_demo
 from tests.test_scale import ALLOWED, CLUSTER, COSTS, case_of

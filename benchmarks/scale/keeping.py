@@ -15,11 +15,11 @@ from timm.utils.model_ema import ModelEmaV3
 from benchmarks.scale.model import Kept
 from pipelines import checkpoint as ckpt
 from pipelines import tracking
-from pipelines.board import Board, Item, Measured, heard, wait_until_heard
 from pipelines.config import Run
 from pipelines.loop import TrainState
 from pipelines.optim import build_optimizer
 from pipelines.recipe import load_recipe
+from pipelines.telling.board import Board, Item, Measured, heard, wait_until_heard
 
 _METRICS = {
     f"train/{name}": 0.5

@@ -16,12 +16,12 @@ from ray.actor import ActorHandle
 from ray.data import DataIterator
 
 from benchmarks.scale.keeping import message
-from pipelines.board import Board
 from pipelines.config import Data
 from pipelines.ingest.footers import read_shard_set
 from pipelines.ingest.plan import plan_epoch
 from pipelines.ingest.reading import Reading
 from pipelines.ingest.source import shares, split_units
+from pipelines.telling.board import Board
 from recipes.imagenet import so_vit_14
 
 _TIMEOUT_S = 300.0

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
 
-from pipelines.bad_images import BadImageLog, NamedBadImage
-from pipelines.board import Began, Event, Failed, Item
+from pipelines.telling.bad_images import BadImageLog, NamedBadImage
+from pipelines.telling.board import Began, Event, Failed, Item
 
 
 class Display:

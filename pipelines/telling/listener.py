@@ -6,9 +6,9 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from pipelines.board import Began, DriversBoard, Item, Measured, Pictured, heard
-from pipelines.gauges import Gauges
-from pipelines.progress import Display
+from pipelines.telling.board import Began, DriversBoard, Item, Measured, Pictured, heard
+from pipelines.telling.gauges import Gauges
+from pipelines.telling.progress import Display
 from pipelines.tracking import FigureWriter, MetricWriter
 
 _FLUSH_S = 15.0

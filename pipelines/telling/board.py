@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pipelines.bad_images import NamedBadImage
+from pipelines.telling.bad_images import NamedBadImage
 
 _PATIENCE_S = 5.0
 

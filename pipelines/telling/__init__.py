@@ -1,0 +1,1 @@
+"""What workers tell the driver: it shows it, keeps it in MLflow, and exports it."""
