@@ -18,6 +18,8 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 # Workers of a test share two cores; more threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What a killed worker leaves of its process group is waited for 30 seconds otherwise.
+os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
 
 
 @pytest.hookimpl(tryfirst=True)
