@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 import sovit
 from pipelines.config import Model, Run
+from pipelines.credentials import without_credentials
 from pipelines.files import Place
 from pipelines.retries import answering
 from pipelines.runfile import from_json, to_json
-from pipelines.tracking.provenance import without_credentials
 
 MANIFEST = "checkpoint.json"
 MODEL_FILE = "model.safetensors"

@@ -12,8 +12,8 @@ from typing import NoReturn, TypeVar
 
 import tyro
 
+from pipelines.credentials import holds_secret, without_credentials
 from pipelines.errors import RunFailedError
-from pipelines.tracking.provenance import holds_secret, without_credentials
 
 T = TypeVar("T")
 _BOX = re.compile(r"[─-╿\s]+")

@@ -15,9 +15,9 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipelines.credentials import without_credentials
 from pipelines.places import open_place
 from pipelines.retries import is_remote, retrying
-from pipelines.tracking.provenance import without_credentials
 
 T = TypeVar("T")
 PARTIAL_SUFFIX = ".partial"

@@ -16,8 +16,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pyarrow.fs as pafs
 
+from pipelines.credentials import error_summary, without_credentials
 from pipelines.retries import retrying
-from pipelines.tracking.provenance import error_summary, without_credentials
 
 # How often pyarrow's S3 client makes a request before it reports a failure; see
 # `retries` for what that comes to.

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from pipelines.tracking.provenance import error_summary, without_credentials
+from pipelines.credentials import error_summary, without_credentials
 
 logger = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ from pipelines import tracking
 from pipelines.alone import train_alone
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
+from pipelines.credentials import without_credentials
 from pipelines.ending import noted_sigterm
 from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
 from pipelines.ingest.stream import Plans
@@ -53,7 +54,6 @@ from pipelines.telling.bad_images import FILE, BadImageLog
 from pipelines.telling.gauges import Gauges
 from pipelines.telling.listener import Listener
 from pipelines.telling.progress import Display
-from pipelines.tracking.provenance import without_credentials
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-train"

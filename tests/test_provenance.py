@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.credentials import error_summary, without_credentials
 from pipelines.tracking.provenance import (
-    error_summary,
     git_tags,
     gpu_summary,
     hardware_tags,
     provenance_tags,
     version_tags,
-    without_credentials,
 )
 
 

@@ -27,10 +27,10 @@ from pipelines.checkpoint import (
     save_checkpoint,
 )
 from pipelines.cli import refuse_secrets
+from pipelines.credentials import without_credentials
 from pipelines.initial import load_initial
 from pipelines.runfile import flat_params
 from pipelines.runs import new_record, read_record
-from pipelines.tracking.provenance import without_credentials
 from tests.small_runs import SO_VIT, small_run
 
 ROOT = Path(__file__).parents[1]

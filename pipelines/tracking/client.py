@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
-from pipelines.tracking.provenance import error_summary, without_credentials
+from pipelines.credentials import error_summary, without_credentials
 from pipelines.tracking.sqlite_file import check_writable, sole_creator
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from pipelines.tracking.provenance import error_summary
+from pipelines.credentials import error_summary
 from pipelines.tracking.runs import log_file
 
 logger = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from mlflow.types.schema import Array
 import sovit
 from pipelines import checkpoint as checkpoints
 from pipelines import runfile
+from pipelines.credentials import without_credentials
 from pipelines.pixels.decode_eval import decode_eval
-from pipelines.tracking.provenance import without_credentials
 
 NUM_TOP = 5
 _BATCH_SIZE = 32

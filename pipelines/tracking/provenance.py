@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 from collections import Counter
 from importlib import metadata
@@ -12,60 +11,6 @@ from pathlib import Path
 
 _PACKAGES = ("torch", "timm", "ray", "mlflow", "nvidia-dali-cuda130", "pyarrow")
 _COMMAND_TIMEOUT_S = 10
-_MAX_ERROR_CHARS = 300
-_HIDDEN = "***"
-# These can't stand inside an address and end the search for it, so that JSON and
-# sentences around addresses stay whole.
-_ENDS = re.compile(r"[\s\"'<>]")
-# `user:password@` after a scheme, up to the last @: bucket secrets may hold slashes
-# that nobody escaped. `host:8080/a@b` is none.
-_PASSWORD = re.compile(r"(?<=://)[^\s\"'<>/@:]*:[^\s\"'<>]*@")
-_PORT = re.compile(r"[^:]*:\d{1,5}/")
-_USER_INFO = re.compile(r"(?<=://)[^\s\"'<>/]*@")
-_SECRET_ARGUMENT = re.compile(
-    r"([?&#;][^\s\"'<>=&#;]*"
-    r"(?:key|secret|token|passw|passphrase|pwd|signature|credential|sig|sas|auth)"
-    r"[^\s\"'<>=&#;]*=)[^\s\"'<>&#;]*",
-    re.IGNORECASE,
-)
-# Before the @ stands a container, or the name of a user, which is no secret.
-_NAMED = frozenset({"abfs", "abfss", "wasb", "wasbs", "hdfs", "webhdfs", "ssh", "sftp"})
-_WITHOUT_PORTS = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "wasb", "wasbs"})
-_SCHEME = re.compile(r"[\w+.-]*$")
-_LONGEST_SCHEME = 16
-
-
-def without_credentials(text: str) -> str:
-    """Take users, passwords and secret arguments out of every address in a text.
-
-    `https://me:word@host/a?token=x` becomes `https://host/a?token=***`. Where what
-    stands first is a container's or a user's name, it stays: `abfs://box@account/a`.
-    """
-    for pattern in (_PASSWORD, _USER_INFO):
-        text = pattern.sub(_name_alone, text)
-    return _SECRET_ARGUMENT.sub(rf"\1{_HIDDEN}", text)
-
-
-def holds_secret(address: str) -> bool:
-    """Tell whether one address, with no text around it, holds a secret."""
-    plain = _ENDS.sub("_", address)
-    return without_credentials(plain) != plain
-
-
-def _name_alone(found: re.Match[str]) -> str:
-    end = found.start() - len("://")
-    before = _SCHEME.search(found.string, max(end - _LONGEST_SCHEME, 0), end)
-    scheme = before[0].lower() if before else ""
-    if scheme not in _WITHOUT_PORTS and _PORT.match(found[0]):
-        return found[0]
-    name = found[0][:-1].partition(":")[0]
-    return f"{name}@" if name and scheme in _NAMED else ""
-
-
-def error_summary(error: BaseException) -> str:
-    """Say an error's type and first line, without credentials, for a log."""
-    line = next(iter(without_credentials(str(error)).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line[:_MAX_ERROR_CHARS]}"
 
 
 def provenance_tags() -> dict[str, str]:

@@ -20,8 +20,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 from urllib.parse import quote
 
+from pipelines.credentials import error_summary, without_credentials
 from pipelines.tracking.client import ADDRESS_VARIABLE, PATIENCE, connect, environment
-from pipelines.tracking.provenance import error_summary, without_credentials
 from pipelines.tracking.sweeps import KIND_TAG, PARENT_TAG, SWEEP_KIND
 
 logger = logging.getLogger(__name__)

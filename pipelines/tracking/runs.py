@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
+from pipelines.credentials import without_credentials
 from pipelines.tracking.buffer import MetricBuffer, Point, RefusedError
 from pipelines.tracking.client import (
     MODEL_NAME,
@@ -36,7 +37,6 @@ from pipelines.tracking.client import (
     upload_model,
     value_text,
 )
-from pipelines.tracking.provenance import without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from pipelines.credentials import error_summary, without_credentials
 from pipelines.tracking.client import (
     ADDRESS_VARIABLE,
     PATIENCE,
@@ -24,7 +25,6 @@ from pipelines.tracking.client import (
     log_tags,
     reopen_run,
 )
-from pipelines.tracking.provenance import error_summary, without_credentials
 from pipelines.tracking.sweep_view import view_state
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ import tyro
 from tqdm import tqdm
 
 from pipelines.cli import parse, run_command
+from pipelines.credentials import without_credentials
 from pipelines.tracking import default_uri
-from pipelines.tracking.provenance import without_credentials
 from pipelines.tracking.query import RunStore, StoredRun
 from tuning.compare.columns import LOSS, TOP1, Column, columns_of, sort_rows
 from tuning.compare.page import page_of

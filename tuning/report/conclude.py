@@ -7,9 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipelines import tracking
+from pipelines.credentials import without_credentials
 from pipelines.errors import RunFailedError
 from pipelines.retries import answering
-from pipelines.tracking.provenance import without_credentials
 from pipelines.tracking.sweeps import log_metrics, save_view, tag_run
 from tuning.entries import Entry, Ledger, Sweep
 from tuning.heads import HEAD_METRIC, foretold
