@@ -20,7 +20,7 @@ from benchmarks.scale.options import Options
 if TYPE_CHECKING:  # without RAY_ADDRESS no Ray is looked for
     from benchmarks.scale.on_ray import RayCost
 
-_BLOCK_MS = 20.0
+_BLOCK_MS = 4.8  # of blocks of 68 kB, on two cores: docs/scale.md
 _MAX_RAY_MESSAGES = 10_000
 # As many rows as a shard of photographs has, and shards of the set that is read.
 _FOOTER_ROWS = 1216

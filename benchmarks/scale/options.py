@@ -27,7 +27,7 @@ class Options:
     """Whether shards and checkpoints lie in a bucket, or on a path."""
     block_ms: float | None = None
     """Ray's cost of a block. If none is given it is measured where RAY_ADDRESS is set,
-    and elsewhere 20, the least that was seen on two cores."""
+    and elsewhere 4.8, as on two cores: docs/scale.md."""
     cluster: Cluster = field(default_factory=Cluster)
     allowed: Allowed = field(default_factory=Allowed)
     recipes: tuple[str, ...] = ("imagenet.so_vit_14", "imagenet.sot_base")
