@@ -42,13 +42,12 @@ test: $(READY)
 	@# Side by side, since there are two cores and what needs Ray waits a lot.
 	@log=$$(mktemp); \
 	  (echo "types:"; $(BIN)/pyright; types=$$?; echo "tests without Ray:"; \
-	    $(BIN)/python -m pytest -m "not ray and not cluster"; plain=$$?; \
-	    echo "tests on several hosts:"; $(BIN)/python -m pytest -m cluster; hosts=$$?; \
-	    test $$types -eq 0 && test $$plain -eq 0 && test $$hosts -eq 0) \
-	    > $$log 2>&1 & beside=$$!; \
+	    $(BIN)/python -m pytest -m "not ray and not cluster" && exit $$types) \
+	    > $$log 2>&1 & plain=$$!; \
 	  echo "tests with Ray:"; $(BIN)/python -m pytest -m ray; with_ray=$$?; \
-	  wait $$beside; others=$$?; cat $$log; rm $$log; \
-	  test $$with_ray -eq 0 && test $$others -eq 0
+	  echo "tests on several hosts:"; $(BIN)/python -m pytest -m cluster; hosts=$$?; \
+	  wait $$plain; others=$$?; cat $$log; rm $$log; \
+	  test $$with_ray -eq 0 && test $$hosts -eq 0 && test $$others -eq 0
 
 pins:
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 pyproject.toml \
