@@ -27,7 +27,7 @@ class StopOnValueError(UserCallback):
         tell: Gets what is to be told the driver.
     """
 
-    def __init__(self, tell: Callable[[Failed], object] = lambda failed: None) -> None:
+    def __init__(self, tell: Callable[[Failed], object]) -> None:
         self._tell = tell
 
     def after_exception(

@@ -80,19 +80,22 @@ class RayGroup:
         """Ask the driver's board, as the first worker; the others need not know."""
         if self.rank != 0:
             return False
-        with contextlib.suppress(GetTimeoutError):
-            return bool(ray.get(self._board.is_ending.remote(), timeout=_ANSWER_S))
-        return False
+        return _answer(self._board.is_ending.remote())
 
     def _is_heard(self) -> bool:
-        with contextlib.suppress(GetTimeoutError):
-            return bool(ray.get(self._board.is_heard.remote(), timeout=_ANSWER_S))
-        return False
+        return _answer(self._board.is_heard.remote())
 
     def close(self) -> None:
         """End the openers' threads."""
         for opener in self._openers:
             opener.close()
+
+
+def _answer(question: ray.ObjectRef) -> bool:
+    """Give the board's answer; False where none comes in time."""
+    with contextlib.suppress(GetTimeoutError):
+        return bool(ray.get(question, timeout=_ANSWER_S))
+    return False
 
 
 def run_worker(config: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
 from pipelines.ingest.stream import Plans
 from pipelines.job import Job, Trained
 from pipelines.keeping import log_model, log_shards, open_tracking
-from pipelines.preflight import check_run, with_absolute_paths
+from pipelines.preflight import CheckedRun, check_run, with_absolute_paths
 from pipelines.ray_trainer import train_on_ray
 from pipelines.recipe import load_recipe
 from pipelines.runfile import flat_params
@@ -99,23 +99,10 @@ def fit(
         # Only now: a run that there is no room for leaves nothing behind.
         record = record or new_record(run, name=name)
         record = dataclasses.replace(record, run=run)
-        run_id = open_tracking(
-            record, uri=uri, num_params=checked.num_params, tags=tags
-        )
-        for context, shards in (
-            ("train", checked.train_shards),
-            ("val", checked.val_shards),
-        ):
-            log_shards(shards, uri=uri, run_id=run_id, context=context)
+        job = _begun(record, checked=checked, uri=uri, tags=tags)
+        run_id = job.mlflow_run_id
         record = dataclasses.replace(record, mlflow_run_id=run_id)
         write_record(record)
-        job = Job(
-            run=run,
-            train_shards=checked.train_shards,
-            val_shards=checked.val_shards,
-            tracking_uri=uri,
-            mlflow_run_id=run_id,
-        )
         try:
             train = train_alone if run.scale.is_alone else train_on_ray
             with noted_sigterm(is_wanted=ends_on_sigterm) as is_over:
@@ -140,6 +127,23 @@ def fit(
     tracking.end_run(uri, run_id, status="FINISHED")
     write_record(dataclasses.replace(record, status="finished"))
     return trained
+
+
+def _begun(
+    record: Record, *, checked: CheckedRun, uri: str, tags: Mapping[str, str]
+) -> Job:
+    """Open a run in MLflow with its shard sets, and describe it to the workers."""
+    run_id = open_tracking(record, uri=uri, num_params=checked.num_params, tags=tags)
+    train_shards, val_shards = checked.train_shards, checked.val_shards
+    for context, shards in (("train", train_shards), ("val", val_shards)):
+        log_shards(shards, uri=uri, run_id=run_id, context=context)
+    return Job(
+        run=record.run,
+        train_shards=train_shards,
+        val_shards=val_shards,
+        tracking_uri=uri,
+        mlflow_run_id=run_id,
+    )
 
 
 def _is_complete(trained: Trained, *, run: Run) -> bool:
@@ -208,10 +212,8 @@ def _main(arguments: Sequence[str]) -> None:
 
 def _record(name: str, *, storage: str, recipe: str) -> Record | None:
     """Find a run to go on with; None where its recipe is to begin it."""
-    if not recipe:
-        return read_record(storage or "runs", name=name)
-    storage = storage or load_recipe(recipe).storage
-    if find_record(storage, name=name) is None:
+    storage = storage or (load_recipe(recipe).storage if recipe else "runs")
+    if recipe and find_record(storage, name=name) is None:
         return None
     return read_record(storage, name=name)
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.hosts import HOME, ROOT, Host, hosts_on
+from tests.waiting import wait_for
 
 NAMES = ("laptop", "head", "worker-1", "worker-2")
 STORE_PORT = 9000
@@ -37,11 +37,10 @@ class Cluster:
         """Give the address of the store."""
         return f"http://{self.hosts['laptop'].address}:{STORE_PORT}"
 
-    def type(self, text: str, *, timeout_s: float = 120, **variables: str) -> str:
+    def type(self, text: str, *, timeout_s: float = 120) -> str:
         """Type a command in the project's folder on the laptop."""
-        settled = {"PATH": _PATH, "PYTHONUNBUFFERED": "1"} | self.keys | variables
         return self.hosts["laptop"].run(
-            f"cd {ROOT}; {text}", timeout_s=timeout_s, **settled
+            f"cd {ROOT}; {text}", timeout_s=timeout_s, **self._environment
         )
 
     @property
@@ -53,12 +52,17 @@ class Cluster:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {"PATH": _PATH, "PYTHONUNBUFFERED": "1"} | self.keys
+
     @contextlib.contextmanager
-    def beside(self, text: str, *, log: str, **variables: str) -> Iterator[Path]:
+    def beside(self, text: str, *, log: str) -> Iterator[Path]:
         """Run a command on the laptop while a `with` block runs; give its log."""
         path = self.folder / log
-        settled = {"PATH": _PATH, "PYTHONUNBUFFERED": "1"} | self.keys | variables
-        command = self.hosts["laptop"].command(f"cd {ROOT}; exec {text}", **settled)
+        command = self.hosts["laptop"].command(
+            f"cd {ROOT}; exec {text}", **self._environment
+        )
         with path.open("wb") as file:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file
@@ -150,25 +154,9 @@ def status(cluster: Cluster) -> str:
 
 def wait_for_workers(cluster: Cluster) -> None:
     """Wait until all three hosts of the cluster are there."""
-    until(
+    wait_for(
         lambda: "3 local.cluster.node" in status(cluster),
         what="two workers",
         log=lambda: status(cluster),
         every_s=3,
     )
-
-
-def until(
-    condition: Callable[[], bool],
-    *,
-    what: str,
-    log: Callable[[], str],
-    seconds: float = 120,
-    every_s: float = 0.5,
-) -> None:
-    """Wait for a condition; fail with what a log says."""
-    deadline_s = time.monotonic() + seconds
-    while not condition():
-        late = time.monotonic() > deadline_s
-        assert not late, f"waited {seconds} s for {what}\n{log()[-3000:]}"
-        time.sleep(every_s)

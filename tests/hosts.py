@@ -15,10 +15,11 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[1]
 HOME = Path.home()
@@ -114,7 +115,7 @@ class Host:
             env=environment,
             stderr=(self.folder / "boot.log").open("ab"),
         )
-        _wait_for(lambda: bool(self.pid), what=f"{self.name} to start")
+        wait_for(lambda: bool(self.pid), what=f"{self.name} to start")
         port = f"port{self.address.rpartition('.')[2]}"
         enter = ["nsenter", "-t", str(self.switch_pid), "-n", "ip", "link"]
         peer = ["peer", "name", "eth0", "netns", str(self.pid)]
@@ -123,7 +124,7 @@ class Host:
         into = ["nsenter", "-t", str(self.pid), "-n", "ip"]
         _check([*into, "addr", "add", f"{self.address}/24", "dev", "eth0"])
         _check([*into, "link", "set", "eth0", "up"])
-        _wait_for(lambda: self._listens(), what=f"sshd of {self.name}")
+        wait_for(lambda: self._listens(), what=f"sshd of {self.name}")
 
     def turn_off(self) -> None:
         """Kill all its processes at once, as a power cut does."""
@@ -180,7 +181,7 @@ def hosts_on(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Host]]:
     made: dict[str, Host] = {}
     try:
         # unshare becomes sleep in the same process.
-        _wait_for(lambda: _is_apart(switch.pid), what="the switch")
+        wait_for(lambda: _is_apart(switch.pid), what="the switch")
         _check([*enter, "add", "switch", "type", "bridge"])
         _check([*enter, "set", "switch", "up"])
         for number, name in enumerate(names, start=1):
@@ -222,10 +223,3 @@ def _is_apart(pid: int) -> bool:
 def _check(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}: {done.stderr}"
-
-
-def _wait_for(condition, *, what: str, seconds: float = 20) -> None:
-    deadline_s = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline_s, f"waited {seconds} s for {what}"
-        time.sleep(0.02)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
 from pipelines.telling.bad_images import BadImageLog
 from pipelines.telling.board import Began, Board, Failed, Item, Measured, heard
 from pipelines.telling.progress import Display
+from tests.waiting import wait_for
 
 
 def begun(rank: int, *, host: str, world_size: int = 3, step: int = 0) -> Began:
@@ -22,10 +22,7 @@ def test_all_that_was_posted_is_heard_in_order_the_last_after_the_end() -> None:
     for item in items[:4]:
         board.post(item)
     with heard(board, hear=found.append, is_over=threading.Event(), every_s=0.02):
-        deadline_s = time.monotonic() + 10
-        while not board.is_heard():
-            assert time.monotonic() < deadline_s
-            time.sleep(0.01)
+        wait_for(board.is_heard, what="the driver", seconds=10)
         assert found == items[:4]
         board.post(items[4])
         assert not board.is_heard()
@@ -48,10 +45,7 @@ def test_the_driver_s_word_to_end_reaches_the_board() -> None:
     board, is_over = Board(), threading.Event()
     with heard(board, hear=lambda item: None, is_over=is_over, every_s=0.02):
         is_over.set()
-        deadline_s = time.monotonic() + 10
-        while not board.is_ending():
-            assert time.monotonic() < deadline_s
-            time.sleep(0.01)
+        wait_for(board.is_ending, what="the driver's word", seconds=10)
 
 
 def test_hosts_are_named_when_all_workers_have_begun(

@@ -24,11 +24,11 @@ from tests.cluster import (
     cluster_up,
     readme_command,
     readme_commands,
-    until,
     wait_for_workers,
     with_yaml,
 )
 from tests.hosts import HOME, lacking
+from tests.waiting import wait_for
 
 pytestmark = [
     pytest.mark.cluster,
@@ -71,10 +71,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         wait_for_workers(cluster)
         tunnel = with_yaml(readme_command("ray exec"), cluster=cluster)
         with cluster.beside(tunnel, log="tunnel.log") as log:
-            until(
+            wait_for(
                 lambda: "HTTP" in cluster.type("curl -sI 127.0.0.1:8265 || true"),
                 what="the tunnel",
                 log=log.read_text,
+                every_s=0.5,
             )
             yield cluster
 
@@ -171,7 +172,9 @@ class Job:
             found.extend(re.compile(pattern).finditer(text, after))
             return bool(found)
 
-        until(is_said, what=pattern, log=self.log.read_text, seconds=seconds)
+        wait_for(
+            is_said, what=pattern, log=self.log.read_text, seconds=seconds, every_s=0.5
+        )
         self.tell(f"{self.name}: {found[0][0].strip()}")
         return found[0]
 
@@ -230,7 +233,7 @@ def check_gauges(cluster: Cluster) -> None:
         pattern = r'^ray_(sovit_\w+)\{.*run="first".*\} [\d.e+-]+$'
         return GAUGES.keys() - set(re.findall(pattern, said, re.MULTILINE))
 
-    until(
+    wait_for(
         lambda: not lacking_gauges(),
         what="the gauges",
         log=lambda: f"without {lacking_gauges()}",

@@ -29,7 +29,8 @@ from pipelines.tracking.query import RunStore
 from tests.demo_runs import RECIPE, small_demo
 from tests.s3_server import s3_server
 from tests.test_bucket_run import addresses
-from tests.test_train import runs_of, wait_for
+from tests.test_train import runs_of
+from tests.waiting import wait_for
 from tuning.entries import Entry, Ledger, Sweep, read_sweep, write_sweep
 from tuning.search import _begun, _main, _split
 from tuning.stage import placement_groups

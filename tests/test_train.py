@@ -9,7 +9,6 @@ import dataclasses
 import math
 import os
 import signal
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +30,7 @@ from pipelines.train import _main, fit
 from tests.demo_runs import part_of_demo, small_demo
 from tests.processes import descendants_named
 from tests.small_runs import supply_of
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -49,13 +49,6 @@ def kill_one_worker_when(condition: Callable[[], bool], *, what: str) -> Future[
         return workers[-1]
 
     return ThreadPoolExecutor(1).submit(kill)
-
-
-def wait_for(condition: Callable[[], bool], *, what: str, seconds: float = 120) -> None:
-    deadline_s = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline_s, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
 
 
 def runs_of(storage: str) -> list:
