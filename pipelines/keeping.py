@@ -25,7 +25,12 @@ _FIRST_METRIC = "val/top1"
 
 
 def open_tracking(
-    record: Record, *, uri: str, num_params: int, tags: Mapping[str, str]
+    record: Record,
+    *,
+    uri: str,
+    num_params: int,
+    tags: Mapping[str, str],
+    is_begun: bool,
 ) -> str:
     """Open the MLflow run of a record, new or not; return its id."""
     run_id = tracking.open_run(
@@ -35,6 +40,8 @@ def open_tracking(
         params=flat_params(record.run) | {NUM_PARAMS: num_params},
         tags=provenance_tags() | dict(tags),
         run_id=record.mlflow_run_id,
+        place=str(Place(record.run.storage).within(record.name)),
+        is_begun=is_begun,
     )
     if not record.mlflow_run_id:
         # MLflow's compare page shows the first metric that all runs have had. No value

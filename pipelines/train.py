@@ -97,9 +97,9 @@ def fit(
     here = contextlib.nullcontext()
     with here if run.scale.is_alone else ray_session(run.scale):
         # Only now: a run that there is no room for leaves nothing behind.
-        record = record or new_record(run, name=name)
-        record = dataclasses.replace(record, run=run)
-        job = _begun(record, checked=checked, uri=uri, tags=tags)
+        is_begun = record is not None
+        record = dataclasses.replace(record or new_record(run, name=name), run=run)
+        job = _begun(record, checked=checked, uri=uri, tags=tags, is_begun=is_begun)
         run_id = job.mlflow_run_id
         record = dataclasses.replace(record, mlflow_run_id=run_id)
         write_record(record)
@@ -130,10 +130,21 @@ def fit(
 
 
 def _begun(
-    record: Record, *, checked: CheckedRun, uri: str, tags: Mapping[str, str]
+    record: Record,
+    *,
+    checked: CheckedRun,
+    uri: str,
+    tags: Mapping[str, str],
+    is_begun: bool,
 ) -> Job:
     """Open a run in MLflow with its shard sets, and describe it to the workers."""
-    run_id = open_tracking(record, uri=uri, num_params=checked.num_params, tags=tags)
+    run_id = open_tracking(
+        record,
+        uri=uri,
+        num_params=checked.num_params,
+        tags=tags,
+        is_begun=is_begun,
+    )
     train_shards, val_shards = checked.train_shards, checked.val_shards
     for context, shards in (("train", train_shards), ("val", val_shards)):
         log_shards(shards, uri=uri, run_id=run_id, context=context)

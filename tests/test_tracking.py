@@ -13,6 +13,7 @@ from mlflow.entities import Run as MlflowRun
 from pipelines import tracking
 from pipelines.config import Data, Model, Optim, Run
 from pipelines.runfile import flat_params
+from pipelines.tracking.sweeps import PARENT_TAG, log_child
 from sovit import Pooling
 
 CLOSE_S = 120.0
@@ -142,6 +143,44 @@ def test_a_run_that_is_gone_is_created_anew(uri: str, lost: str) -> None:
     new_id = _open(uri, run_id=run_id, lr=1)
     assert new_id not in ("", run_id)
     assert _read(uri, new_id).data.params == {"lr": "1"}
+
+
+def test_a_run_whose_id_was_never_noted_is_found_by_its_place(uri: str) -> None:
+    """A driver may be killed between the two; another of that name is not taken."""
+
+    def opened(place: str, *, is_begun: bool) -> str:
+        return tracking.open_run(
+            uri,
+            experiment="tests",
+            name="a",
+            params={"lr": 1},
+            tags={},
+            place=place,
+            is_begun=is_begun,
+        )
+
+    first = opened("runs/a", is_begun=False)
+    assert opened("other/a", is_begun=True) != first
+    assert opened("runs/a", is_begun=True) == first
+    assert _read(uri, first).data.tags["num_restarts"] == "1"
+    assert opened("runs/a", is_begun=False) != first
+
+
+def test_a_trial_that_was_recorded_but_not_noted_is_one_run(uri: str) -> None:
+    def logged(parent: str) -> str:
+        return log_child(
+            uri,
+            experiment="tests",
+            name="heads-0001",
+            params={"lr": 1},
+            tags={PARENT_TAG: parent},
+            reports=[{"epoch": 1, "head/loss": 2.0}],
+        )
+
+    first = logged("one")
+    assert logged("other") != first
+    assert logged("one") == first
+    assert _history(uri, first, "head/loss") == [(1, 2.0)]
 
 
 def test_a_long_reason_is_cut_and_has_no_password(uri: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pipelines.tracking.client import default_uri
 from pipelines.tracking.figures import FigureWriter
+from pipelines.tracking.metric_writer import MetricWriter
 from pipelines.tracking.runs import (
-    MetricWriter,
     end_run,
     log_dataset,
     log_file,

@@ -1,10 +1,9 @@
-"""Reach an MLflow store soon or not at all, within its limits on names and values."""
+"""Reach an MLflow store soon or not at all."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -18,19 +17,10 @@ from pipelines.tracking.sqlite_file import check_writable, sole_creator
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
-    from mlflow.models import Model
 
 logger = logging.getLogger(__name__)
 
 ADDRESS_VARIABLE = "MLFLOW_TRACKING_URI"
-MAX_PER_BATCH = 100
-"""Params, or tags, that MLflow takes at once."""
-RESTARTS_TAG = "num_restarts"
-REASON_TAG = "failure_reason"
-MODEL_NAME = "model"
-_MAX_VALUE_CHARS = 500
-_BAD_NAME_CHARS = re.compile(r"[^\w\-. :/]", re.ASCII)
 _SQLITE = "sqlite:///"
 _DATABASE = "mlflow.db"
 _ARTIFACTS = "mlartifacts"
@@ -62,7 +52,7 @@ def default_uri(storage: str) -> str:
     return f"{_SQLITE}{folder / _DATABASE}"
 
 
-def _artifact_location(uri: str) -> str | None:
+def artifact_location(uri: str) -> str | None:
     """Name the folder beside an SQLite store for artifacts; servers have their own.
 
     Left alone, a client of an SQLite file puts them in the working directory.
@@ -166,120 +156,6 @@ def connect(uri: str, *, create: bool) -> MlflowClient:
     check_writable(path)
     with sole_creator(path):
         return MlflowClient(tracking_uri=uri)
-
-
-def find_run(client: MlflowClient, *, run_id: str) -> Run | None:
-    """Find a run that can go on; None, with a warning, where it is gone."""
-    if not run_id:
-        return None
-    run = active_run(client, run_id=run_id)
-    if run is None:
-        logger.warning("run %s is no longer in MLflow; starting another", run_id)
-    return run
-
-
-def active_run(client: MlflowClient, *, run_id: str) -> Run | None:
-    """Get a run; None where there is none, or it was deleted."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
-    return run if run.info.lifecycle_stage == "active" else None
-
-
-def create_run(client: MlflowClient, *, uri: str, experiment: str, name: str) -> Run:
-    """Create a run, and its experiment where that is new."""
-    found = client.get_experiment_by_name(experiment)
-    if found is not None:
-        return client.create_run(found.experiment_id, run_name=name)
-    location = _artifact_location(uri)
-    try:
-        created_id = client.create_experiment(experiment, artifact_location=location)
-    except Exception:  # another driver may have created it since
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            raise
-        created_id = found.experiment_id
-    return client.create_run(created_id, run_name=name)
-
-
-def reopen_run(client: MlflowClient, *, run: Run) -> None:
-    """Let a run go on: RUNNING, without a reason of failure, one more restart."""
-    client.update_run(run.info.run_id, status="RUNNING")
-    num_restarts = int(run.data.tags.get(RESTARTS_TAG, "0")) + 1
-    client.set_tag(run.info.run_id, RESTARTS_TAG, str(num_restarts))
-    if REASON_TAG in run.data.tags:
-        client.delete_tag(run.info.run_id, REASON_TAG)
-
-
-def log_params(client: MlflowClient, *, run: Run, params: Mapping[str, object]) -> None:
-    """Log params; those that MLflow no longer lets us change become tags."""
-    from mlflow.entities import Param
-
-    run_id, known = run.info.run_id, run.data.params
-    texts = {name_text(name): value_text(value) for name, value in params.items()}
-    new = [Param(key, text) for key, text in texts.items() if key not in known]
-    for start in range(0, len(new), MAX_PER_BATCH):
-        batch = new[start : start + MAX_PER_BATCH]
-        client.log_batch(run_id, params=batch, synchronous=True)
-    changed = {
-        f"resumed.{key}": text
-        for key, text in texts.items()
-        if known.get(key, text) != text
-    }
-    log_tags(client, run_id=run_id, tags=changed)
-
-
-def upload_model(
-    client: MlflowClient, *, run_id: str, folder: Path, described: Model
-) -> str:
-    """Keep a model folder as a logged model of a run; return its address."""
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.models.model import MLMODEL_FILE_NAME
-
-    run = client.get_run(run_id)
-    model = client.create_logged_model(
-        run.info.experiment_id,
-        name=MODEL_NAME,
-        source_run_id=run_id,
-        params=run.data.params,
-    )
-    described.model_id = described.model_uuid = model.model_id
-    described.artifact_path = model.artifact_location
-    described.save(str(folder / MLMODEL_FILE_NAME))
-    try:
-        client.log_model_artifacts(model.model_id, str(folder))
-    except Exception:
-        client.finalize_logged_model(model.model_id, "FAILED")
-        raise
-    client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    return model.model_uri
-
-
-def log_tags(client: MlflowClient, *, run_id: str, tags: Mapping[str, object]) -> None:
-    """Log any number of tags."""
-    from mlflow.entities import RunTag
-
-    all_tags = [RunTag(name_text(key), value_text(tags[key])) for key in tags]
-    for start in range(0, len(all_tags), MAX_PER_BATCH):
-        batch = all_tags[start : start + MAX_PER_BATCH]
-        client.log_batch(run_id, tags=batch, synchronous=True)
-
-
-def name_text(name: str) -> str:
-    """Write a name with the characters that MLflow takes, `_` for each other."""
-    return _BAD_NAME_CHARS.sub("_", name)
-
-
-def value_text(value: object) -> str:
-    """Write a param's or tag's value without passwords, in at most 500 characters."""
-    text = without_credentials(str(value))
-    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[: _MAX_VALUE_CHARS - 1]}…"
 
 
 def _sqlite_path(uri: str) -> Path | None:

@@ -12,27 +12,25 @@ from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.credentials import without_credentials
-from pipelines.tracking.buffer import MetricBuffer, Point, RefusedError
 from pipelines.tracking.client import (
-    MODEL_NAME,
     NO_PROGRESS_BAR,
-    PATIENCE,
-    REASON_TAG,
     attempt,
-    connect,
-    create_run,
     environment,
+)
+from pipelines.tracking.entries import (
+    MODEL_NAME,
+    REASON_TAG,
+    create_run,
     find_run,
     log_params,
     log_tags,
-    name_text,
+    placed_run,
     reopen_run,
     upload_model,
     value_text,
@@ -56,12 +54,16 @@ def open_run(
     params: Mapping[str, object],
     tags: Mapping[str, str],
     run_id: str = "",
+    place: str = "",
+    is_begun: bool = False,
 ) -> str:
     """Create a run, or open one again after a restart, and return its id.
 
     A run that is opened again is RUNNING again and counts its restarts in the tag
     `num_restarts`. Its params stay, as MLflow wants; one that has changed since is
     kept as a tag `resumed.<param>`. A run that is no longer there is created anew.
+    `place` is the run's folder; where the training `is_begun` and no id was noted, its
+    driver may have been killed just before, so the place's run is looked for.
 
     Where MLflow is away, warns once and returns the id that it was given: "" for a new
     run, which is then not recorded; the metrics of an old one wait for MLflow.
@@ -71,7 +73,14 @@ def open_run(
         if found := find_run(client, run_id=run_id):
             reopen_run(client, run=found)
             return found
-        return create_run(client, uri=uri, experiment=experiment, name=name)
+        if is_begun and not run_id:
+            found = placed_run(client, experiment=experiment, name=name, place=place)
+            if found is not None:
+                reopen_run(client, run=found)
+                return found
+        return create_run(
+            client, uri=uri, experiment=experiment, name=name, place=place
+        )
 
     def describe(client: MlflowClient) -> None:
         assert run is not None
@@ -227,65 +236,3 @@ def end_run(
 
     if run_id:
         attempt(end, uri=uri, otherwise=None, loss=f"the run is not marked {status}")
-
-
-class MetricWriter:
-    """Write a run's metrics by step, without ever stopping the training loop.
-
-    Points are sent by a thread of their own and wait, the newest 100 000 of them, while
-    MLflow is away. After a restart from an earlier checkpoint some steps are logged
-    twice: MLflow keeps both points, each with its time. Charts are drawn by step, so
-    such a step shows two values, and a metric's last value is that of the highest step,
-    the later point where two have it: right as soon as training has passed the point it
-    had come to before. `num_restarts` says that it happened.
-    """
-
-    def __init__(self, uri: str, run_id: str) -> None:
-        self._uri = uri
-        self._run_id = run_id
-        self._warned = False
-        self._buffer = MetricBuffer(self._send, place=f"MLflow at {uri}")
-
-    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Queue one value of each metric at a step; never raises, never waits.
-
-        Characters that MLflow refuses in a name become `_`. What is no number is left
-        out, with one warning.
-        """
-        if not self._run_id:
-            return
-        now_ms = int(time.time() * 1000)
-        points = []
-        for name, value in metrics.items():
-            try:
-                points.append(Point(name_text(name), float(value), int(step), now_ms))
-            except (TypeError, ValueError) as error:
-                if not self._warned:
-                    logger.warning("metric %r is left out: %s", name, error)
-                self._warned = True
-        self._buffer.add(points)
-
-    def close(self, timeout_s: float) -> int:
-        """Flush for at most `timeout_s`; return how many points were not written."""
-        num_lost = self._buffer.close(timeout_s)
-        if num_lost:
-            place = without_credentials(self._uri)
-            logger.warning("MLflow at %s: %d points not written", place, num_lost)
-        return num_lost
-
-    def _send(self, points: Sequence[Point]) -> None:
-        with environment(PATIENCE):
-            from mlflow.entities import Metric
-            from mlflow.exceptions import MlflowException
-
-            client = connect(self._uri, create=False)
-            metrics = [
-                Metric(point.key, point.value, point.timestamp_ms, point.step)
-                for point in points
-            ]
-            try:
-                client.log_batch(self._run_id, metrics=metrics, synchronous=True)
-            except MlflowException as error:
-                if error.error_code == "INVALID_PARAMETER_VALUE":
-                    raise RefusedError(str(error)) from error
-                raise

@@ -16,13 +16,16 @@ from pipelines.credentials import error_summary, without_credentials
 from pipelines.tracking.client import (
     ADDRESS_VARIABLE,
     PATIENCE,
-    active_run,
     attempt,
     connect,
-    create_run,
     environment,
+)
+from pipelines.tracking.entries import (
+    active_run,
+    create_run,
     log_params,
     log_tags,
+    placed_run,
     reopen_run,
 )
 from pipelines.tracking.sweep_view import view_state
@@ -61,7 +64,9 @@ def open_sweep(
             run = _old_run(client, run_id=run_id, uri=uri)
             reopen_run(client, run=run)
         else:
-            run = create_run(client, uri=uri, experiment=experiment, name=name)
+            run = create_run(
+                client, uri=uri, experiment=experiment, name=name, place=name
+            )
         log_params(client, run=run, params=params)
         kind = {KIND_TAG: SWEEP_KIND, SWEEP_TAG: name}
         log_tags(client, run_id=run.info.run_id, tags={**tags, **kind})
@@ -93,7 +98,13 @@ def log_child(
     def log(client: MlflowClient) -> str:
         from mlflow.entities import Metric
 
-        run = create_run(client, uri=uri, experiment=experiment, name=name)
+        place = f"{tags[PARENT_TAG]}/{name}"
+        # Who recorded it may have been killed before noting its id.
+        run = placed_run(client, experiment=experiment, name=name, place=place)
+        if run is None:
+            run = create_run(
+                client, uri=uri, experiment=experiment, name=name, place=place
+            )
         run_id = run.info.run_id
         log_params(client, run=run, params=params)
         log_tags(client, run_id=run_id, tags=tags)

@@ -1,0 +1,76 @@
+"""Write metrics by step on a thread, whatever MLflow does meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+
+from pipelines.credentials import without_credentials
+from pipelines.tracking.buffer import MetricBuffer, Point, RefusedError
+from pipelines.tracking.client import PATIENCE, connect, environment
+from pipelines.tracking.entries import name_text
+
+logger = logging.getLogger(__name__)
+
+
+class MetricWriter:
+    """Write a run's metrics by step, without ever stopping the training loop.
+
+    Points are sent by a thread of their own and wait, the newest 100 000 of them, while
+    MLflow is away. After a restart from an earlier checkpoint some steps are logged
+    twice: MLflow keeps both points, each with its time. Charts are drawn by step, so
+    such a step shows two values, and a metric's last value is that of the highest step,
+    the later point where two have it: right as soon as training has passed the point it
+    had come to before. `num_restarts` says that it happened.
+    """
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self._uri = uri
+        self._run_id = run_id
+        self._warned = False
+        self._buffer = MetricBuffer(self._send, place=f"MLflow at {uri}")
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Queue one value of each metric at a step; never raises, never waits.
+
+        Characters that MLflow refuses in a name become `_`. What is no number is left
+        out, with one warning.
+        """
+        if not self._run_id:
+            return
+        now_ms = int(time.time() * 1000)
+        points = []
+        for name, value in metrics.items():
+            try:
+                points.append(Point(name_text(name), float(value), int(step), now_ms))
+            except (TypeError, ValueError) as error:
+                if not self._warned:
+                    logger.warning("metric %r is left out: %s", name, error)
+                self._warned = True
+        self._buffer.add(points)
+
+    def close(self, timeout_s: float) -> int:
+        """Flush for at most `timeout_s`; return how many points were not written."""
+        num_lost = self._buffer.close(timeout_s)
+        if num_lost:
+            place = without_credentials(self._uri)
+            logger.warning("MLflow at %s: %d points not written", place, num_lost)
+        return num_lost
+
+    def _send(self, points: Sequence[Point]) -> None:
+        with environment(PATIENCE):
+            from mlflow.entities import Metric
+            from mlflow.exceptions import MlflowException
+
+            client = connect(self._uri, create=False)
+            metrics = [
+                Metric(point.key, point.value, point.timestamp_ms, point.step)
+                for point in points
+            ]
+            try:
+                client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+            except MlflowException as error:
+                if error.error_code == "INVALID_PARAMETER_VALUE":
+                    raise RefusedError(str(error)) from error
+                raise
