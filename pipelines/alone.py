@@ -7,26 +7,21 @@ again by itself.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-import pyarrow.fs as pafs
 import torch
 from ray.train import UserCallback
 
-from pipelines.checkpoint import MANIFEST, opened, read_manifest, step_of
 from pipelines.config import Data
-from pipelines.errors import RunFailedError
-from pipelines.failures import first_line
+from pipelines.errors import RewindError, RunFailedError
+from pipelines.failures import Rewinds, first_line
 from pipelines.files import Place
+from pipelines.group import Small
 from pipelines.ingest.reading import Reading
 from pipelines.ingest.stream import LocalOpener, Opener
-from pipelines.job import Job, Trained
-from pipelines.retries import answering
-from pipelines.telling.board import Board, Item, wait_until_heard
+from pipelines.job import Job, Trained, outcome
+from pipelines.telling.board import Board, Item, Noted, wait_until_heard
 from pipelines.telling.listener import Listener
 from pipelines.worker import Worker
 
@@ -36,15 +31,17 @@ _LISTEN_EVERY_S = 0.02
 
 
 class Alone:
-    """Be a worker's `Group` of one: keep its checkpoints, pass on its reports.
+    """Be a worker's `Group` of one: pass on what it reports.
 
     Args:
-        folder: Where the run's checkpoints lie.
+        folder: The run's.
         callbacks: As Ray Train calls them; there is no run context.
     """
 
     rank = 0
     world_size = 1
+    # Nobody would start it again.
+    is_watched = False
 
     def __init__(
         self,
@@ -55,45 +52,21 @@ class Alone:
         board: Board,
     ) -> None:
         self.device = torch.device("cuda" if job.run.scale.use_gpu else "cpu")
-        self.metrics: Mapping[str, float] = {}
-        self._num_to_keep = job.run.num_checkpoints_to_keep
-        self._folder = folder
+        self.folder = folder
         self._callbacks = callbacks
         self._board = board
-        self._kept = _checkpoints(folder)
-
-    @property
-    def checkpoint(self) -> Place | None:
-        """Name the last checkpoint, if there is one."""
-        return self._folder.within(self._kept[-1]) if self._kept else None
 
     def opener(self, reading: Reading, *, data: Data) -> Opener:
         """Give what reads in this process, as the batches are taken."""
         return LocalOpener(reading)
 
-    @contextlib.contextmanager
-    def latest(self) -> Iterator[Path | None]:
-        """Give the last checkpoint that was written whole."""
-        if self.checkpoint is None:
-            yield None
-            return
-        with opened(self.checkpoint) as folder:
-            # Where nothing is left to train, this is what the run came to.
-            self.metrics = read_manifest(folder).metrics
-            yield folder
-
-    def agreed(self, value: int) -> int:
+    def agreed(self, value: Small) -> Small:
         """Give the value back."""
         return value
 
-    def report(
-        self, metrics: Mapping[str, float], *, folder: Path | None, name: str
-    ) -> None:
-        """Keep a checkpoint, delete those before the last few, tell the callbacks."""
-        self.metrics = metrics
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Tell the callbacks, once the driver's thread has heard all before."""
         wait_until_heard(self._board.is_heard, every_s=_LISTEN_EVERY_S)
-        if folder is not None:
-            self._keep(folder, name=name)
         for callback in self._callbacks:
             callback.after_report(None, [dict(metrics)], None)  # pyright: ignore[reportArgumentType]
 
@@ -105,35 +78,12 @@ class Alone:
         """Ask this process's board."""
         return self._board.is_ending()
 
+    def is_leaving(self) -> bool:
+        """Know of no notice: who takes the machine ends the process."""
+        return False
+
     def close(self) -> None:
         """End nothing: nothing was started."""
-
-    def _keep(self, folder: Path, *, name: str) -> None:
-        place = self._folder.within(name)
-        with answering():
-            place.make_folder()
-            # The manifest last: a checkpoint without it was cut off.
-            for file in sorted(
-                folder.iterdir(), key=lambda file: file.name == MANIFEST
-            ):
-                with place.within(file.name).writing() as partial:
-                    shutil.copyfile(file, partial)
-            self._kept = [kept for kept in self._kept if kept != name] + [name]
-            while len(self._kept) > self._num_to_keep:
-                self._folder.within(self._kept.pop(0)).delete_folder()
-
-
-def _checkpoints(folder: Place) -> list[str]:
-    """List the names of a run's whole checkpoints, the first one first."""
-    with answering():
-        names = [
-            entry.base_name
-            for entry in folder.entries()
-            if entry.type == pafs.FileType.Directory
-        ]
-    steps = {name: step_of(folder.within(name)) for name in names}
-    whole = {name: step for name, step in steps.items() if step is not None}
-    return sorted(whole, key=lambda name: whole[name])
 
 
 def train_alone(
@@ -151,16 +101,13 @@ def train_alone(
     board = Board()
     num_threads = torch.get_num_threads()
     logger.info("training in this process")
+    folder = Place(job.run.storage).within(name)
+    group = Alone(job, folder=folder, callbacks=callbacks, board=board)
+    rewinds = Rewinds(job.run.optim.max_nonfinite_steps)
     try:
-        group = Alone(
-            job,
-            folder=Place(job.run.storage).within(name),
-            callbacks=callbacks,
-            board=board,
-        )
-        listening = listener.listening(board, every_s=_LISTEN_EVERY_S)
-        with listening, Worker(job, group=group) as worker:
-            worker.train()
+        with listener.listening(board, every_s=_LISTEN_EVERY_S):
+            while not _trained_once(job, group=group, rewinds=rewinds):
+                pass
     except ValueError:
         raise
     except Exception as error:
@@ -168,4 +115,16 @@ def train_alone(
         raise RunFailedError(reason) from error
     finally:
         torch.set_num_threads(num_threads)
-    return Trained(metrics=group.metrics, checkpoint=group.checkpoint)
+    return outcome(job.run, folder=folder)
+
+
+def _trained_once(job: Job, *, group: Alone, rewinds: Rewinds) -> bool:
+    """Train to the end, or until the run is to go back to its last checkpoint."""
+    try:
+        with Worker(job, group=group) as worker:
+            worker.train()
+    except RewindError as error:
+        rewinds.count(error)
+        group.post(Noted(line=f"back to the last checkpoint: {error}"))
+        return False
+    return True

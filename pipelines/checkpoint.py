@@ -1,4 +1,4 @@
-"""Write checkpoints that are whole or refused, without pickled objects.
+"""Read checkpoints that are whole or refused, without pickled objects.
 
 A checkpoint is a folder: `model.safetensors`, `ema.safetensors` where an average is
 kept, `optimizer.pt` (read with `weights_only=True`) and, written last,
@@ -13,7 +13,6 @@ import dataclasses
 import json
 import pickle
 import tempfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,34 +21,48 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sovit
 from pipelines.config import Model, Run
-from pipelines.credentials import without_credentials
 from pipelines.files import Place
 from pipelines.retries import answering
-from pipelines.runfile import from_json, to_json
+from pipelines.runfile import from_json
+from pipelines.snapshot import (
+    EMA_FILE,
+    MANIFEST,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    Position,
+    crc_of,
+    fingerprint,
+    save_checkpoint,
+)
 
-MANIFEST = "checkpoint.json"
-MODEL_FILE = "model.safetensors"
-EMA_FILE = "ema.safetensors"
-OPTIMIZER_FILE = "optimizer.pt"
-_CHUNK_BYTES = 1 << 20
+__all__ = [
+    "EMA_FILE",
+    "MANIFEST",
+    "MODEL_FILE",
+    "OPTIMIZER_FILE",
+    "PRETRAINED",
+    "Manifest",
+    "Position",
+    "build_model",
+    "load_model",
+    "load_optimizer",
+    "load_weights",
+    "opened",
+    "peek",
+    "read_manifest",
+    "read_weights",
+    "save_checkpoint",
+    "without_weights",
+]
+
+
 # What timm's builder, and ours of networks, take to load weights.
 PRETRAINED = ("pretrained", "pretrained_backbone", "checkpoint_path")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """Point at the next global batch to train on."""
-
-    epoch: int = 0
-    batch: int = 0
-    """Batches of this epoch that were trained on."""
-    step: int = 0
-    """Batches of all epochs that were trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,39 +104,6 @@ def without_weights(settings: Model) -> Model:
     return dataclasses.replace(settings, kwargs=kwargs, init_from="")
 
 
-def save_checkpoint(
-    folder: Path,
-    *,
-    run: Run,
-    position: Position,
-    classes: tuple[str, ...],
-    metrics: Mapping[str, float],
-    model: nn.Module,
-    ema: nn.Module | None,
-    optimizer: torch.optim.Optimizer | None,
-) -> None:
-    """Write a checkpoint, without credentials, into a folder; its manifest last."""
-    save_file(_plain(model), folder / MODEL_FILE)
-    names = [MODEL_FILE]
-    if ema is not None:
-        save_file(_plain(ema), folder / EMA_FILE)
-        names.append(EMA_FILE)
-    if optimizer is not None:
-        torch.save(optimizer.state_dict(), folder / OPTIMIZER_FILE)
-        names.append(OPTIMIZER_FILE)
-    content = {
-        "run": json.loads(without_credentials(to_json(run))),
-        "position": dataclasses.asdict(position),
-        "classes": list(classes),
-        "metrics": dict(metrics),
-        "files": {name: _fingerprint(folder / name) for name in names},
-    }
-    content["crc32"] = _crc_of(content)
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(content, indent=2))
-    partial.rename(folder / MANIFEST)
-
-
 def read_manifest(folder: Path) -> Manifest:
     """Read what a checkpoint holds and check that every file is whole.
 
@@ -138,6 +118,10 @@ def read_manifest(folder: Path) -> Manifest:
     raw = _parsed(path.read_bytes(), shown=str(path))
     for name, wanted in _files_of(raw, shown=str(path)).items():
         _check_file(folder / name, wanted=wanted, shown=str(folder / name))
+    return _manifest(raw)
+
+
+def _manifest(raw: Mapping[str, Any]) -> Manifest:
     return Manifest(
         run=from_json(json.dumps(raw["run"])),
         position=Position(**raw["position"]),
@@ -147,8 +131,8 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
-def step_of(place: Place) -> int | None:
-    """Read how many steps a checkpoint was trained for; None where it was cut off.
+def peek(place: Place) -> Manifest | None:
+    """Read a checkpoint's manifest alone; None where it was cut off.
 
     Raises ValueError where its manifest is damaged.
     """
@@ -158,7 +142,7 @@ def step_of(place: Place) -> int | None:
             content = manifest.read()
     except FileNotFoundError:
         return None
-    return _parsed(content, shown=str(manifest))["position"]["step"]
+    return _manifest(_parsed(content, shown=str(manifest)))
 
 
 @contextlib.contextmanager
@@ -206,7 +190,7 @@ def _files_of(raw: Mapping[str, Any], *, shown: str) -> dict[str, dict[str, int]
 
 
 def _check_file(path: Path, *, wanted: dict[str, int], shown: str) -> None:
-    came = _fingerprint(path) if path.is_file() else None
+    came = fingerprint(path) if path.is_file() else None
     if came != wanted:
         raise ValueError(
             f"{shown}: wanted {wanted}, came {came}; "
@@ -217,7 +201,7 @@ def _check_file(path: Path, *, wanted: dict[str, int], shown: str) -> None:
 def _parsed(manifest: bytes, *, shown: str) -> dict[str, Any]:
     try:
         raw = json.loads(manifest)
-        whole = raw.pop("crc32") == _crc_of(raw)
+        whole = raw.pop("crc32") == crc_of(raw)
     except (ValueError, AttributeError, KeyError):
         whole, raw = False, {}
     if not whole:
@@ -279,22 +263,3 @@ def load_model(folder: Path, *, ema: bool | None = None) -> tuple[nn.Module, Man
     use_ema = EMA_FILE in manifest.files if ema is None else ema
     load_weights(model, folder, ema=use_ema)
     return model.eval(), manifest
-
-
-def _plain(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: value.detach().cpu().contiguous()
-        for name, value in model.state_dict().items()
-    }
-
-
-def _crc_of(content: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _fingerprint(path: Path) -> dict[str, int]:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK_BYTES):
-            crc = zlib.crc32(block, crc)
-    return {"num_bytes": path.stat().st_size, "crc32": crc}

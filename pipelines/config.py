@@ -15,6 +15,7 @@ from pipelines.data_config import (
 )
 from pipelines.field_checks import check_fields
 from pipelines.optim_config import Optim, Schedule
+from pipelines.validation_config import Validation
 from sovit import Pooling
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Run",
     "Scale",
     "Schedule",
+    "Validation",
 ]
 
 
@@ -105,6 +107,21 @@ class Scale:
     """How long a cluster may take to have the workers' CPUs and GPUs."""
     amp: Literal["auto", "off"] = "auto"
     """auto: bfloat16 autocast where the device has instructions for it."""
+    compile: bool = False
+    """Compile the training step with torch.compile: a minute or more at each start,
+    faster steps after it."""
+    grad_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less
+    memory, a third more time."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp: each worker keeps a part of the weights, their gradients and the
+    optimiser's state, for models that do not fit one GPU."""
+    deterministic: bool = False
+    """Ask PyTorch for the same bits every time, on a GPU too, where that is slower; it
+    raises where it has no such kernel."""
+    hang_timeout_s: float = 600.0
+    """A worker that makes no step for so long is killed and counts as failed; 0 is
+    never."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -115,6 +132,7 @@ class Scale:
             resize_every_s=(self.resize_every_s > 0, "above 0"),
             cpus_per_worker=(self.cpus_per_worker > 0, "above 0"),
             max_failures=(self.max_failures >= 0, "at least 0"),
+            hang_timeout_s=(self.hang_timeout_s >= 0, "at least 0"),
         )
 
     @property
@@ -140,6 +158,7 @@ class Run:
     augment: Augment = field(default_factory=Augment)
     scale: Scale = field(default_factory=Scale)
     probe: Probe = field(default_factory=Probe)
+    validation: Validation = field(default_factory=Validation)
     seed: int = 42
     storage: str = "runs"
     """Folder (or bucket address) that holds each run's checkpoints."""
@@ -152,6 +171,10 @@ class Run:
     """Minutes between checkpoints within an epoch, looked at when metrics are logged;
     0 is none by time."""
     num_checkpoints_to_keep: int = 2
+    """The last so many; the best is kept beside them."""
+    max_failed_checkpoints: int = 3
+    """Checkpoints in a row that may fail to be written, a disk full or a bucket away,
+    before the run stops."""
     key_log: str = ""
     """Folder in which every worker notes what it trained on, for audits; none if empty.
     See `pipelines.key_log`."""
@@ -164,6 +187,7 @@ class Run:
             "",
             log_every_steps=(self.log_every_steps >= 1, "at least 1"),
             num_checkpoints_to_keep=(self.num_checkpoints_to_keep >= 1, "at least 1"),
+            max_failed_checkpoints=(self.max_failed_checkpoints >= 0, "at least 0"),
             checkpoint_every_steps=(self.checkpoint_every_steps >= 0, "at least 0"),
             checkpoint_every_minutes=(self.checkpoint_every_minutes >= 0, "at least 0"),
             key_log=("://" not in self.key_log, "a local or shared folder"),
@@ -173,6 +197,11 @@ class Run:
                 "augment.num_repeats: wanted a divisor of data.batch_size, came "
                 f"{self.augment.num_repeats} and {self.data.batch_size}; set "
                 "--augment.num-repeats or --data.batch-size"
+            )
+        if self.validation.beside and self.scale.is_alone:
+            raise ValueError(
+                "validation.beside: wanted workers of Ray to evaluate beside, came "
+                "--scale.num-workers 0; leave out --validation.beside"
             )
         share = self.data.batch_size / self.scale.world_size
         if share < 2 * self.optim.num_accumulation:

@@ -12,7 +12,7 @@ from ray.train import (
     WorkerGroupError,
 )
 
-from pipelines.errors import NonFiniteLossError, RunFailedError
+from pipelines.errors import NonFiniteLossError, RewindError, RunFailedError
 from pipelines.telling.board import Failed
 
 
@@ -25,22 +25,53 @@ class StopOnValueError(UserCallback):
 
     Args:
         tell: Gets what is to be told the driver.
+        max_rewinds: How often the workers may go back to the last checkpoint because a
+            step was no number.
     """
 
-    def __init__(self, tell: Callable[[Failed], object]) -> None:
+    def __init__(
+        self, tell: Callable[[Failed], object], *, max_rewinds: int = 0
+    ) -> None:
         self._tell = tell
+        self._rewinds = Rewinds(max_rewinds)
 
     def after_exception(
         self, run_context: object, worker_exceptions: dict[int, Exception]
     ) -> None:
         """Raise the first ValueError among the workers' errors; tell of the others."""
-        for error in worker_exceptions.values():
-            for cause in causes(error):
-                if isinstance(cause, ValueError):
-                    raise _mendable(cause)
+        found = [c for e in worker_exceptions.values() for c in causes(e)]
+        for cause in found:
+            if isinstance(cause, ValueError):
+                raise _mendable(cause)
+        rewinds = [cause for cause in found if isinstance(cause, RewindError)]
+        if rewinds:  # all workers say the same
+            self._rewinds.count(rewinds[0])
         for rank, error in worker_exceptions.items():
             reason = f"{type(error).__name__}: {first_line(error)}"
             self._tell(Failed(rank=rank, reason=reason))
+
+
+class Rewinds:
+    """Count how often a run goes back to its last checkpoint.
+
+    A fault of the hardware is gone then. What comes again at the same step does not
+    go away.
+    """
+
+    def __init__(self, max_rewinds: int) -> None:
+        self._max_rewinds, self._num_rewinds, self._last_step = max_rewinds, 0, -1
+
+    def count(self, error: RewindError) -> None:
+        """Count once more; raise NonFiniteLossError where it is no use."""
+        self._num_rewinds += 1
+        is_same = error.step == self._last_step
+        if is_same or self._num_rewinds > self._max_rewinds:
+            again = "again" if is_same else f"for the {self._num_rewinds}. time"
+            raise NonFiniteLossError(
+                f"{error}, {again}; lower --optim.lr, lengthen the warm-up or set "
+                "--optim.on-nonfinite skip"
+            )
+        self._last_step = error.step
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

@@ -3,49 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from pipelines.config import Data
+from pipelines.files import Place
 from pipelines.ingest.reading import Reading
 from pipelines.ingest.stream import Opener
 from pipelines.telling.board import Item
+
+Small = TypeVar("Small", int, str)
 
 
 class Group(Protocol):
     """Connect a worker to the others and to the driver, of which there may be none.
 
     What all workers call together, and in the same order, is a collective: opening
-    datasets, `agreed` and `report`.
+    datasets, `agreed`, `report` and `is_leaving`.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    folder: Place
+    """The run's, where its checkpoints lie."""
+    is_watched: bool
+    """Whether a worker that ends itself is started again."""
 
     def opener(self, reading: Reading, *, data: Data) -> Opener:
         """Give what opens a split's datasets on all workers together."""
         ...
 
-    def latest(self) -> AbstractContextManager[Path | None]:
-        """Give the folder of the checkpoint to go on from, None where there is none."""
-        ...
-
-    def agreed(self, value: int) -> int:
+    def agreed(self, value: Small) -> Small:
         """Give all workers the first one's value."""
         ...
 
-    def report(
-        self, metrics: Mapping[str, float], *, folder: Path | None, name: str
-    ) -> None:
-        """Keep the first worker's checkpoint under a name, and what was measured.
-
-        Args:
-            folder: The checkpoint, on the first worker; others give None.
-        """
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Tell those who decide on runs, such as a sweep, what was measured."""
         ...
 
     def post(self, item: Item) -> None:
@@ -54,6 +49,10 @@ class Group(Protocol):
 
     def is_ending(self) -> bool:
         """Tell one worker at least whether the driver wants all of them to end."""
+        ...
+
+    def is_leaving(self) -> bool:
+        """Tell all workers, once, that a machine of theirs is about to be taken."""
         ...
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipelines.config import Run
 from pipelines.files import Place
 from pipelines.ingest.footers import ShardSet
+from pipelines.store import CheckpointStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +30,18 @@ class Trained:
     """What its last epoch reported."""
     checkpoint: Place | None
     """Its last checkpoint; None where it ended before the first."""
+    best: Place | None = None
+    """Its best checkpoint, where one was evaluated."""
+
+
+def outcome(run: Run, *, folder: Place) -> Trained:
+    """Read from a run's folder what it has come to."""
+    store = CheckpointStore(folder, num_to_keep=run.num_checkpoints_to_keep)
+    there, best = store.kept(), store.best()
+    if not there:
+        return Trained(metrics={}, checkpoint=None)
+    return Trained(
+        metrics=there[-1].metrics,
+        checkpoint=store.place(there[-1].name),
+        best=store.place(best.name) if best is not None else None,
+    )

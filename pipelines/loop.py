@@ -7,7 +7,6 @@ steps; epochs are marks on the batches.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from pipelines.checkpoint import Position
 from pipelines.clock import Clock
 from pipelines.config import Run
-from pipelines.errors import NonFiniteLossError
+from pipelines.guard import Guard
 from pipelines.hashing import Purpose, key
 from pipelines.ingest.batch import Batch
 from pipelines.metrics import Sums
@@ -40,6 +39,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
     position: Position = field(default_factory=Position)
+    guard: Guard | None = None
+    """What watches for losses that are no numbers; `train` makes one where none is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,9 @@ def train(
     on_checkpoint: Callable[[TrainState], None] = lambda state: None,
     on_batch: Callable[[Batch, int], None] = lambda batch, step: None,
     on_step_begin: Callable[[TrainState, Batch], None] = lambda state, batch: None,
+    on_note: Callable[[str], None] = lambda line: None,
     is_ending: Callable[[], bool] = lambda: False,
+    is_leaving: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train until the batches end, or until it is told to, and then a checkpoint.
 
@@ -108,12 +111,15 @@ def train(
             every worker at the same step.
         on_batch: is called with each micro-batch that was trained on, and its step.
         on_step_begin: is called before a step, with its first micro-batch.
+        on_note: is called with what a person should see.
         is_ending: tells, each time metrics are due, whether to end before the run does.
+        is_leaving: tells then whether a checkpoint is wanted at once.
 
-    Raises NonFiniteLossError, naming the step, where the loss is not finite, and
-    BadImagesError where too many images could not be decoded.
+    Raises NonFiniteLossError, naming the step, or RewindError, where the loss is not
+    finite, and BadImagesError where too many images could not be decoded.
     """
     run = settings.run
+    guard = state.guard = state.guard or _guard(state, settings=settings)
     sums = Sums(settings.device)
     clock = Clock()
     epoch_bad = 0
@@ -122,23 +128,33 @@ def train(
         if batch.micro == 0:
             _begin_step(state, settings=settings)
             on_step_begin(state, batch)
-        _forward_backward(state, batch, settings=settings, sums=sums)
+            guard.begin()
+        _forward_backward(state, batch, guard=guard, settings=settings, sums=sums)
         on_batch(batch, state.position.step)
         if not batch.ends_step:
             continue
-        _end_step(state, batch, settings=settings)
+        _end_step(state, batch, guard=guard)
         position = state.position
         every = run.checkpoint_every_steps
         is_due = every > 0 and position.step % every == 0
         is_last = False
-        if position.step % run.log_every_steps == 0 or batch.ends_epoch:
+        is_logged = position.step % run.log_every_steps == 0 or batch.ends_epoch
+        # To ask a GPU is to wait for it; no checkpoint is to follow a bad step.
+        if is_logged or is_due or settings.device.type == "cpu":
+            _tell(guard.check(), on_note)
+        if is_logged:
             # Workers' clocks differ: if one finds it is time, all of them do.
             is_time = clock.is_time(settings.checkpoint_every_minutes)
+            is_time = is_leaving() or is_time
             metrics = sums.total(votes={"is_time": is_time, "is_last": is_ending()})
             is_last = metrics.pop("is_last") > 0
             is_due = metrics.pop("is_time") > 0 or is_due or is_last
             epoch_bad += round(metrics.pop("num_bad"))
-            _check(metrics, num_bad=epoch_bad, position=position, settings=settings)
+            check_bad_share(
+                epoch_bad,
+                num_images=settings.images_per_epoch,
+                max_share=run.data.max_bad_share,
+            )
             num_images = metrics.pop("num_images")
             lr = state.optimizer.param_groups[0]["lr"]
             metrics |= clock.rates(num_images) | {"lr": lr, "bad_images": epoch_bad}
@@ -156,23 +172,19 @@ def train(
             return
 
 
-def _check(
-    metrics: Mapping[str, float],
-    *,
-    num_bad: int,
-    position: Position,
-    settings: LoopSettings,
-) -> None:
-    """Raise where going on makes no sense."""
-    if not math.isfinite(metrics["loss"]):
-        raise NonFiniteLossError(
-            f"wanted a finite loss, came {metrics['loss']} by step "
-            f"{position.step}; lower --optim.lr or lengthen the warm-up"
-        )
-    check_bad_share(
-        num_bad,
-        num_images=settings.images_per_epoch,
-        max_share=settings.run.data.max_bad_share,
+def _tell(line: str, on_note: Callable[[str], None]) -> None:
+    if line:
+        on_note(line)
+
+
+def _guard(state: TrainState, *, settings: LoopSettings) -> Guard:
+    return Guard(
+        state.model,
+        state.optimizer,
+        optim=settings.run.optim,
+        device=settings.device,
+        rank=settings.rank,
+        num_repeats=settings.run.augment.num_repeats,
     )
 
 
@@ -211,7 +223,12 @@ def mixed(batch: Batch, *, settings: LoopSettings) -> tuple[Tensor, Tensor]:
 
 
 def _forward_backward(
-    state: TrainState, batch: Batch, *, settings: LoopSettings, sums: Sums
+    state: TrainState,
+    batch: Batch,
+    *,
+    guard: Guard,
+    settings: LoopSettings,
+    sums: Sums,
 ) -> None:
     images, targets = mixed(batch, settings=settings)
     no_sync = getattr(state.forward, "no_sync", contextlib.nullcontext)
@@ -223,14 +240,14 @@ def _forward_backward(
         # global batch, however its rows lie on the workers.
         scale = settings.world_size / batch.global_rows
         ((losses * batch.weights).sum() * scale).backward()
-    sums.add(logits, batch.labels, batch.weights, losses, num_bad=batch.num_bad)
+    counted = guard.saw(batch, losses, step=state.position.step)
+    sums.add(logits, batch.labels, batch.weights, counted, num_bad=batch.num_bad)
 
 
-def _end_step(state: TrainState, batch: Batch, *, settings: LoopSettings) -> None:
-    optim = settings.run.optim
-    if optim.clip_grad_norm:
-        nn.utils.clip_grad_norm_(state.model.parameters(), optim.clip_grad_norm)
+def _end_step(state: TrainState, batch: Batch, *, guard: Guard) -> None:
+    guard.admit(step=state.position.step)
     state.optimizer.step()
+    guard.end()
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
         state.ema.update(state.model)

@@ -23,9 +23,20 @@ def build_optimizer(model: nn.Module, *, optim: Optim) -> torch.optim.Optimizer:
     classifier's have groups of their own where its rate is scaled.
     """
     groups = _groups(model, optim=optim)
+    # Fused: one pass over the memory, and a step can be left out without asking the
+    # device (pipelines.guard).
     if optim.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        sgd = torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
+        if optim.momentum:
+            # Else the first step makes them, without values where it is left out.
+            for group in sgd.param_groups:
+                for parameter in group["params"]:
+                    zeros = torch.zeros_like(parameter)
+                    sgd.state[parameter]["momentum_buffer"] = zeros
+        return sgd
+    return torch.optim.AdamW(
+        groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+    )
 
 
 def _groups(model: nn.Module, *, optim: Optim) -> list[dict[str, Any]]:

@@ -95,6 +95,12 @@ class Optim:
     """Probability of cutmix where both are on."""
     ema_decay: float = 0.0
     """0 keeps no moving average of the weights."""
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    """What a step whose loss or gradients are no numbers does. It never changes the
+    weights; the run stops, or leaves it out, or goes back to the last checkpoint."""
+    max_nonfinite_steps: int = 3
+    """Such steps that are skipped, or gone back for, before the run stops all the
+    same."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -113,6 +119,7 @@ class Optim:
             cutmix=(self.cutmix >= 0, "at least 0"),
             mix_switch=(0 <= self.mix_switch <= 1, "a probability"),
             ema_decay=(0 <= self.ema_decay < 1, "0 <= decay < 1"),
+            max_nonfinite_steps=(self.max_nonfinite_steps >= 0, "at least 0"),
             weight_decay=(self.weight_decay >= 0, "at least 0"),
             clip_grad_norm=(self.clip_grad_norm >= 0, "at least 0"),
             warmup_lr=(self.warmup_lr >= 0, "at least 0"),

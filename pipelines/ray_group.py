@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -15,6 +14,8 @@ from ray.exceptions import GetTimeoutError
 from ray.train.collective import broadcast_from_rank_zero
 
 from pipelines.config import Data
+from pipelines.files import Place
+from pipelines.group import Small
 from pipelines.ingest.reading import Reading
 from pipelines.ingest.stream import Opener
 from pipelines.opener import RayOpener
@@ -31,14 +32,22 @@ class RayGroup:
 
     Args:
         board: The driver's actor that takes what is to be shown.
+        folder: The run's.
+        is_preemptible: Whether Ray looks out for machines that are to be taken.
     """
 
-    def __init__(self, board: ActorHandle) -> None:
+    is_watched = True
+
+    def __init__(
+        self, board: ActorHandle, *, folder: Place, is_preemptible: bool
+    ) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self.device = ray.train.torch.get_device()
+        self.folder = folder
         self._board = board
+        self._is_preemptible = is_preemptible
         self._openers: list[RayOpener] = []
 
     def opener(self, reading: Reading, *, data: Data) -> Opener:
@@ -47,30 +56,19 @@ class RayGroup:
         self._openers.append(opener)
         return opener
 
-    @contextlib.contextmanager
-    def latest(self) -> Iterator[Path | None]:
-        """Give the checkpoint that Ray Train has kept last."""
-        found = ray.train.get_checkpoint()
-        if found is None:
-            yield None
-            return
-        with found.as_directory() as folder:
-            yield Path(folder)
-
-    def agreed(self, value: int) -> int:
+    def agreed(self, value: Small) -> Small:
         """Give all workers the first one's value."""
         return broadcast_from_rank_zero(value)
 
-    def report(
-        self, metrics: Mapping[str, float], *, folder: Path | None, name: str
-    ) -> None:
-        """Hand metrics and checkpoint to Ray Train: a barrier of all workers."""
-        kept = None
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Hand metrics to Ray Train: a barrier of all workers.
+
+        Checkpoints are not Ray's: it would restart training where one can't be
+        written, and knows no other than those of its own session.
+        """
         if self.rank == 0:
             wait_until_heard(self._is_heard, every_s=_POLL_S)
-        if folder is not None:
-            kept = ray.train.Checkpoint.from_directory(str(folder))
-        ray.train.report(dict(metrics), checkpoint=kept, checkpoint_dir_name=name)
+        ray.train.report(dict(metrics))
 
     def post(self, item: Item) -> None:
         """Post to the driver's board."""
@@ -81,6 +79,13 @@ class RayGroup:
         if self.rank != 0:
             return False
         return _answer(self._board.is_ending.remote())
+
+    def is_leaving(self) -> bool:
+        """Ask Ray, together, whether it was told that a machine will be taken."""
+        if not self._is_preemptible or ray.train.get_preemption_info() is None:
+            return False
+        self._is_preemptible = False  # one checkpoint is enough
+        return True
 
     def _is_heard(self) -> bool:
         return _answer(self._board.is_heard.remote())
@@ -100,5 +105,10 @@ def _answer(question: ray.ObjectRef) -> bool:
 
 def run_worker(config: Mapping[str, Any]) -> None:
     """Train as one worker of a group, with the job that `config` refers to."""
-    with Worker(ray.get(config["job"]), group=RayGroup(config["board"])) as worker:
+    group = RayGroup(
+        config["board"],
+        folder=config["folder"],
+        is_preemptible=config["is_preemptible"],
+    )
+    with Worker(ray.get(config["job"]), group=group) as worker:
         worker.train()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import cast
 
 import ray
@@ -20,7 +19,7 @@ from pipelines.config import Scale
 from pipelines.entry import work
 from pipelines.failures import StopOnValueError, end_of
 from pipelines.files import Place
-from pipelines.job import Job, Trained
+from pipelines.job import Job, Trained, outcome
 from pipelines.places import open_place
 from pipelines.retries import is_remote
 from pipelines.session import per_worker
@@ -42,11 +41,16 @@ def train_on_ray(
     """
     run = job.run
     logger.info("starting %s workers", _num_text(run.scale))
-    board = _begin_board()
+    board, folder = _begin_board(), Place(run.storage).within(name)
     filesystem, path = open_place(run.storage)
     trainer = ray.train.torch.TorchTrainer(
         work,
-        train_loop_config={"job": ray.put(job), "board": board},
+        train_loop_config={
+            "job": ray.put(job),
+            "board": board,
+            "folder": folder,
+            "is_preemptible": _is_preemptible(),
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=_num_workers(run.scale),
             elastic_resize_monitor_interval_s=run.scale.resize_every_s,
@@ -58,31 +62,37 @@ def train_on_ray(
             storage_path=path,
             storage_filesystem=filesystem if is_remote(run.storage) else None,
             failure_config=ray.train.FailureConfig(max_failures=run.scale.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=run.num_checkpoints_to_keep
-            ),
-            callbacks=[StopOnValueError(board.post.remote), *callbacks],
+            callbacks=[
+                StopOnValueError(
+                    board.post.remote, max_rewinds=run.optim.max_nonfinite_steps
+                ),
+                *callbacks,
+            ],
         ),
     )
     try:
         listening = listener.listening(_ActorBoard(board), every_s=_LISTEN_EVERY_S)
-        with environment(_settings()), listening:
-            result = trainer.fit()
+        with environment(_settings(run.scale)), listening:
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise end_of(error) from error
-    kept = None
-    if result.checkpoint is not None:
-        # Of a bucket, Ray gives the path alone.
-        kept = Place(run.storage, f"{name}/{Path(result.checkpoint.path).name}")
-    return Trained(metrics=result.metrics or {}, checkpoint=kept)
+    return outcome(run, folder=folder)
 
 
-def _settings() -> dict[str, str]:
+def _settings(scale: Scale) -> dict[str, str]:
     """Give Ray Train's settings for where it runs."""
-    if os.environ.get("RAY_ADDRESS"):
-        return {}
-    # Nobody takes a laptop away with notice; the watcher is a process more.
-    return {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+    settings = {}
+    if scale.hang_timeout_s:
+        # A process that answers nothing at all, its watchdog included.
+        settings["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(scale.hang_timeout_s)
+    if not _is_preemptible():
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    return settings
+
+
+def _is_preemptible() -> bool:
+    """Nobody takes a laptop away with notice; the watcher is a process more."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _num_workers(scale: Scale) -> int | tuple[int, int]:

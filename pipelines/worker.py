@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from pipelines import checkpoint as ckpt
+from pipelines.building import build_state
 from pipelines.checkpoint import Position
 from pipelines.group import Group
+from pipelines.guard import Guard
 from pipelines.ingest.batch import Batch
 from pipelines.ingest.stream import Plans
 from pipelines.initial import load_initial
@@ -31,12 +30,16 @@ from pipelines.loop import (
     train,
 )
 from pipelines.memory import peak_memory_mb
-from pipelines.optim import build_optimizer
 from pipelines.probing import Prober
+from pipelines.snapshot import Snapshot, take_snapshot
+from pipelines.store import CheckpointStore
 from pipelines.supply import Supply, reading_of
 from pipelines.telling.bad_images import BadImageTeller
 from pipelines.telling.bands import draw_bands
-from pipelines.telling.board import Began, Event, Measured, Pictured
+from pipelines.telling.board import Began, Event, Measured, Noted, Pictured
+from pipelines.validation.keys import keys_of
+from pipelines.watchdog import Watchdog
+from pipelines.writer import CheckpointWriter
 
 
 class Worker:
@@ -58,14 +61,25 @@ class Worker:
             world_size=group.world_size,
             rank=group.rank,
         )
+        self.store = CheckpointStore(
+            group.folder, num_to_keep=run.num_checkpoints_to_keep
+        )
         self.state = self._restore()
+        self.state.guard = self._open_guard()
         # In the same order on every worker: opening is a collective.
         self.supplies = {split: self._supply(split) for split in ("train", "val")}
         self.prober = self._open_prober()
         self.key_log = self._open_key_log()
+        self.writer = self._open_writer()
+        self.watchdog = Watchdog(
+            run.scale.hang_timeout_s if group.is_watched else 0,
+            tell=lambda line: self._note(f"worker {group.rank}: {line}"),
+        )
         self._last_log: dict[str, float] = {}
+        self._is_leaving = False
 
     def __enter__(self) -> Worker:
+        self.watchdog.__enter__()
         for supply in self.supplies.values():
             supply.start()
         begun = Began(
@@ -77,7 +91,15 @@ class Worker:
         self.group.post(begun)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if self.writer is not None:
+                self.writer.close(is_done=kind is None)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self.watchdog.__exit__()
         for supply in self.supplies.values():
             supply.close()
         self.group.close()
@@ -88,14 +110,16 @@ class Worker:
         """Train to the end of the run, or until the driver asks to end."""
         train(
             self.state,
-            self.supplies["train"],
+            self.watchdog.watching(self.supplies["train"], doing="training"),
             settings=self.settings,
             on_log=self._log,
             on_epoch_end=self._end_epoch,
             on_checkpoint=self._keep,
-            on_batch=self._note,
+            on_batch=self._log_keys,
             on_step_begin=self._probe,
+            on_note=self._note,
             is_ending=self.group.is_ending,
+            is_leaving=self._leaves,
         )
 
     def _probe(self, state: TrainState, batch: Batch) -> None:
@@ -111,7 +135,15 @@ class Worker:
 
         return Prober(self.state.model, settings=self.settings, on_probe=log)
 
-    def _note(self, batch: Batch, step: int) -> None:
+    def _leaves(self) -> bool:
+        is_told = self.group.is_leaving()
+        self._is_leaving |= is_told
+        return is_told
+
+    def _note(self, line: str) -> None:
+        self.group.post(Noted(line=line))
+
+    def _log_keys(self, batch: Batch, step: int) -> None:
         if self.key_log is not None:
             self.key_log(batch, step)
 
@@ -143,47 +175,57 @@ class Worker:
             on_bad=BadImageTeller(self.group.post, split=split, groups=shards.groups),
         )
 
-    def _restore(self) -> TrainState:
-        """Build the model; take weights and position from the checkpoint, if any."""
-        run = self.run
-        torch.manual_seed(run.seed)
-        model = ckpt.build_model(run.model, num_classes=self.settings.num_classes)
-        # Convolutions are faster so, on CPUs too, and decoders give their images so.
-        model.to(self.device).to(memory_format=torch.channels_last)
-        with self.group.latest() as folder:
-            if folder is None and run.model.init_from:
-                classes = self.job.train_shards.classes
-                load_initial(model, run.model.init_from, classes=classes)
-            decay = run.optim.ema_decay
-            ema = ModelEmaV3(model, decay=decay) if decay else None
-            optimizer = build_optimizer(model, optim=run.optim)
-            position = Position()
-            if folder is not None:
-                position = ckpt.read_manifest(folder).position
-                ckpt.load_weights(model, folder)
-                if ema is not None:
-                    ckpt.load_weights(ema.module, folder, ema=True)
-                ckpt.load_optimizer(optimizer, folder)
-        return TrainState(
-            model=model,
-            forward=self._wrap(model),
-            optimizer=optimizer,
-            ema=ema,
-            position=position,
+    def _open_guard(self) -> Guard:
+        def keys_of_rows(rows: Sequence[int]) -> Mapping[int, str]:
+            return keys_of(self.job.train_shards, rows)
+
+        return Guard(
+            self.state.model,
+            self.state.optimizer,
+            optim=self.run.optim,
+            device=self.device,
+            rank=self.rank,
+            keys_of=keys_of_rows,
+            num_repeats=self.run.augment.num_repeats,
         )
 
-    def _wrap(self, model: nn.Module) -> nn.Module:
-        if self.settings.world_size == 1:
-            return model
-        on_gpu = self.device.type == "cuda"
-        return nn.parallel.DistributedDataParallel(
-            model,
-            device_ids=[self.device.index] if on_gpu else None,
-            gradient_as_bucket_view=True,
-            # The papers keep BatchNorm's statistics by GPU; rank 0's are shared where
-            # they are used, at the epoch's end.
-            broadcast_buffers=False,
+    def _open_writer(self) -> CheckpointWriter | None:
+        if self.rank != 0:
+            return None
+        self.store.clean()
+        return CheckpointWriter(
+            self.store,
+            tell=self.group.post,
+            max_failures=self.run.max_failed_checkpoints,
         )
+
+    def _restore(self) -> TrainState:
+        """Build the model; take weights and position from the checkpoint, if any."""
+        name = self.group.agreed(self.store.newest() if self.rank == 0 else "")
+        if not name:
+            return self._built(self._start)
+        with self.store.opened(name) as folder:
+            manifest = ckpt.read_manifest(folder)
+            state = self._built(lambda model: ckpt.load_weights(model, folder))
+            if state.ema is not None:
+                ckpt.load_weights(state.ema.module, folder, ema=True)
+            ckpt.load_optimizer(state.optimizer, folder)
+        state.position = manifest.position
+        return state
+
+    def _built(self, load: Callable[[nn.Module], None]) -> TrainState:
+        return build_state(
+            self.run,
+            num_classes=self.settings.num_classes,
+            device=self.device,
+            world_size=self.settings.world_size,
+            load=load,
+        )
+
+    def _start(self, model: nn.Module) -> None:
+        """Put the weights of another training into a fresh model, if so wanted."""
+        if address := self.run.model.init_from:
+            load_initial(model, address, classes=self.job.train_shards.classes)
 
     def _log(self, metrics: Mapping[str, float], position: Position) -> None:
         self._last_log = dict(metrics)
@@ -210,7 +252,8 @@ class Worker:
         share_buffers(state.model)
         if model is not state.model:
             share_buffers(model)
-        held_out = evaluate(model, self.supplies["val"], settings=self.settings)
+        batches = self.watchdog.watching(self.supplies["val"], doing="evaluating")
+        held_out = evaluate(model, batches, settings=self.settings)
         num_bad = round(held_out.pop("num_bad"))
         expected = self.job.val_shards.groups.total_rows
         if held_out["num_images"] + num_bad != expected:
@@ -233,7 +276,8 @@ class Worker:
             # Before the report, with which a sweep may end this run.
             self.group.post(Measured(step=position.step, metrics=metrics))
             self._post(position, held_out=held_out)
-        self._report(state, name=f"epoch_{position.epoch:04d}", metrics=metrics)
+        name = f"epoch_{position.epoch:04d}"
+        self._report(state, name=name, metrics=metrics, can_wait=True)
         if self.prober is not None:
             title = f"{self.run.recipe}, to epoch {position.epoch}"
             draw = partial(draw_bands, tuple(self.prober.bands), title=title)
@@ -242,30 +286,40 @@ class Worker:
 
     def _keep(self, state: TrainState) -> None:
         """Write a checkpoint within an epoch: nothing is evaluated."""
-        self._report(state, name=f"step_{state.position.step:08d}", metrics={})
+        name = f"step_{state.position.step:08d}"
+        # Asked to end, or to leave the machine, it is the last one.
+        is_last = self._is_leaving or self.group.is_ending()
+        self._report(state, name=name, metrics={}, can_wait=is_last)
 
     def _report(
-        self, state: TrainState, *, name: str, metrics: dict[str, float]
+        self,
+        state: TrainState,
+        *,
+        name: str,
+        metrics: Mapping[str, float],
+        can_wait: bool,
     ) -> None:
-        """Write a checkpoint with what was measured last; a barrier of all workers."""
+        """Have a checkpoint written with what was measured last, and report that.
+
+        A barrier of all workers: what training waits for here is a copy.
+        """
         start_s = time.perf_counter()
-        trained = {f"train/{name}": value for name, value in self._last_log.items()}
-        metrics = trained | metrics
-        with contextlib.ExitStack() as stack:
-            folder = None
-            if self.rank == 0:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                ckpt.save_checkpoint(
-                    folder,
-                    run=self.run,
-                    position=state.position,
-                    classes=self.job.train_shards.classes,
-                    metrics=metrics,
-                    model=state.model,
-                    ema=state.ema.module if state.ema is not None else None,
-                    optimizer=state.optimizer,
-                )
-            self.group.report(metrics, folder=folder, name=name)
-        if self.rank == 0:
-            stall = {"train/checkpoint_s": time.perf_counter() - start_s}
-            self.group.post(Measured(step=state.position.step, metrics=stall))
+        metrics = {f"train/{k}": v for k, v in self._last_log.items()} | dict(metrics)
+        with self.watchdog.paused():
+            if self.writer is not None:
+                take = partial(self._snapshot, state, metrics=metrics)
+                self.writer.write(take, name=name, can_wait=can_wait)
+                stall = {"train/checkpoint_s": time.perf_counter() - start_s}
+                self.group.post(Measured(step=state.position.step, metrics=stall))
+            self.group.report(metrics)
+
+    def _snapshot(self, state: TrainState, *, metrics: Mapping[str, float]) -> Snapshot:
+        return take_snapshot(
+            run=self.run,
+            position=state.position,
+            classes=self.job.train_shards.classes,
+            metrics=metrics,
+            model=state.model,
+            ema=state.ema.module if state.ema is not None else None,
+            optimizer=state.optimizer,
+        )

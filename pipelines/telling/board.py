@@ -64,7 +64,41 @@ class Failed:
     reason: str
 
 
-Item = Began | Event | Measured | Pictured | Failed | NamedBadImage
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Say that a checkpoint is written."""
+
+    name: str
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotKept:
+    """Say that a checkpoint could not be written, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noted:
+    """Say something that a person should see, in one line."""
+
+    line: str
+
+
+Item = (
+    Began
+    | Event
+    | Measured
+    | Pictured
+    | Failed
+    | Kept
+    | NotKept
+    | Noted
+    | NamedBadImage
+)
 
 
 class Board:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from tqdm import tqdm
 
 from pipelines.telling.bad_images import BadImageLog, NamedBadImage
-from pipelines.telling.board import Began, Event, Failed, Item
+from pipelines.telling.board import Began, Event, Failed, Item, NotKept, Noted
 
 
 class Display:
@@ -37,6 +37,10 @@ class Display:
             self._show_begin(item)
         elif isinstance(item, Failed):
             self._say(f"worker {item.rank} failed: {item.reason}")
+        elif isinstance(item, NotKept):
+            self._say(f"no checkpoint {item.name}, the one before stays: {item.reason}")
+        elif isinstance(item, Noted):
+            self._say(item.line)
 
     def close(self) -> None:
         """Keep the list of bad images, and take the bar away."""

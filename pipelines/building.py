@@ -1,0 +1,83 @@
+"""Build what a worker trains: model, average, optimiser, and how the step calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
+
+from pipelines.checkpoint import build_model
+from pipelines.config import Run
+from pipelines.loop import TrainState
+from pipelines.optim import build_optimizer
+
+
+def build_state(
+    run: Run,
+    *,
+    num_classes: int,
+    device: torch.device,
+    world_size: int = 1,
+    load: Callable[[nn.Module], None] = lambda model: None,
+) -> TrainState:
+    """Build a run's model, on its device, with average and optimiser.
+
+    With several workers this is a collective: their process group must be there.
+
+    Args:
+        load: Puts weights into the model before the average is taken from it.
+
+    Raises ValueError where the model can't be what the run asks for.
+    """
+    torch.use_deterministic_algorithms(run.scale.deterministic)
+    torch.manual_seed(run.seed)
+    model = build_model(run.model, num_classes=num_classes)
+    if run.scale.grad_checkpointing:
+        _checkpoint_gradients(model)
+    # Convolutions are faster so, on CPUs too, and decoders give their images so.
+    model.to(device).to(memory_format=torch.channels_last)
+    load(model)
+    decay = run.optim.ema_decay
+    return TrainState(
+        model=model,
+        forward=wrapped(model, run=run, device=device, world_size=world_size),
+        optimizer=build_optimizer(model, optim=run.optim),
+        ema=ModelEmaV3(model, decay=decay) if decay else None,
+    )
+
+
+def wrapped(
+    model: nn.Module, *, run: Run, device: torch.device, world_size: int
+) -> nn.Module:
+    """Give the model as the step calls it: data parallel, compiled, or as it is."""
+    forward = model
+    if world_size > 1:
+        on_gpu = device.type == "cuda"
+        forward = nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device.index] if on_gpu else None,
+            gradient_as_bucket_view=True,
+            # What a graph does at the second step it does at all: without
+            # accumulation, and where nothing is compiled into other graphs.
+            static_graph=run.num_micro(world_size) == 1 and not run.scale.compile,
+            # The papers keep BatchNorm's statistics by GPU; rank 0's are shared where
+            # they are used, at the epoch's end.
+            broadcast_buffers=False,
+        )
+    if run.scale.compile:
+        # All batches have one shape. Around data parallelism, so that gradients are
+        # sent while others are still computed.
+        return torch.compile(forward, dynamic=False)  # pyright: ignore[reportReturnType]
+    return forward
+
+
+def _checkpoint_gradients(model: nn.Module) -> None:
+    enable = getattr(model, "set_grad_checkpointing", None)
+    if enable is None:
+        raise ValueError(
+            f"scale.grad_checkpointing: wanted a model that timm can checkpoint, came "
+            f"{type(model).__name__}; set --scale.no-grad-checkpointing"
+        )
+    enable()
