@@ -12,6 +12,7 @@ from pipelines.checkpoint import build_model
 from pipelines.config import Run
 from pipelines.loop import TrainState
 from pipelines.optim import build_optimizer
+from pipelines.sharding import shard
 
 
 def build_state(
@@ -21,6 +22,7 @@ def build_state(
     device: torch.device,
     world_size: int = 1,
     load: Callable[[nn.Module], None] = lambda model: None,
+    load_average: Callable[[nn.Module], None] = lambda average: None,
 ) -> TrainState:
     """Build a run's model, on its device, with average and optimiser.
 
@@ -28,6 +30,7 @@ def build_state(
 
     Args:
         load: Puts weights into the model before the average is taken from it.
+        load_average: Puts others into the average.
 
     Raises ValueError where the model can't be what the run asks for.
     """
@@ -36,15 +39,25 @@ def build_state(
     model = build_model(run.model, num_classes=num_classes)
     if run.scale.grad_checkpointing:
         _checkpoint_gradients(model)
-    # Convolutions are faster so, on CPUs too, and decoders give their images so.
-    model.to(device).to(memory_format=torch.channels_last)
+    is_sharded = run.scale.sharding == "fsdp" and world_size > 1
+    if not is_sharded:  # else no device has to hold the whole
+        # Convolutions are faster so, on CPUs too, and decoders give their images so;
+        # FSDP2 takes no such weights.
+        model.to(device).to(memory_format=torch.channels_last)
     load(model)
     decay = run.optim.ema_decay
+    ema = ModelEmaV3(model, decay=decay) if decay else None
+    if ema is not None:
+        load_average(ema.module)
+    if is_sharded:
+        for whole in (model, ema.module if ema is not None else None):
+            if whole is not None:
+                shard(whole, device=device)
     return TrainState(
         model=model,
         forward=wrapped(model, run=run, device=device, world_size=world_size),
         optimizer=build_optimizer(model, optim=run.optim),
-        ema=ModelEmaV3(model, decay=decay) if decay else None,
+        ema=ema,
     )
 
 
@@ -53,7 +66,7 @@ def wrapped(
 ) -> nn.Module:
     """Give the model as the step calls it: data parallel, compiled, or as it is."""
     forward = model
-    if world_size > 1:
+    if world_size > 1 and run.scale.sharding == "none":
         on_gpu = device.type == "cuda"
         forward = nn.parallel.DistributedDataParallel(
             model,

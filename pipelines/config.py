@@ -203,6 +203,12 @@ class Run:
                 "validation.beside: wanted workers of Ray to evaluate beside, came "
                 "--scale.num-workers 0; leave out --validation.beside"
             )
+        if self.probe.every_steps and self.scale.sharding != "none":
+            raise ValueError(
+                "probe.every_steps: wanted 0 for a sharded model, which the first "
+                f"worker alone can't probe, came {self.probe.every_steps}; set "
+                "--scale.sharding none or --probe.every-steps 0"
+            )
         share = self.data.batch_size / self.scale.world_size
         if share < 2 * self.optim.num_accumulation:
             raise ValueError(

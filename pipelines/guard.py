@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from pipelines.errors import NonFiniteLossError, RewindError
 from pipelines.ingest.batch import Batch
 from pipelines.optim_config import Optim
+from pipelines.sharding import is_sharded, local
 
 _MAX_KEYS = 8
+# As torch.nn.utils.clip_grad_norm_ has it.
+_CLIP_EPS = 1e-6
 # What the fused optimisers take from a gradient scaler: 1 leaves the step out.
 _FLAG = "found_inf"
 KeysOf = Callable[[Sequence[int]], Mapping[int, str]]
@@ -81,6 +84,7 @@ class Guard:
         self._keys_of, self._num_repeats = keys_of, num_repeats
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._params = [parameter for _, parameter in named]
+        self._is_sharded = is_sharded(self._params)
         places = [group_of(name) for name, _ in named]
         self._names = tuple(dict.fromkeys(places))
         index = [self._names.index(place) for place in places]
@@ -111,17 +115,15 @@ class Guard:
 
     def admit(self, *, step: int) -> None:
         """Have the optimiser leave out a step that is no number; clip gradients."""
-        with_grad = [p for p in self._params if p.grad is not None]
-        grads = [p.grad for p in with_grad]
-        norms = torch.stack(torch._foreach_norm(grads))  # pyright: ignore
-        total = torch.linalg.vector_norm(norms)
+        grads = local(p.grad for p in self._params if p.grad is not None)
+        squares = self._squares(grads)
+        total = squares.sum().sqrt()
         self._flag = (~torch.isfinite(total)).float()
         if self._optim.clip_grad_norm:
-            nn.utils.clip_grads_with_norm_(with_grad, self._optim.clip_grad_norm, total)
-        if len(with_grad) == len(self._params):
-            groups = torch.zeros_like(self._before).index_add_(
-                0, self._index, norms.square()
-            )
+            share = self._optim.clip_grad_norm / (total + _CLIP_EPS)
+            torch._foreach_mul_(grads, share.clamp(max=1.0))  # pyright: ignore
+        if len(grads) == len(self._params):
+            groups = self._by_group(squares)
             is_first = self._flag > self._has_bad
             self._then = torch.where(is_first, groups, self._then)
             self._before = torch.where(self._flag > 0, self._before, groups)
@@ -162,6 +164,17 @@ class Guard:
             )
         return f"left out {len(steps)} steps, {self._num_skipped} in all: {line}"
 
+    @torch.no_grad()
+    def _squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Give the squared norm of each tensor; of sharded ones, of all parts."""
+        squares = torch.stack(torch._foreach_norm(tensors)).square()  # pyright: ignore
+        if self._is_sharded:
+            dist.all_reduce(squares)
+        return squares
+
+    def _by_group(self, squares: Tensor) -> Tensor:
+        return torch.zeros_like(self._before).index_add_(0, self._index, squares)
+
     def _told(
         self, step: int, *, seen: list[tuple[int, np.ndarray, Tensor]]
     ) -> BadStep:
@@ -174,10 +187,7 @@ class Guard:
         ]
         keys = self._keys_of(rows)
         own = tuple(keys.get(row, f"row {row}") for row in rows)
-        weights = torch.stack(torch._foreach_norm(self._params)).detach()  # pyright: ignore
-        groups = torch.zeros_like(self._before).index_add_(
-            0, self._index, weights.square()
-        )
+        groups = self._by_group(self._squares(local(self._params)))
         columns = {"weight": groups, "before": self._before, "gradient": self._then}
         values = {name: of.sqrt().tolist() for name, of in columns.items()}
         return BadStep(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipelines.config import Run
 from pipelines.credentials import without_credentials
 from pipelines.runfile import to_json
+from pipelines.sharding import whole
 
 MANIFEST = "checkpoint.json"
 MODEL_FILE = "model.safetensors"
@@ -63,7 +64,10 @@ def take_snapshot(
     ema: nn.Module | None,
     optimizer: torch.optim.Optimizer | None,
 ) -> Snapshot:
-    """Copy weights, average and optimiser state to the host."""
+    """Copy weights, average and optimiser state to the host.
+
+    A collective of all workers where the model is sharded.
+    """
     snapshot = Snapshot(
         run=run,
         position=position,
@@ -84,7 +88,7 @@ def copied(value: Any) -> Any:
     Their memory is pinned: the copies run one after the other without a wait between.
     """
     if isinstance(value, Tensor):
-        value = value.detach()
+        value = whole(value.detach())
         copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         return copy.copy_(value, non_blocking=True)
     if isinstance(value, Mapping):

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from pipelines import checkpoint as ckpt
-from pipelines.building import build_state
 from pipelines.checkpoint import Position
 from pipelines.group import Group
 from pipelines.guard import Guard
 from pipelines.ingest.batch import Batch
 from pipelines.ingest.stream import Plans
-from pipelines.initial import load_initial
 from pipelines.job import Job
+from pipelines.keeper import Keeper
 from pipelines.key_log import KeyLog
 from pipelines.loop import (
     LoopSettings,
@@ -31,15 +28,12 @@ from pipelines.loop import (
 )
 from pipelines.memory import peak_memory_mb
 from pipelines.probing import Prober
-from pipelines.snapshot import Snapshot, take_snapshot
-from pipelines.store import CheckpointStore
 from pipelines.supply import Supply, reading_of
 from pipelines.telling.bad_images import BadImageTeller
 from pipelines.telling.bands import draw_bands
 from pipelines.telling.board import Began, Event, Measured, Noted, Pictured
 from pipelines.validation.keys import keys_of
 from pipelines.watchdog import Watchdog
-from pipelines.writer import CheckpointWriter
 
 
 class Worker:
@@ -61,16 +55,13 @@ class Worker:
             world_size=group.world_size,
             rank=group.rank,
         )
-        self.store = CheckpointStore(
-            group.folder, num_to_keep=run.num_checkpoints_to_keep
-        )
-        self.state = self._restore()
+        self.keeper = Keeper(job, group=group)
+        self.state = self.keeper.state()
         self.state.guard = self._open_guard()
         # In the same order on every worker: opening is a collective.
         self.supplies = {split: self._supply(split) for split in ("train", "val")}
         self.prober = self._open_prober()
         self.key_log = self._open_key_log()
-        self.writer = self._open_writer()
         self.watchdog = Watchdog(
             run.scale.hang_timeout_s if group.is_watched else 0,
             tell=lambda line: self._note(f"worker {group.rank}: {line}"),
@@ -93,8 +84,7 @@ class Worker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if self.writer is not None:
-                self.writer.close(is_done=kind is None)
+            self.keeper.close(is_done=kind is None)
         finally:
             self._close()
 
@@ -189,44 +179,6 @@ class Worker:
             num_repeats=self.run.augment.num_repeats,
         )
 
-    def _open_writer(self) -> CheckpointWriter | None:
-        if self.rank != 0:
-            return None
-        self.store.clean()
-        return CheckpointWriter(
-            self.store,
-            tell=self.group.post,
-            max_failures=self.run.max_failed_checkpoints,
-        )
-
-    def _restore(self) -> TrainState:
-        """Build the model; take weights and position from the checkpoint, if any."""
-        name = self.group.agreed(self.store.newest() if self.rank == 0 else "")
-        if not name:
-            return self._built(self._start)
-        with self.store.opened(name) as folder:
-            manifest = ckpt.read_manifest(folder)
-            state = self._built(lambda model: ckpt.load_weights(model, folder))
-            if state.ema is not None:
-                ckpt.load_weights(state.ema.module, folder, ema=True)
-            ckpt.load_optimizer(state.optimizer, folder)
-        state.position = manifest.position
-        return state
-
-    def _built(self, load: Callable[[nn.Module], None]) -> TrainState:
-        return build_state(
-            self.run,
-            num_classes=self.settings.num_classes,
-            device=self.device,
-            world_size=self.settings.world_size,
-            load=load,
-        )
-
-    def _start(self, model: nn.Module) -> None:
-        """Put the weights of another training into a fresh model, if so wanted."""
-        if address := self.run.model.init_from:
-            load_initial(model, address, classes=self.job.train_shards.classes)
-
     def _log(self, metrics: Mapping[str, float], position: Position) -> None:
         self._last_log = dict(metrics)
         if self.rank == 0:
@@ -303,23 +255,7 @@ class Worker:
 
         A barrier of all workers: what training waits for here is a copy.
         """
-        start_s = time.perf_counter()
         metrics = {f"train/{k}": v for k, v in self._last_log.items()} | dict(metrics)
         with self.watchdog.paused():
-            if self.writer is not None:
-                take = partial(self._snapshot, state, metrics=metrics)
-                self.writer.write(take, name=name, can_wait=can_wait)
-                stall = {"train/checkpoint_s": time.perf_counter() - start_s}
-                self.group.post(Measured(step=state.position.step, metrics=stall))
+            self.keeper.keep(state, name=name, metrics=metrics, can_wait=can_wait)
             self.group.report(metrics)
-
-    def _snapshot(self, state: TrainState, *, metrics: Mapping[str, float]) -> Snapshot:
-        return take_snapshot(
-            run=self.run,
-            position=state.position,
-            classes=self.job.train_shards.classes,
-            metrics=metrics,
-            model=state.model,
-            ema=state.ema.module if state.ema is not None else None,
-            optimizer=state.optimizer,
-        )

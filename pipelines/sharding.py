@@ -1,0 +1,64 @@
+"""Keep a part of a model on each worker: FSDP2, and the ways in and out of it.
+
+A checkpoint holds whole tensors however they lay on the workers, so a run may go on
+with more or fewer of them, sharded or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard(model: nn.Module, *, device: torch.device) -> None:
+    """Leave this worker its part of every parameter; a collective.
+
+    The elements of the model's sequences, a transformer's blocks or a stage's, are put
+    together one after the other as they are needed; the rest of it as one.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for child in model.children():
+        if isinstance(child, nn.Sequential | nn.ModuleList):
+            for part in child:
+                if any(True for _ in part.parameters()):
+                    fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    # Buffers are no parameters, and stay where they were.
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def shard_state(optimizer: torch.optim.Optimizer) -> None:
+    """Shard an optimiser's state, loaded whole, as its parameters are; a collective."""
+    for parameter, state in optimizer.state.items():
+        if not isinstance(parameter, DTensor):
+            continue
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = distribute_tensor(
+                    value.to(parameter.device),
+                    parameter.device_mesh,
+                    parameter.placements,
+                )
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Give this worker's parts of tensors, or the tensors where they are whole."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether any of them lies in parts on several workers."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def whole(value: Any) -> Any:
+    """Put a sharded tensor together, on every worker; a collective for one that is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

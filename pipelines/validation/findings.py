@@ -1,0 +1,73 @@
+"""Hold what an evaluation found out by class and by image: no torch, to travel."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusions:
+    """Count the images of each class, and which were taken for which other class."""
+
+    classes: tuple[str, ...]
+    num_images: np.ndarray
+    """int64 (K,)."""
+    num_right: np.ndarray
+    """int64 (K,)."""
+    pairs: np.ndarray | None
+    """int64 (n, 3): class, the other that it was taken for, and how often, the most
+    often first; None where there are too many classes to count pairs of."""
+
+    @property
+    def top1(self) -> float:
+        """Give top-1 of all images in percent."""
+        return 100 * float(self.num_right.sum()) / max(int(self.num_images.sum()), 1)
+
+    def matrix(self) -> np.ndarray:
+        """Give the counts as int64 (K, K): class by prediction."""
+        assert self.pairs is not None
+        matrix = np.diag(self.num_right)
+        matrix[self.pairs[:, 0], self.pairs[:, 1]] = self.pairs[:, 2]
+        return matrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worst:
+    """Hold the images of the highest loss, the worst first; arrays are (n,)."""
+
+    losses: np.ndarray
+    labels: np.ndarray
+    predictions: np.ndarray
+    probabilities: np.ndarray
+    """Of the predictions."""
+    row_ids: np.ndarray
+    """Places of their rows in the set."""
+    pixels: np.ndarray
+    """uint8 (n, H, W, 3): as the model sees them, made smaller."""
+    keys: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """Names of the images by row, where they were looked up."""
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    def name_of(self, at: int) -> str:
+        """Name an image: by its key, or by its row."""
+        row = int(self.row_ids[at])
+        return self.keys.get(row, f"row {row}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Hold what tables and pictures of an evaluation are made of."""
+
+    confusions: Confusions
+    worst: Worst
+
+    def named(self, keys: Mapping[int, str]) -> Report:
+        """Give the same with the names of the worst images."""
+        worst = dataclasses.replace(self.worst, keys=dict(keys))
+        return dataclasses.replace(self, worst=worst)

@@ -1,0 +1,171 @@
+"""A model in parts on two workers: it learns what a whole one does, and is kept whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
+
+from pipelines.building import build_state
+from pipelines.checkpoint import load_optimizer, load_weights, read_manifest
+from pipelines.config import Run
+from pipelines.ingest.batch import Batch
+from pipelines.loop import TrainState, evaluate, train
+from pipelines.sharding import shard_state
+from pipelines.snapshot import take_snapshot, write_snapshot
+from tests.small_runs import CPU, settings_of, small_run
+from tests.test_loop import batch_of, pictures
+
+NUM_STEPS = 4
+
+
+def run_of(sharding: Any) -> Run:
+    run = small_run("none", ema_decay=0.9, clip_grad_norm=1.0, on_nonfinite="skip")
+    scale = dataclasses.replace(run.scale, sharding=sharding, num_workers=2)
+    return dataclasses.replace(run, scale=scale, log_every_steps=1)
+
+
+def share(index: int, *, rank: int, world_size: int) -> Batch:
+    """Give one worker's rows of a batch of eight; the second has no number in it."""
+    images, labels = pictures(8)
+    images = torch.roll(images, index, dims=0)
+    labels = torch.roll(labels, index, dims=0)
+    if index == 1:
+        images[5] = torch.nan
+    rows = slice(rank, None, world_size)
+    return batch_of(images[rows], labels[rows], index=index, global_rows=8)
+
+
+def trained(
+    state: TrainState, run: Run, *, rank: int, world_size: int, num_steps: int
+) -> list[float]:
+    losses: list[float] = []
+    start = state.position.step
+    settings = settings_of(
+        run, steps_per_epoch=10, rank=rank, world_size=world_size, images_per_epoch=80
+    )
+    train(
+        state,
+        [
+            share(index, rank=rank, world_size=world_size)
+            for index in range(start, start + num_steps)
+        ],
+        settings=settings,
+        on_log=lambda metrics, position: losses.append(metrics["loss"]),
+        on_epoch_end=lambda state: None,
+    )
+    return losses
+
+
+def keep(state: TrainState, run: Run, *, rank: int, folder: Path) -> None:
+    assert state.ema is not None
+    snapshot = take_snapshot(
+        run=run,
+        position=state.position,
+        classes=("a", "b", "c"),
+        metrics={},
+        model=state.model,
+        ema=state.ema.module,
+        optimizer=state.optimizer,
+    )
+    if rank == 0:
+        folder.mkdir()
+        write_snapshot(folder, snapshot)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def restored(run: Run, folder: Path, *, world_size: int) -> TrainState:
+    state = build_state(
+        run,
+        num_classes=3,
+        device=CPU,
+        world_size=world_size,
+        load=lambda model: load_weights(model, folder),
+        load_average=lambda average: load_weights(average, folder, ema=True),
+    )
+    load_optimizer(state.optimizer, folder)
+    shard_state(state.optimizer)
+    state.position = read_manifest(folder).position
+    return state
+
+
+def work(rank: int, folder: Path) -> None:
+    """Be one of two workers; what was found is left in files."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    run = run_of("fsdp")
+    state = build_state(run, num_classes=3, device=CPU, world_size=2)
+    weights = [p for p in state.model.parameters() if p.ndim > 1]
+    assert all(isinstance(weight, DTensor) for weight in weights)
+    assert any(w.to_local().numel() < w.numel() for w in weights)  # pyright: ignore
+    losses = trained(state, run, rank=rank, world_size=2, num_steps=NUM_STEPS)
+    keep(state, run, rank=rank, folder=folder / "sharded")
+    assert state.ema is not None
+    held_out = evaluate(
+        state.ema.module,
+        [
+            dataclasses.replace(
+                share(0, rank=rank, world_size=2), ends_epoch=True, ends_step=True
+            )
+        ],
+        settings=settings_of(run, steps_per_epoch=1),
+    )
+    again = restored(run, folder / "sharded", world_size=2)
+    trained(again, run, rank=rank, world_size=2, num_steps=2)
+    keep(again, run, rank=rank, folder=folder / "again")
+    trained(state, run, rank=rank, world_size=2, num_steps=2)
+    keep(state, run, rank=rank, folder=folder / "unbroken")
+    torch.save((losses, held_out), folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharding")
+    mp.spawn(work, args=(folder,), nprocs=2)  # pyright: ignore
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a checkpoint, the optimiser's too."""
+    run = run_of("none")
+    state = restored(run, folder, world_size=1)
+    assert state.ema is not None
+    found = {f"model.{k}": v for k, v in state.model.state_dict().items()}
+    found |= {f"ema.{k}": v for k, v in state.ema.module.state_dict().items()}
+    for at, of in enumerate(state.optimizer.state.values()):
+        found |= {f"{at}.{name}": value for name, value in of.items()}
+    return found
+
+
+def test_it_learns_what_a_whole_one_learns(folder: Path) -> None:
+    run = run_of("none")
+    state = build_state(run, num_classes=3, device=CPU)
+    losses = trained(state, run, rank=0, world_size=1, num_steps=NUM_STEPS)
+    found, held_out = torch.load(folder / "rank0.pt")
+    assert found == pytest.approx(losses, rel=1e-5)
+    assert held_out["num_images"] == 8
+    keep(state, run, rank=0, folder=folder / "whole")
+    for name, value in tensors_of(folder / "whole").items():
+        other = tensors_of(folder / "sharded")[name]
+        torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_it_goes_on_from_its_checkpoint_bit_for_bit(folder: Path) -> None:
+    unbroken = tensors_of(folder / "unbroken")
+    for name, value in tensors_of(folder / "again").items():
+        assert torch.equal(value, unbroken[name]), name
