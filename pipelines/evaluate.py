@@ -2,12 +2,16 @@
 
     sovit-eval runs/demo-1/epoch_0008 /shards/val
     sovit-eval runs/demo-1/epoch_0008 /shards/val --weights raw --json result.json
+    sovit-eval runs/demo-1/epoch_0008 /shards/val --weights both --report report
+    sovit-eval runs/NAME/epoch_0300 /shards/val --real-labels real.json \\
+      --also v2=/shards/imagenet_v2 a=/shards/imagenet_a
     sovit-eval runs/demo-1/epoch_0008 /shards/val --corruptions --plot errors.png
     sovit-eval runs/demo-1/epoch_0008 /shards/val --corruptions fog --severities 1 3
     sovit-eval runs/demo-1/epoch_0008 /shards/val --perturbations --num-frames 5
 
-One process and one device, without Ray; each image counts once. Corruptions and
-perturbations are those of ImageNet-C and ImageNet-P, made on the fly.
+One process and one device, without Ray; each image counts once. Of a set with some of
+the model's classes the model chooses among these. Corruptions and perturbations are
+those of ImageNet-C and ImageNet-P, made on the fly.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,19 +28,22 @@ from typing import Any, Literal
 import torch
 import tyro
 from torch import nn
-from tqdm import tqdm
 
-from pipelines.checkpoint import load_model, opened
+from pipelines.checkpoint import Manifest, load_model, opened
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
-from pipelines.ingest.batch import Batch
-from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.loop import LoopSettings, check_bad_share, evaluate
+from pipelines.ingest.footers import read_shard_set
+from pipelines.loop import LoopSettings
 from pipelines.pixels.rows import BadImage
 from pipelines.robustness import report
 from pipelines.robustness.measure import Subject, measure
 from pipelines.robustness.options import Flat, Robustness
 from pipelines.supply import opened_here
+from pipelines.validation.beside import here, load_models, measure_set, named
+from pipelines.validation.labels import HeldOut, held_out
+from pipelines.validation.measure import Outcome, narrowed
+from pipelines.validation.pictures import write_report
+from pipelines.validation_config import named_addresses
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-eval"
@@ -50,8 +57,16 @@ class Options:
     """Folder or bucket address that sovit-train printed."""
     shards: tyro.conf.Positional[str]
     """Folder or bucket of shards, as sovit-shards writes them."""
-    weights: Literal["auto", "ema", "raw"] = "auto"
-    """auto takes the moving average where the checkpoint has one."""
+    weights: Literal["auto", "ema", "raw", "both"] = "auto"
+    """auto takes the moving average where the checkpoint has one, both the raw weights
+    beside it."""
+    real_labels: str = ""
+    """ImageNet-ReaL's real.json, if SHARDS is ImageNet's validation set."""
+    also: tuple[str, ...] = ()
+    """Further shard sets, NAME=SHARDS, such as v2=shards/imagenet_v2."""
+    report: str = ""
+    """Folder for tables and pictures by class and of the worst images, those of further
+    sets in folders by their names."""
     batch_size: int = 256
     decoder: Literal["auto", "dali", "torch"] = "auto"
     num_decode_threads: int = max((os.cpu_count() or 2) // 2, 1)
@@ -62,89 +77,124 @@ class Options:
 
 
 def evaluate_checkpoint(options: Options) -> dict[str, Any]:
-    """Evaluate a checkpoint on a shard set.
+    """Evaluate a checkpoint on a shard set, and on further ones.
 
     Returns:
         loss, top1 and top5 (percent), num_images, and num_bad, the images that can't
-        be decoded; and where they are asked for `corruptions` and `perturbations`, see
-        `pipelines.robustness.measure`.
+        be decoded; with ReaL labels real_top1 and num_real, the images that have some.
+        Where they are asked for: the same of the raw weights under `raw`, and of
+        further sets by their names under `also`; `corruptions` and `perturbations`,
+        see `pipelines.robustness.measure`.
 
     Raises ValueError where the checkpoint or the shards can't be used.
     """
     options.robustness.check()
-    ema = {"auto": None, "ema": True, "raw": False}[options.weights]
+    also = named_addresses(options.also, option="--also")
     with opened(options.checkpoint) as folder:
-        model, manifest = load_model(folder, ema=ema)
-    shards = read_shard_set(options.shards)
-    if shards.classes != manifest.classes:
-        raise ValueError(
-            f"wanted shards of the model's {len(manifest.classes)} classes, came "
-            f"{options.shards!r} with {len(shards.classes)} others; write them with "
-            "sovit-shards --classes of the training set"
-        )
-    device = torch.device(_device(options.device))
-    model.to(device).to(memory_format=torch.channels_last)
-    run = _evaluated(manifest.run, options=options)
-    settings = LoopSettings(
-        run=run,
-        num_classes=len(shards.classes),
-        steps_per_epoch=1,
-        images_per_epoch=shards.groups.total_rows,
-        device=device,
+        models, manifest = _models(folder, options=options)
+    # What can't be used is said before the work begins.
+    classes = manifest.classes
+    own = held_out(
+        read_shard_set(options.shards),
+        classes=classes,
+        real_labels=options.real_labels,
     )
-    result: dict[str, Any] = _clean(model, shards=shards, settings=settings)
+    others = [
+        held_out(read_shard_set(address), classes=classes, name=name)
+        for name, address in also.items()
+    ]
+    device = torch.device(_device(options.device))
+    for model in models.values():
+        model.to(device).to(memory_format=torch.channels_last)
+    run = _evaluated(manifest.run, options=options)
+    result: dict[str, Any] = {}
+    for one in (own, *others):
+        outcome = _measured(models, one, run=run, device=device)
+        if one is own:
+            result |= _values(outcome)
+        else:
+            result.setdefault("also", {})[one.name] = _values(outcome)
+        if options.report:
+            _write_report(outcome, one, folder=Path(options.report, one.name))
     if options.robustness.is_wanted:
-        subject = Subject(
-            model=model,
-            settings=settings,
-            open_batches=lambda run: opened_here(shards, run=run, device=device),
+        first = next(iter(models.values()))
+        result |= _robustness(
+            first,
+            own,
+            run=run,
+            device=device,
+            options=options.robustness,
+            clean_error=100 - result["top1"],
         )
-        clean_error = 100 - result["top1"]
-        result |= measure(subject, options=options.robustness, clean_error=clean_error)
     return result
+
+
+def _models(
+    folder: Path, *, options: Options
+) -> tuple[Mapping[str, nn.Module], Manifest]:
+    """Load the weights that are asked for, those that come first first."""
+    if options.weights in ("auto", "both"):
+        wanted = "both" if options.weights == "both" else "average"
+        return load_models(folder, weights=wanted)
+    model, manifest = load_model(folder, ema=options.weights == "ema")
+    return {options.weights: model}, manifest
 
 
 def _evaluated(run: Run, *, options: Options) -> Run:
-    data = dataclasses.replace(
-        run.data,
-        eval_batch_size=options.batch_size,
-        decoder=options.decoder,
-        num_decode_threads=options.num_decode_threads,
-        decode_on="workers",
+    run = here(
+        run, batch_size=options.batch_size, num_threads=options.num_decode_threads
     )
+    data = dataclasses.replace(run.data, decoder=options.decoder)
     return dataclasses.replace(run, data=data)
 
 
-def _clean(
-    model: nn.Module, *, shards: ShardSet, settings: LoopSettings
-) -> dict[str, float]:
+def _measured(
+    models: Mapping[str, nn.Module], one: HeldOut, *, run: Run, device: torch.device
+) -> Outcome:
     """Evaluate on the images as they are; name those that can't be decoded."""
-    run, num_images = settings.run, settings.images_per_epoch
     bad: list[BadImage] = []
     try:
-        with opened_here(
-            shards, run=run, device=settings.device, on_bad=bad.extend
-        ) as batches:
-            counted = _counted(batches, num_images=num_images)
-            result = evaluate(model, counted, settings=settings)
+        return measure_set(models, one, run=run, device=device, on_bad=bad.extend)
     finally:
         for image in bad:
-            shard = shards.groups.path_of(image.row_id)
+            shard = one.shards.groups.path_of(image.row_id)
             logger.warning("%s of %s left out: %s", image.key, shard, image.reason)
-    check_bad_share(
-        round(result["num_bad"]),
-        num_images=num_images,
-        max_share=run.data.max_bad_share,
+
+
+def _values(outcome: Outcome) -> dict[str, Any]:
+    first, *others = outcome.scores.items()
+    return first[1].values() | {name: score.values() for name, score in others}
+
+
+def _write_report(outcome: Outcome, one: HeldOut, *, folder: Path) -> None:
+    found = named(outcome, shards=one.shards).report
+    assert found is not None
+    title = one.name or Path(one.shards.address).name
+    write_report(found, folder, title=title)
+
+
+def _robustness(
+    model: nn.Module,
+    own: HeldOut,
+    *,
+    run: Run,
+    device: torch.device,
+    options: Robustness,
+    clean_error: float,
+) -> dict[str, Any]:
+    shards = own.shards
+    subject = Subject(
+        model=narrowed(model, own.columns),
+        settings=LoopSettings(
+            run=run,
+            num_classes=len(own.classes),
+            steps_per_epoch=1,
+            images_per_epoch=shards.groups.total_rows,
+            device=device,
+        ),
+        open_batches=lambda run: opened_here(shards, run=run, device=device),
     )
-    return result
-
-
-def _counted(batches: Iterable[Batch], *, num_images: int) -> Iterator[Batch]:
-    """Show progress with rate and time left; a bar is only drawn in a terminal."""
-    with tqdm(total=num_images, unit="image", disable=None) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(batch.global_rows)
+    return measure(subject, options=options, clean_error=clean_error)
 
 
 def _device(wanted: str) -> str:
@@ -153,18 +203,34 @@ def _device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _main(arguments: Sequence[str]) -> None:
-    options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
-    result = evaluate_checkpoint(options)
-    print(
+def _lines(result: Mapping[str, Any]) -> list[str]:
+    """Set what was measured as lines of text, further sets and weights by name."""
+    lines = [
         f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  "
         f"loss {result['loss']:.4f}  {result['num_images']:,.0f} images counted, "
         f"{result['num_bad']:,.0f} left out"
-    )
+    ]
+    if "real_top1" in result:
+        lines.append(
+            f"ReaL top-1 {result['real_top1']:.2f} % of {result['num_real']:,} images"
+        )
+    if "raw" in result:
+        lines += [f"raw weights: {line}" for line in _lines(result["raw"])]
+    for name, values in result.get("also", {}).items():
+        lines += [f"{name}: {line}" for line in _lines(values)]
+    return lines
+
+
+def _main(arguments: Sequence[str]) -> None:
+    options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
+    result = evaluate_checkpoint(options)
+    print("\n".join(_lines(result)))
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     if options.robustness.is_wanted:
         print(report.table(result))
+    if options.report:
+        print(f"report   {options.report}")
     if options.robustness.plot:
         path = Path(options.robustness.plot)
         report.draw(result, path=path)

@@ -9,6 +9,7 @@ from pipelines.config import Run
 from pipelines.files import Place
 from pipelines.ingest.footers import ShardSet
 from pipelines.store import CheckpointStore
+from pipelines.validation.labels import HeldOut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,8 @@ class Job:
     run: Run
     train_shards: ShardSet
     val_shards: ShardSet
+    held_out: tuple[HeldOut, ...]
+    """What the run is evaluated on: its own held-out set, and any further ones."""
     tracking_uri: str
     mlflow_run_id: str
 

@@ -18,6 +18,7 @@ from pipelines.runfile import flat_params
 from pipelines.runs import Record
 from pipelines.supply import reading_of
 from pipelines.tracking.provenance import provenance_tags
+from pipelines.tracking.registry import register_model
 from pipelines.tracking.sweeps import NUM_PARAMS, log_metrics
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,10 @@ def log_shards(shards: ShardSet, *, uri: str, run_id: str, context: str) -> None
 
 
 def log_model(trained: Trained, *, job: Job) -> None:
-    """Keep the final model in MLflow, with a held-out image as its example."""
+    """Keep the final model in MLflow, with a held-out image as its example.
+
+    It becomes a version of the model that is registered under the recipe's name.
+    """
     if trained.checkpoint is None or not job.mlflow_run_id:
         return
     logger.info("keeping the model in MLflow")
@@ -74,7 +78,13 @@ def log_model(trained: Trained, *, job: Job) -> None:
     rows = read_rows(plan.unit(0), reading=reading_of(shards, run=job.run))
     images = (image.as_py() or b"" for image in rows["image"])
     example = next(filter(is_whole, images), b"")
+    uri, run_id = job.tracking_uri, job.mlflow_run_id
     with opened(trained.checkpoint) as folder:
-        tracking.log_model(
-            job.tracking_uri, job.mlflow_run_id, checkpoint=folder, example=example
-        )
+        address = tracking.log_model(uri, run_id, checkpoint=folder, example=example)
+    register_model(
+        uri,
+        address,
+        name=job.run.recipe,
+        run_id=run_id,
+        top1=trained.metrics.get(_FIRST_METRIC, math.nan),
+    )

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from pipelines.checkpoint import build_model
-from pipelines.config import Run
+from pipelines.config import Model, Run
+from pipelines.credentials import error_summary
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.ingest.spot_check import spot_check
 from pipelines.initial import load_initial
+from pipelines.validation.labels import HeldOut, held_out_of
 from sovit.probes import find_stem
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ class CheckedRun:
     num_params: int
     train_shards: ShardSet
     val_shards: ShardSet
+    held_out: tuple[HeldOut, ...]
 
     @property
     def summary(self) -> str:
@@ -47,7 +50,8 @@ def check_run(run: Run) -> CheckedRun:
     model can't be built or probed so.
     """
     train_shards, val_shards = _read_shards(run)
-    for shards in (train_shards, val_shards):
+    held_out = held_out_of(run.validation, val=val_shards, classes=train_shards.classes)
+    for shards in (train_shards, *(one.shards for one in held_out)):
         spot_check(shards)
     model = _check_model(run, classes=train_shards.classes)
     if run.probe.every_steps:
@@ -57,21 +61,46 @@ def check_run(run: Run) -> CheckedRun:
         num_params=sum(parameter.numel() for parameter in model.parameters()),
         train_shards=train_shards,
         val_shards=val_shards,
+        held_out=held_out,
     )
 
 
 def _check_model(run: Run, *, classes: tuple[str, ...]) -> nn.Module:
-    """Build the model, without memory unless it starts from a checkpoint."""
-    if not run.model.init_from:
-        with torch.device("meta"):
-            return build_model(run.model, num_classes=len(classes))
-    model = build_model(run.model, num_classes=len(classes))
-    if not load_initial(model, run.model.init_from, classes=classes):
-        logger.info(
-            "the classifier starts fresh: %s was trained for other classes",
+    """Build the model without memory, and once more where weights are loaded into it.
+
+    Raises ValueError where it does not take such images, or the weights do not fit it.
+    """
+    with torch.device("meta"):
+        model = build_model(run.model, num_classes=len(classes))
+    _check_size(model, settings=run.model)
+    if run.model.init_from:
+        load_initial(
+            build_model(run.model, num_classes=len(classes)),
             run.model.init_from,
+            classes=classes,
+            tell=logger.info,
         )
     return model
+
+
+def _check_size(model: nn.Module, *, settings: Model) -> None:
+    """Send images without memory through a model: their size is all that is computed.
+
+    Raises ValueError where it does not take them.
+    """
+    size = settings.img_size
+    images = torch.zeros(2, 3, size, size, device="meta")
+    try:
+        with torch.inference_mode():
+            model.eval()(images)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if "meta" in str(error):
+            return  # it looks at values, of which there are none: the first step tells
+        raise ValueError(
+            f"model.img_size: wanted a size that {settings.name} takes, came {size} "
+            f"({error_summary(error)}); set --model.img-size, or img_size in "
+            "model.kwargs too for a model of timm whose size is fixed"
+        ) from error
 
 
 def _read_shards(run: Run) -> tuple[ShardSet, ShardSet]:
@@ -100,5 +129,10 @@ def with_absolute_paths(run: Run) -> Run:
     start = run.model.init_from
     model = dataclasses.replace(run.model, init_from=absolute(start) if start else "")
     return dataclasses.replace(
-        run, model=model, data=data, storage=absolute(run.storage), key_log=key_log
+        run,
+        model=model,
+        data=data,
+        validation=run.validation.moved(absolute),
+        storage=absolute(run.storage),
+        key_log=key_log,
     )

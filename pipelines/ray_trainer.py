@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import ray
@@ -23,9 +25,10 @@ from pipelines.job import Job, Trained, outcome
 from pipelines.places import open_place
 from pipelines.retries import is_remote
 from pipelines.session import per_worker
-from pipelines.telling.board import Board, Item
+from pipelines.telling.board import Board, Item, wait_until_heard
 from pipelines.telling.listener import Listener
 from pipelines.tracking.client import environment
+from pipelines.validator import Validator
 
 logger = logging.getLogger(__name__)
 _LISTEN_EVERY_S = 0.5
@@ -71,12 +74,42 @@ def train_on_ray(
         ),
     )
     try:
-        listening = listener.listening(_ActorBoard(board), every_s=_LISTEN_EVERY_S)
-        with environment(_settings(run.scale)), listening:
+        with (
+            environment(_settings(run.scale)),
+            _listening(job, folder=folder, listener=listener, board=board),
+        ):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise end_of(error) from error
     return outcome(run, folder=folder)
+
+
+@contextlib.contextmanager
+def _listening(
+    job: Job, *, folder: Place, listener: Listener, board: ActorHandle
+) -> Iterator[None]:
+    """Hear the workers; where it is wanted evaluate beside them, and wait for that."""
+    doors = _ActorBoard(board)
+    if not job.run.validation.beside:
+        with listener.listening(doors, every_s=_LISTEN_EVERY_S):
+            yield
+        return
+    validator = Validator(job, folder=folder, hear=listener.hear)
+    with listener.listening(
+        doors,
+        every_s=_LISTEN_EVERY_S,
+        on_kept=validator.kept,
+        on_look=validator.look,
+    ):
+        try:
+            yield
+            wait_until_heard(doors.is_heard, every_s=_LISTEN_EVERY_S)
+            if validator.is_busy:
+                logger.info("evaluating the last checkpoints")
+            while validator.is_busy:
+                time.sleep(_LISTEN_EVERY_S)
+        finally:
+            validator.cancel()
 
 
 def _settings(scale: Scale) -> dict[str, str]:
@@ -127,6 +160,9 @@ class _ActorBoard:
             return ray.get(self._actor.take.remote())
         except RayError:
             return []  # Ray is going down; the result will say how it ended.
+
+    def is_heard(self) -> bool:
+        return bool(ray.get(self._actor.is_heard.remote()))
 
     def end(self) -> None:
         self._actor.end.remote()

@@ -15,6 +15,7 @@ from pipelines.config import (
     Run,
     Scale,
     Schedule,
+    Validation,
 )
 from sovit import Pooling
 
@@ -31,13 +32,14 @@ def from_json(text: str) -> Run:
         model = raw.pop("model")
         pooling = model.pop("pooling")
         optim = raw.pop("optim")
-        # Runs of earlier versions have neither.
+        # Runs of earlier versions have none of the three.
         schedule = Schedule(**optim.pop("schedule", {}))
         return Run(
             model=Model(**model, pooling=Pooling(**pooling) if pooling else None),
             data=Data(**raw.pop("data")),
             optim=Optim(**optim, schedule=schedule),
             probe=Probe(**raw.pop("probe", {})),
+            validation=Validation(**raw.pop("validation", {})),
             augment=Augment(**raw.pop("augment")),
             scale=Scale(**raw.pop("scale")),
             **raw,

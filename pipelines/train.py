@@ -3,11 +3,13 @@
     sovit-train demo
     sovit-train imagenet.so_vit_14 --data.train /shards/train --scale.num-workers 8
     sovit-train --resume NAME
+    sovit-train imagenet.so_vit_14 --dry-run --plot rate.png
 
 A new run gets a new name; `--resume` goes on with a run that did not finish, from its
 last checkpoint and with its own configuration. With a recipe, `--resume NAME` begins
 the run where there is none of that name, so the same command may be given again and
-again. SIGTERM is answered with a checkpoint and an end.
+again. SIGTERM is answered with a checkpoint and an end. `--dry-run` starts nothing: it
+prints model, data, steps, rate, memory, time and places, and `--plot` draws the rate.
 """
 
 from __future__ import annotations
@@ -16,13 +18,9 @@ import argparse
 import contextlib
 import dataclasses
 import logging
-import os
-import shutil
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 
 from ray.train import UserCallback
@@ -31,25 +29,24 @@ from pipelines import tracking
 from pipelines.alone import train_alone
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
-from pipelines.credentials import without_credentials
 from pipelines.ending import noted_sigterm
 from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
+from pipelines.explain.show import show_dry_run
 from pipelines.ingest.stream import Plans
 from pipelines.job import Job, Trained
 from pipelines.keeping import log_model, log_shards, open_tracking
 from pipelines.preflight import CheckedRun, check_run, with_absolute_paths
 from pipelines.ray_trainer import train_on_ray
 from pipelines.recipe import load_recipe
-from pipelines.runfile import flat_params
+from pipelines.resuming import check_same, record_to_resume
 from pipelines.runs import (
     Record,
     check_name,
-    find_record,
     new_record,
-    read_record,
     write_record,
 )
 from pipelines.session import ray_session
+from pipelines.summary import print_summary
 from pipelines.telling.bad_images import FILE, BadImageLog
 from pipelines.telling.gauges import Gauges
 from pipelines.telling.listener import Listener
@@ -152,6 +149,7 @@ def _begun(
         run=record.run,
         train_shards=train_shards,
         val_shards=val_shards,
+        held_out=checked.held_out,
         tracking_uri=uri,
         mlflow_run_id=run_id,
     )
@@ -198,14 +196,15 @@ def _main(arguments: Sequence[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         recipe, *arguments = arguments
     parser = argparse.ArgumentParser(_PROG, add_help=False, allow_abbrev=False)
-    for option in ("--name", "--resume", "--storage"):
+    for option in ("--name", "--resume", "--storage", "--plot"):
         parser.add_argument(option, default="")
+    parser.add_argument("--dry-run", action="store_true")
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.storage:
         rest += ["--storage", chosen.storage]
     record = None
     if chosen.resume:
-        record = _record(chosen.resume, storage=chosen.storage, recipe=recipe)
+        record = record_to_resume(chosen.resume, storage=chosen.storage, recipe=recipe)
     if record is None and not recipe and "--help" not in rest and "-h" not in rest:
         raise ValueError(
             "wanted a recipe, such as demo or imagenet.so_vit_14, or --resume NAME; "
@@ -214,72 +213,20 @@ def _main(arguments: Sequence[str]) -> None:
     default = record.run if record else load_recipe(recipe or "demo")
     run = parse(Run, default=default, arguments=rest, prog=_PROG, text=__doc__)
     if record is not None:
-        _check_same(record.run, run)
+        check_same(record.run, run)
     name = chosen.resume or chosen.name or _new_name(run)
+    if chosen.plot and not chosen.dry_run:
+        raise ValueError("wanted --dry-run with --plot, came --plot alone; give both")
+    if chosen.dry_run:
+        show_dry_run(run, name=name, record=record, plot=chosen.plot)
+        return
     start_s = time.monotonic()
     trained = fit(run, name=name, record=record)
-    _print_summary(trained, run=run, seconds=time.monotonic() - start_s)
-
-
-def _record(name: str, *, storage: str, recipe: str) -> Record | None:
-    """Find a run to go on with; None where its recipe is to begin it."""
-    storage = storage or (load_recipe(recipe).storage if recipe else "runs")
-    if recipe and find_record(storage, name=name) is None:
-        return None
-    return read_record(storage, name=name)
-
-
-def _check_same(before: Run, now: Run) -> None:
-    """Refuse to go on with other settings than those that change nothing learnt."""
-    free = {"log_every_steps", "num_checkpoints_to_keep", "storage", "key_log"}
-    free |= {"checkpoint_every_steps", "checkpoint_every_minutes"}
-    was, params = flat_params(before), flat_params(now)
-    changed = [
-        name
-        for name in sorted(params.keys() | was.keys())
-        if params.get(name) != was.get(name)
-        and name not in free
-        and not name.startswith(("scale.", "probe."))
-    ]
-    if changed:
-        raise ValueError(
-            f"wanted the settings that the run began with, came others for "
-            f"{', '.join(changed)}; leave them out, or start a new run"
-        )
-    if before.scale.is_alone != now.scale.is_alone:
-        raise ValueError(
-            "scale.num_workers: wanted 0 again for a run that began so, and at least "
-            f"1 for one that did not, came {now.scale.num_workers} after "
-            f"{before.scale.num_workers}; leave it out, or start a new run"
-        )
+    print_summary(trained, run=run, seconds=time.monotonic() - start_s)
 
 
 def _new_name(run: Run) -> str:
     return f"{run.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def _print_summary(trained: Trained, *, run: Run, seconds: float) -> None:
-    metrics, folder = trained.metrics, trained.checkpoint
-    uri = tracking.default_uri(with_absolute_paths(run).storage)
-    print(
-        f"trained {run.model.name} in {seconds:.0f} s: "
-        f"held-out top-1 {metrics.get('val/top1', float('nan')):.2f} % of "
-        f"{metrics.get('val/num_images', 0):,.0f} images"
-    )
-    if folder is not None:
-        val = without_credentials(run.data.val)
-        print(f"checkpoint  {folder}")
-        print(f"evaluate    {_installed('sovit-eval')} {folder} {val}")
-    address = without_credentials(uri)
-    is_server = address.startswith("http")
-    ui = f"{_installed('mlflow')} ui --backend-store-uri {address}"
-    print(f"compare     {address if is_server else ui}")
-
-
-def _installed(command: str) -> str:
-    """Give a command as it can be typed here, with its folder if it is on no path."""
-    beside = Path(sys.executable).with_name(command)
-    return command if shutil.which(command) else os.path.relpath(beside)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,12 @@ from pipelines.checkpoint import Position
 from pipelines.group import Group
 from pipelines.guard import Guard
 from pipelines.ingest.batch import Batch
+from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.stream import Plans
 from pipelines.job import Job
 from pipelines.keeper import Keeper
 from pipelines.key_log import KeyLog
-from pipelines.loop import (
-    LoopSettings,
-    TrainState,
-    check_bad_share,
-    evaluate,
-    share_buffers,
-    train,
-)
+from pipelines.loop import LoopSettings, TrainState, share_buffers, train
 from pipelines.memory import peak_memory_mb
 from pipelines.probing import Prober
 from pipelines.supply import Supply, reading_of
@@ -33,6 +27,7 @@ from pipelines.telling.bad_images import BadImageTeller
 from pipelines.telling.bands import draw_bands
 from pipelines.telling.board import Began, Event, Measured, Noted, Pictured
 from pipelines.validation.keys import keys_of
+from pipelines.validation.together import Together
 from pipelines.watchdog import Watchdog
 
 
@@ -59,7 +54,17 @@ class Worker:
         self.state = self.keeper.state()
         self.state.guard = self._open_guard()
         # In the same order on every worker: opening is a collective.
-        self.supplies = {split: self._supply(split) for split in ("train", "val")}
+        sets = () if run.validation.beside else job.held_out
+        self.supplies = {"train": self._supply(job.train_shards, split="train")}
+        for one in sets:
+            self.supplies[one.prefix] = self._supply(one.shards, split=one.prefix)
+        self.together = Together(
+            sets,
+            settings=self.settings,
+            batches=lambda one: self.watchdog.watching(
+                self.supplies[one.prefix], doing="evaluating"
+            ),
+        )
         self.prober = self._open_prober()
         self.key_log = self._open_key_log()
         self.watchdog = Watchdog(
@@ -148,9 +153,8 @@ class Worker:
             num_repeats=self.run.augment.num_repeats,
         )
 
-    def _supply(self, split: str) -> Supply:
-        job, run, is_train = self.job, self.run, split == "train"
-        shards = job.train_shards if is_train else job.val_shards
+    def _supply(self, shards: ShardSet, *, split: str) -> Supply:
+        run, is_train = self.run, split == "train"
         world_size = self.settings.world_size
         reading = reading_of(shards, run=run, train=is_train, num_workers=world_size)
         return Supply(
@@ -198,29 +202,26 @@ class Worker:
         self.group.post(event)
 
     def _end_epoch(self, state: TrainState) -> None:
-        """Evaluate, write a checkpoint and report."""
-        model = state.ema.module if state.ema is not None else state.model
-        # In the same order on every worker: these are collectives.
-        share_buffers(state.model)
-        if model is not state.model:
-            share_buffers(model)
-        batches = self.watchdog.watching(self.supplies["val"], doing="evaluating")
-        held_out = evaluate(model, batches, settings=self.settings)
-        num_bad = round(held_out.pop("num_bad"))
-        expected = self.job.val_shards.groups.total_rows
-        if held_out["num_images"] + num_bad != expected:
-            raise ValueError(
-                f"wanted each of the {expected} held-out images counted once, came "
-                f"{held_out['num_images']:.0f} and {num_bad} that can't be decoded; "
-                "the shards changed while they were read"
-            )
-        check_bad_share(
-            num_bad, num_images=expected, max_share=self.run.data.max_bad_share
-        )
-        metrics = {f"val/{name}": value for name, value in held_out.items()}
-        metrics["val/bad_images"] = num_bad
+        """Evaluate where that is due, write a checkpoint and report."""
+        validation, epoch = self.run.validation, state.position.epoch
+        num_epochs = self.run.optim.total_epochs
+        is_due = validation.is_due(epoch, num_epochs=num_epochs)
+        metrics, held_out = dict[str, float](), dict[str, float]()
+        for model in (state.model, state.ema.module if state.ema else None):
+            if model is not None:
+                share_buffers(model)
+        if is_due and not validation.beside:
+            metrics |= self.together(state)
+            held_out = self.together.primary.values()
+            title = f"{self.run.recipe}, epoch {epoch}"
+            is_last = epoch == num_epochs
+            pictures = None
+            if self.rank == 0:
+                pictures = self.together.pictures(title=title, is_last=is_last)
+            if pictures is not None:
+                self.group.post(pictures)
         metrics["train/peak_memory_mb"] = peak_memory_mb(self.device)
-        metrics["epoch"] = state.position.epoch
+        metrics["epoch"] = epoch
         if self.prober is not None:
             metrics |= self.prober.summary()
         position = state.position

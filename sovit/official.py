@@ -7,10 +7,7 @@ is told in the file's own names.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -24,17 +21,27 @@ from sovit.positions import resize_table
 from sovit.shapes import Tensor
 from sovit.tokens import ConvEmbed
 from sovit.vit import SoViT
+from sovit.weight_files import find_weights, read_tensors
 
-logger = logging.getLogger(__name__)
-
-EMA_KEY = "state_dict_ema"
-WEIGHT_KEYS = ("state_dict", "model", EMA_KEY)
 MAX_NAMES = 5
 CLASSIFIERS = {
     "head.fc_class.": "classifier.cls_fc.",
     "head.fc_visual.": "classifier.visual_fc.",
 }
 EMBED = "visual_tokens.tokens."
+
+
+class MisfitError(ValueError):
+    """Name the tensors of a checkpoint that do not fit a model."""
+
+    def __init__(self, kind: str, names: list[str]) -> None:
+        more = "" if len(names) <= MAX_NAMES else ", ..."
+        super().__init__(
+            f"The checkpoint does not fit the model, {len(names)} tensors are {kind}: "
+            f"{'; '.join(names[:MAX_NAMES])}{more}. Create the model that the weights "
+            "were trained as; for another number of classes give skip_classifier=True."
+        )
+        self.kind, self.names = kind, names
 
 
 def load_official(
@@ -61,27 +68,38 @@ def load_official(
             f"A So-ViT or SoT model was wanted, got {type(model).__name__}: create it "
             "with timm.create_model('so_vit_7') after importing sovit."
         )
-    weights = _weights(source, ema=ema)
+    found = source if isinstance(source, Mapping) else read_tensors(source)
+    weights = find_weights(found, ema=ema)
     model.load_state_dict(
         convert_state_dict(weights, model, skip_classifier=skip_classifier)
     )
     return model
 
 
+def is_official(weights: Mapping[str, Any]) -> bool:
+    """Tell the So-ViT and SoT release's weights by their names."""
+    return any(name.startswith("visual_tokens.") for name in weights)
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: SoViT) -> dict[str, Any]:
-    """Convert released weights for timm's loader; leave our own as they are.
+    """Convert released weights for timm's loader; of our own fit the positions alone.
 
     Classifiers keep the file's number of classes: the loader drops them where the
     model has another.
     """
-    if any(name.startswith("visual_tokens.") for name in state_dict):
-        converted = convert_state_dict(state_dict, model, skip_classifier=True)
-        for ours, theirs in CLASSIFIERS.items():
-            for name in converted:
-                if name.startswith(ours):
-                    converted[name] = state_dict[name.replace(ours, theirs)]
-        return converted
-    return state_dict
+    if not is_official(state_dict):
+        if "pos_embed" not in state_dict:
+            return state_dict
+        table = _fitted_table(state_dict["pos_embed"], model)
+        return {**state_dict, "pos_embed": table}
+    converted = convert_state_dict(state_dict, model, skip_classifier=True)
+    for ours, theirs in CLASSIFIERS.items():
+        for name in [name for name in converted if name.startswith(ours)]:
+            del converted[name]
+            its = state_dict.get(name.replace(ours, theirs))
+            if its is not None:
+                converted[name] = its
+    return converted
 
 
 def convert_state_dict(
@@ -199,56 +217,6 @@ def _fitted_table(table: Tensor, model: SoViT) -> Tensor:
     return table
 
 
-def _weights(
-    source: str | os.PathLike[str] | Mapping[str, Any], *, ema: bool
-) -> dict[str, Tensor]:
-    """Find the weights in a file or in what it holds, without "module." prefixes."""
-    if isinstance(source, Mapping):
-        found: Mapping[str, Any] = source
-    else:
-        found = _read(source)
-    keys = [EMA_KEY] if ema else [key for key in WEIGHT_KEYS if key in found]
-    if ema and EMA_KEY not in found:
-        raise ValueError(
-            f"ema=True needs weights under {EMA_KEY!r}, got a checkpoint with "
-            f"{list(found)[:MAX_NAMES]}: give ema=False for the weights it has."
-        )
-    if keys:
-        logger.info("Loading the weights under %r", keys[0])
-        found = found[keys[0]]
-    if not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(
-            f"A state dict of tensors was wanted, got {list(found)[:MAX_NAMES]}: give "
-            f"the weights themselves, or under one of {WEIGHT_KEYS}."
-        )
-    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
-
-
-def _read(source: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Read a file of tensors and plain values; anything else in it is refused."""
-    try:
-        # The release's training script keeps its arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(
-            f"A file of tensors was wanted, got {os.fspath(source)!r}, which holds "
-            f"something else or is damaged ({' '.join(str(error).split())[:120]}): do "
-            "not trust it, take the file that the authors published."
-        ) from error
-    if not isinstance(found, Mapping):
-        raise ValueError(
-            f"A state dict of tensors was wanted, got a {type(found).__name__} in "
-            f"{os.fspath(source)!r}: take the file that the authors published."
-        )
-    return found
-
-
 def _raise_if_any(kind: str, names: list[str]) -> None:
     if names:
-        more = "" if len(names) <= MAX_NAMES else ", ..."
-        raise ValueError(
-            f"The checkpoint does not fit the model, {len(names)} tensors are {kind}: "
-            f"{'; '.join(names[:MAX_NAMES])}{more}. Create the model that the weights "
-            "were trained as; for another number of classes give skip_classifier=True."
-        )
+        raise MisfitError(kind, names)

@@ -30,7 +30,10 @@ HOMES = {
     "nvidia": {f"pipelines/pixels/{name}.py" for name in ("dali", "dali_ops")},
     "mlflow": {
         f"pipelines/tracking/{name}.py"
-        for name in ("client", "entries", "metric_writer", "model", "runs", "sweeps")
+        for name in (
+            *("client", "entries", "metric_writer", "model", "registry", "runs"),
+            "sweeps",
+        )
     },
 }
 RUNNING = ("ray", "mlflow", "nvidia")

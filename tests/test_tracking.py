@@ -99,17 +99,20 @@ def test_figures_are_drawn_and_kept_beside_the_training(
         may_end.wait(CLOSE_S)
         file.write_text("drawn")
 
-    writer.log(draw, path="probes/first.png")
-    writer.log(draw, path="probes/second.png")
-    assert "probes/second.png is left out: the figure before" in caplog.text
+    names = [f"{at}.png" for at in range(7)]
+    for name in names:  # one is drawn, and four wait
+        writer.log(draw, path=f"probes/{name}")
+    assert "probes/6.png is left out: others are not kept yet" in caplog.text
     may_end.set()
     writer.close(CLOSE_S)
     folder = storage / "mlartifacts" / run_id / "artifacts" / "probes"
-    assert (folder / "first.png").read_text() == "drawn"
+    kept = {file.name: file.read_text() for file in folder.iterdir()}
+    assert kept.items() >= dict.fromkeys(names[:4], "drawn").items()
+    assert "6.png" not in kept
     writer.log(lambda file: file.parent.joinpath("no/file").touch(), path="third.png")
     writer.close(CLOSE_S)
     assert "third.png is left out: FileNotFoundError" in caplog.text
-    assert [file.name for file in folder.iterdir()] == ["first.png"]
+    assert {file.name for file in folder.iterdir()} == kept.keys()
 
 
 def test_a_run_that_restarts_stays_one_run(uri: str) -> None:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from pipelines.telling.board import Began, DriversBoard, Item, Measured, Pictured, heard
+from pipelines.telling.board import (
+    Began,
+    DriversBoard,
+    Item,
+    Kept,
+    Measured,
+    Pictured,
+    heard,
+)
 from pipelines.telling.gauges import Gauges
 from pipelines.telling.progress import Display
 from pipelines.tracking import FigureWriter, MetricWriter
@@ -38,15 +46,38 @@ class Listener:
         self._gauges = gauges
 
     @contextlib.contextmanager
-    def listening(self, board: DriversBoard, *, every_s: float) -> Iterator[None]:
-        """Listen, on a thread, while a `with` block runs; then write what waits."""
+    def listening(
+        self,
+        board: DriversBoard,
+        *,
+        every_s: float,
+        on_kept: Callable[[Kept], None] = lambda item: None,
+        on_look: Callable[[], None] = lambda: None,
+    ) -> Iterator[None]:
+        """Listen, on a thread, while a `with` block runs; then write what waits.
+
+        Args:
+            on_kept: Is told of each checkpoint that was written.
+            on_look: Is called each time that the thread looks.
+        """
+
+        def hear(item: Item) -> None:
+            self.hear(item)
+            if isinstance(item, Kept):
+                on_kept(item)
+
+        def look() -> None:
+            on_look()
+            if self._gauges is not None:
+                self._gauges.keep()
+
         try:
             with heard(
                 board,
-                hear=self._hear,
+                hear=hear,
                 is_over=self._is_over,
                 every_s=every_s,
-                on_look=self._gauges.keep if self._gauges else lambda: None,
+                on_look=look,
             ):
                 yield
         finally:
@@ -54,7 +85,8 @@ class Listener:
             self._figures.close(_FLUSH_S)
             self._writer.close(_FLUSH_S)
 
-    def _hear(self, item: Item) -> None:
+    def hear(self, item: Item) -> None:
+        """Pass on one thing that was told."""
         if isinstance(item, Measured):
             self._writer.log(item.metrics, step=item.step)
         elif isinstance(item, Pictured):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from tqdm import tqdm
 
 from pipelines.telling.bad_images import BadImageLog, NamedBadImage
-from pipelines.telling.board import Began, Event, Failed, Item, NotKept, Noted
+from pipelines.telling.board import Began, Event, Failed, Item, Noted, NotKept
 
 
 class Display:
@@ -94,10 +94,12 @@ def step_text(metrics: Mapping[str, float]) -> str:
 
 def epoch_line(event: Event, *, num_epochs: int) -> str:
     """Put an epoch's training loss and held-out accuracy into one line."""
-    held_out = event.epoch_metrics or {}
+    found = ""
+    if held_out := event.epoch_metrics:
+        top1, num_images = held_out["top1"], held_out["num_images"]
+        found = f"held-out top-1 {top1:.2f} % of {num_images:,.0f} images  "
     return (
         f"epoch {event.epoch}/{num_epochs}  step {event.step}  "
-        f"train loss {event.metrics['loss']:.3f}  held-out top-1 "
-        f"{held_out['top1']:.2f} % of {held_out['num_images']:,.0f} images  "
+        f"train loss {event.metrics['loss']:.3f}  {found}"
         f"{event.metrics['images_per_s']:,.0f} images/s"
     )

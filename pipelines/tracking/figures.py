@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -12,38 +14,49 @@ from pipelines.credentials import error_summary
 from pipelines.tracking.runs import log_file
 
 logger = logging.getLogger(__name__)
+Draw = Callable[[Path], None]
+_MAX_WAITING = 4
 
 
 class FigureWriter:
     """Keep a run's figures as artifacts; training never waits for them.
 
-    One is drawn at a time: a figure that comes while MLflow is slow with the one before
-    is left out, with a warning. An empty run id keeps none.
+    One is drawn at a time, in turn: a figure that comes while a few wait, since MLflow
+    is slow, is left out, with a warning. An empty run id keeps none.
     """
 
     def __init__(self, uri: str, run_id: str) -> None:
         self._uri, self._run_id = uri, run_id
+        self._waiting: queue.Queue[tuple[Draw, str] | None] = queue.Queue(_MAX_WAITING)
         self._thread: threading.Thread | None = None
 
-    def log(self, draw: Callable[[Path], None], *, path: str) -> None:
-        """Let `draw` write a file, and keep it as the artifact `path`; never raises."""
+    def log(self, draw: Draw, *, path: str) -> None:
+        """Let `draw` write a file or a folder, and keep it as `path`; never raises."""
         if not self._run_id:
             return
-        if self._thread is not None and self._thread.is_alive():
-            logger.warning("%s is left out: the figure before is not kept yet", path)
+        try:
+            self._waiting.put_nowait((draw, path))
+        except queue.Full:
+            logger.warning("%s is left out: others are not kept yet", path)
             return
-        # A daemon: a store that hangs must not keep the process from ending.
-        self._thread = threading.Thread(
-            target=self._keep, args=(draw, PurePosixPath(path)), daemon=True
-        )
-        self._thread.start()
+        if self._thread is None or not self._thread.is_alive():
+            # A daemon: a store that hangs must not keep the process from ending.
+            self._thread = threading.Thread(target=self._keep_all, daemon=True)
+            self._thread.start()
 
     def close(self, timeout_s: float) -> None:
         """Wait for the last figure, for at most `timeout_s`."""
         if self._thread is not None:
+            with contextlib.suppress(queue.Full):
+                self._waiting.put(None, timeout=timeout_s)
             self._thread.join(timeout_s)
 
-    def _keep(self, draw: Callable[[Path], None], path: PurePosixPath) -> None:
+    def _keep_all(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            draw, path = item
+            self._keep(draw, PurePosixPath(path))
+
+    def _keep(self, draw: Draw, path: PurePosixPath) -> None:
         try:
             with TemporaryDirectory() as scratch:
                 file = Path(scratch) / path.name

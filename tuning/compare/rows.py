@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import stdev
 from typing import Literal, NamedTuple
 
+from pipelines.not_learnt import NOT_LEARNT, NOT_LEARNT_GROUPS
 from pipelines.tracking.query import MetricPoint, StoredRun
 from pipelines.tracking.sweeps import NUM_PARAMS, OUTCOME_TAG
 from tuning.names import short_tail
@@ -17,22 +18,13 @@ SEED = "seed"
 _NUM_WORKERS = "scale.num_workers"
 _SECONDS_PER_HOUR = 3600
 # Where a run keeps what, and how often it says so.
-_KEEPING = frozenset(
-    {
-        "storage",
-        "experiment",
-        "key_log",
-        "log_every_steps",
-        "checkpoint_every_steps",
-        "checkpoint_every_minutes",
-        "num_checkpoints_to_keep",
-        "scale.max_failures",
-        "scale.start_timeout_s",
-    }
-)
+_KEEPING = NOT_LEARNT | {
+    "experiment",
+    "scale.max_failures",
+    "scale.start_timeout_s",
+    "scale.hang_timeout_s",
+}
 _HAVE_COLUMNS = frozenset({NUM_PARAMS, PUBLISHED})
-# They change what a run costs or what is seen of it, not what it learns.
-_NOT_LEARNT = ("scale.", "probe.")
 
 Mode = Literal["max", "min"]
 
@@ -205,7 +197,7 @@ def group(measured: Sequence[Measured], *, each: bool = False) -> list[Row]:
             if name != SEED
             and name not in _KEEPING
             and name not in _HAVE_COLUMNS
-            and not name.startswith(_NOT_LEARNT)
+            and not name.startswith(NOT_LEARNT_GROUPS)
         }
         found.setdefault((frozenset(learnt.items()), run.state), []).append(run)
     return [

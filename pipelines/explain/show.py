@@ -1,0 +1,42 @@
+"""Show what a run will do: `sovit-train RECIPE ... --dry-run [--plot FILE]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pipelines.config import Run
+from pipelines.explain.curve import check_plot, draw_picture
+from pipelines.explain.explanation import explain_run
+from pipelines.explain.report import as_text
+from pipelines.runs import Record
+
+
+def show_dry_run(
+    run: Run, *, name: str, record: Record | None = None, plot: str = ""
+) -> None:
+    """Print what a run will do, without starting anything.
+
+    Args:
+        record: That of the run to go on with; None for a new run.
+        plot: Picture of the learning rate to write; none if empty.
+
+    Raises ValueError where the run would not start either, or nothing can be drawn.
+    """
+    if plot:
+        check_plot(plot)
+    found = explain_run(run, name=name, record=record)
+    text = as_text(found)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = as_text(found, is_plain=True)
+    print(text)
+    if plot:
+        draw_picture(
+            found.run.optim,
+            steps_per_epoch=found.course.steps_per_epoch,
+            title=found.run.recipe,
+            path=Path(plot),
+        )
+        print(f"picture     {plot}")
