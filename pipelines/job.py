@@ -23,6 +23,8 @@ class Job:
     """What the run is evaluated on: its own held-out set, and any further ones."""
     tracking_uri: str
     mlflow_run_id: str
+    keeps_model: bool = True
+    """Whether its model, and pictures of what it gets wrong, go to MLflow."""
 
 
 @dataclass(frozen=True, kw_only=True)

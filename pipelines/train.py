@@ -77,7 +77,8 @@ def fit(
         tracking_uri: MLflow's address; by default that of the storage, or the
             environment's.
         tags: Further tags of the MLflow run.
-        keep_model: Whether the final model goes to MLflow; its checkpoint stays anyway.
+        keep_model: Whether the final model and pictures of what it gets wrong go to
+            MLflow; its checkpoint stays anyway.
         ends_on_sigterm: Whether SIGTERM is answered with a checkpoint and
             InterruptedRun. Ray's own processes leave it to Ray.
 
@@ -97,6 +98,7 @@ def fit(
         is_begun = record is not None
         record = dataclasses.replace(record or new_record(run, name=name), run=run)
         job = _begun(record, checked=checked, uri=uri, tags=tags, is_begun=is_begun)
+        job = dataclasses.replace(job, keeps_model=keep_model)
         run_id = job.mlflow_run_id
         record = dataclasses.replace(record, mlflow_run_id=run_id)
         write_record(record)

@@ -74,11 +74,11 @@ class Validator:
                 return
             self._running = None
             self._take(name, found)
-        self._skip()
         if self._waiting:
             name = self._waiting.pop(0)
             place = self._folder.within(name)
             self._running = name, self._measure.remote(self._job, place)
+        self._skip()
 
     @property
     def is_busy(self) -> bool:

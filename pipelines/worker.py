@@ -216,7 +216,7 @@ class Worker:
             title = f"{self.run.recipe}, epoch {epoch}"
             is_last = epoch == num_epochs
             pictures = None
-            if self.rank == 0:
+            if self.rank == 0 and self.job.keeps_model:
                 pictures = self.together.pictures(title=title, is_last=is_last)
             if pictures is not None:
                 self.group.post(pictures)

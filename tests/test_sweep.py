@@ -263,6 +263,7 @@ def test_what_can_not_begin_is_refused_and_leaves_nothing(
         ),
         ([*command, "--method", "random", "--num-trials", "9"], "a space of 3"),
         (["--resume", "nix", "--storage", str(tmp_path)], "a sweep to go on with"),
+        ([*command, "--validation.every-epochs", "2"], "evaluated after each epoch"),
         ([*command, "--data.train", str(tmp_path / "nix")], "not there"),
     ]
     for arguments, said in cases:

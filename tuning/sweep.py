@@ -13,7 +13,6 @@ from ray.tune.schedulers import TrialScheduler
 
 from pipelines import tracking
 from pipelines.fields import change_fields
-from pipelines.preflight import check_run
 from pipelines.runfile import flat_params, to_json
 from pipelines.runs import find_record
 from pipelines.session import needed, per_worker, ray_session, room
@@ -25,6 +24,7 @@ from pipelines.tracking.sweeps import (
     open_sweep,
     tag_run,
 )
+from tuning.checks import check_sweep
 from tuning.entries import BAD, Entry, Ledger, StageName, Sweep, write_sweep
 from tuning.heads import HEAD_METRIC, TOKENS, promoted, run_head_trial
 from tuning.report.conclude import check_something_came, conclude
@@ -98,13 +98,8 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
     RunFailedError where not one trial reported anything.
     """
     run, search = sweep.run, sweep.search
-    check_run(run)
+    check_sweep(run, search=search)
     _scheduler(sweep)
-    if search.method == "optuna" and search.head_from:
-        raise ValueError(
-            "wanted settings that are known before the heads are tried, came --method "
-            "optuna; take random or grid, or leave out --head-from"
-        )
     settings = [] if search.method == "optuna" else list_settings(space, search=search)
     listed = [Entry(number=n, setting=setting) for n, setting in enumerate(settings)]
     uri = tracking.default_uri(run.storage)
