@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import sovit
+from pipelines.explain.counting import count_macs
 from sovit.attention import stages_of
 from tests.paper_networks import ECA_KERNELS, ECA_MEBI, MILLIONS, on_meta, usual
 
@@ -16,11 +16,9 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def num_macs(model: nn.Module) -> float:
+def num_macs(model: nn.Module) -> int:
     """Count multiply-adds of one image at 224x224."""
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        model.eval()(torch.zeros(1, 3, 224, 224))
-    return counter.get_total_flops() / 2
+    return count_macs(model, img_size=224)
 
 
 @pytest.mark.parametrize("name", MILLIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,8 @@ class Explanation:
     training_macs: int
     """Those of its forward and backward pass together."""
     train: SetFacts
-    held_out: SetFacts
+    held_out: Mapping[str, SetFacts]
+    """By name; the run's own set has none."""
     course: Course
     is_bfloat16: bool
     memory: Memory | None
@@ -114,11 +116,11 @@ def explain_run(run: Run, *, name: str, record: Record | None = None) -> Explana
         macs=macs,
         training_macs=training_macs,
         train=facts_of(checked.train_shards),
-        held_out=facts_of(checked.val_shards),
+        held_out={one.name: facts_of(one.shards) for one in checked.held_out},
         course=course_of(
             run,
             train_shards=checked.train_shards,
-            num_held_out=checked.val_shards.groups.total_rows,
+            num_held_out=sum(one.shards.groups.total_rows for one in checked.held_out),
             start=start,
         ),
         is_bfloat16=is_bfloat16,

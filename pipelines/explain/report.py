@@ -89,7 +89,8 @@ def _set(facts: SetFacts) -> str:
 
 
 def _held_out(found: Explanation) -> Iterator[str]:
-    yield _set(found.held_out)
+    for name, facts in found.held_out.items():
+        yield f"{name}: {_set(facts)}" if name else _set(facts)
     every = found.run.validation.every_epochs
     often = "every epoch" if every == 1 else f"every {every} epochs"
     yield f"evaluated {often}, and after the last"
