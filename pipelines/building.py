@@ -38,7 +38,7 @@ def build_state(
     torch.manual_seed(run.seed)
     model = build_model(run.model, num_classes=num_classes)
     if run.scale.grad_checkpointing:
-        _checkpoint_gradients(model)
+        checkpoint_gradients(model)
     is_sharded = run.scale.sharding == "fsdp" and world_size > 1
     if not is_sharded:  # else no device has to hold the whole
         # Convolutions are faster so, on CPUs too, and decoders give their images so;
@@ -86,11 +86,15 @@ def wrapped(
     return forward
 
 
-def _checkpoint_gradients(model: nn.Module) -> None:
-    enable = getattr(model, "set_grad_checkpointing", None)
-    if enable is None:
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Have a model compute activations again in its backward pass.
+
+    Raises ValueError where timm can't do that for it.
+    """
+    try:
+        model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
+    except (AttributeError, AssertionError) as error:  # timm asserts where it can't
         raise ValueError(
             f"scale.grad_checkpointing: wanted a model that timm can checkpoint, came "
             f"{type(model).__name__}; set --scale.no-grad-checkpointing"
-        )
-    enable()
+        ) from error

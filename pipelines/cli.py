@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from pipelines.credentials import holds_secret, without_credentials
 from pipelines.errors import RunFailedError
 
 T = TypeVar("T")
+_BROKEN_PIPE = 141
 _BOX = re.compile(r"[─-╿\s]+")
 
 
@@ -65,6 +67,9 @@ def run_command(command: Callable[[Sequence[str]], None], *, prog: str) -> NoRet
         fail(f"{prog}: {error}; its checkpoints are kept, see --resume", status=1)
     except KeyboardInterrupt:
         fail(f"{prog}: interrupted", status=130)
+    except BrokenPipeError:  # who reads has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_BROKEN_PIPE)
     sys.exit(0)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pipelines.building import checkpoint_gradients
 from pipelines.checkpoint import build_model
 from pipelines.config import Model, Run
 from pipelines.credentials import error_summary
@@ -73,6 +74,8 @@ def _check_model(run: Run, *, classes: tuple[str, ...]) -> nn.Module:
     with torch.device("meta"):
         model = build_model(run.model, num_classes=len(classes))
     _check_size(model, settings=run.model)
+    if run.scale.grad_checkpointing:
+        checkpoint_gradients(model)
     if run.model.init_from:
         load_initial(
             build_model(run.model, num_classes=len(classes)),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from pipelines.building import checkpoint_gradients
 from pipelines.checkpoint import build_model, without_weights
 from pipelines.config import Model
 
@@ -45,13 +46,7 @@ def shapes_of(
     with torch.device("meta"):
         model = build_model(without_weights(settings), num_classes=num_classes)
     if grad_checkpointing:
-        try:
-            model.set_grad_checkpointing()  # pyright: ignore
-        except (AttributeError, AssertionError) as error:
-            raise ValueError(
-                "scale.grad_checkpointing: wanted a model that timm can checkpoint, "
-                f"came {settings.name}; set --scale.no-grad-checkpointing"
-            ) from error
+        checkpoint_gradients(model)
     return model
 
 
