@@ -33,9 +33,10 @@ from pipelines.cli import parse, run_command
 from pipelines.config import Run, Scale
 from pipelines.ingest.footers import read_shard_set
 from pipelines.ingest.stream import Plans
-from pipelines.loop import LoopSettings, TrainState, evaluate, train
+from pipelines.loop import LoopSettings, TrainState, train
 from pipelines.optim import build_optimizer
 from pipelines.supply import opened_here
+from pipelines.validation.measure import validate
 from recipes.demo import demo
 from sovit.attention import add_gsop, stages_of
 from sovit.networks.eca_gsop import add_eca
@@ -157,14 +158,12 @@ def train_once(head: str, *, seed: int, options: Options) -> Trained:
         )
     seconds = time.perf_counter() - start_s
     assert state.ema is not None
-    found = []
-    for one in (model, state.ema.module):
-        with opened_here(shards["val"], run=run, device=device) as batches:
-            found.append(evaluate(one, batches, settings=settings))
-    raw, average = found
+    models = {"raw": model, "average": state.ema.module}
+    with opened_here(shards["val"], run=run, device=device) as batches:
+        found = validate(models, batches, settings=settings).scores
     return Trained(
-        top1=raw["top1"],
-        ema_top1=average["top1"],
+        top1=found["raw"].top1,
+        ema_top1=found["average"].top1,
         num_params=sum(parameter.numel() for parameter in model.parameters()),
         seconds=seconds,
     )

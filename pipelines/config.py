@@ -46,9 +46,9 @@ class Model:
     pooling: Pooling | None = None
     """Second-order head; None leaves the model's own."""
     init_from: str = ""
-    """Checkpoint of ours, a folder or a bucket address, whose weights training starts
-    from, the moving average where there is one. Other classes get a fresh classifier;
-    none if empty."""
+    """Address of weights that training starts from: a checkpoint of ours, a file of the
+    So-ViT or SoT release, a file or folder of timm's for the same model. The moving
+    average is taken where there is one; other classes get a fresh classifier."""
     kwargs: dict[str, int | float | str] = field(default_factory=dict)
     """Further keyword arguments for `timm.create_model`, such as depth."""
 

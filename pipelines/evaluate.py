@@ -22,7 +22,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,7 @@ from torch import nn
 from pipelines.checkpoint import Manifest, load_model, opened
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
+from pipelines.credentials import without_credentials
 from pipelines.ingest.footers import read_shard_set
 from pipelines.loop import LoopSettings
 from pipelines.pixels.rows import BadImage
@@ -115,7 +116,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         else:
             result.setdefault("also", {})[one.name] = _values(outcome)
         if options.report:
-            _write_report(outcome, one, folder=Path(options.report, one.name))
+            _write_report(outcome, one, options=options)
     if options.robustness.is_wanted:
         first = next(iter(models.values()))
         result |= _robustness(
@@ -166,11 +167,15 @@ def _values(outcome: Outcome) -> dict[str, Any]:
     return first[1].values() | {name: score.values() for name, score in others}
 
 
-def _write_report(outcome: Outcome, one: HeldOut, *, folder: Path) -> None:
+def _write_report(outcome: Outcome, one: HeldOut, *, options: Options) -> None:
     found = named(outcome, shards=one.shards).report
     assert found is not None
-    title = one.name or Path(one.shards.address).name
-    write_report(found, folder, title=title)
+    checkpoint, shards = (
+        PurePosixPath(without_credentials(address)).name
+        for address in (options.checkpoint, one.shards.address)
+    )
+    title = f"{checkpoint}, {one.name or shards}"
+    write_report(found, Path(options.report, one.name), title=title)
 
 
 def _robustness(

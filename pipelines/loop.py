@@ -1,4 +1,4 @@
-"""Train and evaluate in plain PyTorch: no Ray, no MLflow, no DALI.
+"""Train in plain PyTorch: no Ray, no MLflow, no DALI.
 
 The loop takes batches from an iterator and calls back with plain numbers. It knows
 steps; epochs are marks on the batches.
@@ -273,26 +273,3 @@ def predict(model: nn.Module, images: Tensor, *, settings: LoopSettings) -> Tens
         if settings.run.data.eval_mirror:
             logits = (logits + model(images.flip(-1))) / 2
     return logits
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, settings: LoopSettings
-) -> dict[str, float]:
-    """Evaluate on one epoch of batches; every image counts once.
-
-    Returns:
-        Means of loss, top1 and top5 (percent), num_images, and num_bad, the images
-        that could not be decoded, over all workers.
-    """
-    model.eval()
-    sums = Sums(settings.device)
-    for batch in batches:
-        logits = predict(model, batch.images, settings=settings)
-        losses = nn.functional.cross_entropy(
-            logits.float(), batch.labels, reduction="none"
-        )
-        sums.add(logits, batch.labels, batch.weights, losses, num_bad=batch.num_bad)
-        if batch.ends_epoch and batch.ends_step:
-            break
-    return sums.total()

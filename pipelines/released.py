@@ -51,12 +51,10 @@ def read_start(address: str) -> Start:
     place = Place(address)
     try:
         with answering():
-            if place.name.endswith(_SUFFIXES):
-                return _of_file(place)
-            manifest = peek(place)
+            manifest = find_manifest(place)
             if manifest is not None:
                 return _of_checkpoint(place, manifest=manifest)
-            return _of_folder(place)
+            return _of_file(place) if _is_file(place) else _of_folder(place)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise ValueError(
             f"model.init_from: wanted a checkpoint folder with {MANIFEST}, a folder "
@@ -68,6 +66,21 @@ def read_start(address: str) -> Start:
             f"model.init_from: wanted weights that can be read, came {str(place)!r} "
             f"({error.strerror}); see what is allowed there"
         ) from error
+
+
+def find_manifest(place: Place) -> Manifest | None:
+    """Read the manifest of a checkpoint of ours; None where weights of others are.
+
+    Raises ValueError where it is damaged, or the store does not answer.
+    """
+    if not _is_file(place):
+        with contextlib.suppress(NotADirectoryError):
+            return peek(place)
+    return None
+
+
+def _is_file(place: Place) -> bool:
+    return place.name.endswith(_SUFFIXES)
 
 
 def _of_checkpoint(place: Place, *, manifest: Manifest) -> Start:

@@ -20,6 +20,7 @@ from pipelines.files import Place
 from pipelines.job import Job
 from pipelines.session import needed
 from pipelines.store import CheckpointStore, write_validation
+from pipelines.telling.bad_images import BadImageTeller, NamedBadImage
 from pipelines.telling.board import Item, Kept, Measured, Noted
 from pipelines.validation.pictures import pictured
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _MAX_WAITING = 2
+_EPOCH = "epoch_"
 
 
 class Validator:
@@ -65,6 +67,8 @@ class Validator:
         """Take a checkpoint that was written, if it is to be evaluated."""
         if self._is_due(item.name):
             self._waiting.append(item.name)
+        elif item.name.startswith(_EPOCH):
+            self._note(item.name, metrics={})  # else it would be kept for ever
 
     def look(self) -> None:
         """Take what has been measured, and begin with the next; to be called often."""
@@ -93,7 +97,7 @@ class Validator:
         self._waiting.clear()
 
     def _is_due(self, name: str) -> bool:
-        if not name.startswith("epoch_"):
+        if not name.startswith(_EPOCH):
             return False
         epoch = int(name.partition("_")[2])
         num_epochs = self._run.optim.total_epochs
@@ -108,11 +112,14 @@ class Validator:
 
     def _take(self, name: str, found: ray.ObjectRef) -> None:
         try:
-            result: Found = ray.get(found)
+            measured: tuple[Found, list[NamedBadImage]] = ray.get(found)
         except (RayError, ValueError) as error:
             self._note(name, metrics={})
             self._hear(Noted(line=f"{name} is not evaluated: {first_line(error)}"))
             return
+        result, bad = measured
+        for image in bad:
+            self._hear(image)
         self._note(name, metrics=result.metrics)
         step, metrics = result.position.step, result.metrics
         self._hear(Measured(step=step, metrics=metrics))
@@ -142,8 +149,11 @@ def _check_room(run: Run) -> None:
             )
 
 
-def measure(job: Job, place: Place) -> Found:
-    """Evaluate a checkpoint on a run's held-out sets: the Ray task."""
+def measure(job: Job, place: Place) -> tuple[Found, list[NamedBadImage]]:
+    """Evaluate a checkpoint on a run's held-out sets: the Ray task.
+
+    Beside what was found come the images that can't be decoded.
+    """
     import torch
 
     from pipelines.checkpoint import opened
@@ -151,11 +161,16 @@ def measure(job: Job, place: Place) -> Found:
 
     num_threads = max(int(job.run.validation.num_cpus), 1)
     torch.set_num_threads(num_threads)
+    bad: list[NamedBadImage] = []
     with opened(place) as folder:
-        return measure_checkpoint(
+        found = measure_checkpoint(
             Path(folder),
             sets=job.held_out,
             weights=job.run.validation.weights,
             device=torch.device("cuda" if job.run.validation.num_gpus else "cpu"),
             num_threads=num_threads,
+            on_bad=lambda one: BadImageTeller(
+                bad.append, split=one.prefix, groups=one.shards.groups
+            ),
         )
+    return found, bad

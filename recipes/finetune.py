@@ -2,8 +2,10 @@
 
     sovit-train finetune.isqrt_resnet50_birds --model.init-from CHECKPOINT
 
-CHECKPOINT is what `sovit-train gcp.isqrt_resnet50` printed at its end. Hardware: one
-GPU. Hours: not published, and not measured by us yet.
+CHECKPOINT is what `sovit-train gcp.isqrt_resnet50` printed at its end, or what else
+docs/finetuning.md lists. Hardware: one GPU. Hours: not published, and not measured by
+us yet. Of So-ViT and SoT no fine-tuning on images was found published; that page has
+the command.
 
 Top-1 in percent on CUB-200-2011, Stanford Cars and FGVC Aircraft, as published:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 import sovit
 from pipelines.checkpoint import Position, build_model
 from pipelines.config import Augment, Data, Model, Optim, Run, Scale
+from pipelines.ingest.batch import Batch
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.ingest.stream import Plans
-from pipelines.loop import LoopSettings, TrainState, evaluate, share_buffers, train
+from pipelines.loop import LoopSettings, TrainState, share_buffers, train
 from pipelines.optim import build_optimizer
 from pipelines.supply import Supply, pixel_settings
+from pipelines.validation.measure import validate
 from tests.small_sets import WorkerOpener
 
 CPU = torch.device("cpu")
@@ -119,6 +122,13 @@ def settings_of(run: Run, *, steps_per_epoch: int, **settings: Any) -> LoopSetti
     )
 
 
+def evaluated(
+    model: nn.Module, items: Iterable[Batch], *, settings: LoopSettings
+) -> dict[str, float]:
+    """Evaluate one model."""
+    return validate({"raw": model}, items, settings=settings).primary.values()
+
+
 def train_run(
     run: Run,
     *,
@@ -190,7 +200,7 @@ def _train_together(run: Run, *, rank: int, num_workers: int) -> dict[str, Any]:
     supply = supply_of(
         run, shards=shards, train=False, num_workers=num_workers, worker=rank
     )
-    held_out = evaluate(
+    held_out = evaluated(
         state.model, supply, settings=settings_of(run, steps_per_epoch=1)
     )
     supply.close()

@@ -213,6 +213,7 @@ def test_workers_do_not_know_mlflow() -> None:
         "pipelines.ingest.reading",
         "pipelines.telling.board",
         "pipelines.telling.bands",
+        "pipelines.validation.pictures",
         "pipelines.failures",
         "tuning.trial",
         "tuning.tokens.parts",

@@ -15,6 +15,7 @@ from pipelines.checkpoint import Position, build_model, save_checkpoint
 from pipelines.config import Data, Model, Optim, Probe, Run
 from pipelines.initial import load_initial
 from pipelines.preflight import check_run
+from sovit.positions import sinusoid_table
 from tests.small_sets import write_set
 
 CLASSES = ("cat", "dog", "eel")
@@ -38,10 +39,11 @@ def build(*, seed: int, num_classes: int = 3, **changes: Any) -> nn.Module:
     return build_model(model, num_classes=num_classes)
 
 
-@pytest.fixture
-def kept(tmp_path: Path) -> Path:
+def keep(folder: Path) -> None:
+    """Write a checkpoint whose weights and average are of models of two seeds."""
+    folder.mkdir(exist_ok=True)
     save_checkpoint(
-        tmp_path,
+        folder,
         run=RUN,
         position=Position(),
         classes=CLASSES,
@@ -50,6 +52,11 @@ def kept(tmp_path: Path) -> Path:
         ema=build(seed=1),
         optimizer=None,
     )
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    keep(tmp_path)
     return tmp_path
 
 
@@ -73,10 +80,18 @@ def test_other_classes_get_a_fresh_classifier(
         assert torch.equal(value, source[name]), name
 
 
-def test_positions_of_another_image_size_are_fitted(kept: Path) -> None:
-    model = build(seed=2, img_size=64)
+@pytest.mark.parametrize("size", [64, (96, 48)])
+def test_positions_of_another_image_size_are_fitted(
+    kept: Path, size: int | tuple[int, int]
+) -> None:
+    model = build(seed=2)
+    assert isinstance(model, sovit.SoViT)
+    model.set_input_size(size)
     load_initial(model, str(kept), classes=CLASSES)
-    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 3)
+    height, width = size if isinstance(size, tuple) else (size, size)
+    table = sinusoid_table(height // 16 * (width // 16) + 1, 32)
+    assert torch.equal(model.get_buffer("pos_embed"), table)
+    assert model(torch.randn(2, 3, height, width)).shape == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +125,8 @@ def test_a_run_is_checked_against_its_start_before_it_begins(
     with caplog.at_level("INFO", logger="pipelines"):
         check_run(run)
     assert caplog.messages == [
-        f"the classifier starts fresh: {kept} was trained for other classes"
+        f"starting from the moving average of {kept}; the classifier starts fresh: it "
+        "was trained for other classes"
     ]
     deeper = dataclasses.replace(run.model, kwargs={**MODEL.kwargs, "depth": 2})
     with pytest.raises(ValueError, match=r"tensors missing: blocks\.1\."):
@@ -120,6 +136,20 @@ def test_a_run_is_checked_against_its_start_before_it_begins(
         check_run(dataclasses.replace(run, probe=probe))
 
 
-def test_a_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="wanted a checkpoint folder"):
-        load_initial(build(seed=2), str(tmp_path), classes=CLASSES)
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (dataclasses.replace(MODEL, img_size=50), "img_size must be a multiple of 16"),
+        (
+            Model(name="vit_tiny_patch16_224", img_size=48, kwargs={"depth": 1}),
+            r"model\.img_size: wanted a size that vit_tiny.* takes, came 48 \(Assert",
+        ),
+    ],
+)
+def test_images_that_the_model_does_not_take_are_refused_before(
+    model: Model, message: str, tmp_path: Path
+) -> None:
+    shards = write_set(tmp_path / "set", groups=[[8]], num_classes=2)
+    data = dataclasses.replace(RUN.data, train=shards, val=shards)
+    with pytest.raises(ValueError, match=message):
+        check_run(dataclasses.replace(RUN, model=model, data=data))

@@ -23,17 +23,16 @@ from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.loop import (
     BadImagesError,
     TrainState,
-    evaluate,
     train,
 )
 from pipelines.mixing import smooth_targets, soft_cross_entropy
 from pipelines.optim import learning_rate
 from tests.small_runs import (
     CPU,
+    evaluated,
     settings_of,
     small_run,
     state_of,
-    supply_of,
     train_run,
 )
 from tests.small_sets import write_set
@@ -119,11 +118,11 @@ def test_the_loop_learns_64_images_by_heart() -> None:
     images, labels = pictures(64)
     state = state_of(run)
     items = [batch_of(images, labels, index=i, ends_epoch=i == 59) for i in range(60)]
-    before = evaluate(
+    before = evaluated(
         state.model, items[-1:], settings=settings_of(run, steps_per_epoch=1)
     )
     logs = run_loop(state, items, run=run)
-    after = evaluate(
+    after = evaluated(
         state.model, items[-1:], settings=settings_of(run, steps_per_epoch=1)
     )
     assert before["top1"] < 70
@@ -226,66 +225,6 @@ def test_gradients_are_clipped_to_a_norm() -> None:
         norms.append(math.sqrt(sum(float((g**2).sum()) for g in gradients.values())))
     assert norms[0] > 0.1
     assert norms[1] == pytest.approx(0.01, rel=1e-3)
-
-
-def test_mirrored_evaluation_averages_the_logits_of_both(shards: ShardSet) -> None:
-    run = small_run(shards.address)
-    run = dataclasses.replace(run, data=dataclasses.replace(run.data, eval_mirror=True))
-    seen: list[Tensor] = []
-
-    class Edge(nn.Module):
-        """Tell the left edge from the right one."""
-
-        def forward(self, images: Tensor) -> Tensor:
-            seen.append(images)
-            left, right = images[..., 0].mean((1, 2)), images[..., -1].mean((1, 2))
-            return torch.stack([left, right, torch.zeros_like(left)], dim=1)
-
-    items = supply_of(run, shards=shards, train=False)
-    found = evaluate(Edge(), items, settings=settings_of(run, steps_per_epoch=1))
-    items.close()
-    losses = []
-    again = supply_of(run, shards=shards, train=False)
-    for item in again:
-        logits = (Edge()(item.images) + Edge()(item.images.flip(-1))) / 2
-        real = item.weights == 1
-        losses += nn.functional.cross_entropy(
-            logits[real], item.labels[real], reduction="none"
-        ).tolist()
-        if item.ends_epoch:
-            break
-    again.close()
-    assert found["loss"] == pytest.approx(sum(losses) / NUM_ROWS)
-    assert torch.equal(seen[0].flip(-1), seen[1])
-
-
-def test_evaluation_counts_every_image_once_and_stops_at_the_epochs_end(
-    shards: ShardSet,
-) -> None:
-    run = small_run(shards.address)
-    state = state_of(run)
-    items = supply_of(run, shards=shards, train=False)
-    settings = settings_of(run, steps_per_epoch=1)
-    found = [evaluate(state.model, items, settings=settings) for _ in range(3)]
-    assert not state.model.training
-    assert found[0] == found[1] == found[2]
-    assert next(iter(items), None) is None
-    items.close()
-    again = supply_of(run, shards=shards, train=False)
-    losses, right = [], []
-    with torch.no_grad():
-        for item in again:
-            logits, real = state.model(item.images), item.weights == 1
-            losses += nn.functional.cross_entropy(
-                logits[real], item.labels[real], reduction="none"
-            ).tolist()
-            right += (logits.argmax(dim=1) == item.labels)[real].tolist()
-            if item.ends_epoch:
-                break
-    again.close()
-    assert len(losses) == NUM_ROWS == found[0]["num_images"]
-    assert found[0]["loss"] == pytest.approx(sum(losses) / NUM_ROWS, rel=1e-5)
-    assert found[0]["top1"] == pytest.approx(100 * sum(right) / NUM_ROWS)
 
 
 @pytest.mark.parametrize("has", [True, False])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import sovit
+from sovit.official import checkpoint_filter_fn, is_official
 from sovit.positions import sinusoid_table
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -127,8 +128,10 @@ def first_difference(model: sovit.SoViT, weights: dict[str, Any]) -> float:
     return (fc - weights["classifier.cls_fc.weight"]).abs().max().item()
 
 
-@pytest.mark.parametrize("key", [None, "state_dict", "model", "state_dict_ema"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    "key", [None, "state_dict", "model", "state_dict_ema", "model_ema"]
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_every_layout_of_a_checkpoint_loads(key: str | None, prefix: str) -> None:
     model, weights = small()
     prefixed = {prefix + name: tensor for name, tensor in weights.items()}
@@ -169,8 +172,9 @@ def test_file_with_code_is_not_run(
     model, weights = small()
     path = tmp_path / "harmful.pth"
     torch.save({"state_dict": weights, "hook": Harmful()}, path)
-    with pytest.raises(ValueError, match="something else or is damaged"):
+    with pytest.raises(ValueError, match="something else or is damaged") as caught:
         sovit.load_official(model, path)
+    assert "(it holds print)" in str(caught.value)
     assert "code has run" not in capsys.readouterr().out
 
 
@@ -250,6 +254,29 @@ def test_weights_of_another_image_size_load() -> None:
     assert weights["pos_embed"].shape == (1, 197, 240)
     sovit.load_official(model, weights)
     torch.testing.assert_close(model.pos_embed, sinusoid_table(25, 240))
+
+
+def test_own_weights_pass_timms_filter_with_their_positions_fitted() -> None:
+    small_images, _ = small(img_size=64)
+    large, _ = small(img_size=(96, 64))
+    weights = checkpoint_filter_fn(small_images.state_dict(), large)
+    assert torch.equal(weights.pop("pos_embed"), large.pos_embed)
+    assert weights.keys() == small_images.state_dict().keys() - {"pos_embed"}
+
+
+def test_a_released_file_without_classifier_gives_none() -> None:
+    model, weights = small()
+    assert is_official(weights)
+    assert not is_official(model.state_dict())
+    whole = checkpoint_filter_fn(dict(weights), model)
+    assert whole.keys() == model.state_dict().keys()
+    rest = {n: w for n, w in weights.items() if "_fc." not in n}
+    without = checkpoint_filter_fn(rest, model)
+    assert whole.keys() - without.keys() == {
+        f"head.fc_{of}.{kind}"
+        for of in ("class", "visual")
+        for kind in ("weight", "bias")
+    }
 
 
 def test_timm_loads_released_files_by_itself(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from pipelines.checkpoint import (
 )
 from pipelines.config import Augment
 from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.loop import TrainState, evaluate
+from pipelines.loop import TrainState
 from tests.small_runs import (
     PLAIN_VIT,
     SO_VIT,
+    evaluated,
     plain,
     settings_of,
     small_run,
@@ -141,7 +142,7 @@ def test_two_workers_learn_what_one_learns(shards: ShardSet, tmp_path: Path) -> 
     alone = state_of(run)
     logs = train_run(run, shards=shards, state=alone)
     supply = supply_of(run, shards=shards, train=False)
-    held_out = evaluate(
+    held_out = evaluated(
         alone.model, supply, settings=settings_of(run, steps_per_epoch=1)
     )
     supply.close()

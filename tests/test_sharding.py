@@ -1,4 +1,4 @@
-"""A model in parts on two workers: it learns what a whole one does, and is kept whole."""
+"""A model in parts on two workers: it learns what a whole one does, and stays whole."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pipelines.building import build_state
 from pipelines.checkpoint import load_optimizer, load_weights, read_manifest
 from pipelines.config import Run
 from pipelines.ingest.batch import Batch
-from pipelines.loop import TrainState, evaluate, train
+from pipelines.loop import TrainState, train
 from pipelines.sharding import shard_state
 from pipelines.snapshot import take_snapshot, write_snapshot
-from tests.small_runs import CPU, settings_of, small_run
+from tests.small_runs import CPU, evaluated, settings_of, small_run
 from tests.test_loop import batch_of, pictures
 
 NUM_STEPS = 4
@@ -115,7 +115,7 @@ def work(rank: int, folder: Path) -> None:
     losses = trained(state, run, rank=rank, world_size=2, num_steps=NUM_STEPS)
     keep(state, run, rank=rank, folder=folder / "sharded")
     assert state.ema is not None
-    held_out = evaluate(
+    held_out = evaluated(
         state.ema.module,
         [
             dataclasses.replace(
@@ -136,7 +136,7 @@ def work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharding")
-    mp.spawn(work, args=(folder,), nprocs=2)  # pyright: ignore
+    mp.start_processes(work, args=(folder,), nprocs=2, start_method="forkserver")  # pyright: ignore
     return folder
 
 

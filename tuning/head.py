@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pipelines.checkpoint import build_model
 from pipelines.config import Optim, Run, Schedule
-from pipelines.loop import LoopSettings, NonFiniteLossError
+from pipelines.errors import NonFiniteLossError
+from pipelines.loop import LoopSettings
 from pipelines.metrics import Sums
 from pipelines.mixing import smooth_targets, soft_cross_entropy
 from pipelines.optim import build_optimizer, learning_rate, set_learning_rate

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from pipelines.checkpoint import (
 )
 from pipelines.config import Model, Run
 from pipelines.files import Place
-from sovit.official import load_official
+from pipelines.initial import load_initial
+from pipelines.released import find_manifest
 from sovit.trunks import image_shape
 
 
@@ -66,21 +66,21 @@ def load_backbone(run: Run, *, checkpoint: str, num_classes: int) -> Backbone:
 
     Args:
         checkpoint: A checkpoint of ours, whose moving average is taken where it has
-            one and whose settings count then, not the run's; or a file of the So-ViT
-            or SoT release, for the run's model. If empty, what the run's model starts
-            from: `model.init_from`, or weights that `model.kwargs` ask timm for.
+            one and whose settings count then, not the run's; or any other start that
+            `read_start` knows, for the run's model. If empty, what that starts from:
+            `model.init_from`, or weights that `model.kwargs` ask timm for.
 
     Raises ValueError where that is none of them, or there are no weights at all.
     """
     source = checkpoint or run.model.init_from
-    if source and _is_file(source):
-        model = build_model(without_weights(run.model), num_classes=num_classes)
-        load_official(model, source, skip_classifier=True)
-        settings = run.model
-    elif source:
+    if source and find_manifest(Place(source)) is not None:
         with opened(source) as folder:
             model, manifest = load_model(folder)
         settings, num_classes = manifest.run.model, len(manifest.classes)
+    elif source:
+        model = build_model(without_weights(run.model), num_classes=num_classes)
+        load_initial(model, source, classes=())
+        settings = run.model
     elif any(run.model.kwargs.get(name) for name in PRETRAINED):
         model = build_model(run.model, num_classes=num_classes)
         settings, source = run.model, f"{run.model.name} with its released weights"
@@ -126,7 +126,3 @@ class _Features(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         return self.model.forward_features(images)  # pyright: ignore[reportCallIssue]
-
-
-def _is_file(address: str) -> bool:
-    return "://" not in address and Path(address).is_file()
