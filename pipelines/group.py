@@ -52,7 +52,7 @@ class Group(Protocol):
         ...
 
     def is_leaving(self) -> bool:
-        """Tell all workers, once, that a machine of theirs is about to be taken."""
+        """Tell all workers whether a machine of theirs is about to be taken."""
         ...
 
     def close(self) -> None:

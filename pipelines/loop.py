@@ -113,7 +113,8 @@ def train(
         on_step_begin: is called before a step, with its first micro-batch.
         on_note: is called with what a person should see.
         is_ending: tells, each time metrics are due, whether to end before the run does.
-        is_leaving: tells then whether a checkpoint is wanted at once.
+        is_leaving: tells then whether a machine is about to be taken, so that each such
+            time is one for a checkpoint.
 
     Raises NonFiniteLossError, naming the step, or RewindError, where the loss is not
     finite, and BadImagesError where too many images could not be decoded.

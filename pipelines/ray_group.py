@@ -82,10 +82,7 @@ class RayGroup:
 
     def is_leaving(self) -> bool:
         """Ask Ray, together, whether it was told that a machine will be taken."""
-        if not self._is_preemptible or ray.train.get_preemption_info() is None:
-            return False
-        self._is_preemptible = False  # one checkpoint is enough
-        return True
+        return self._is_preemptible and ray.train.get_preemption_info() is not None
 
     def _is_heard(self) -> bool:
         return _answer(self._board.is_heard.remote())

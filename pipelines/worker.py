@@ -72,7 +72,6 @@ class Worker:
             tell=lambda line: self._note(f"worker {group.rank}: {line}"),
         )
         self._last_log: dict[str, float] = {}
-        self._is_leaving = False
 
     def __enter__(self) -> Worker:
         self.watchdog.__enter__()
@@ -114,7 +113,7 @@ class Worker:
             on_step_begin=self._probe,
             on_note=self._note,
             is_ending=self.group.is_ending,
-            is_leaving=self._leaves,
+            is_leaving=self.group.is_leaving,
         )
 
     def _probe(self, state: TrainState, batch: Batch) -> None:
@@ -129,11 +128,6 @@ class Worker:
             self.group.post(Measured(step=step, metrics=dict(metrics)))
 
         return Prober(self.state.model, settings=self.settings, on_probe=log)
-
-    def _leaves(self) -> bool:
-        is_told = self.group.is_leaving()
-        self._is_leaving |= is_told
-        return is_told
 
     def _note(self, line: str) -> None:
         self.group.post(Noted(line=line))
@@ -240,8 +234,8 @@ class Worker:
     def _keep(self, state: TrainState) -> None:
         """Write a checkpoint within an epoch: nothing is evaluated."""
         name = f"step_{state.position.step:08d}"
-        # Asked to end, or to leave the machine, it is the last one.
-        is_last = self._is_leaving or self.group.is_ending()
+        # Asked to end, it is the last one.
+        is_last = self.group.is_ending()
         self._report(state, name=name, metrics={}, can_wait=is_last)
 
     def _report(

@@ -74,7 +74,9 @@ def test_it_trains_keeps_and_records_as_workers_do(run: Run) -> None:
     kept = sorted(path.name for path in folder.iterdir() if path.is_dir())
     best = Path(str(trained.best)).name
     assert kept == sorted({best, "epoch_0003", "step_00000028"})
-    top1s = {seen["epoch"]: seen["val/top1"] for seen in reports.seen if "epoch" in seen}
+    top1s = {
+        seen["epoch"]: seen["val/top1"] for seen in reports.seen if "epoch" in seen
+    }
     assert best == f"epoch_{max(top1s, key=lambda epoch: top1s[epoch]):04d}"
     assert str(trained.checkpoint) == str(folder / "epoch_0003")
     manifest = ckpt.read_manifest(folder / "epoch_0003")
