@@ -1,0 +1,1 @@
+"""Take a trained model elsewhere: to timm, to torch.export, to ONNX."""

@@ -1,0 +1,91 @@
+"""Hold a trained model with what has to be known to use it: its card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import timm
+from torch import nn
+
+import sovit
+from pipelines.checkpoint import EMA_FILE, load_model, opened, without_weights
+from pipelines.config import Data, Model
+from pipelines.export.names import readable_names
+
+Weights = Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Hold a trained model, in evaluation mode, and how its images are prepared."""
+
+    model: nn.Module
+    settings: Model
+    data: Data
+    classes: tuple[str, ...]
+    origin: Mapping[str, Any]
+    """Where it comes from: recipe, weights, epoch, step and metrics, if known."""
+
+    @property
+    def img_size(self) -> int:
+        """Give height and width of the images that it takes."""
+        return self.settings.img_size
+
+    @property
+    def is_ours(self) -> bool:
+        """Tell whether the network is one of `sovit`, not of timm itself."""
+        entry = timm.model_entrypoint(self.settings.name)
+        return entry.__module__.startswith(sovit.__name__)
+
+
+def from_checkpoint(address: str, *, weights: Weights = "auto") -> Subject:
+    """Load a checkpoint, a folder or a bucket address; `auto` takes the moving average.
+
+    Raises ValueError where it is none, it is damaged, or it has no such weights.
+    """
+    ema = {"auto": None, "ema": True, "raw": False}[weights]
+    with opened(address) as folder:
+        model, manifest = load_model(folder, ema=ema)
+    is_average = EMA_FILE in manifest.files and weights != "raw"
+    return Subject(
+        model=model,
+        settings=without_weights(manifest.run.model),
+        data=manifest.run.data,
+        classes=manifest.classes,
+        origin={
+            "recipe": manifest.run.recipe,
+            "weights": "ema" if is_average else "raw",
+            "epoch": manifest.position.epoch,
+            "step": manifest.position.step,
+            # JSON has no word for what is not finite.
+            "metrics": {
+                name: value
+                for name, value in manifest.metrics.items()
+                if math.isfinite(value)
+            },
+        },
+    )
+
+
+def card(subject: Subject) -> dict[str, Any]:
+    """Say in plain values what a user of the model alone has to know.
+
+    docs/using.md explains each of them; every exported file carries them all.
+    """
+    data = subject.data
+    names = readable_names(subject.classes)
+    return {
+        "architecture": subject.settings.name,
+        "img_size": subject.img_size,
+        "crop_pct": data.crop_pct,
+        "interpolation": data.eval_interpolation,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "eval_mirror": data.eval_mirror,
+        "classes": list(subject.classes),
+        **({"names": [names[label] for label in subject.classes]} if names else {}),
+        **subject.origin,
+    }

@@ -1,0 +1,202 @@
+"""Say what is on images: `sovit-predict CHECKPOINT IMAGE...`.
+
+    sovit-predict runs/demo-1/epoch_0008 photo.jpg more_photos
+    sovit-predict runs/demo-1/epoch_0008 shards/val --num-top 1 --json answers.json
+    sovit-predict exported photo.jpg
+
+Images are files, folders of them or shards, prepared as in evaluation. CHECKPOINT may
+be the folder that sovit-export wrote. An image that does not decode costs that image,
+by name; the others are answered, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from pipelines.checkpoint import MANIFEST
+from pipelines.cli import fail, parse, run_command
+from pipelines.export.images import Encoded, decode, read_images
+from pipelines.export.names import readable_names
+from pipelines.export.subject import Subject, Weights, from_checkpoint
+from pipelines.export.timm_folder import CONFIG, read_timm
+from pipelines.shards.images import BadImageError
+
+logger = logging.getLogger(__name__)
+_PROG = "sovit-predict"
+_BATCH_SIZE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Say who answers, on what, and how much."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """Folder or bucket address that sovit-train printed, or sovit-export's folder."""
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders or shards, here or in a bucket."""
+    weights: Weights = "auto"
+    """auto takes the moving average where the checkpoint has one."""
+    num_top: int = 5
+    """Classes that are named for each image."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    json: str = ""
+    """File that the answers are also written to; - prints them alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Say what is on an image, or why that can't be told."""
+
+    image: str
+    top: tuple[tuple[str, float], ...] = ()
+    """Classes and their probabilities, the most probable first."""
+    reason: str = ""
+
+
+def load_subject(address: str, *, weights: Weights = "auto") -> Subject:
+    """Load a checkpoint, or a folder that sovit-export wrote.
+
+    Raises ValueError where it is neither, or it is damaged.
+    """
+    folder = Path(address)
+    if (folder / MANIFEST).is_file() or not (folder / CONFIG).is_file():
+        return from_checkpoint(address, weights=weights)
+    if weights != "auto":
+        raise ValueError(
+            f"weights: wanted auto for an exported folder, came {weights!r}; say which "
+            "to sovit-export"
+        )
+    return read_timm(folder)
+
+
+def predict(
+    subject: Subject,
+    images: Iterable[Encoded],
+    *,
+    num_top: int = 5,
+    device: torch.device | None = None,
+) -> Iterator[Answer]:
+    """Answer for each image, in their order, in batches of 32."""
+    device = device or torch.device("cpu")
+    subject.model.to(device)
+    batch: list[Encoded] = []
+    for image in images:
+        batch.append(image)
+        if len(batch) == _BATCH_SIZE:
+            yield from _answers(subject, batch, num_top=num_top, device=device)
+            batch = []
+    yield from _answers(subject, batch, num_top=num_top, device=device)
+
+
+def _answers(
+    subject: Subject, batch: Sequence[Encoded], *, num_top: int, device: torch.device
+) -> Iterator[Answer]:
+    pixels: dict[int, Tensor] = {}
+    reasons: dict[int, str] = {}
+    for at, image in enumerate(batch):
+        try:
+            pixels[at] = decode(image, data=subject.data, img_size=subject.img_size)
+        except BadImageError as error:
+            reasons[at] = str(error)
+    tops: dict[int, tuple[tuple[str, float], ...]] = {}
+    if pixels:
+        stacked = torch.stack(list(pixels.values())).to(device)
+        found = _top(subject, stacked, num_top=num_top)
+        tops = dict(zip(pixels, found, strict=True))
+    for at, image in enumerate(batch):
+        reason = reasons.get(at, "")
+        yield Answer(image=image.name, top=tops.get(at, ()), reason=reason)
+
+
+@torch.inference_mode()
+def _top(
+    subject: Subject, pixels: Tensor, *, num_top: int
+) -> list[tuple[tuple[str, float], ...]]:
+    logits = subject.model(pixels)
+    if subject.data.eval_mirror:  # as evaluation does
+        logits = (logits + subject.model(pixels.flip(-1))) / 2
+    classes = subject.classes
+    top = logits.float().softmax(dim=-1).topk(min(num_top, len(classes)))
+    return [
+        tuple((classes[place], score) for place, score in zip(*of_image, strict=True))
+        for of_image in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+
+
+def _as_json(answers: Sequence[Answer], *, names: dict[str, str]) -> str:
+    def row(answer: Answer) -> dict[str, Any]:
+        if answer.reason:
+            return {"image": answer.image, "reason": answer.reason}
+        top = [
+            {
+                "class": label,
+                **({"name": names[label]} if names else {}),
+                "probability": score,
+            }
+            for label, score in answer.top
+        ]
+        return {"image": answer.image, "top": top}
+
+    return json.dumps([row(answer) for answer in answers], indent=2)
+
+
+def _print_answer(answer: Answer, *, names: dict[str, str]) -> None:
+    print(answer.image)
+    for label, score in answer.top:
+        name = f"  {names[label]}" if names else ""
+        print(f"  {100 * score:6.2f} %  {label}{name}")
+
+
+def _main(arguments: Sequence[str]) -> None:
+    options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
+    if not options.images or options.num_top < 1:
+        raise ValueError(
+            f"wanted images and num_top of at least 1, came {len(options.images)} "
+            f"and {options.num_top}; name files, folders or shards"
+        )
+    subject = load_subject(options.checkpoint, weights=options.weights)
+    names = readable_names(subject.classes)
+    answers: list[Answer] = []
+    for answer in predict(
+        subject,
+        read_images(options.images),
+        num_top=options.num_top,
+        device=torch.device(_device(options.device)),
+    ):
+        answers.append(answer)
+        if answer.reason:
+            logger.warning("%s left out: %s", answer.image, answer.reason)
+        elif options.json != "-":
+            _print_answer(answer, names=names)
+    if options.json == "-":
+        print(_as_json(answers, names=names))
+    elif options.json:
+        Path(options.json).write_text(_as_json(answers, names=names) + "\n")
+    num_bad = sum(bool(answer.reason) for answer in answers)
+    if num_bad:
+        fail(f"{_PROG}: {num_bad} of {len(answers)} images left out", status=1)
+
+
+def _device(wanted: str) -> str:
+    is_there = torch.cuda.is_available()
+    if wanted == "cuda" and not is_there:
+        raise ValueError("device: wanted a GPU for cuda, came none; leave out --device")
+    return ("cuda" if is_there else "cpu") if wanted == "auto" else wanted
+
+
+def main() -> None:
+    """Run the command line."""
+    run_command(_main, prog=_PROG)
+
+
+if __name__ == "__main__":
+    main()
