@@ -217,7 +217,8 @@ class Gsop(nn.Module):
             return by_channel
         by_position = (x * self.spatial(x)).relu()
         if self.attention == "spatial":
-            return by_position
+            # The residual sum is made in place, and a ReLU keeps its result.
+            return by_position.clone()
         if self.attention == "avg":
             return by_channel + by_position
         if self.fusion is None:

@@ -230,3 +230,15 @@ def test_eca_of_a_mobile_net_scales_what_the_block_adds() -> None:
     add_mobile_eca(model)
     eca = model.get_submodule("blocks.1.1.bn3.act")
     torch.testing.assert_close(block(x), eca(added) + x)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_network_can_be_trained_with_each_attention(attention: str) -> None:
+    """The residual sum after a block is made in place."""
+    model = timm.create_model(
+        "gsop_resnet50_1", num_classes=3, layers=(1, 1, 1, 1), attention=attention
+    )
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(gradients) == len(list(model.parameters()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
