@@ -48,7 +48,8 @@ COSTS = Costs(
         model="made up",
         num_params=25_000_000,
         num_mb=400,
-        save_s=0.3,
+        copy_s=0.2,
+        write_s=0.6,
         crc_s=0.1,
         load_s=0.3,
     ),
@@ -178,6 +179,41 @@ def test_an_epoch_may_be_too_short_and_a_set_too_large() -> None:
     assert first_of(large, costs) == "the start"
 
 
+def with_validation(case: Case, **fields: int) -> Case:
+    validation = dataclasses.replace(case.run.validation, **fields)
+    run = dataclasses.replace(case.run, validation=validation)
+    return dataclasses.replace(case, run=run)
+
+
+def test_an_evaluation_may_come_rarely_or_beside_training() -> None:
+    case = case_of(64, num_images=1_281_167)
+    each, beside = (
+        loads(one)["an epoch's end"]
+        for one in (case, with_validation(case, beside=True))
+    )
+    rarely = loads(with_validation(case, every_epochs=4))["an epoch's end"]
+    assert rarely - beside == pytest.approx((each - beside) / 4)
+    pause_s = COSTS.kept.copy_s + COSTS.heard_s
+    assert beside == pytest.approx(pause_s / case.epoch_s / ALLOWED.pause_share)
+
+
+def test_what_is_uploaded_slowly_does_not_hold_up_training_before_it_is_late() -> None:
+    case = case_of(64, num_images=1_281_167)
+    slow = Cluster(stream_mb_s=1)
+    quick_loads, slow_loads = (
+        {
+            limit.name: limit.load
+            for limit in limits_of(case, cluster=one, costs=COSTS, allowed=ALLOWED)
+        }
+        for one in (CLUSTER, slow)
+    )
+    for name in ("an epoch's end", "checkpoints by time"):
+        assert slow_loads[name] == quick_loads[name]
+    writing = slow_loads["writing checkpoints"]
+    assert writing == pytest.approx((400 / 1 + COSTS.kept.write_s) / case.epoch_s)
+    assert quick_loads["writing checkpoints"] < 1 < writing
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -261,6 +297,8 @@ def test_advice_is_no_worse_and_fits(num_gpus: int, num_images: int) -> None:
     limits = limits_of(better, cluster=CLUSTER, costs=COSTS, allowed=ALLOWED)
     assert all(limit.load <= 1 for limit in limits if limit.kind == "room")
     assert loads(better)["reading"] <= 1
+    is_short = loads(case)["an epoch's end"] > 1
+    assert (better.run.validation.every_epochs > 1) == is_short
 
 
 def test_speed_is_what_the_slowest_rate_lets_through() -> None:

@@ -38,6 +38,7 @@ from pipelines.job import Job
 from pipelines.runfile import flat_params
 from pipelines.shards.command import Arguments
 from pipelines.telling.board import Board, Item, Measured
+from pipelines.validation.labels import held_out_of
 from pipelines.worker import Worker
 from tests.demo_runs import small_demo
 from tests.test_scale import ALLOWED, CLUSTER, COSTS, case_of
@@ -68,19 +69,19 @@ class Counting(Alone):
         self.num_asked += 1
         return False
 
-    def report(
-        self, metrics: Mapping[str, float], *, folder: Path | None, name: str
-    ) -> None:
-        """Keep nothing."""
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Tell nobody."""
 
 
 def test_messages_are_counted_as_a_worker_sends_them(tmp_path: Path) -> None:
     run = small_demo(tmp_path, num_epochs=1, num_workers=0)
     run = dataclasses.replace(run, log_every_steps=2)
+    val = read_shard_set(run.data.val)
     job = Job(
         run=run,
         train_shards=read_shard_set(run.data.train),
-        val_shards=read_shard_set(run.data.val),
+        val_shards=val,
+        held_out=held_out_of(run.validation, val=val, classes=val.classes),
         tracking_uri="",
         mlflow_run_id="",
     )
@@ -91,8 +92,9 @@ def test_messages_are_counted_as_a_worker_sends_them(tmp_path: Path) -> None:
     assert num_logs == 5
     assert group.num_asked == num_logs * QUESTIONS_PER_LOG
     kinds = Counter(type(item).__name__ for item in group.posted)
-    # Beside them: that it began; an epoch's end, its values, its checkpoint's seconds.
-    assert sum(kinds.values()) == num_logs * POSTS_PER_LOG + 4
+    # Beside them: that it began; an epoch's end, its values, its pictures; that its
+    # checkpoint was kept, and the seconds of its pause and of its writing.
+    assert sum(kinds.values()) == num_logs * POSTS_PER_LOG + 7
     points = [item.metrics for item in group.posted if isinstance(item, Measured)]
     assert sum(map(len, points)) == num_logs * POINTS_PER_LOG + POINTS_PER_EPOCH
 

@@ -7,12 +7,13 @@ import math
 
 from benchmarks.scale.loads import Allowed, Limit
 from benchmarks.scale.model import Case, Cluster, Costs, Shards
-from benchmarks.scale.pauses import pauses
+from benchmarks.scale.pauses import epoch_end, pauses
 from benchmarks.scale.rates import BLOCKS_PER_READER, rates_and_rooms
 
 _MORE_READERS = 1.25
 _MAX_BATCHES_PER_UNIT = 16
 _READ_AHEAD_SHARE = 0.8
+_EVALUATED_EVERY = 10  # epochs: thirty points of a curve of 300
 
 
 def limits_of(
@@ -31,8 +32,11 @@ def advised(
     """Set the readers, their read-ahead and the rows of a unit, on other shards.
 
     Of units of 1 to 16 batches, those whose first limit is least, and then the second;
-    but none for which there is no room, where there is room for another.
+    but none for which there is no room, where there is room for another. Evaluate every
+    ten epochs where each epoch's end would take too long.
     """
+    if epoch_end(case, costs=costs, allowed=allowed).load > 1:
+        case = _rarely_evaluated(case)
 
     def worst(changed: Case) -> tuple[bool, list[float]]:
         limits = limits_of(changed, cluster=cluster, costs=costs, allowed=allowed)
@@ -64,6 +68,13 @@ def _with_units(
         math.ceil(ahead_mb / changed.num_gpus), changed.run.data.read_ahead_mb
     )
     return _changed(changed, {"num_readers": num_readers, "read_ahead_mb": ahead_mb})
+
+
+def _rarely_evaluated(case: Case) -> Case:
+    num_epochs = max(case.run.validation.every_epochs, _EVALUATED_EVERY)
+    validation = dataclasses.replace(case.run.validation, every_epochs=num_epochs)
+    run = dataclasses.replace(case.run, validation=validation)
+    return dataclasses.replace(case, run=run)
 
 
 def _changed(case: Case, fields: dict[str, int]) -> Case:

@@ -119,10 +119,12 @@ class Kept:
     model: str
     num_params: int
     num_mb: float
-    save_s: float
-    """To write it on a local disk, CRC-32 included."""
+    copy_s: float
+    """To copy it within the host's memory: a GPU's way there was not measured."""
+    write_s: float
+    """To write it, until the disk has it, CRC-32 included."""
     crc_s: float
-    """To read it through and check it."""
+    """To read it through and check it, from the page cache."""
     load_s: float
     """To load weights, average and optimiser after that."""
 

@@ -12,8 +12,8 @@ QUESTIONS_PER_LOG = 1
 """Times that rank 0 then asks the board whether to end."""
 POINTS_PER_LOG = 7
 """Values that go to MLflow then."""
-POINTS_PER_EPOCH = 8
-"""Values that go to MLflow at an epoch's end."""
+POINTS_PER_EPOCH = 12
+"""Values that go to MLflow at an epoch's end: of an evaluation and a checkpoint too."""
 _STORE_SHARE = 0.3  # of a host's memory: Ray's default
 _UNIT_COPIES = 2  # that a read task holds: docs/running.md
 BLOCKS_PER_READER = 2

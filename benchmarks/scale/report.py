@@ -46,7 +46,8 @@ def table(outlooks: Sequence[Outlook]) -> str:
 def settings_table(outlooks: Sequence[Outlook]) -> str:
     """List the advised settings, and what Ray may then take for a block."""
     head = ("images/s a GPU", "images", "GPUs", "--data.num-readers")
-    head += ("--data.shuffle-rows", "--data.read-ahead-mb", "shards", "MB a block")
+    head += ("--data.shuffle-rows", "--data.read-ahead-mb")
+    head += ("--validation.every-epochs", "shards", "MB a block")
     head += ("ms a block, at most", "with the recipe's settings")
     rows = []
     for one in outlooks:
@@ -58,6 +59,7 @@ def settings_table(outlooks: Sequence[Outlook]) -> str:
                 f"{one.advised.shards.num_images:,}",
                 f"{one.advised.num_gpus}",
                 *(f"{number}" for number in numbers),
+                f"{one.advised.run.validation.every_epochs}",
                 f"{one.advised.shards.num_shards:,}",
                 f"{one.advised.block_mb:,.1f}",
                 f"{1000 / one.advised.blocks_per_s:,.2f}",
@@ -100,29 +102,26 @@ def kept_table(
 ) -> str:
     """List what checkpoints cost, and what restoring takes out of a bucket.
 
-    One worker of a host downloads a checkpoint that training goes on from; each does
-    one that it starts from (--model.init-from).
+    Training waits for the copy, and until the driver has heard; the share is theirs.
     """
-    num_hosts = cluster.num_hosts(num_gpus)
-    head = ("model", "MB", "save s", "upload s", f"share of {minutes:.0f} min")
-    head += ("check s", "load s", f"GB to {num_hosts} hosts", "at GB/s")
-    head += (f"GB to {num_gpus} workers",)
+    head = ("model", "MB", "copy s", f"share of {minutes:.0f} min", "write s")
+    head += ("upload s", "check s", "load s", f"GB to {num_gpus} workers", "at GB/s")
     rows = []
     for one in kept:
         upload_s = one.num_mb / cluster.stream_mb_s
-        share = (one.save_s + upload_s + heard_s) / (60 * minutes)
+        share = (one.copy_s + heard_s) / (60 * minutes)
         rows.append(
             (
                 one.model,
                 f"{one.num_mb:,.0f}",
-                f"{one.save_s:.2f}",
-                f"{upload_s:.1f}",
+                f"{one.copy_s:.2f}",
                 f"{share:.2%}",
+                f"{one.write_s:.2f}",
+                f"{upload_s:.1f}",
                 f"{one.crc_s:.2f}",
                 f"{one.load_s:.2f}",
-                f"{num_hosts * one.num_mb / 1000:,.0f}",
-                f"{num_hosts * cluster.stream_mb_s / 1000:,.1f}",
                 f"{num_gpus * one.num_mb / 1000:,.0f}",
+                f"{num_gpus * cluster.stream_mb_s / 1000:,.1f}",
             )
         )
     return markdown(head, rows)
@@ -183,6 +182,7 @@ def _half(case: Case, limits: Sequence[Limit]) -> dict[str, Any]:
         "num_readers": case.run.data.num_readers,
         "images_per_block": case.images_per_block,
         "read_ahead_mb": case.run.data.read_ahead_mb,
+        "validation_every_epochs": case.run.validation.every_epochs,
         "first": first(limits).name,
         "loads": {limit.name: float(f"{limit.load:.4g}") for limit in limits},
     }
