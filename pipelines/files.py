@@ -154,6 +154,15 @@ class Place:
         return retrying(lambda: function(filesystem, path), address=str(self))
 
 
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a local file, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def partial_name(path: str) -> str:
     """Name a file that is to become `path` once it is whole.
 
@@ -169,4 +178,6 @@ def _put(files: pafs.FileSystem, path: str, *, content: bytes | pa.Buffer) -> No
     with files.open_output_stream(target) as stream:
         stream.write(content)
     if target != path:
+        if files.type_name == "local":
+            flush(Path(target))  # else a power cut may leave an empty file of this name
         files.move(target, path)

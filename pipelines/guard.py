@@ -65,8 +65,8 @@ class Guard:
     and so what is found, are the same on all of them.
 
     Args:
-        first_step: The first step of this process.
-        num_rows: Gives the keys of rows of the training set.
+        keys_of: Gives the keys of rows of the training set.
+        num_repeats: How many draws a row has.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Guard:
                 f"wanted a finite loss, {line}; lower --optim.lr, lengthen the warm-up "
                 "or set --optim.on-nonfinite"
             )
-        return f"left out {len(steps)} steps, {self._num_skipped} in all: {line}"
+        return f"steps left out: {len(steps)}, {self._num_skipped} in all; {line}"
 
     @torch.no_grad()
     def _squares(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -185,7 +185,10 @@ class Guard:
             for draw_id in ids.tolist()
             if draw_id >= 0
         ]
-        keys = self._keys_of(rows)
+        try:
+            keys = self._keys_of(rows)
+        except ValueError:  # the others wait for what this worker has to tell
+            keys = {}
         own = tuple(keys.get(row, f"row {row}") for row in rows)
         groups = self._by_group(self._squares(local(self._params)))
         columns = {"weight": groups, "before": self._before, "gradient": self._then}

@@ -61,11 +61,14 @@ class RayGroup:
         return broadcast_from_rank_zero(value)
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Hand metrics to Ray Train: a barrier of all workers.
+        """Hand an epoch's metrics to Ray Train: a barrier of all workers.
 
         Checkpoints are not Ray's: it would restart training where one can't be
-        written, and knows no other than those of its own session.
+        written, and knows no other than those of its own session. Of those within an
+        epoch it hears nothing, since it takes one report in two seconds.
         """
+        if "epoch" not in metrics:
+            return
         if self.rank == 0:
             wait_until_heard(self._is_heard, every_s=_POLL_S)
         ray.train.report(dict(metrics))

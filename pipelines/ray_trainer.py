@@ -32,6 +32,7 @@ from pipelines.validator import Validator
 
 logger = logging.getLogger(__name__)
 _LISTEN_EVERY_S = 0.5
+_LEAST_HEALTH_CHECK_S = 60.0
 
 
 def train_on_ray(
@@ -116,8 +117,10 @@ def _settings(scale: Scale) -> dict[str, str]:
     """Give Ray Train's settings for where it runs."""
     settings = {}
     if scale.hang_timeout_s:
-        # A process that answers nothing at all, its watchdog included.
-        settings["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(scale.hang_timeout_s)
+        # A process that answers nothing at all, its watchdog included. Later than the
+        # watchdogs, which say where their threads stand.
+        seconds = max(2 * scale.hang_timeout_s, _LEAST_HEALTH_CHECK_S)
+        settings["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(seconds)
     if not _is_preemptible():
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     return settings

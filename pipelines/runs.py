@@ -11,6 +11,7 @@ from typing import Literal
 import pyarrow.fs as pafs
 
 from pipelines.config import Run
+from pipelines.credentials import error_summary
 from pipelines.files import Place
 from pipelines.retries import answering
 from pipelines.runfile import from_json, to_json
@@ -53,9 +54,16 @@ def new_record(run: Run, *, name: str) -> Record:
     """Make a new run's folder; ValueError as `check_name`."""
     check_name(run.storage, name=name)
     record = Record(name=name, run=run)
-    with answering():
-        Place(run.storage).within(name).make_folder()
-    write_record(record)
+    place = Place(run.storage).within(name)
+    try:
+        with answering():
+            place.make_folder()
+        write_record(record)
+    except OSError as error:
+        raise ValueError(
+            f"storage: wanted a place that can be written, came {str(place)!r} "
+            f"({error_summary(error)}); set --storage"
+        ) from error
     return record
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from pipelines.config import Run
 from pipelines.credentials import without_credentials
+from pipelines.files import flush
 from pipelines.runfile import to_json
 from pipelines.sharding import whole
 
@@ -114,7 +114,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
         torch.save(snapshot.optimizer, folder / OPTIMIZER_FILE)
         names.append(OPTIMIZER_FILE)
     for name in names:
-        _flush(folder / name)
+        flush(folder / name)
     content = {
         "run": json.loads(without_credentials(to_json(snapshot.run))),
         "position": dataclasses.asdict(snapshot.position),
@@ -125,9 +125,9 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     content["crc32"] = crc_of(content)
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(content, indent=2))
-    _flush(partial)
+    flush(partial)
     partial.rename(folder / MANIFEST)
-    _flush(folder)
+    flush(folder)
 
 
 def save_checkpoint(
@@ -170,12 +170,3 @@ def fingerprint(path: Path) -> dict[str, int]:
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from pipelines.checkpoint import MANIFEST, Manifest, opened, peek, read_manifest
-from pipelines.files import Place
+from pipelines.files import Place, flush
 from pipelines.retries import answering
 from pipelines.snapshot import Snapshot, write_snapshot
 
@@ -67,7 +67,8 @@ class CheckpointStore:
     def kept(self) -> list[Kept]:
         """List the whole checkpoints, by their steps.
 
-        One whose manifest is damaged is passed over with a warning.
+        One whose manifest is damaged is passed over with a warning. Raises ValueError
+        where the store does not answer: what it holds then is not known.
         """
         found = []
         for name in self._names():
@@ -75,6 +76,8 @@ class CheckpointStore:
             try:
                 manifest = peek(place)
             except ValueError as error:
+                if isinstance(error.__cause__, ConnectionError):
+                    raise
                 logger.warning("%s", error)
                 continue
             if manifest is not None:
@@ -125,7 +128,10 @@ class CheckpointStore:
             if self._folder.is_remote:
                 self._upload(snapshot, place=place)
             else:
-                write_snapshot(Path(place.open()[1]), snapshot)
+                folder = Path(place.open()[1])
+                write_snapshot(folder, snapshot)
+                # Else one that is deleted after it could be gone before it is there.
+                flush(folder.parent)
 
     def retire(self, *, until: int) -> None:
         """Delete what is neither among the last nor the best nor to be evaluated.
@@ -194,7 +200,9 @@ def write_validation(place: Place, *, metrics: Mapping[str, float]) -> None:
 def _kept(place: Place, *, name: str, manifest: Manifest) -> Kept:
     metrics, is_measured = dict(manifest.metrics), SCORE in manifest.metrics
     if not is_measured:
-        with contextlib.suppress(FileNotFoundError), answering():
+        # After a power cut it may be empty: then it is evaluated again.
+        gone = (FileNotFoundError, json.JSONDecodeError)
+        with contextlib.suppress(*gone), answering():
             metrics |= json.loads(place.within(VALIDATION_FILE).read())
             is_measured = True
     step = manifest.position.step

@@ -88,7 +88,8 @@ class Worker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            self.keeper.close(is_done=kind is None)
+            with self.watchdog.paused():  # a slow store is not a worker that hangs
+                self.keeper.close(is_done=kind is None)
         finally:
             self._close()
 

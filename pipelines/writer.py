@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from pipelines.snapshot import Snapshot
 from pipelines.store import CheckpointStore
-from pipelines.telling.board import Item, Kept, Measured, NotKept
+from pipelines.telling.board import Item, Kept, Measured, Noted, NotKept
 
-logger = logging.getLogger(__name__)
 # How long a checkpoint within an epoch waits for the one before it to be written.
 _PATIENCE_S = 0.5
 
@@ -52,9 +50,8 @@ class CheckpointWriter:
         if self._pending is not None:
             wait([self._pending], timeout=None if can_wait else _PATIENCE_S)
             if not self._pending.done():
-                logger.warning(
-                    "%s is left out: the checkpoint before is being written", name
-                )
+                line = f"{name} is left out: the checkpoint before is being written"
+                self._tell(Noted(line=line))
                 return False
         self._check(max_failures=self._max_failures)
         self._pending = self._thread.submit(self._write, take(), name=name)
@@ -87,7 +84,8 @@ class CheckpointWriter:
         try:
             self._store.retire(until=step)
         except (OSError, ValueError) as error:
-            logger.warning("old checkpoints are not deleted: %s", _reason(error))
+            line = f"old checkpoints are not deleted: {_reason(error)}"
+            self._tell(Noted(line=line))
 
     def _check(self, *, max_failures: int) -> None:
         if self._error is None or self._num_failures <= max_failures:

@@ -39,6 +39,8 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ray.init(
         num_cpus=4,
         labels={"role": "data"},
+        # Little enough for a test to fill.
+        object_store_memory=512 << 20,
         # Sweeps ask it which trials live.
         include_dashboard=True,
         log_to_driver=False,

@@ -23,6 +23,7 @@ from pipelines.runfile import to_json
 from pipelines.runs import read_record
 from pipelines.train import _main, fit
 from tests.demo_runs import RECIPE, small_demo
+from tests.mlflow_stores import prepare_store
 from tests.test_train import runs_of
 
 
@@ -59,6 +60,7 @@ def end(error: type[BaseException]) -> None:
 def run(tmp_path: Path) -> Run:
     """Make a run of three epochs of ten steps, a checkpoint every four steps."""
     run = small_demo(tmp_path, num_epochs=3, num_workers=0)
+    prepare_store(run.storage)
     return dataclasses.replace(run, checkpoint_every_steps=4)
 
 

@@ -18,9 +18,12 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
 
 from pipelines import tracking
 from pipelines.tracking.client import PATIENCE, attempt
+from pipelines.train import fit
+from tests.fault_runs import At, brief_run
 
 CLOSE_S = 120.0
 
@@ -151,27 +154,52 @@ def test_two_drivers_create_one_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_points_wait_while_a_server_is_killed_and_started_again(
-    uri: str, storage: Path, caplog: pytest.LogCaptureFixture
+def test_a_run_goes_on_while_a_server_is_killed_and_started_again(
+    uri: str,
+    storage: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Every point comes, once, also of the steps in which nobody took them."""
     port = _free_port()
     server_uri = f"http://127.0.0.1:{port}"
-    with _server(storage, port=port):
-        run_id = _open(server_uri, lr=1)
-        writer = tracking.MetricWriter(server_uri, run_id)
-        writer.log({"loss": 2.0}, step=0)
-        _wait_for(lambda: _history(uri, run_id, "loss") == [(0, 2.0)])
-    writer.log({"loss": 1.0}, step=1)
-    _wait_for(lambda: "takes no metrics" in caplog.text)
-    writer.log({"loss": 0.5}, step=2)
-    with _server(storage, port=port):
-        assert writer.close(CLOSE_S) == 0
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server_uri)
+    first, again = _server(storage, port=port), _server(storage, port=port)
+    first.__enter__()
+
+    def kill() -> None:
+        first.__exit__(None, None, None)
+
+    def start() -> None:
+        # Training has gone on, with a report for each checkpoint of that while.
+        assert "step 15/20" in capsys.readouterr().out
+        _wait_for(lambda: "takes no metrics" in caplog.text)
+        again.__enter__()
+
+    try:
+        run = brief_run(tmp_path, num_epochs=2)
+        callback = At({2: kill, 5: start})
+        fit(run, name="outlived", callbacks=[callback], keep_model=False)
+        (found,) = _runs_named(server_uri, "outlived")
+        run_id = found.info.run_id
         tracking.log_text(server_uri, run_id, text="hello", path="a.txt")
-        tracking.end_run(server_uri, run_id, status="FINISHED")
         artifacts = MlflowClient(server_uri).list_artifacts(run_id)
-    assert _history(uri, run_id, "loss") == [(0, 2.0), (1, 1.0), (2, 0.5)]
-    assert MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
+    finally:
+        again.__exit__(None, None, None)
     assert [artifact.path for artifact in artifacts] == ["a.txt"]
+    for name, steps in (("train/loss", [5, 10, 15, 20]), ("val/top1", [0, 20])):
+        assert [step for step, _ in _history(uri, run_id, name)] == steps
+    assert MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
+
+
+def _runs_named(uri: str, name: str) -> list[MlflowRun]:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("sovit")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    return [run for run in found if run.info.run_name == name]
 
 
 def _wait_for(holds: Callable[[], bool]) -> None:

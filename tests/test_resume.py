@@ -36,6 +36,10 @@ from tests.small_runs import (
 from tests.small_sets import write_set
 
 NUM_ROWS = 37
+# Relative. Two workers' gradients are the same sums in another order: over 52 steps
+# that moved a loss by 1e-7 to 2e-7 with three seeds (two cores of an AMD EPYC,
+# 2026-11-27).
+TOLERANCE = 1e-5
 AUGMENT = Augment(
     crop_scale=(0.5, 1.0),
     interpolation="random",
@@ -127,8 +131,16 @@ def test_drop_path_and_the_average_are_at_work(shards: ShardSet) -> None:
 
 
 def test_two_workers_learn_what_one_learns(shards: ShardSet, tmp_path: Path) -> None:
+    """For 52 steps, each loss: of four micro-batches on one, of two on each of two.
+
+    Without BatchNorm, whose statistics are those of a worker's images.
+    """
     # A large eps: Adam's first steps would blow up what the order of sums changes.
-    run = small_run(shards.address, eps=1e-3, num_accumulation=2)
+    run = small_run(
+        shards.address, eps=1e-3, lr=5e-3, num_epochs=13, num_accumulation=2
+    )
+    scale = dataclasses.replace(run.scale, num_workers=2)
+    run = dataclasses.replace(run, scale=scale, log_every_steps=1)
     # torch takes seconds to import: one process does, and the workers fork off it.
     multiprocessing.get_context("forkserver").set_forkserver_preload(
         ["tests.small_runs"]
@@ -147,6 +159,7 @@ def test_two_workers_learn_what_one_learns(shards: ShardSet, tmp_path: Path) -> 
     )
     supply.close()
     assert held_out["num_images"] == NUM_ROWS
+    assert len(logs) == 52
     for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         for name, value in plain(alone.model).items():
@@ -156,4 +169,4 @@ def test_two_workers_learn_what_one_learns(shards: ShardSet, tmp_path: Path) -> 
         assert found["buffer"].tolist() == [5.0] * 3
         for log, wanted in zip(found["logs"], logs, strict=True):
             for name in ("loss", "top1", "lr", "step", "epoch"):
-                assert log[name] == pytest.approx(wanted[name], rel=1e-4)
+                assert log[name] == pytest.approx(wanted[name], rel=TOLERANCE)

@@ -88,20 +88,6 @@ def tidy(setting: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class ReportEpochs(TuneReportCallback):
-    """Pass on to Tune what epochs report; checkpoints within them measure nothing."""
-
-    def after_report(
-        self,
-        run_context: Any,
-        metrics: list[dict[str, Any]],
-        checkpoint: ray.train.Checkpoint | None,
-    ) -> None:
-        """Tell Tune the first worker's metrics, where an epoch has ended."""
-        if EPOCH in metrics[0]:
-            super().after_report(run_context, metrics, checkpoint)
-
-
 class ReportHere(UserCallback):
     """Pass on to Tune what epochs report, where its own process trains."""
 
@@ -163,7 +149,9 @@ def _train_below(
     )
     trainer = trainer.remote()
     return ray.get(
-        trainer.train.remote(known, name=name, setting=setting, callback=ReportEpochs())
+        trainer.train.remote(
+            known, name=name, setting=setting, callback=TuneReportCallback()
+        )
     )
 
 

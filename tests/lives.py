@@ -1,0 +1,67 @@
+"""Start drivers that can be killed, without waiting for what they import each time."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from unittest import mock
+
+from pipelines.train import fit, main
+from tests.waiting import wait_for
+
+# What a driver imports as it goes: one process does so, and all fork off it.
+for name in (
+    "mlflow.pyfunc",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "pipelines.pixels.host",
+    "recipes.demo",
+    "tests.small_runs",
+):
+    importlib.import_module(name)
+
+
+def begin(arguments: Sequence[str], *, log: Path) -> BaseProcess:
+    """Start `sovit-train` in a process of its own, which writes into a log."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    process = processes.Process(target=_live, args=(arguments, log))
+    process.start()
+    return process
+
+
+def cut_at(step: int, *, process: BaseProcess, key_log: Path, log: Path) -> None:
+    """Kill a driver once it has been training on a step, whatever it does then."""
+    wait_for(
+        lambda: last_step(key_log) >= step or not process.is_alive(),
+        what=f"step {step}",
+        log=log.read_text,
+        every_s=0.001,
+    )
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
+
+
+def last_step(key_log: Path) -> int:
+    """Give the step that the newest process has come to; -1 before its first."""
+    files = sorted(key_log.glob("*.csv"))
+    lines = files[-1].read_text().splitlines() if files else []
+    return int(lines[-1].partition(",")[0]) if lines else -1
+
+
+def _live(arguments: Sequence[str], log: Path) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.argv = ["sovit-train", *arguments]
+    # To keep the model in MLflow takes seconds, and is shown elsewhere.
+    with mock.patch("pipelines.train.fit", functools.partial(fit, keep_model=False)):
+        main()
