@@ -15,7 +15,7 @@ from benchmarks import model, model_rounds
 from benchmarks.model import Options, cases_of
 from benchmarks.model_cases import RIVALS, STAGES, Case, Size, run_of, size_of
 from benchmarks.model_report import Measured, as_json, mfu, results_of, table
-from benchmarks.model_rounds import Begun, Rounds, StepRound, matrix_rates, tell
+from benchmarks.model_rounds import Begun, Quiet, Rounds, StepRound, matrix_rates, tell
 from benchmarks.model_steps import build_steps, make_contiguous
 from pipelines.building import build_state
 from pipelines.loop import has_bfloat16
@@ -29,6 +29,7 @@ CASE = Case(
     device="cpu",
     num_threads=1,
 )
+QUIET = Quiet(max_other_cores=0.25, attempts=3)
 
 
 def changed(**fields: Any) -> Case:
@@ -119,6 +120,27 @@ def test_a_case_tells_of_its_beginning_and_then_of_rounds() -> None:
         assert num_steps == 1
 
 
+@pytest.mark.parametrize(
+    ("others", "taken", "kept"),
+    [((0.1, 0.0), 1, 0), ((0.9, 0.2, 0.0), 2, 1), ((0.9, 0.4, 0.5, 0.0), 3, 1)],
+)
+def test_a_disturbed_round_is_taken_again_and_the_quietest_counts(
+    others: tuple[float, ...],
+    taken: int,
+    kept: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rounds = [
+        StepRound(step_ms=100.0 * number, num_steps=1, other_cores=cores)
+        for number, cores in enumerate(others)
+    ]
+    left = iter(rounds)
+    monkeypatch.setattr(model_rounds, "_round", lambda ask: next(left))
+    found = model_rounds._quiet_round(lambda: None, quiet=QUIET)
+    assert found == rounds[kept]
+    assert len(list(left)) == len(others) - taken
+
+
 def test_mfu_counts_three_forward_passes_against_the_measured_rate() -> None:
     # 10 images/s of 5 G multiply-adds are 300 GFLOP/s.
     assert mfu(10, macs=5 * 10**9, rate=1e12) == pytest.approx(0.3)
@@ -202,7 +224,9 @@ def test_the_command_prints_a_table_and_keeps_figures(
 def test_a_process_that_fails_is_named() -> None:
     wrong = changed(img_size=40)  # no multiple of 16
     with pytest.raises(ValueError, match=r"so_vit_7, eager: img_size must be"):
-        model_rounds.time_cases([wrong], num_rounds=1, round_s=0, between=lambda: None)
+        model_rounds.time_cases(
+            [wrong], num_rounds=1, round_s=0, quiet=QUIET, between=lambda: None
+        )
 
 
 @pytest.mark.parametrize(
@@ -212,7 +236,8 @@ def test_a_process_that_fails_is_named() -> None:
         ({"stages": ()}, r"wanted stages of .* came none; set --stages"),
         ({"batch_size": 3}, "wanted an even batch size, came 3"),
         ({"device": "tpu"}, "wanted auto, cpu or cuda, came 'tpu'"),
-        ({"rounds": 0}, "wanted a round, came 0; set --rounds"),
+        ({"rounds": 0}, "wanted rounds of at least 1, came 0; set --rounds"),
+        ({"attempts": 0}, "wanted attempts of at least 1, came 0; set --attempts"),
     ],
 )
 def test_bad_options_say_what_was_wanted(fields: dict[str, Any], said: str) -> None:

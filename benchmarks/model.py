@@ -1,0 +1,191 @@
+"""Time a training step of our networks stage by stage, beside timm's of equal size.
+
+    python -m benchmarks.model
+    python -m benchmarks.model --models so_vit_14 --stages plain compile --json out.json
+
+Stages: `plain` is the step as a script with timm does it, eager and, on a GPU, under
+float16 autocast; `eager` is our loop's, in float32; `bfloat16`, `channels_last` and
+`compile` follow, each on top of the one before; `checkpointing` is channels_last with
+gradient checkpointing. Each with our second-order head, with the plain class-token head
+instead, and of timm's ViT or DeiT whose parameters come nearest. Rounds of all take
+turns.
+
+MFU is 3 * 2 * multiply-adds * images/s over the rate of matrix products of the step's
+type, measured in the same run: not a vendor's figure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.model_cases import (
+    RIVALS,
+    STAGES,
+    SUBJECTS,
+    Case,
+    Subject,
+    size_of,
+)
+from benchmarks.model_report import (
+    Measured,
+    as_json,
+    others_text,
+    rates_text,
+    results_of,
+    table,
+)
+from benchmarks.model_rounds import Quiet, Rounds, matrix_rates, time_cases
+from benchmarks.report import machine
+from pipelines.cli import parse, run_command
+from pipelines.loop import has_bfloat16
+
+_PROG = "benchmarks.model"
+_BATCH_SIZES = {"cpu": 8, "cuda": 128}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Say what is timed, and how long."""
+
+    models: tuple[str, ...] = ("so_vit_7", "so_vit_14")
+    subjects: tuple[Subject, ...] = SUBJECTS
+    """ours; class: ours with the class-token head; timm: its network of equal size."""
+    stages: tuple[str, ...] = tuple(STAGES)
+    batch_size: int | None = None
+    """By default 8 on a CPU and 128 on a GPU."""
+    img_size: int = 224
+    rounds: int = 3
+    round_s: float = 0.5
+    """A round of one case goes on for so long, or for one step."""
+    max_other_cores: float = 0.25
+    """A round is taken again where the rest of the machine was busy on more cores..."""
+    attempts: int = 5
+    """...so often at most in all, and the least disturbed one counts."""
+    num_threads: int = 2
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    json: Path | None = None
+    """File for all figures."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("models", RIVALS), ("stages", STAGES)):
+            unknown = sorted(set(getattr(self, name)) - set(known))
+            if unknown or not getattr(self, name):
+                raise ValueError(
+                    f"wanted {name} of {list(known)}, came {unknown or 'none'}; "
+                    f"set --{name}"
+                )
+        if self.device not in ("auto", *_BATCH_SIZES):
+            raise ValueError(
+                f"wanted auto, cpu or cuda, came {self.device!r}; set --device"
+            )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "wanted a GPU, came none that CUDA finds; set --device cpu"
+            )
+        # timm's mixup takes pairs.
+        if self.batch_size is not None and (self.batch_size < 2 or self.batch_size % 2):
+            raise ValueError(
+                f"wanted an even batch size, came {self.batch_size}; set --batch-size"
+            )
+        for name in ("rounds", "attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"wanted {name} of at least 1, came {getattr(self, name)}; "
+                    f"set --{name}"
+                )
+
+
+def cases_of(model: str, *, options: Options) -> list[Case]:
+    """List a model's cases, without the stage bfloat16 where a device has none.
+
+    Raises ValueError where that leaves no stage.
+    """
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    stages = [
+        stage
+        for stage in options.stages
+        if stage != "bfloat16" or has_bfloat16(torch.device(device))
+    ]
+    if not stages:
+        raise ValueError(
+            f"wanted a stage that {device} can do, came bfloat16, for which it has no "
+            "instructions; set --stages"
+        )
+    return [
+        Case(
+            model=model,
+            subject=subject,
+            stage=stage,
+            batch_size=options.batch_size or _BATCH_SIZES[device],
+            img_size=options.img_size,
+            device=device,
+            num_threads=options.num_threads,
+        )
+        for subject in options.subjects
+        for stage in stages
+    ]
+
+
+def measure(cases: Sequence[Case], *, options: Options) -> Measured:
+    """Time all cases, and in between what matrix products reach."""
+    device, dtypes = cases[0].device, list(dict.fromkeys(it.dtype for it in cases))
+    rates: dict[torch.dtype, dict[int, float]] = {dtype: {} for dtype in dtypes}
+
+    def measure_rates() -> None:
+        for dtype, of_side in matrix_rates(dtypes, device=device).items():
+            for side, rate in of_side.items():
+                rates[dtype][side] = max(rate, rates[dtype].get(side, 0.0))
+
+    found: dict[Case, Rounds] = {}
+    # One model after the other: its processes hold memory while they wait.
+    for _, of_model in itertools.groupby(cases, key=lambda case: case.model):
+        found |= time_cases(
+            list(of_model),
+            num_rounds=options.rounds,
+            round_s=options.round_s,
+            quiet=Quiet(
+                max_other_cores=options.max_other_cores, attempts=options.attempts
+            ),
+            between=measure_rates,
+        )
+    # Of each network once: all its stages are of one size.
+    networks = {(case.model, case.subject): case for case in cases}
+    sizes = {name: size_of(case) for name, case in networks.items()}
+    return Measured(found=found, sizes=sizes, rates=rates)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
+    torch.set_num_threads(options.num_threads)
+    cases = [
+        case for name in options.models for case in cases_of(name, options=options)
+    ]
+    measured = measure(cases, options=options)
+    results = results_of(measured)
+    print(table(results, measured=measured))
+    print(rates_text(measured.rates))
+    print(others_text(measured))
+    if options.json:
+        content = {
+            "machine": machine(),
+            "options": str(dataclasses.replace(options, json=None)),
+            "device": cases[0].device,
+            "batch_size": cases[0].batch_size,
+            "stages": {name: STAGES[name].adds for name in options.stages},
+            **as_json(results, measured=measured),
+        }
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(_main, prog=_PROG)

@@ -1,0 +1,268 @@
+"""Time steps in rounds, each case in a process of its own, whose memory is its own.
+
+The processes stay for all rounds, and one of them works at a time: rounds are
+interleaved, and nothing is compiled twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.model_cases import Case
+from benchmarks.model_steps import Steps, build_steps
+from benchmarks.processes import cpu_seconds, machine_cpu_seconds
+from benchmarks.timing import call_ms
+
+_MIB = 1 << 20
+_MAX_STEPS = 1000
+_NUM_WARM_STEPS = {"cpu": 1, "cuda": 3}
+_SIDES = {"cpu": (512, 1024, 2048, 3072), "cuda": (2048, 4096, 8192, 16384)}
+_MATRIX_S = 0.1
+_PROC = Path("/proc/self")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """Hold what a case's first steps gave."""
+
+    first_step_s: float
+    """What is compiled is compiled in it."""
+    at_rest_mb: float
+    """MiB between the steps, of tensors on a GPU, of the whole process on a CPU:
+    weights, their average, the optimiser's state; on a CPU libraries too."""
+    peak_mb: float
+    """The most during a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRound:
+    """Hold what one round of one case gave."""
+
+    step_ms: float
+    num_steps: int
+    other_cores: float
+    """Cores that the rest of the machine was busy on meanwhile: a disturbance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quiet:
+    """Say when a round counts: by what else the machine did, not by what came out."""
+
+    max_other_cores: float
+    attempts: int
+    """Times that a round is taken at most; of them the least disturbed counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """Hold what all rounds of one case gave."""
+
+    begun: Begun
+    rounds: tuple[StepRound, ...]
+
+
+def time_cases(
+    cases: Sequence[Case],
+    *,
+    num_rounds: int,
+    round_s: float,
+    quiet: Quiet,
+    between: Callable[[], None],
+) -> dict[Case, Rounds]:
+    """Time all cases, one after the other, again and again.
+
+    Args:
+        round_s: A round of one case goes on for so long, or for one step.
+        between: Is called before each round over all cases.
+
+    Raises ValueError, naming the case, where its process fails.
+    """
+    with contextlib.ExitStack() as stack:
+        made = {case: stack.enter_context(_process_of(case, round_s)) for case in cases}
+        found: dict[Case, list[StepRound]] = {case: [] for case in cases}
+        begun: dict[Case, Begun] = {}
+        for case, ask in made.items():
+            begun[case] = ask()
+            shown = f"{case.label:<26}{case.stage:<14}"
+            print(
+                f"first step  {shown}{begun[case].first_step_s:9.1f} s", file=sys.stderr
+            )
+        for number in range(num_rounds):
+            between()
+            for case, ask in made.items():
+                found[case].append(_quiet_round(ask, quiet=quiet))
+                print(
+                    f"round {number + 1} of {num_rounds}  {case.label:<26}"
+                    f"{case.stage:<14}{found[case][-1].step_ms:9.1f} ms  "
+                    f"others on {found[case][-1].other_cores:.2f} cores",
+                    file=sys.stderr,
+                )
+    return {
+        case: Rounds(begun=begun[case], rounds=tuple(found[case])) for case in cases
+    }
+
+
+def _quiet_round(ask: Callable[[], Any], *, quiet: Quiet) -> StepRound:
+    """Ask for a round, again where others disturb it; give the least disturbed."""
+    found = [_round(ask)]
+    while found[-1].other_cores > quiet.max_other_cores and len(found) < quiet.attempts:
+        found.append(_round(ask))
+    return min(found, key=lambda one: one.other_cores)
+
+
+def _round(ask: Callable[[], Any]) -> StepRound:
+    """Ask for a round and note what else the machine did meanwhile."""
+    start_s, machine_s, ours_s = time.monotonic(), machine_cpu_seconds(), cpu_seconds()
+    step_ms, num_steps = ask()
+    others_s = machine_cpu_seconds() - machine_s - (cpu_seconds() - ours_s)
+    return StepRound(
+        step_ms=step_ms,
+        num_steps=num_steps,
+        other_cores=max(others_s, 0.0) / (time.monotonic() - start_s),
+    )
+
+
+@contextlib.contextmanager
+def _process_of(case: Case, round_s: float) -> Iterator[Callable[[], Any]]:
+    """Have a process with a case; each call gives the next thing of `tell`."""
+    # torch takes seconds to import: one process does, and the others fork off it,
+    # which CUDA does not allow.
+    context = (
+        multiprocessing.get_context("spawn")
+        if case.device == "cuda"
+        else multiprocessing.get_context("forkserver")
+    )
+    context.set_forkserver_preload([__name__])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(case, round_s, theirs))
+    process.start()
+    theirs.close()
+
+    def ask() -> Any:
+        try:
+            ours.send(None)
+            told = ours.recv()
+        except (EOFError, ConnectionError) as error:
+            process.join()
+            raise ValueError(
+                f"{case.label}, {case.stage}: wanted a process that times steps, came "
+                f"one that ended with {process.exitcode}; where that is -9 memory was "
+                "short: lower --batch-size"
+            ) from error
+        if isinstance(told, Exception):
+            raise ValueError(f"{case.label}, {case.stage}: {told}") from told
+        return told
+
+    try:
+        yield ask
+    finally:
+        ours.close()
+        process.join()
+
+
+def _serve(case: Case, round_s: float, connection: Connection) -> None:
+    """Tell, each time that it is asked, the next thing; end where nobody asks."""
+    told = tell(case, round_s=round_s)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            connection.recv()
+            try:
+                connection.send(next(told))
+            except (ValueError, RuntimeError) as error:
+                connection.send(ValueError(str(error)))
+
+
+def tell(case: Case, *, round_s: float) -> Iterator[Any]:
+    """Give what a case began with, then rounds without an end.
+
+    A round is the milliseconds of a step, and how many there were.
+    """
+    steps, device = build_steps(case), torch.device(case.device)
+    first_ms = call_ms(lambda: steps(1), device=device.type)
+    num_warm = _NUM_WARM_STEPS[device.type]
+    warm_ms = call_ms(lambda: steps(num_warm), device=device.type) / num_warm
+    at_rest_mb, peak_mb = _memory_mb(steps, device=device)
+    _give_memory_back(device)
+    yield Begun(first_step_s=first_ms / 1000, at_rest_mb=at_rest_mb, peak_mb=peak_mb)
+    num_steps = min(max(math.ceil(1000 * round_s / warm_ms), 1), _MAX_STEPS)
+    while True:
+        # Takes the memory again that was given back to the other processes.
+        steps(1)
+        spent_ms = call_ms(lambda: steps(num_steps), device=device.type)
+        _give_memory_back(device)
+        yield spent_ms / num_steps, num_steps
+
+
+def _memory_mb(steps: Steps, *, device: torch.device) -> tuple[float, float]:
+    """Measure what there is before a step, and the most during it."""
+    _give_memory_back(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        at_rest_mb = torch.cuda.memory_allocated() / _MIB
+        steps(1)
+        torch.cuda.synchronize()
+        return at_rest_mb, torch.cuda.max_memory_allocated() / _MIB
+    (_PROC / "clear_refs").write_text("5")  # the peak is from here: see proc(5)
+    at_rest_mb = _status_mb("VmRSS")
+    steps(1)
+    return at_rest_mb, _status_mb("VmHWM")
+
+
+def _give_memory_back(device: torch.device) -> None:
+    """Give back what was freed and is only kept for the next time."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    # Of C libraries glibc has this, which keeps most.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _status_mb(name: str) -> float:
+    lines = (_PROC / "status").read_text().splitlines()
+    values = dict(line.split(":", 1) for line in lines)
+    return int(values[name].split()[0]) / 1024
+
+
+def matrix_rates(
+    dtypes: Sequence[torch.dtype], *, device: str
+) -> dict[torch.dtype, dict[int, float]]:
+    """Measure FLOP/s of products of square matrices of several sides, by type."""
+    rates = {
+        dtype: {
+            side: _rate(side, dtype=dtype, device=device) for side in _SIDES[device]
+        }
+        for dtype in dtypes
+    }
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return rates
+
+
+def _rate(side: int, *, dtype: torch.dtype, device: str) -> float:
+    one, other = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = one @ other
+
+    def product() -> None:
+        torch.mm(one, other, out=out)
+
+    best_ms = spent_ms = call_ms(product, device=device)
+    while spent_ms < 1000 * _MATRIX_S:
+        found_ms = call_ms(product, device=device)
+        spent_ms += found_ms
+        best_ms = min(best_ms, found_ms)
+    return 2 * side**3 / (best_ms / 1000)
