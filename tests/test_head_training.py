@@ -14,8 +14,8 @@ from torch import Tensor
 import sovit
 from pipelines.checkpoint import build_model
 from pipelines.config import Data, Model, Optim, Run, Scale
+from pipelines.errors import NonFiniteLossError
 from pipelines.files import Place
-from pipelines.loop import NonFiniteLossError
 from tests.small_runs import SO_VIT
 from tests.token_sets import NUM_CLASSES, write_token_set
 from tuning.head import build_head, train_head
