@@ -38,7 +38,7 @@ def build_state(
     torch.manual_seed(run.seed)
     model = build_model(run.model, num_classes=num_classes)
     if run.scale.grad_checkpointing:
-        checkpoint_gradients(model)
+        checkpoint_gradients(model, name=run.model.name)
     is_sharded = run.scale.sharding == "fsdp" and world_size > 1
     if not is_sharded:  # else no device has to hold the whole
         # Convolutions are faster so, on CPUs too, and decoders give their images so;
@@ -86,7 +86,7 @@ def wrapped(
     return forward
 
 
-def checkpoint_gradients(model: nn.Module) -> None:
+def checkpoint_gradients(model: nn.Module, *, name: str) -> None:
     """Have a model compute activations again in its backward pass.
 
     Raises ValueError where timm can't do that for it.
@@ -96,5 +96,5 @@ def checkpoint_gradients(model: nn.Module) -> None:
     except (AttributeError, AssertionError) as error:  # timm asserts where it can't
         raise ValueError(
             f"scale.grad_checkpointing: wanted a model that timm can checkpoint, came "
-            f"{type(model).__name__}; set --scale.no-grad-checkpointing"
+            f"{name}; set --scale.no-grad-checkpointing"
         ) from error

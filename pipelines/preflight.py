@@ -75,7 +75,7 @@ def _check_model(run: Run, *, classes: tuple[str, ...]) -> nn.Module:
         model = build_model(run.model, num_classes=len(classes))
     _check_size(model, settings=run.model)
     if run.scale.grad_checkpointing:
-        checkpoint_gradients(model)
+        checkpoint_gradients(model, name=run.model.name)
     if run.model.init_from:
         load_initial(
             build_model(run.model, num_classes=len(classes)),

@@ -46,7 +46,7 @@ def shapes_of(
     with torch.device("meta"):
         model = build_model(without_weights(settings), num_classes=num_classes)
     if grad_checkpointing:
-        checkpoint_gradients(model)
+        checkpoint_gradients(model, name=settings.name)
     return model
 
 
