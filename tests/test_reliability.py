@@ -31,6 +31,7 @@ from tests.disks import Disk, small_disk
 from tests.fault_runs import At, brief_run, learnt
 from tests.mlflow_stores import prepare_store
 from tests.s3_server import BUCKET, Line, s3_server
+from tests.waiting import wait_for
 
 NUM_STEPS = 20
 # Of brief_run a checkpoint has 6 MB. Two are kept, and the best, while one is written.
@@ -115,6 +116,8 @@ def test_a_disk_that_is_full_for_a_while_costs_the_checkpoints_of_that_while(
 
     def free() -> None:
         seen.append(newest_of(run, "full"))
+        # Its thread may come to the points of that while only now.
+        wait_for(lambda: "takes no metrics" in caplog.text, what="MLflow", seconds=60)
         disk.free()
 
     ended = trained(run, "full", {2: disk.fill, 4: free})
