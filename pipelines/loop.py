@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipelines.checkpoint import Position
 from pipelines.clock import Clock
 from pipelines.config import Run
-from pipelines.guard import Guard
+from pipelines.guard import Guard, KeysOf
 from pipelines.hashing import Purpose, key
 from pipelines.ingest.batch import Batch
 from pipelines.metrics import Sums
@@ -66,6 +66,14 @@ class LoopSettings:
         if minutes and self.world_size < self.run.scale.world_size:
             return min(minutes, _MINUTES_WHILE_FEW)
         return minutes
+
+    def check_bad_share(self, num_bad: int) -> None:
+        """Raise BadImagesError where too many of an epoch's images are bad."""
+        check_bad_share(
+            num_bad,
+            num_images=self.images_per_epoch,
+            max_share=self.run.data.max_bad_share,
+        )
 
     @property
     def autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -120,7 +128,7 @@ def train(
     finite, and BadImagesError where too many images could not be decoded.
     """
     run = settings.run
-    guard = state.guard = state.guard or _guard(state, settings=settings)
+    guard = state.guard = state.guard or guard_of(state, settings=settings)
     sums = Sums(settings.device)
     clock = Clock()
     epoch_bad = 0
@@ -136,29 +144,24 @@ def train(
             continue
         _end_step(state, batch, guard=guard)
         position = state.position
-        every = run.checkpoint_every_steps
+        every, is_last = run.checkpoint_every_steps, False
         is_due = every > 0 and position.step % every == 0
-        is_last = False
         is_logged = position.step % run.log_every_steps == 0 or batch.ends_epoch
         # To ask a GPU is to wait for it; no checkpoint is to follow a bad step.
-        if is_logged or is_due or settings.device.type == "cpu":
-            _tell(guard.check(), on_note)
+        is_asked = is_logged or is_due or settings.device.type == "cpu"
+        if is_asked and (line := guard.check()):
+            on_note(line)
         if is_logged:
             # Workers' clocks differ: if one finds it is time, all of them do.
-            is_time = clock.is_time(settings.checkpoint_every_minutes)
-            is_time = is_leaving() or is_time
+            is_time = is_leaving() or clock.is_time(settings.checkpoint_every_minutes)
             metrics = sums.total(votes={"is_time": is_time, "is_last": is_ending()})
             is_last = metrics.pop("is_last") > 0
             is_due = metrics.pop("is_time") > 0 or is_due or is_last
             epoch_bad += round(metrics.pop("num_bad"))
-            check_bad_share(
-                epoch_bad,
-                num_images=settings.images_per_epoch,
-                max_share=run.data.max_bad_share,
-            )
-            num_images = metrics.pop("num_images")
+            settings.check_bad_share(epoch_bad)
             lr = state.optimizer.param_groups[0]["lr"]
-            metrics |= clock.rates(num_images) | {"lr": lr, "bad_images": epoch_bad}
+            rates = clock.rates(metrics.pop("num_images"))
+            metrics |= rates | {"lr": lr, "bad_images": epoch_bad}
             on_log(metrics, position)
         if batch.ends_epoch:
             epoch, epoch_bad = position.epoch + 1, 0
@@ -173,18 +176,17 @@ def train(
             return
 
 
-def _tell(line: str, on_note: Callable[[str], None]) -> None:
-    if line:
-        on_note(line)
-
-
-def _guard(state: TrainState, *, settings: LoopSettings) -> Guard:
+def guard_of(
+    state: TrainState, *, settings: LoopSettings, keys_of: KeysOf = lambda rows: {}
+) -> Guard:
+    """Make what watches a state's steps; `keys_of` gives the keys of rows."""
     return Guard(
         state.model,
         state.optimizer,
         optim=settings.run.optim,
         device=settings.device,
         rank=settings.rank,
+        keys_of=keys_of,
         num_repeats=settings.run.augment.num_repeats,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +12,13 @@ import torch
 
 from pipelines.checkpoint import Position
 from pipelines.group import Group
-from pipelines.guard import Guard
 from pipelines.ingest.batch import Batch
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.stream import Plans
 from pipelines.job import Job
 from pipelines.keeper import Keeper
 from pipelines.key_log import KeyLog
-from pipelines.loop import LoopSettings, TrainState, share_buffers, train
+from pipelines.loop import LoopSettings, TrainState, guard_of, share_buffers, train
 from pipelines.memory import peak_memory_mb
 from pipelines.probing import Prober
 from pipelines.supply import Supply, reading_of
@@ -52,7 +51,11 @@ class Worker:
         )
         self.keeper = Keeper(job, group=group)
         self.state = self.keeper.state()
-        self.state.guard = self._open_guard()
+        self.state.guard = guard_of(
+            self.state,
+            settings=self.settings,
+            keys_of=partial(keys_of, job.train_shards),
+        )
         # In the same order on every worker: opening is a collective.
         sets = () if run.validation.beside else job.held_out
         self.supplies = {"train": self._supply(job.train_shards, split="train")}
@@ -162,20 +165,6 @@ class Worker:
             rank=self.rank,
             world_size=world_size,
             on_bad=BadImageTeller(self.group.post, split=split, groups=shards.groups),
-        )
-
-    def _open_guard(self) -> Guard:
-        def keys_of_rows(rows: Sequence[int]) -> Mapping[int, str]:
-            return keys_of(self.job.train_shards, rows)
-
-        return Guard(
-            self.state.model,
-            self.state.optimizer,
-            optim=self.run.optim,
-            device=self.device,
-            rank=self.rank,
-            keys_of=keys_of_rows,
-            num_repeats=self.run.augment.num_repeats,
         )
 
     def _log(self, metrics: Mapping[str, float], position: Position) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 import sovit
+from pipelines.building import wrapped
 from pipelines.checkpoint import Position, build_model
 from pipelines.config import Augment, Data, Model, Optim, Run, Scale
 from pipelines.ingest.batch import Batch
@@ -168,8 +170,9 @@ def train_run(
     return logs
 
 
-def train_as_worker(rank: int, run: Run, folder: str, num_workers: int) -> None:
-    """Be one of several processes that train together; rank 0 keeps the outcome."""
+@contextlib.contextmanager
+def meeting(folder: str | Path, *, rank: int, num_workers: int) -> Iterator[None]:
+    """Be one of several processes that meet by a file in a folder."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -179,18 +182,22 @@ def train_as_worker(rank: int, run: Run, folder: str, num_workers: int) -> None:
         timeout=datetime.timedelta(seconds=120),
     )
     try:
-        kept = _train_together(run, rank=rank, num_workers=num_workers)
-        torch.save(kept, Path(folder) / f"rank{rank}.pt")
+        yield
     finally:
         dist.destroy_process_group()
+
+
+def train_as_worker(rank: int, run: Run, folder: str, num_workers: int) -> None:
+    """Be one of several processes that train together; rank 0 keeps the outcome."""
+    with meeting(folder, rank=rank, num_workers=num_workers):
+        kept = _train_together(run, rank=rank, num_workers=num_workers)
+        torch.save(kept, Path(folder) / f"rank{rank}.pt")
 
 
 def _train_together(run: Run, *, rank: int, num_workers: int) -> dict[str, Any]:
     shards = read_shard_set(run.data.train)
     state = state_of(run)
-    state.forward = nn.parallel.DistributedDataParallel(
-        state.model, broadcast_buffers=False
-    )
+    state.forward = wrapped(state.model, run=run, device=CPU, world_size=num_workers)
     logs = train_run(
         run, shards=shards, state=state, num_workers=num_workers, worker=rank
     )

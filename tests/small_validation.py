@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from pipelines.config import Run, Validation
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.validation.labels import HeldOut
 from pipelines.validation.measure import Outcome, validate
-from tests.small_runs import settings_of, small_run, supply_of
+from tests.small_runs import meeting, settings_of, small_run, supply_of
 from tests.small_sets import jpeg, write_set
 
 NUM_ROWS, NUM_CLASSES, BAD_ROW, NUM_WORST = 37, 5, 20, 6
@@ -122,16 +120,8 @@ def logits_by_row(model: nn.Module, shards: ShardSet) -> np.ndarray:
 
 def measure_as_worker(rank: int, address: str, folder: str, num_workers: int) -> None:
     """Be one of several processes that evaluate together; each keeps the outcome."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=num_workers,
-        timeout=datetime.timedelta(seconds=120),
-    )
     shards = read_shard_set(address)
-    try:
+    with meeting(folder, rank=rank, num_workers=num_workers):
         outcome = measured(
             {"average": linear(1), "raw": linear(2)},
             shards,
@@ -140,5 +130,3 @@ def measure_as_worker(rank: int, address: str, folder: str, num_workers: int) ->
             worker=rank,
         )
         torch.save(outcome, Path(folder) / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()

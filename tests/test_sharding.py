@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from pipelines.ingest.batch import Batch
 from pipelines.loop import TrainState, train
 from pipelines.sharding import shard_state
 from pipelines.snapshot import take_snapshot, write_snapshot
-from tests.small_runs import CPU, evaluated, settings_of, small_run
+from tests.small_runs import CPU, evaluated, meeting, settings_of, small_run
 from tests.test_loop import batch_of, pictures
 
 NUM_STEPS = 4
@@ -98,15 +97,13 @@ def restored(run: Run, folder: Path, *, world_size: int) -> TrainState:
 
 
 def work(rank: int, folder: Path) -> None:
-    """Be one of two workers; what was found is left in files."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=120),
-    )
+    """Be one of two workers."""
+    with meeting(folder, rank=rank, num_workers=2):
+        train_sharded(rank, folder)
+
+
+def train_sharded(rank: int, folder: Path) -> None:
+    """Train, keep and go on; what was found is left in files."""
     run = run_of("fsdp")
     state = build_state(run, num_classes=3, device=CPU, world_size=2)
     weights = [p for p in state.model.parameters() if p.ndim > 1]
@@ -130,7 +127,6 @@ def work(rank: int, folder: Path) -> None:
     trained(state, run, rank=rank, world_size=2, num_steps=2)
     keep(state, run, rank=rank, folder=folder / "unbroken")
     torch.save((losses, held_out), folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ from pipelines.shards.format import SCHEMA
 if TYPE_CHECKING:  # read tasks start without torch
     from pipelines.pixels.draws import PixelSettings
 
+T = TypeVar("T")
 # Large enough that Ray's cost for an object vanishes, small enough to wait a little
 # for; a single batch may be larger.
 MAX_SHARE_BYTES = 16 << 20
@@ -74,6 +75,23 @@ def read_rows(unit: Unit, *, reading: Reading) -> pa.Table:
     return pa.concat_tables([table for _, table in tables])
 
 
+def read_shard(read: Callable[[], T], *, address: str, path: str) -> T:
+    """Read of a shard at an address, again where the store fails for a moment.
+
+    Raises ValueError, naming the shard, where it is gone or damaged, and
+    ConnectionError where the store does not answer.
+    """
+    try:
+        return retrying(read, address=address)
+    except ConnectionError:  # the store is down, the shard may be whole
+        raise
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise ValueError(
+            f"{path}: wanted a whole shard, came one that can't be read ({error}); "
+            "write it again with sovit-shards"
+        ) from error
+
+
 def _read_file(
     path: str,
     slices: Sequence[Slice],
@@ -82,15 +100,7 @@ def _read_file(
     filesystem: pafs.FileSystem,
 ) -> list[tuple[Slice, pa.Table]]:
     read = functools.partial(_read_slices, path, slices=slices, filesystem=filesystem)
-    try:
-        of_file = retrying(read, address=reading.address)
-    except ConnectionError:  # the store is down, the shard may be whole
-        raise
-    except (OSError, pa.ArrowInvalid, KeyError) as error:
-        raise ValueError(
-            f"{path}: wanted a whole shard, came one that can't be read ({error}); "
-            "write it again with sovit-shards"
-        ) from error
+    of_file = read_shard(read, address=reading.address, path=path)
     for _, table in of_file:
         check_labels(table["label"], num_classes=reading.num_classes, path=path)
     return of_file

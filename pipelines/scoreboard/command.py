@@ -21,11 +21,12 @@ from typing import Annotated
 import tyro
 
 from pipelines.cli import parse, run_command
-from pipelines.scoreboard.measured import Scores, best_of, by_recipe
+from pipelines.scoreboard.measured import best_of, by_recipe
 from pipelines.scoreboard.rows import Row, list_rows, with_sizes
 from pipelines.scoreboard.table import as_json, as_markdown, as_text
 from pipelines.tracking import default_uri
 from pipelines.tracking.client import ADDRESS_VARIABLE
+from pipelines.tracking.query import RunStore
 
 _PROG = "python -m recipes"
 _SQLITE = "sqlite:///"
@@ -74,12 +75,12 @@ def scoreboard(options: Options) -> list[Row]:
     ]
 
 
-def _store(options: Options) -> Scores | None:
+def _store(options: Options) -> RunStore | None:
     """Open the store; None where nobody named one, and nothing was trained here."""
     if uri := options.tracking_uri or os.environ.get(ADDRESS_VARIABLE, ""):
-        return Scores(uri)
+        return RunStore(uri)
     uri = default_uri(options.storage)
-    return Scores(uri) if Path(uri.removeprefix(_SQLITE)).is_file() else None
+    return RunStore(uri) if Path(uri.removeprefix(_SQLITE)).is_file() else None
 
 
 def _main(arguments: Sequence[str]) -> None:

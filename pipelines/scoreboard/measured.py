@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from pipelines.config import Run
 from pipelines.runfile import flat_params
-from pipelines.tracking.client import PATIENCE
 from pipelines.tracking.entries import value_text
-from pipelines.tracking.query import RunStore, StoredRun
+from pipelines.tracking.query import StoredRun
 
 _RECIPE = "recipe"
 _TOP1 = "val/top1"
@@ -23,8 +21,6 @@ _KWARGS = "model.kwargs."
 _FREE = frozenset(
     {"model.init_from", "optim.on_nonfinite", "optim.max_nonfinite_steps"}
 )
-# A whole table of runs, once the store has answered at all.
-_READING = MappingProxyType({**PATIENCE, "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +35,6 @@ class Best:
     """Whether it differs from the recipe in what its accuracy depends on."""
     num_runs: int
     """Finished runs of the recipe, whatever their settings."""
-
-
-class Scores(RunStore):
-    """Read the finished runs of one MLflow store."""
-
-    def finished(self) -> list[StoredRun]:
-        """Read all runs that have finished; ValueError where the store is away."""
-        with self._clearly(_READING):
-            return self._search("attributes.status = 'FINISHED'")
 
 
 def by_recipe(runs: Sequence[StoredRun]) -> dict[str, list[StoredRun]]:

@@ -102,6 +102,11 @@ class RunStore:
             for point in points
         )
 
+    def finished(self) -> list[StoredRun]:
+        """Read all runs that have finished."""
+        with self._clearly(_READING):
+            return self._search("attributes.status = 'FINISHED'")
+
     def _of(self, name: str) -> list[StoredRun]:
         if name.startswith(EXPERIMENT_PREFIX):
             return self._of_experiment(name.removeprefix(EXPERIMENT_PREFIX))

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 
 from pipelines.ingest.footers import ShardSet, check_labels
 from pipelines.ingest.plan import Slice
+from pipelines.ingest.reading import read_shard
 from pipelines.places import open_place
-from pipelines.retries import answering, retrying
+from pipelines.retries import answering
 from pipelines.shards.format import SCHEMA
 
 _COLUMNS = ("key", "label")
@@ -78,14 +79,6 @@ def _read(shards: ShardSet, *, path: str, place: int | None = None) -> pa.Table:
             raise pa.ArrowInvalid("its columns are of other types than a shard's")
         return table
 
-    try:
-        table = retrying(read, address=shards.address)
-    except ConnectionError:  # the store is down, the shard may be whole
-        raise
-    except (OSError, pa.ArrowInvalid, KeyError) as error:
-        raise ValueError(
-            f"{path}: wanted a whole shard, came one that can't be read ({error}); "
-            "write it again with sovit-shards"
-        ) from error
+    table = read_shard(read, address=shards.address, path=path)
     check_labels(table["label"], num_classes=len(shards.classes), path=path)
     return table
