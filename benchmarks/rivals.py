@@ -35,10 +35,10 @@ def dali_files(work: Work) -> Batches:
     pipeline = _dali_pipeline(work)
     pipeline.build()
     # On a GPU the batch must be whole for those who read it on torch's stream.
-    on_gpu = work.device == "cuda"
-    stream = {"cuda_stream": torch.cuda.current_stream()} if on_gpu else {}
+    stream = torch.cuda.current_stream() if work.device == "cuda" else None
     while True:
-        images, labels = pipeline.run(**stream)
+        # Positional only: by name DALI takes it for one more input of the graph.
+        images, labels = pipeline.run(stream)
         yield to_device(
             torch.from_dlpack(images.as_tensor()),
             torch.from_dlpack(labels.as_tensor()).view(-1),

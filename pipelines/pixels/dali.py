@@ -23,6 +23,14 @@ from pipelines.pixels.geometry import Geometry
 _INT32, _FLOAT = types.DALIDataType.INT32, types.DALIDataType.FLOAT
 
 
+def current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Return the stream that a device's outputs are read on; None on a CPU.
+
+    DALI's `run` and `outputs` take either, so that there is one path for both.
+    """
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 class DaliWindows:
     """Decode a window of each image on the CPU: uint8 (height, width, 3)."""
 
@@ -88,13 +96,10 @@ class DaliDecoder:
         for name, value in feeds.items():
             # A whole array, which is a batch too: a list costs twenty times as long.
             self._pipeline.feed_input(name, np.ascontiguousarray(value))
-        if self._device.type == "cuda":
-            stream = torch.cuda.current_stream(self._device)
-            (output,) = self._pipeline.run(cuda_stream=stream)
-            # DALI's pool does not know which streams still read a tensor; torch's does.
-            return torch.from_dlpack(output.as_tensor()).clone()
-        (output,) = self._pipeline.run()
-        return torch.from_dlpack(output.as_tensor())
+        # Positional only: by name DALI takes it for one more input of the graph.
+        (output,) = self._pipeline.run(current_stream(self._device))
+        # DALI's pool does not know which streams still read a tensor; torch's does.
+        return torch.from_dlpack(output.as_tensor()).clone()
 
     def reset(self) -> None:
         """Build the pipeline anew."""
