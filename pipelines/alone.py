@@ -14,6 +14,7 @@ import torch
 from ray.train import UserCallback
 
 from pipelines.config import Data
+from pipelines.device import device_of
 from pipelines.errors import RewindError, RunFailedError
 from pipelines.failures import Rewinds, first_line
 from pipelines.files import Place
@@ -51,7 +52,7 @@ class Alone:
         callbacks: Sequence[UserCallback],
         board: Board,
     ) -> None:
-        self.device = torch.device("cuda" if job.run.scale.use_gpu else "cpu")
+        self.device = device_of(job.run.scale.use_gpu, flag="--scale.use-gpu")
         self.folder = folder
         self._callbacks = callbacks
         self._board = board
@@ -93,11 +94,6 @@ def train_alone(
 
     Raises ValueError for what the user can mend, and RunFailedError for all else.
     """
-    if job.run.scale.use_gpu and not torch.cuda.is_available():
-        raise ValueError(
-            "wanted a GPU for --scale.use-gpu, came a machine where PyTorch finds "
-            "none; set --scale.no-use-gpu, or look at nvidia-smi"
-        )
     board = Board()
     num_threads = torch.get_num_threads()
     logger.info("training in this process")

@@ -10,6 +10,7 @@ from torch import nn
 
 from pipelines.checkpoint import build_model
 from pipelines.config import Run
+from pipelines.device import is_gpu
 from pipelines.loop import TrainState
 from pipelines.optim import build_optimizer
 from pipelines.sharding import shard
@@ -67,10 +68,9 @@ def wrapped(
     """Give the model as the step calls it: data parallel, compiled, or as it is."""
     forward = model
     if world_size > 1 and run.scale.sharding == "none":
-        on_gpu = device.type == "cuda"
         forward = nn.parallel.DistributedDataParallel(
             model,
-            device_ids=[device.index] if on_gpu else None,
+            device_ids=[device.index] if is_gpu(device) else None,
             gradient_as_bucket_view=True,
             # What a graph does at the second step it does at all: without
             # accumulation, and where nothing is compiled into other graphs.

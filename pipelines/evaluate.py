@@ -33,6 +33,7 @@ from pipelines.checkpoint import Manifest, load_model, opened
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
 from pipelines.credentials import without_credentials
+from pipelines.device import Wanted, find_device
 from pipelines.ingest.footers import read_shard_set
 from pipelines.loop import LoopSettings
 from pipelines.pixels.rows import BadImage
@@ -71,7 +72,7 @@ class Options:
     batch_size: int = 256
     decoder: Literal["auto", "dali", "torch"] = "auto"
     num_decode_threads: int = max((os.cpu_count() or 2) // 2, 1)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Wanted = "auto"
     json: str = ""
     """File that the result is also written to."""
     robustness: Flat = field(default_factory=Robustness)
@@ -104,7 +105,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         held_out(read_shard_set(address), classes=classes, name=name)
         for name, address in also.items()
     ]
-    device = torch.device(_device(options.device))
+    device = find_device(options.device)
     for model in models.values():
         model.to(device).to(memory_format=torch.channels_last)
     run = _evaluated(manifest.run, options=options)
@@ -200,12 +201,6 @@ def _robustness(
         open_batches=lambda run: opened_here(shards, run=run, device=device),
     )
     return measure(subject, options=options, clean_error=clean_error)
-
-
-def _device(wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:

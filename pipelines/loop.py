@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipelines.checkpoint import Position
 from pipelines.clock import Clock
 from pipelines.config import Run
+from pipelines.device import has_bfloat16, is_gpu
 from pipelines.guard import Guard, KeysOf
 from pipelines.hashing import Purpose, key
 from pipelines.ingest.batch import Batch
@@ -82,16 +83,6 @@ class LoopSettings:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Tell whether a device has instructions for bfloat16, not just the type."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
-        return False
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
-
-
 class BadImagesError(ValueError):
     """Say that more images than allowed could not be decoded."""
 
@@ -148,7 +139,7 @@ def train(
         is_due = every > 0 and position.step % every == 0
         is_logged = position.step % run.log_every_steps == 0 or batch.ends_epoch
         # To ask a GPU is to wait for it; no checkpoint is to follow a bad step.
-        is_asked = is_logged or is_due or settings.device.type == "cpu"
+        is_asked = is_logged or is_due or not is_gpu(settings.device)
         if is_asked and (line := guard.check()):
             on_note(line)
         if is_logged:

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pipelines.checkpoint import MANIFEST
 from pipelines.cli import fail, parse, run_command
+from pipelines.device import Wanted, find_device
 from pipelines.export.images import Encoded, decode, read_images
 from pipelines.export.names import readable_names
 from pipelines.export.subject import Subject, Weights, from_checkpoint
@@ -47,7 +48,7 @@ class Options:
     """auto takes the moving average where the checkpoint has one."""
     num_top: int = 5
     """Classes that are named for each image."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Wanted = "auto"
     json: str = ""
     """File that the answers are also written to; - prints them alone."""
 
@@ -170,7 +171,7 @@ def _main(arguments: Sequence[str]) -> None:
         subject,
         read_images(options.images),
         num_top=options.num_top,
-        device=torch.device(_device(options.device)),
+        device=find_device(options.device),
     ):
         answers.append(answer)
         if answer.reason:
@@ -184,13 +185,6 @@ def _main(arguments: Sequence[str]) -> None:
     num_bad = sum(bool(answer.reason) for answer in answers)
     if num_bad:
         fail(f"{_PROG}: {num_bad} of {len(answers)} images left out", status=1)
-
-
-def _device(wanted: str) -> str:
-    is_there = torch.cuda.is_available()
-    if wanted == "cuda" and not is_there:
-        raise ValueError("device: wanted a GPU for cuda, came none; leave out --device")
-    return ("cuda" if is_there else "cpu") if wanted == "auto" else wanted
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from pipelines import tracking
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
+from pipelines.device import find_device
 from pipelines.ingest.footers import read_shard_set
 from pipelines.ingest.stream import LocalOpener, Plans
 from pipelines.pixels.decoder import BatchDecoder
@@ -67,7 +68,7 @@ class _Viewer:
     def __init__(self, run: Run, rows: Rows, *, train: bool) -> None:
         self._run, self._rows = run, rows
         self._settings = pixel_settings(run, train=train)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = find_device("auto")
         self._decode = BatchDecoder(self._settings, num_rows=len(rows), device=device)
 
     def __call__(self, epoch: int) -> tuple[np.ndarray, list[str]]:

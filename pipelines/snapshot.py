@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipelines.config import Run
 from pipelines.credentials import without_credentials
+from pipelines.device import download, wait_for_stream
 from pipelines.files import flush
 from pipelines.runfile import to_json
 from pipelines.sharding import whole
@@ -77,20 +78,14 @@ def take_snapshot(
         ema=None if ema is None else copied(ema.state_dict()),
         optimizer=None if optimizer is None else copied(optimizer.state_dict()),
     )
-    if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()  # once, for all of the copies
+    wait_for_stream(next(model.parameters()).device)  # once, for all of the copies
     return snapshot
 
 
 def copied(value: Any) -> Any:
-    """Copy tensors, within dicts and lists, to the host; a GPU's are still on the way.
-
-    Their memory is pinned: the copies run one after the other without a wait between.
-    """
+    """Copy tensors, within dicts and lists, to the host; see `download`."""
     if isinstance(value, Tensor):
-        value = whole(value.detach())
-        copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return copy.copy_(value, non_blocking=True)
+        return download(whole(value.detach()))
     if isinstance(value, Mapping):
         return {name: copied(part) for name, part in value.items()}
     if isinstance(value, list):

@@ -157,6 +157,7 @@ def measure(job: Job, place: Place) -> tuple[Found, list[NamedBadImage]]:
     import torch
 
     from pipelines.checkpoint import opened
+    from pipelines.device import device_of
     from pipelines.validation.beside import measure_checkpoint
 
     num_threads = max(int(job.run.validation.num_cpus), 1)
@@ -167,7 +168,9 @@ def measure(job: Job, place: Place) -> tuple[Found, list[NamedBadImage]]:
             Path(folder),
             sets=job.held_out,
             weights=job.run.validation.weights,
-            device=torch.device("cuda" if job.run.validation.num_gpus else "cpu"),
+            device=device_of(
+                job.run.validation.num_gpus > 0, flag="--validation.num-gpus"
+            ),
             num_threads=num_threads,
             on_bad=lambda one: BadImageTeller(
                 bad.append, split=one.prefix, groups=one.shards.groups

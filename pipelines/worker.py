@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from pipelines.checkpoint import Position
+from pipelines.device import is_gpu, peak_memory_mb
 from pipelines.group import Group
 from pipelines.ingest.batch import Batch
 from pipelines.ingest.footers import ShardSet
@@ -19,7 +20,6 @@ from pipelines.job import Job
 from pipelines.keeper import Keeper
 from pipelines.key_log import KeyLog
 from pipelines.loop import LoopSettings, TrainState, guard_of, share_buffers, train
-from pipelines.memory import peak_memory_mb
 from pipelines.probing import Prober
 from pipelines.supply import Supply, reading_of
 from pipelines.telling.bad_images import BadImageTeller
@@ -37,7 +37,7 @@ class Worker:
         run = job.run
         self.job, self.run, self.group, self.rank = job, run, group, group.rank
         self.device = group.device
-        if self.device.type == "cpu":
+        if not is_gpu(self.device):
             torch.set_num_threads(max(int(run.scale.cpus_per_worker), 1))
         epoch = Plans(shards=job.train_shards, run=run, train=True).shape(0)
         self.settings = LoopSettings(

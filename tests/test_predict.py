@@ -220,5 +220,7 @@ def test_what_cannot_be_answered_is_said_in_one_line(
     with pytest.raises(ValueError, match="came a folder without"):
         _main([checkpoint, str(empty)])
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="wanted a GPU for cuda, came none"):
+        with pytest.raises(
+            ValueError, match="wanted a GPU for --device, came a machine"
+        ):
             _main([checkpoint, str(photos), "--device", "cuda"])

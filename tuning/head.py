@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipelines.checkpoint import build_model
 from pipelines.config import Optim, Run, Schedule
+from pipelines.device import find_device, forked_rng
 from pipelines.errors import NonFiniteLossError
 from pipelines.loop import LoopSettings
 from pipelines.metrics import Sums
@@ -59,10 +60,9 @@ def train_head(
     one kind, and NonFiniteLossError, naming the epoch, where the loss is not finite.
     """
     _check(tokens, val=val, num_epochs=num_epochs)
-    use_gpu = run.scale.use_gpu and torch.cuda.is_available()
-    device = torch.device("cuda" if use_gpu else "cpu")
+    device = find_device("auto" if run.scale.use_gpu else "cpu")
     # The caller's random numbers stay what they are.
-    with torch.random.fork_rng(devices=[device] if use_gpu else []):
+    with forked_rng(device):
         torch.manual_seed(seed)
         trainer = _Trainer(
             run,

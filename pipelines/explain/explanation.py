@@ -11,6 +11,7 @@ from pipelines import tracking
 from pipelines.checkpoint import Position, peek
 from pipelines.config import Run
 from pipelines.credentials import error_summary, without_credentials
+from pipelines.device import device_of, free_memory, has_gpu
 from pipelines.explain.activations import StepMemory, measure_step
 from pipelines.explain.counting import (
     Parameters,
@@ -20,7 +21,7 @@ from pipelines.explain.counting import (
     shapes_of,
 )
 from pipelines.explain.course import Course, SetFacts, course_of, facts_of
-from pipelines.explain.machine import free_memory, this_machine, warnings_of
+from pipelines.explain.machine import this_machine, warnings_of
 from pipelines.explain.memory import Memory, checkpoint_bytes, estimate_memory
 from pipelines.explain.timing import Timed, computes_in_bfloat16, time_here
 from pipelines.files import Place
@@ -175,9 +176,9 @@ def _count(run: Run, *, num_classes: int) -> tuple[Parameters, int, int]:
 
 def _device(run: Run) -> torch.device | None:
     """Give the device that the run wants, if it is here."""
-    if not run.scale.use_gpu:
-        return torch.device("cpu")
-    return torch.device("cuda") if torch.cuda.is_available() else None
+    if run.scale.use_gpu and not has_gpu():
+        return None
+    return device_of(run.scale.use_gpu, flag="--scale.use-gpu")
 
 
 def _computes_in_bfloat16(run: Run) -> bool:

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from pipelines.config import Run
+from pipelines.device import gpus_here, pages_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,29 +30,15 @@ class Machine:
 
 def this_machine(storage: str) -> Machine:
     """Look at the machine that this process is on."""
-    num_gpus = torch.cuda.device_count()
-    gpu = torch.cuda.get_device_properties(0).total_memory if num_gpus else 0
+    num_gpus, gpu_bytes = gpus_here()
     return Machine(
         num_cpus=os.cpu_count() or 1,
         num_gpus=num_gpus,
-        memory_bytes=_pages("SC_PHYS_PAGES"),
-        gpu_bytes=gpu,
+        memory_bytes=pages_bytes("SC_PHYS_PAGES"),
+        gpu_bytes=gpu_bytes,
         disk_bytes=_free_bytes(storage),
         is_on_cluster=bool(os.environ.get("RAY_ADDRESS")),
     )
-
-
-def free_memory(device: torch.device) -> int:
-    """Give a device's free bytes; 0 where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return _pages("SC_AVPHYS_PAGES")
-
-
-def _pages(name: str) -> int:
-    if name not in os.sysconf_names:
-        return 0
-    return max(os.sysconf(name) * os.sysconf("SC_PAGE_SIZE"), 0)
 
 
 def _free_bytes(storage: str) -> int:

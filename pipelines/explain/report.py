@@ -204,7 +204,7 @@ def _time(found: Explanation) -> Iterator[str]:
 
 
 def _place(timed: Timed) -> str:
-    return "a GPU" if timed.device == "cuda" else _count(timed.num_threads, "thread")
+    return "a GPU" if timed.device != "cpu" else _count(timed.num_threads, "thread")
 
 
 def _places(found: Explanation) -> Iterator[str]:

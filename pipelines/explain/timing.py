@@ -14,8 +14,9 @@ import torch
 from pipelines.building import build_state
 from pipelines.checkpoint import without_weights
 from pipelines.config import Probe, Run
+from pipelines.device import has_bfloat16, synchronize
 from pipelines.ingest.batch import Batch
-from pipelines.loop import LoopSettings, has_bfloat16, train
+from pipelines.loop import LoopSettings, train
 
 _NUM_WARM_STEPS = 1
 _MIN_STEPS, _MAX_STEPS = 2, 10
@@ -157,8 +158,7 @@ def _random_batch(run: Run, *, device: torch.device, num_images: int) -> Batch:
 
 def _now_s(device: torch.device) -> float:
     """Tell the time once a device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from pipelines.device import side_stream, used_here, wait_for_stream
 from pipelines.ingest.batch import Batch
 
 _CLOSE_TIMEOUT_S = 5.0
@@ -42,10 +43,7 @@ class Prefetcher:
                 return
             if isinstance(item, BaseException):
                 raise item
-            if item.images.is_cuda:
-                stream = torch.cuda.current_stream(item.images.device)
-                for tensor in (item.images, item.labels, item.weights):
-                    tensor.record_stream(stream)
+            used_here(item.images, item.labels, item.weights)
             yield item
 
     def close(self) -> None:
@@ -58,25 +56,15 @@ class Prefetcher:
     def _fill(self, items: Iterable[Batch]) -> None:
         last: BaseException | None = None
         try:
-            with self._own_stream() as stream:
+            # On the default stream decoding would wait for the model.
+            with side_stream(self._device):
                 for item in items:
-                    if stream is not None:
-                        stream.synchronize()
+                    wait_for_stream(self._device)
                     if not self._put(item):
                         return
         except BaseException as error:
             last = error
         self._put(last)
-
-    @contextlib.contextmanager
-    def _own_stream(self) -> Iterator[torch.cuda.Stream | None]:
-        """Decode beside the model on a GPU: on the default stream it would wait."""
-        if self._device.type != "cuda":
-            yield None
-            return
-        stream = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(stream):
-            yield stream
 
     def _put(self, item: Batch | BaseException | None) -> bool:
         while not self._closed.is_set():

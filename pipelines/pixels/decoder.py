@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.device import is_gpu
 from pipelines.pixels.draws import PixelSettings, draw, draw_ids_of
 from pipelines.pixels.finish import Finisher
 from pipelines.pixels.host import HostDecoder
@@ -53,7 +54,7 @@ def make_decoder(
     else:
         from pipelines.pixels.dali import DaliDecoder, DaliWindows
 
-        if device.type == "cuda":
+        if is_gpu(device):
             return DaliDecoder(settings, batch_size=batch_size, device=device)
         windows = DaliWindows(
             batch_size=batch_size, num_threads=data.num_decode_threads

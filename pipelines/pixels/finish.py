@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.device import is_gpu, upload
 from pipelines.pixels.draws import Draws, PixelSettings
 from pipelines.pixels.erasing import erase
 from pipelines.pixels.host import Threads
@@ -25,7 +26,7 @@ class Finisher:
         std = 255 * np.array(settings.data.std)
         # One number a channel, or on the CPU one a value of an image: a plain
         # elementwise pass over memory is several times as fast as a broadcast one.
-        num_pixels = 1 if device.type == "cuda" else size * size
+        num_pixels = 1 if is_gpu(device) else size * size
         self._scale = _tiled(1 / std, num_pixels, device=device)
         self._offset = _tiled(-mean / std, num_pixels, device=device)
         self._mode: Literal["const", "rand", "pixel"] = settings.augment.re_mode
@@ -35,10 +36,9 @@ class Finisher:
 
     def __call__(self, pixels: Tensor, draws: Draws) -> Tensor:
         """Normalise, and erase boxes where some were drawn."""
-        if self._device.type == "cuda":
-            if not pixels.is_cuda:  # decoded by the readers
-                pixels = pixels.pin_memory()
-            on_device = pixels.to(self._device, non_blocking=True)
+        if is_gpu(self._device):
+            # Pixels that the readers decoded are still on the host.
+            on_device = upload(pixels, self._device)
             normalized = torch.addcmul(self._offset, on_device, self._scale)
         else:
             normalized = self._on_cpu(pixels)

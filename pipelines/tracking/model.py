@@ -28,6 +28,7 @@ import sovit
 from pipelines import checkpoint as checkpoints
 from pipelines import runfile
 from pipelines.credentials import without_credentials
+from pipelines.device import find_device
 from pipelines.pixels.decode_eval import decode_eval
 
 NUM_TOP = 5
@@ -48,7 +49,7 @@ class ImageClassifier(PythonModel):
         """Build the model on a GPU where there is one."""
         folder = Path(context.artifacts[_CHECKPOINT])
         model, self._manifest = checkpoints.load_model(folder)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = find_device("auto")
         self._model = model.to(self._device)
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipelines.config import Run
+from pipelines.device import device_of
 from pipelines.files import Place
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.plan import EpochPlan, plan_epoch
@@ -115,7 +116,7 @@ class TokenWriter:
         if not scale.use_gpu:
             torch.set_num_threads(max(int(scale.cpus_per_worker), 1))
         self._jobs = jobs
-        self._device = torch.device("cuda" if scale.use_gpu else "cpu")
+        self._device = device_of(scale.use_gpu, flag="--scale.use-gpu")
         model = backbone.build().to(self._device)
         self._model: Any = model.to(memory_format=torch.channels_last)
         self._settings = LoopSettings(

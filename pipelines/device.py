@@ -1,0 +1,157 @@
+"""CPU or GPU: everything that differs between the two.
+
+No other module of ours asks what a device is by itself (`tests/test_device.py` holds
+it), so that all code for a GPU is either common to both, and runs in every test, or
+here, and is entered on a fake GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Wanted = Literal["auto", "cpu", "cuda"]
+CPU = torch.device("cpu")
+_MIB = 1 << 20
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether a device is a GPU; for what only one of the two has, such as a codec."""
+    return device.type == "cuda"
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch finds a GPU on this machine."""
+    return torch.cuda.is_available()
+
+
+def find_device(wanted: Wanted, *, flag: str = "--device") -> torch.device:
+    """Find a device of this machine; auto is a GPU where there is one.
+
+    Raises ValueError, naming the flag, where cuda is wanted and there is no GPU.
+    """
+    if wanted == "cuda" and not has_gpu():
+        raise ValueError(
+            f"wanted a GPU for {flag}, came a machine where PyTorch finds none; "
+            f"leave out {flag} or look at nvidia-smi"
+        )
+    if wanted == "cpu" or not has_gpu():
+        return CPU
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def device_of(use_gpu: bool, *, flag: str) -> torch.device:
+    """Find the device that a flag asks for; ValueError, naming it, where it is not."""
+    return find_device("cuda" if use_gpu else "cpu", flag=flag)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16, not just the type."""
+    if is_gpu(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
+    if is_gpu(device):
+        torch.cuda.synchronize(device)
+
+
+def current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Find the stream that a GPU's work is queued on here; None on a CPU.
+
+    DALI's `run` takes either.
+    """
+    return torch.cuda.current_stream(device) if is_gpu(device) else None
+
+
+@contextlib.contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Queue what is done within beside the model's work, not behind it."""
+    if not is_gpu(device):
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+
+
+def wait_for_stream(device: torch.device) -> None:
+    """Wait until the current stream has done all that it was given."""
+    if is_gpu(device):
+        torch.cuda.current_stream(device).synchronize()
+
+
+def used_here(*tensors: Tensor) -> None:
+    """Keep memory of tensors of another stream until the current one is done with it.
+
+    PyTorch's allocator would otherwise lend it anew as soon as the last reference goes.
+    """
+    for tensor in tensors:
+        if is_gpu(tensor.device):
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device; to a GPU through pinned memory, without a wait."""
+    if not is_gpu(device) or is_gpu(tensor.device):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def download(tensor: Tensor) -> Tensor:
+    """Copy a tensor to fresh memory of the host; a GPU's is still on the way.
+
+    The memory is pinned, so that many copies run one after the other without a wait
+    between: `wait_for_stream` once, after the last.
+    """
+    pinned = is_gpu(tensor.device)
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def forked_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Leave the caller's random numbers, the device's too, as they are."""
+    return torch.random.fork_rng(devices=[device] if is_gpu(device) else [])
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most MiB so far: of tensors on a GPU, of the whole process on a CPU.
+
+    A process's peak includes its libraries: half a gigabyte or more.
+    """
+    if is_gpu(device):
+        return torch.cuda.max_memory_allocated(device) / _MIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak / _MIB if sys.platform == "darwin" else peak / 1024
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a device; 0 where the system does not say."""
+    if is_gpu(device):
+        return torch.cuda.mem_get_info(device)[0]
+    return pages_bytes("SC_AVPHYS_PAGES")
+
+
+def gpus_here() -> tuple[int, int]:
+    """Number of GPUs, and the bytes of memory that the first has: 0, 0 for none."""
+    num = torch.cuda.device_count()
+    return num, torch.cuda.get_device_properties(0).total_memory if num else 0
+
+
+def pages_bytes(name: str) -> int:
+    """Bytes of so many pages as `sysconf` says; 0 where it does not know the name."""
+    if name not in os.sysconf_names:
+        return 0
+    return max(os.sysconf(name) * os.sysconf("SC_PAGE_SIZE"), 0)
