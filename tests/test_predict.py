@@ -13,7 +13,7 @@ import torch
 from pipelines.checkpoint import Position, build_model, load_model, save_checkpoint
 from pipelines.config import Data, Model, Run
 from pipelines.export.command import Options, export_checkpoint
-from pipelines.export.images import Encoded
+from pipelines.export.images import Encoded, read_images
 from pipelines.pixels.decode_eval import decode_eval
 from pipelines.predict import _main, load_subject, predict
 from tests.small_runs import OPTIM
@@ -224,3 +224,35 @@ def test_what_cannot_be_answered_is_said_in_one_line(
             ValueError, match="wanted a GPU for --device, came a machine"
         ):
             _main([checkpoint, str(photos), "--device", "cuda"])
+
+
+def test_no_picture_of_a_folder_is_dropped_in_silence(
+    photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("f.jfif", "g.mpo", "h.HEIC", "i.avif", "j.gif", "k.pbm", "l.tiff"):
+        (photos / name).write_bytes(jpeg(1))
+    (photos / "more.TXT").write_text("of no concern")
+    (photos / "README").write_text("of no concern")
+    (photos / "labels.parquet").write_bytes(b"no shards here")
+    with caplog.at_level("INFO"):
+        found = [image.name for image in read_images([str(photos)])]
+    wanted = "a.jpg b.JPEG e.jpg f.jfif g.mpo h.HEIC i.avif j.gif k.pbm l.tiff"
+    assert found[:10] == [str(photos / name) for name in wanted.split()]
+    assert len(found) == 12
+    assert "2 .txt, 1 without a suffix, 1 .parquet" in caplog.text
+
+
+def test_links_are_followed_once_and_never_in_a_circle(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = [image.name for image in read_images([str(photos)])]
+    (photos / "z" / "up").symlink_to(photos)
+    (photos / "z" / "y" / "self").symlink_to(photos / "z" / "y")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "o.jpg").write_bytes(jpeg(9))
+    (photos / "zz").symlink_to(other)
+    with caplog.at_level("INFO"):
+        found = [image.name for image in read_images([str(photos)])]
+    assert found == [*plain, str(photos / "zz" / "o.jpg")]
+    assert caplog.text.count("is a link to a folder above it") == 2

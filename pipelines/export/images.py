@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +18,11 @@ from pipelines.ingest.plan import plan_epoch
 from pipelines.ingest.reading import Reading, read_rows
 from pipelines.pixels.decode_eval import decode_eval
 from pipelines.retries import answering
+from pipelines.shards.format import CLASSES_FILE
 from pipelines.shards.images import BadImageError, check_image
-from pipelines.shards.tars import IMAGE_SUFFIXES
+from pipelines.shards.suffixes import is_picture_name
 
+logger = logging.getLogger(__name__)
 _SHARD_SUFFIX = ".parquet"
 
 
@@ -34,9 +39,10 @@ class Encoded:
 def read_images(addresses: Sequence[str]) -> Iterator[Encoded]:
     """Read images one by one: of files, of folders and those below, of shards.
 
-    Of a folder the files with an image's suffix are taken, by name; a file that is
-    named is taken whatever its suffix. Raises ValueError where a folder holds no image,
-    a shard is damaged, or a store does not answer.
+    Of a folder the files with a picture's suffix are taken, by name, those below too,
+    and the log has how many others there are; a file that is named is taken whatever
+    its suffix. Raises ValueError where a folder holds no picture, a shard is damaged,
+    or a store does not answer.
     """
     for address in addresses:
         with answering():
@@ -48,18 +54,28 @@ def _read(place: Place) -> Iterator[Encoded]:
         yield _file(place)
         return
     names = [entry.base_name for entry in place.entries()]
-    if any(name.endswith(_SHARD_SUFFIX) for name in names):
+    pictures = [name for name in names if is_picture_name(name)]
+    has_shards = any(name.endswith(_SHARD_SUFFIX) for name in names)
+    if has_shards and (CLASSES_FILE in names or not pictures):
+        if pictures:
+            said = "%s holds shards, which are read, and %d pictures, which are not"
+            logger.warning(said, place, len(pictures))
         yield from _of_shards(place.address)
         return
+    others: Counter[str] = Counter()
     found = False
-    for file in _below(place):
+    for file in _below(place, others=others, above=()):
         found = True
         yield _file(file)
+    passed = ", ".join(f"{num} {suffix}" for suffix, num in others.most_common(5))
     if not found:
         raise ValueError(
-            f"wanted images in {str(place)!r}, came a folder without; name files, a "
+            f"wanted images in {str(place)!r}, came a folder without"
+            f"{f' (of other files it has {passed})' if passed else ''}; name files, a "
             "folder of them, or shards"
         )
+    if passed:
+        logger.info("%s: files that are no pictures by their names: %s", place, passed)
 
 
 def _file(place: Place) -> Encoded:
@@ -73,16 +89,30 @@ def _file(place: Place) -> Encoded:
         return Encoded(name=str(place), content=b"", reason=f"not readable: {error}")
 
 
-def _below(place: Place) -> Iterator[Place]:
-    """Walk a folder by name; what begins with a dot is left out."""
+def _below(
+    place: Place, *, others: Counter[str], above: tuple[str, ...]
+) -> Iterator[Place]:
+    """Walk a folder by name; what begins with a dot is left out.
+
+    Args:
+        others: Counts the files that are no pictures, by suffix.
+        above: Real paths of the folders that this one is in.
+    """
+    real = "" if place.is_remote else os.path.realpath(place.open()[1])
+    if real and real in above:  # a link back up: its pictures are read already
+        logger.info("%s is a link to a folder above it: not followed", place)
+        return
     for entry in place.entries():
         name = entry.base_name
         if name.startswith("."):
             continue
         if entry.type == pafs.FileType.Directory:
-            yield from _below(place.within(name))
-        elif name.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+            yield from _below(place.within(name), others=others, above=(*above, real))
+        elif is_picture_name(name):
             yield place.within(name)
+        else:
+            _, dot, suffix = name.rpartition(".")
+            others[dot + suffix.lower() if dot else "without a suffix"] += 1
 
 
 def _of_shards(address: str) -> Iterator[Encoded]:

@@ -19,13 +19,10 @@ from pipelines.shards.listing import (
     resolve_names,
     resolve_texts,
 )
+from pipelines.shards.suffixes import IMAGE_SUFFIXES
 
 BLOCK_BYTES = 512
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-IMAGE_SUFFIXES = frozenset(
-    {"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "jp2", "j2k"}
-    | {"ppm", "pgm", "pnm", "gif", "avif"}
-)
 
 
 @dataclass(frozen=True)
