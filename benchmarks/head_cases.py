@@ -14,6 +14,7 @@ from sovit.moments import append_one, covariance
 from sovit.newton_schulz import covariance_sqrt, newton_schulz_sqrt
 from sovit.normalize import signed_sqrt
 from sovit.powers import covariance_power, matrix_log
+from sovit.spectral import PLACEMENTS
 from sovit.svpn import svpn
 
 _SEED = 0
@@ -44,8 +45,13 @@ class Case:
         return plain.covariance(tokens)[:, : self.num_rows].contiguous().to(device)
 
 
-def cases(batch_size: int) -> list[Case]:
-    """List the heads at the papers' sizes: 14x14 and 7x7 positions."""
+def cases(batch_size: int, *, device: str = "cpu") -> list[Case]:
+    """List the heads at the papers' sizes: 14x14 and 7x7 positions.
+
+    On an accelerator the exact heads also come with each placement of the
+    decomposition, forced.
+    """
+    placements = ("auto",) if device == "cpu" else PLACEMENTS
     # So-ViT-14 trains on 64 images a device; a machine with much memory takes more.
     found = [_svpn_case(2 * batch_size), _svpn_case(8 * batch_size)]
     for dim in (64, 128, 256):
@@ -67,12 +73,7 @@ def cases(batch_size: int) -> list[Case]:
                 straightforward=lambda x: plain.newton_schulz(plain.covariance(x)),
                 shape=shape,
             ),
-            Case(
-                name=f"MPN-COV, {num_tokens} tokens of 256",
-                ours=covariance_power,
-                straightforward=lambda x: plain.eigen_power(plain.covariance(x)),
-                shape=shape,
-            ),
+            *(_exact_case(shape, placement) for placement in placements),
             Case(
                 name=f"Gaussian, {num_tokens} tokens of 256",
                 ours=lambda x: covariance_sqrt(append_one(x), centering="none"),
@@ -81,6 +82,16 @@ def cases(batch_size: int) -> list[Case]:
             ),
         ]
     return found
+
+
+def _exact_case(shape: tuple[int, int, int], placement: str) -> Case:
+    where = "" if placement == "auto" else f", on the {placement}"
+    return Case(
+        name=f"MPN-COV, {shape[1]} tokens of 256{where}",
+        ours=partial(covariance_power, placement=placement),
+        straightforward=lambda x: plain.eigen_power(plain.covariance(x)),
+        shape=shape,
+    )
 
 
 def _svpn_case(batch_size: int) -> Case:

@@ -199,7 +199,8 @@ def _main(arguments: Sequence[str]) -> None:
     content: dict[str, Any] = {"machine": machine(), "options": str(shown)}
     if options.rounds:
         modes = (False, True) if options.compile else (False,)
-        work = [(case, mode) for mode in modes for case in cases(options.batch_size)]
+        chosen = cases(options.batch_size, device=device)
+        work = [(case, mode) for mode in modes for case in chosen]
         results = [
             compare(case, options=options, compiled=mode, device=device)
             for case, mode in tqdm(work, unit="case", disable=None)

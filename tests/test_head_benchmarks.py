@@ -30,6 +30,16 @@ def test_both_versions_have_the_same_values_and_gradients(case: Case) -> None:
         torch.testing.assert_close(got_grad, wanted_grad, rtol=1e-6, atol=1e-9)
 
 
+def test_an_accelerator_times_the_exact_heads_with_each_placement() -> None:
+    names = [case.name for case in cases(1, device="cuda")]
+    for tokens in ("MPN-COV, 196 tokens of 256", "MPN-COV, 49 tokens of 256"):
+        assert [name for name in names if name.startswith(tokens)] == [
+            tokens,
+            f"{tokens}, on the device",
+            f"{tokens}, on the host",
+        ]
+
+
 def test_kept_counts_what_autograd_keeps() -> None:
     x = torch.ones(3, 4)
     assert kept(lambda x: x.exp(), x) == 1.0
