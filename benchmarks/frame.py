@@ -9,7 +9,7 @@ import logging
 import multiprocessing
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -46,13 +46,20 @@ class Durations:
 
 
 def run_rounds(
-    entries: Sequence[Entry], *, num_rounds: int, durations: Durations
+    entries: Sequence[Entry],
+    *,
+    num_rounds: int,
+    durations: Durations,
+    on_round: Callable[[Mapping[str, Sequence[Round]]], None] | None = None,
 ) -> dict[str, list[Round]]:
     """Time all loaders, one after the other, again and again.
 
     The rounds are interleaved, so that a machine's drift hits all alike. Every round
     has a process of its own: threads, readers that load ahead and memory are gone
     before the next loader starts.
+
+    Args:
+        on_round: Is called with all rounds so far, after each.
 
     Raises ValueError, naming the loader, where one does not do the work.
     """
@@ -67,6 +74,8 @@ def run_rounds(
                 f"others on {found.other_cores:.2f} cores",
                 file=sys.stderr,
             )
+            if on_round is not None:
+                on_round({name: of for name, of in rounds.items() if of})
     return rounds
 
 

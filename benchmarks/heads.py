@@ -13,7 +13,6 @@ of the input. Then a head's share of a whole training step of its network.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.head_cases import Case, cases, curves
 from benchmarks.report import machine
+from benchmarks.result_file import write_result
 from benchmarks.step_share import Share, measure_share
 from benchmarks.timing import Spread, call_ms, ratios, spread
 from pipelines.cli import parse, run_command
@@ -92,13 +92,17 @@ def compare(case: Case, *, options: Options, compiled: bool, device: str) -> Res
             mine.append(times[0])
             theirs.append(times[1])
     return Result(
-        name=f"{case.name}{', compiled' if compiled else ''}",
+        name=_name(case, compiled=compiled),
         ours_ms=spread(mine),
         straightforward_ms=spread(theirs),
         speedup=ratios(theirs, mine),
         ours_kept=kept_ours,
         straightforward_kept=kept_other,
     )
+
+
+def _name(case: Case, *, compiled: bool) -> str:
+    return f"{case.name}{', compiled' if compiled else ''}"
 
 
 def step_ms(
@@ -152,7 +156,8 @@ def table(results: Sequence[Result]) -> str:
 def share_text(share: Share) -> str:
     """Say what part of a step the head takes."""
     return (
-        f"{share.model}, batch {share.batch_size}: a step {share.step_ms:,.0f} ms, "
+        f"{share.model}, batch {share.batch_size}, {share.dtype}: "
+        f"a step {share.step_ms:,.0f} ms, "
         f"its head {share.head_ms:,.1f} ms: {share.head_ms / share.step_ms:.2%}"
     )
 
@@ -195,29 +200,45 @@ def _main(arguments: Sequence[str]) -> None:
     options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
     torch.set_num_threads(options.num_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shown = dataclasses.replace(options, json=None, plot=None)
-    content: dict[str, Any] = {"machine": machine(), "options": str(shown)}
     if options.rounds:
-        modes = (False, True) if options.compile else (False,)
-        chosen = cases(options.batch_size, device=device)
-        work = [(case, mode) for mode in modes for case in chosen]
-        results = [
-            compare(case, options=options, compiled=mode, device=device)
-            for case, mode in tqdm(work, unit="case", disable=None)
-        ]
-        print(table(results))
-        content["heads"] = [asdict(found) for found in results]
-        shares = [
-            measure_share(name, batch_size=options.step_batch_size, device=device)
-            for name in options.steps
-        ]
-        print("\n".join(share_text(share) for share in shares))
-        content["steps"] = [asdict(share) for share in shares]
+        _measure(options, device=device)
     if options.plot:
         plot(options.plot, options=options, device=device)
-    if options.json:
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _measure(options: Options, *, device: str) -> None:
+    """Time all cases and steps; what is known is written after each, and shown."""
+    shown = str(dataclasses.replace(options, json=None, plot=None))
+    about: dict[str, Any] = {"machine": machine(), "options": shown}
+    modes = (False, True) if options.compile else (False,)
+    chosen = cases(options.batch_size, device=device)
+    work = [(case, mode) for mode in modes for case in chosen]
+    missing = [_name(case, compiled=mode) for case, mode in work] + list(options.steps)
+    results: list[Result] = []
+    shares: list[Share] = []
+
+    def save() -> None:
+        heads, steps = map(asdict, results), map(asdict, shares)
+        content = {**about, "heads": list(heads), "steps": list(steps)}
+        write_result(options.json, content, missing=missing)
+
+    try:
+        for case, mode in tqdm(work, unit="case", disable=None):
+            results.append(compare(case, options=options, compiled=mode, device=device))
+            missing.remove(results[-1].name)
+            save()
+        for name in options.steps:
+            shares.append(
+                measure_share(name, batch_size=options.step_batch_size, device=device)
+            )
+            missing.remove(name)
+            save()
+    finally:
+        print(table(results))
+        print("\n".join(share_text(share) for share in shares))
+        if missing:
+            print(f"not measured: {'; '.join(missing)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(_main, prog=_PROG))
+    run_command(_main, prog=_PROG)

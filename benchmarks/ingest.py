@@ -15,10 +15,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from benchmarks import report
 from benchmarks.checks import reference_moments
 from benchmarks.frame import Durations, Entry, run_alone, run_rounds
 from benchmarks.ours import ours
+from benchmarks.result_file import write_result
 from benchmarks.rivals import (
     dali_files,
     mosaic_streaming,
@@ -37,7 +37,6 @@ from benchmarks.rivals import (
     webdataset_tars,
 )
 from benchmarks.sets import Sets, make_sets
-from benchmarks.timing import Round
 from benchmarks.transforms import Pixels, Policy
 from benchmarks.waiting import train_and_wait
 from benchmarks.work import Loader, Work
@@ -196,6 +195,7 @@ def _main(arguments: Sequence[str]) -> None:
     options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
     loaders = choose(line_up(rand_augment=options.rand_augment), names=options.loaders)
     result: dict[str, Any] = {"machine": report.machine(), "options": str(options)}
+    step = ["waiting"] if options.synthetic_step else []
     with _place(options.folder) as folder:
         sets = make_sets(
             folder, num_images=options.num_images, short_side=options.short_side
@@ -205,23 +205,34 @@ def _main(arguments: Sequence[str]) -> None:
                 images = report.images_of(work_on(path, options=options))
                 result[f"{name}_images"] = images
         if options.rounds:
-            result["loaders"] = _compare(loaders, sets=sets, options=options)
+            entries = entries_of(loaders, sets=sets, options=options)
+            names = [entry.name for entry in entries]
+
+            def save(rounds: report.Rounds) -> None:
+                result["loaders"] = report.as_json(rounds)
+                missing = [name for name in names if name not in rounds] + step
+                write_result(options.json, result, missing=missing)
+
+            _compare(entries, options=options, save=save)
         if options.synthetic_step:
             work = work_on(sets.small or sets.original, options=options)
             waiting = run_alone(functools.partial(train_and_wait, work))
             print(report.waiting_text(waiting))
             result["waiting"] = asdict(waiting)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.json, result, missing=[])
 
 
 def _compare(
-    loaders: Sequence[Loader], *, sets: Sets, options: Options
-) -> dict[str, Any]:
-    rounds: dict[str, list[Round]] = run_rounds(
-        entries_of(loaders, sets=sets, options=options),
+    entries: Sequence[Entry],
+    *,
+    options: Options,
+    save: Callable[[report.Rounds], None],
+) -> None:
+    rounds = run_rounds(
+        entries,
         num_rounds=options.rounds,
         durations=Durations(warm_s=options.warm_s, measure_s=options.round_s),
+        on_round=save,
     )
     machine = report.machine()
     title = f"{options.num_threads} threads, {machine['gpu'] or machine['cpu']}"
@@ -229,7 +240,6 @@ def _compare(
     print(report.table(rounds))
     if options.plot:
         report.plot(rounds, title=title, path=options.plot)
-    return report.as_json(rounds)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from benchmarks.model_report import (
 )
 from benchmarks.model_rounds import Quiet, Rounds, matrix_rates, time_cases
 from benchmarks.report import machine
+from benchmarks.result_file import write_result
 from pipelines.cli import parse, run_command
 from pipelines.loop import has_bfloat16
 
@@ -136,10 +137,19 @@ def cases_of(model: str, *, options: Options) -> list[Case]:
     ]
 
 
-def measure(cases: Sequence[Case], *, options: Options) -> Measured:
-    """Time all cases, and in between what matrix products reach."""
+def measure(
+    cases: Sequence[Case], *, options: Options, save: Callable[[Measured], None]
+) -> None:
+    """Time all cases, and in between what matrix products reach.
+
+    Args:
+        save: Is called with all that was measured, after each round of each case.
+    """
     device, dtypes = cases[0].device, list(dict.fromkeys(it.dtype for it in cases))
     rates: dict[torch.dtype, dict[int, float]] = {dtype: {} for dtype in dtypes}
+    # Of each network once: all its stages are of one size.
+    networks = {(case.model, case.subject): case for case in cases}
+    sizes = {name: size_of(case) for name, case in networks.items()}
 
     def measure_rates() -> None:
         for dtype, of_side in matrix_rates(dtypes, device=device).items():
@@ -147,9 +157,14 @@ def measure(cases: Sequence[Case], *, options: Options) -> Measured:
                 rates[dtype][side] = max(rate, rates[dtype].get(side, 0.0))
 
     found: dict[Case, Rounds] = {}
+
+    def note(rounds: Mapping[Case, Rounds]) -> None:
+        found.update(rounds)
+        save(Measured(found=found, sizes=sizes, rates=rates))
+
     # One model after the other: its processes hold memory while they wait.
     for _, of_model in itertools.groupby(cases, key=lambda case: case.model):
-        found |= time_cases(
+        time_cases(
             list(of_model),
             num_rounds=options.rounds,
             round_s=options.round_s,
@@ -157,11 +172,8 @@ def measure(cases: Sequence[Case], *, options: Options) -> Measured:
                 max_other_cores=options.max_other_cores, attempts=options.attempts
             ),
             between=measure_rates,
+            on_round=note,
         )
-    # Of each network once: all its stages are of one size.
-    networks = {(case.model, case.subject): case for case in cases}
-    sizes = {name: size_of(case) for name, case in networks.items()}
-    return Measured(found=found, sizes=sizes, rates=rates)
 
 
 def _main(arguments: Sequence[str]) -> None:
@@ -170,21 +182,40 @@ def _main(arguments: Sequence[str]) -> None:
     cases = [
         case for name in options.models for case in cases_of(name, options=options)
     ]
-    measured = measure(cases, options=options)
-    results = results_of(measured)
-    print(table(results, measured=measured))
+    about = {
+        "machine": machine(),
+        "options": str(dataclasses.replace(options, json=None)),
+        "device": cases[0].device,
+        "batch_size": cases[0].batch_size,
+        "stages": {name: STAGES[name].adds for name in options.stages},
+    }
+    last: list[Measured] = []
+
+    def save(measured: Measured) -> None:
+        last[:] = [measured]
+        figures = as_json(results_of(measured), measured=measured)
+        missing = _missing(cases, measured=measured)
+        write_result(options.json, {**about, **figures}, missing=missing)
+
+    try:
+        measure(cases, options=options, save=save)
+    finally:
+        if last:
+            _show(cases, measured=last[0])
+
+
+def _missing(cases: Sequence[Case], *, measured: Measured) -> list[str]:
+    return [
+        f"{case.label}, {case.stage}" for case in cases if case not in measured.found
+    ]
+
+
+def _show(cases: Sequence[Case], *, measured: Measured) -> None:
+    print(table(results_of(measured), measured=measured))
     print(rates_text(measured.rates))
     print(others_text(measured))
-    if options.json:
-        content = {
-            "machine": machine(),
-            "options": str(dataclasses.replace(options, json=None)),
-            "device": cases[0].device,
-            "batch_size": cases[0].batch_size,
-            "stages": {name: STAGES[name].adds for name in options.stages},
-            **as_json(results, measured=measured),
-        }
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    if missing := _missing(cases, measured=measured):
+        print(f"not measured: {'; '.join(missing)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

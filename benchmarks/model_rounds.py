@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -80,38 +81,49 @@ def time_cases(
     round_s: float,
     quiet: Quiet,
     between: Callable[[], None],
+    on_round: Callable[[Mapping[Case, Rounds]], None] | None = None,
 ) -> dict[Case, Rounds]:
     """Time all cases, one after the other, again and again.
+
+    A case's first steps come before its first round, not before all cases' rounds: what
+    is broken off leaves the rounds so far.
 
     Args:
         round_s: A round of one case goes on for so long, or for one step.
         between: Is called before each round over all cases.
+        on_round: Is called with all rounds so far, after each.
 
     Raises ValueError, naming the case, where its process fails.
     """
     with contextlib.ExitStack() as stack:
         made = {case: stack.enter_context(_process_of(case, round_s)) for case in cases}
-        found: dict[Case, list[StepRound]] = {case: [] for case in cases}
-        begun: dict[Case, Begun] = {}
-        for case, ask in made.items():
-            begun[case] = ask()
-            shown = f"{case.label:<26}{case.stage:<14}"
-            print(
-                f"first step  {shown}{begun[case].first_step_s:9.1f} s", file=sys.stderr
-            )
+        for ask in made.values():
+            ask()  # it is ready: importing takes CPUs from those that are timed
+        found: dict[Case, Rounds] = {}
         for number in range(num_rounds):
             between()
             for case, ask in made.items():
-                found[case].append(_quiet_round(ask, quiet=quiet))
+                if case not in found:
+                    found[case] = _begin(case, ask)
+                last = _quiet_round(ask, quiet=quiet)
+                found[case] = replace(found[case], rounds=(*found[case].rounds, last))
                 print(
                     f"round {number + 1} of {num_rounds}  {case.label:<26}"
-                    f"{case.stage:<14}{found[case][-1].step_ms:9.1f} ms  "
-                    f"others on {found[case][-1].other_cores:.2f} cores",
+                    f"{case.stage:<14}{last.step_ms:9.1f} ms  "
+                    f"others on {last.other_cores:.2f} cores",
                     file=sys.stderr,
                 )
-    return {
-        case: Rounds(begun=begun[case], rounds=tuple(found[case])) for case in cases
-    }
+                if on_round is not None:
+                    on_round(found)
+        return found
+
+
+def _begin(case: Case, ask: Callable[[], Any]) -> Rounds:
+    """Ask for a case's first steps."""
+    begun = ask()
+    shown = f"{case.label:<26}{case.stage:<14}{begun.first_step_s:9.1f} s"
+    print(f"first step  {shown}", file=sys.stderr)
+    return Rounds(begun=begun, rounds=())
 
 
 def _quiet_round(ask: Callable[[], Any], *, quiet: Quiet) -> StepRound:
@@ -136,7 +148,11 @@ def _round(ask: Callable[[], Any]) -> StepRound:
 
 @contextlib.contextmanager
 def _process_of(case: Case, round_s: float) -> Iterator[Callable[[], Any]]:
-    """Have a process with a case; each call gives the next thing of `tell`."""
+    """Have a process with a case.
+
+    The first call waits until it has imported all it needs; each after it gives the
+    next thing of `tell`.
+    """
     # torch takes seconds to import: one process does, and the others fork off it,
     # which CUDA does not allow.
     context = (
@@ -174,7 +190,7 @@ def _process_of(case: Case, round_s: float) -> Iterator[Callable[[], Any]]:
 
 def _serve(case: Case, round_s: float, connection: Connection) -> None:
     """Tell, each time that it is asked, the next thing; end where nobody asks."""
-    told = tell(case, round_s=round_s)
+    told = itertools.chain([None], tell(case, round_s=round_s))
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             connection.recv()

@@ -1,18 +1,24 @@
-"""Measure what part of a network's training step its second-order head takes."""
+"""Measure what part of a network's training step its second-order head takes.
+
+The step is computed as a run computes it: bfloat16 autocast where the device has
+instructions for it, channels last, a fused optimiser.
+"""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
+from torch.nn.functional import cross_entropy
 
 import sovit  # noqa: F401  (registers the networks)
 from benchmarks.timing import call_ms
+from pipelines.device import has_bfloat16
 
-_IMG_SIZE = 224
 _NUM_ROUNDS = 5
 
 
@@ -22,6 +28,8 @@ class Share:
 
     model: str
     batch_size: int
+    dtype: str
+    """That products of the network are computed in."""
     step_ms: float
     """Forward, backward and AdamW of the whole network."""
     head_ms: float
@@ -30,30 +38,50 @@ class Share:
     """Of the pooling alone, without the classifier."""
 
 
-def measure_share(name: str, *, batch_size: int, device: str) -> Share:
-    """Time a step, the head and the pooling of a network of ours, in turns."""
+def measure_share(
+    name: str,
+    *,
+    batch_size: int,
+    device: str,
+    img_size: int = 224,
+    settings: Mapping[str, Any] | None = None,
+) -> Share:
+    """Time a step, the head and the pooling of a network of ours, in turns.
+
+    Args:
+        settings: Of the network; one of tokens must be told its `img_size` too.
+    """
     torch.manual_seed(0)
-    model: Any = timm.create_model(name, num_classes=1000).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    images = torch.randn(batch_size, 3, _IMG_SIZE, _IMG_SIZE, device=device)
+    in_half = has_bfloat16(torch.device(device))
+    autocast = torch.autocast(device, torch.bfloat16, enabled=in_half)
+    model: Any = timm.create_model(name, num_classes=1000, **(settings or {}))
+    model.train().to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    images = torch.randn(batch_size, 3, img_size, img_size, device=device)
+    images = images.to(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (batch_size,), device=device)
-    with torch.no_grad():
+    with torch.no_grad(), autocast:
         features = model.forward_features(images)
-    tokens = model.to_tokens(features) if hasattr(model, "to_tokens") else features
+        tokens = model.to_tokens(features) if hasattr(model, "to_tokens") else features
     tokens = tokens[:, getattr(model.head, "num_prefix_tokens", 1) :]
 
     def step() -> None:
-        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        with autocast:
+            logits = model(images)
+        cross_entropy(logits, labels).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     def head() -> None:
-        leaf = features.clone().requires_grad_()
-        torch.nn.functional.cross_entropy(model.forward_head(leaf), labels).backward()
+        with autocast:
+            logits = model.forward_head(features.clone().requires_grad_())
+        cross_entropy(logits, labels).backward()
         optimizer.zero_grad(set_to_none=True)
 
     def pooling() -> None:
-        model.head.pool(tokens.clone().requires_grad_()).sum().backward()
+        with autocast:
+            pooled = model.head.pool(tokens.clone().requires_grad_())
+        pooled.sum().backward()
         optimizer.zero_grad(set_to_none=True)
 
     parts = (step, head, pooling)
@@ -65,6 +93,7 @@ def measure_share(name: str, *, batch_size: int, device: str) -> Share:
     return Share(
         model=name,
         batch_size=batch_size,
+        dtype="bfloat16" if in_half else "float32",
         step_ms=medians[0],
         head_ms=medians[1],
         pooling_ms=medians[2],

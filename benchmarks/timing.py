@@ -127,8 +127,11 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratios(ours: Sequence[float], others: Sequence[float]) -> Spread:
-    """Compare two loaders round by round, so that a machine's drift cancels out."""
-    return spread([one / other for one, other in zip(ours, others, strict=True)])
+    """Compare two loaders round by round, so that a machine's drift cancels out.
+
+    Where one has not had its last round yet, those before it are compared.
+    """
+    return spread([one / other for one, other in zip(ours, others, strict=False)])
 
 
 def call_ms(function: Callable[[], object], *, device: str) -> float:

@@ -29,6 +29,7 @@ from benchmarks.checks import Moments, check_batches, reference_moments
 from benchmarks.ours import ours
 from benchmarks.processes import cpu_seconds, machine_cpu_seconds
 from benchmarks.sets import (
+    Sets,
     labelled_images,
     unpack_shards,
     write_mds,
@@ -364,6 +365,32 @@ def test_rounds_are_interleaved(monkeypatch: pytest.MonkeyPatch, work: Work) -> 
     rounds = frame.run_rounds(entries, num_rounds=3, durations=durations)
     assert seen == ["ours", "other"] * 3
     assert [found.images_per_s for found in rounds["other"]] == [200, 400, 600]
+
+
+def test_what_was_measured_is_there_when_a_loader_fails(
+    monkeypatch: pytest.MonkeyPatch, work: Work, tmp_path: Path
+) -> None:
+    left = iter([a_round(100), a_round(200)])
+
+    def run_alone(function: Any) -> Round:
+        del function
+        found = next(left, None)
+        if found is None:
+            raise ValueError("stopped here")
+        return found
+
+    monkeypatch.setattr(frame, "run_alone", run_alone)
+    sets = Sets(original=work.folder, small=None)
+    monkeypatch.setattr(ingest, "make_sets", lambda *args, **settings: sets)
+    out = tmp_path / "result.json"
+    loaders = "torchvision-tensor dali-files torchvision-pil"
+    with pytest.raises(ValueError, match="stopped here"):
+        ingest._main(
+            f"--rounds 2 --synthetic-step --json {out} --loaders {loaders}".split()
+        )
+    content = json.loads(out.read_text())
+    assert list(content["loaders"]) == ["torchvision-tensor", "dali-files"]
+    assert content["missing"] == ["torchvision-pil", "waiting"]
 
 
 def test_a_round_has_a_process_of_its_own() -> None:

@@ -221,6 +221,37 @@ def test_the_command_prints_a_table_and_keeps_figures(
     assert found["ours"]["stages"]["eager"]["to"].keys() == {"plain", "timm"}
 
 
+def test_what_was_measured_is_there_when_a_case_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_rounds, "_SIDES", {"cpu": (64,)})
+    real, num_rounds = model_rounds._round, 0
+
+    def round_of(ask: Any) -> StepRound:
+        nonlocal num_rounds
+        num_rounds += 1
+        if num_rounds == 2:
+            raise ValueError("stopped here")
+        return real(ask)
+
+    monkeypatch.setattr(model_rounds, "_round", round_of)
+    out = tmp_path / "result.json"
+    with pytest.raises(ValueError, match="stopped here"):
+        model._main(
+            "--models so_vit_7 --subjects ours --stages plain eager --rounds 2 "
+            "--batch-size 2 --img-size 32 --round-s 0 --attempts 1 --num-threads 1 "
+            f"--json {out}".split()
+        )
+    content = json.loads(out.read_text())
+    stages = content["models"]["so_vit_7"]["ours"]["stages"]
+    assert list(stages) == ["plain"]
+    assert len(stages["plain"]["rounds"]) == 1
+    assert content["missing"] == ["so_vit_7, eager"]
+    said = capsys.readouterr()
+    assert "so_vit_7: " in said.out
+    assert "not measured: so_vit_7, eager" in said.err
+
+
 def test_a_process_that_fails_is_named() -> None:
     wrong = changed(img_size=40)  # no multiple of 16
     with pytest.raises(ValueError, match=r"so_vit_7, eager: img_size must be"):
