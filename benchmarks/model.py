@@ -45,7 +45,7 @@ from benchmarks.model_rounds import Quiet, Rounds, matrix_rates, time_cases
 from benchmarks.report import machine
 from benchmarks.result_file import write_result
 from pipelines.cli import parse, run_command
-from pipelines.loop import has_bfloat16
+from pipelines.device import has_bfloat16
 
 _PROG = "benchmarks.model"
 _BATCH_SIZES = {"cpu": 8, "cuda": 128}

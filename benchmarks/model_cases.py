@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 
 from pipelines.config import Model, Run, Scale
+from pipelines.device import has_bfloat16
 from pipelines.explain.counting import count_macs, count_parameters, shapes_of
-from pipelines.loop import has_bfloat16
 from pipelines.recipe import load_recipe
 
 NUM_CLASSES = 1000

@@ -18,7 +18,7 @@ from benchmarks.model_report import Measured, as_json, mfu, results_of, table
 from benchmarks.model_rounds import Begun, Quiet, Rounds, StepRound, matrix_rates, tell
 from benchmarks.model_steps import build_steps, make_contiguous
 from pipelines.building import build_state
-from pipelines.loop import has_bfloat16
+from pipelines.device import has_bfloat16
 
 CASE = Case(
     model="so_vit_7",
