@@ -1,0 +1,7 @@
+"""A GPU without a GPU: what code for one does on the host, seen where there is none.
+
+PyTorch's fake tensors have a device and a shape, and no values: a whole training step
+on `cuda:0` runs without a kernel, and a dispatch mode sees each of its operations.
+What they ask of CUDA itself, streams, events, properties, a stand-in of its runtime
+answers, which `build` compiles.
+"""

@@ -1,0 +1,92 @@
+"""Do all cases on the fake GPU: `python -m tests.fake_gpu.cases`, or those named.
+
+Prints a line of JSON for each: what was seen, or why it did not run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from tests.fake_gpu.device import on_fake_gpu
+from tests.fake_gpu.steps import fake_run, take_steps
+from tests.fake_gpu.watch import Watch
+
+Case = Callable[[Watch], None]
+FAMILIES = (
+    *("imagenet.so_vit_7", "imagenet.sot_tiny"),
+    *("deit_swin.deit_tiny_so", "deit_swin.swin_tiny_so"),
+    *("gcp.mpncov_resnet50", "gcp.isqrt_resnet50", "gcp.isqrt_vgg16"),
+    *("gcp.isqrt_mobilenetv2", "gcp.gaussian_resnet50"),
+    *("attention.gsop_resnet50_1", "attention.gsop_resnet50_2"),
+    *("attention.eca_resnet18", "attention.eca_mobilenetv2"),
+)
+_CLIPPED = {"clip_grad_norm": 1.0, "on_nonfinite": "skip"}
+# What a step can have beside its network.
+SETTINGS: Mapping[str, dict[str, Any]] = {
+    "clipped, bad steps skipped": {"optim": _CLIPPED},
+    "gradients checkpointed": {"grad_checkpointing": True},
+    "accumulated": {"optim": {"num_accumulation": 4}},
+    "SGD": {"optim": {"optimizer": "sgd", "momentum": 0.9, "ema_decay": 0.0}},
+    "float32": {"amp": "off"},
+    "logged": {"log_every_steps": 1},
+}
+_VIT, _SHALLOW = "imagenet.so_vit_7", {"depth": 2}
+_LOGGED = (
+    "reads a value: pipelines/guard.py Guard.check",
+    "copies to the device, waiting: pipelines/metrics.py Sums.total",
+    "reads a value: pipelines/metrics.py Sums.total",
+)
+EIGEN = "waits inside: sovit/powers.py _Spectral.forward"
+
+
+def _step(watch: Watch, *, recipe: str, **changes: Any) -> None:
+    take_steps(watch, fake_run(recipe, **changes))
+
+
+CASES: Mapping[str, Case] = {
+    **{f"step of {name}": partial(_step, recipe=name) for name in FAMILIES},
+    **{
+        f"step, {name}": partial(_step, recipe=_VIT, kwargs=_SHALLOW, **changes)
+        for name, changes in SETTINGS.items()
+    },
+}
+# By case, what is to be seen, in order; nothing of all others.
+MEANT: Mapping[str, tuple[str, ...]] = {
+    # The decomposition itself waits: see docs/second_order.md.
+    "step of gcp.mpncov_resnet50": (EIGEN,),
+    "step, logged": _LOGGED * 2,
+}
+
+
+def _done(name: str) -> dict[str, Any]:
+    start_s = time.process_time()
+    error = ""
+    with on_fake_gpu() as watch:
+        try:
+            CASES[name](watch)
+        except Exception:
+            error = traceback.format_exc(limit=-12)
+    return {
+        "case": name,
+        "seen": [dataclasses.asdict(one) for one in watch.seen],
+        "num_ops": watch.num_ops,
+        "error": error,
+        "cpu_s": time.process_time() - start_s,
+    }
+
+
+def main() -> None:
+    """Do the cases that are named, or all."""
+    for name in sys.argv[1:] or CASES:
+        print(json.dumps(_done(name)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

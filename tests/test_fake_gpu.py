@@ -1,0 +1,52 @@
+"""Code for a GPU makes the host wait, and moves data, only where it is meant to.
+
+Of whole steps on a GPU that is none: see tests/fake_gpu.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.fake_gpu.build import ROOT, build, what_lacks
+from tests.fake_gpu.cases import CASES, MEANT
+from tests.fake_gpu.watch import Seen
+
+Outcomes = Mapping[str, Mapping[str, Any]]
+_LIMIT_S = 600
+
+
+@pytest.fixture(scope="session")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Do all in one process, which takes the stand-in of CUDA for the real one."""
+    if lacking := what_lacks():
+        pytest.skip(lacking)
+    env = build(tmp_path_factory.mktemp("fake_gpu"))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.fake_gpu.cases"],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=_LIMIT_S,
+        check=False,
+    )
+    lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
+    assert len(lines) == len(CASES), done.stderr[-2000:]
+    return {line["case"]: line for line in lines}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_host_waits_and_copies_where_it_is_meant(
+    name: str, outcomes: Outcomes
+) -> None:
+    outcome = outcomes[name]
+    assert not outcome["error"], outcome["error"]
+    assert outcome["num_ops"] > 0, "nothing was done on the device"
+    seen = [Seen(**one) for one in outcome["seen"]]
+    assert [one.told for one in seen] == list(MEANT.get(name, ())), seen
