@@ -14,7 +14,7 @@ import torch
 from ray.train import UserCallback
 
 from pipelines.config import Data
-from pipelines.device import device_of
+from pipelines.device import device_of, numerics_kept
 from pipelines.errors import RewindError, RunFailedError
 from pipelines.failures import Rewinds, first_line
 from pipelines.files import Place
@@ -101,7 +101,7 @@ def train_alone(
     group = Alone(job, folder=folder, callbacks=callbacks, board=board)
     rewinds = Rewinds(job.run.optim.max_nonfinite_steps)
     try:
-        with listener.listening(board, every_s=_LISTEN_EVERY_S):
+        with numerics_kept(), listener.listening(board, every_s=_LISTEN_EVERY_S):
             while not _trained_once(job, group=group, rewinds=rewinds):
                 pass
     except ValueError:

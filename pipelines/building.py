@@ -7,10 +7,14 @@ from collections.abc import Callable
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
+    bf16_compress_hook,
+)
 
 from pipelines.checkpoint import build_model
+from pipelines.compiling import decide
 from pipelines.config import Run
-from pipelines.device import is_gpu
+from pipelines.device import is_gpu, set_numerics
 from pipelines.loop import TrainState
 from pipelines.optim import build_optimizer
 from pipelines.sharding import shard
@@ -24,6 +28,7 @@ def build_state(
     world_size: int = 1,
     load: Callable[[nn.Module], None] = lambda model: None,
     load_average: Callable[[nn.Module], None] = lambda average: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> TrainState:
     """Build a run's model, on its device, with average and optimiser.
 
@@ -32,15 +37,22 @@ def build_state(
     Args:
         load: Puts weights into the model before the average is taken from it.
         load_average: Puts others into the average.
+        tell: Gets what a person should know of how steps will be computed.
 
     Raises ValueError where the model can't be what the run asks for.
     """
-    torch.use_deterministic_algorithms(run.scale.deterministic)
+    scale = run.scale
+    # First, since cuBLAS looks at it when it starts.
+    set_numerics(
+        deterministic=scale.deterministic, matmul_precision=scale.matmul_precision
+    )
+    compiling = decide(scale, device=device, world_size=world_size)
+    tell(compiling.line)
     torch.manual_seed(run.seed)
     model = build_model(run.model, num_classes=num_classes)
-    if run.scale.grad_checkpointing:
+    if scale.grad_checkpointing:
         checkpoint_gradients(model, name=run.model.name)
-    is_sharded = run.scale.sharding == "fsdp" and world_size > 1
+    is_sharded = scale.sharding == "fsdp" and world_size > 1
     if not is_sharded:  # else no device has to hold the whole
         # Convolutions are faster so, on CPUs too, and decoders give their images so;
         # FSDP2 takes no such weights.
@@ -56,16 +68,27 @@ def build_state(
                 shard(whole, device=device)
     return TrainState(
         model=model,
-        forward=wrapped(model, run=run, device=device, world_size=world_size),
+        forward=wrapped(
+            model,
+            run=run,
+            device=device,
+            world_size=world_size,
+            is_compiled=compiling.is_on,
+        ),
         optimizer=build_optimizer(model, optim=run.optim),
         ema=ema,
     )
 
 
 def wrapped(
-    model: nn.Module, *, run: Run, device: torch.device, world_size: int
+    model: nn.Module,
+    *,
+    run: Run,
+    device: torch.device,
+    world_size: int,
+    is_compiled: bool = False,
 ) -> nn.Module:
-    """Give the model as the step calls it: data parallel, compiled, or as it is."""
+    """Wrap a model as the step calls it: data parallel, compiled, or as it is."""
     forward = model
     if world_size > 1 and run.scale.sharding == "none":
         forward = nn.parallel.DistributedDataParallel(
@@ -74,12 +97,14 @@ def wrapped(
             gradient_as_bucket_view=True,
             # What a graph does at the second step it does at all: without
             # accumulation, and where nothing is compiled into other graphs.
-            static_graph=run.num_micro(world_size) == 1 and not run.scale.compile,
+            static_graph=run.num_micro(world_size) == 1 and not is_compiled,
             # The papers keep BatchNorm's statistics by GPU; rank 0's are shared where
             # they are used, at the epoch's end.
             broadcast_buffers=False,
         )
-    if run.scale.compile:
+        if run.scale.gradient_dtype == "bfloat16":
+            forward.register_comm_hook(state=None, hook=bf16_compress_hook)
+    if is_compiled:
         # All batches have one shape. Around data parallelism, so that gradients are
         # sent while others are still computed.
         return torch.compile(forward, dynamic=False)  # pyright: ignore[reportReturnType]

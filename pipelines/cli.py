@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import re
@@ -19,6 +20,8 @@ from pipelines.errors import RunFailedError
 T = TypeVar("T")
 _BROKEN_PIPE = 141
 _BOX = re.compile(r"[─-╿\s]+")
+_COMPILE, _NO_COMPILE = "--scale.compile", "--scale.no-compile"
+_COMPILE_CHOICES = ("True", "False", "auto")
 
 
 def parse(
@@ -40,7 +43,7 @@ def parse(
             return tyro.cli(
                 kind,
                 default=tyro.MISSING_NONPROP if default is None else default,
-                args=list(arguments),
+                args=_with_choices(arguments),
                 prog=prog,
                 description=text,
                 config=(tyro.conf.AvoidSubcommands,),
@@ -49,6 +52,20 @@ def parse(
         if error.code in (0, None):  # --help was printed
             raise
         raise ValueError(_BOX.sub(" ", said.getvalue()).strip()) from error
+
+
+def _with_choices(arguments: Sequence[str]) -> list[str]:
+    """Write a flag that has become a choice, and may be a flag still, as the choice."""
+    found: list[str] = []
+    for argument, after in itertools.zip_longest(arguments, arguments[1:]):
+        option = argument.replace("_", "-")
+        if option == _NO_COMPILE:
+            found += [_COMPILE, "False"]
+        elif option == _COMPILE and after not in _COMPILE_CHOICES:
+            found += [_COMPILE, "True"]
+        else:
+            found.append(argument)
+    return found
 
 
 def run_command(command: Callable[[Sequence[str]], None], *, prog: str) -> NoReturn:

@@ -107,9 +107,10 @@ class Scale:
     """How long a cluster may take to have the workers' CPUs and GPUs."""
     amp: Literal["auto", "off"] = "auto"
     """auto: bfloat16 autocast where the device has instructions for it."""
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     """Compile the training step with torch.compile: a minute or more at each start,
-    faster steps after it."""
+    faster steps after it. auto: on GPUs. Where a worker can't, for want of a C++
+    compiler say, none does."""
     grad_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less
     memory, a third more time."""
@@ -117,8 +118,15 @@ class Scale:
     """fsdp: each worker keeps a part of the weights, their gradients and the
     optimiser's state, for models that do not fit one GPU."""
     deterministic: bool = False
-    """Ask PyTorch for the same bits every time, on a GPU too, where that is slower; it
-    raises where it has no such kernel."""
+    """Ask PyTorch for the same bits every time, on a GPU too, where that is slower; a
+    model with an operation that has no such kernel is refused at its first step."""
+    matmul_precision: Literal["highest", "high"] = "highest"
+    """Of float32 matrix products on a GPU, those of Newton-Schulz and other poolings
+    among them, which bfloat16 leaves alone. high: TF32 on tensor cores, which takes of
+    each factor 10 bits of mantissa instead of 23."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What gradients travel in between workers. bfloat16: half the bytes, for slow
+    networks; they are rounded to 8 bits and summed so, weights stay float32."""
     hang_timeout_s: float = 600.0
     """A worker that makes no step for so long is killed and counts as failed; 0 is
     never."""
@@ -132,6 +140,10 @@ class Scale:
             resize_every_s=(self.resize_every_s > 0, "above 0"),
             cpus_per_worker=(self.cpus_per_worker > 0, "above 0"),
             max_failures=(self.max_failures >= 0, "at least 0"),
+            gradient_dtype=(
+                self.gradient_dtype == "float32" or self.sharding == "none",
+                "float32 with --scale.sharding fsdp",
+            ),
             hang_timeout_s=(self.hang_timeout_s >= 0, "at least 0"),
         )
 
@@ -139,6 +151,11 @@ class Scale:
     def is_alone(self) -> bool:
         """Tell whether the calling process trains, without Ray."""
         return not self.num_workers
+
+    @property
+    def wants_compile(self) -> bool:
+        """Whether steps are to be compiled where workers can."""
+        return self.use_gpu if self.compile == "auto" else self.compile
 
     @property
     def world_size(self) -> int:

@@ -20,6 +20,9 @@ from torch import Tensor
 Wanted = Literal["auto", "cpu", "cuda"]
 CPU = torch.device("cpu")
 _MIB = 1 << 20
+_CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+# Eight buffers of 4 MiB, of the two settings that PyTorch takes the faster one.
+_CUBLAS_DETERMINISTIC = ":4096:8"
 
 
 def is_gpu(device: torch.device) -> bool:
@@ -135,6 +138,39 @@ def peak_memory_mb(device: torch.device) -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB, macOS in bytes.
     return peak / _MIB if sys.platform == "darwin" else peak / 1024
+
+
+def set_numerics(
+    *, deterministic: bool, matmul_precision: Literal["highest", "high"]
+) -> None:
+    """Set how this process computes from now on, whatever was set before.
+
+    cuDNN tries its algorithms at each new shape and takes the fastest, unless the same
+    bits are wanted; cuBLAS gives those with a workspace that it asks its environment
+    for when it starts.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.set_float32_matmul_precision(matmul_precision)
+    if deterministic:
+        os.environ.setdefault(_CUBLAS_VARIABLE, _CUBLAS_DETERMINISTIC)
+
+
+@contextlib.contextmanager
+def numerics_kept() -> Iterator[None]:
+    """Leave the process, after what is done within, computing as it did before."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    precision = torch.get_float32_matmul_precision()
+    workspace = os.environ.get(_CUBLAS_VARIABLE)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.set_float32_matmul_precision(precision)
+        if workspace is None:
+            os.environ.pop(_CUBLAS_VARIABLE, None)
 
 
 def free_memory(device: torch.device) -> int:

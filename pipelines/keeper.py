@@ -17,7 +17,7 @@ from pipelines.loop import TrainState
 from pipelines.sharding import is_sharded, shard_state
 from pipelines.snapshot import Snapshot, take_snapshot
 from pipelines.store import CheckpointStore
-from pipelines.telling.board import Measured
+from pipelines.telling.board import Measured, Noted
 from pipelines.writer import CheckpointWriter
 
 
@@ -102,7 +102,13 @@ class Keeper:
             world_size=self._group.world_size,
             load=load,
             load_average=load_average,
+            tell=self._tell,
         )
+
+    def _tell(self, line: str) -> None:
+        """Tell the driver once what all workers know."""
+        if self._group.rank == 0:
+            self._group.post(Noted(line=line))
 
     def _start(self, model: nn.Module) -> None:
         """Put the weights of another training into a fresh model, if so wanted."""

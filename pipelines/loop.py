@@ -25,6 +25,7 @@ from pipelines.ingest.batch import Batch
 from pipelines.metrics import Sums
 from pipelines.mixing import draw_mix, mix, smooth_targets, soft_cross_entropy
 from pipelines.optim import learning_rate, set_learning_rate
+from pipelines.step_errors import step_errors
 
 _MINUTES_WHILE_FEW = 5.0
 
@@ -125,11 +126,12 @@ def train(
     epoch_bad = 0
     state.forward.train()
     for batch in clock.waiting(batches):
-        if batch.micro == 0:
-            _begin_step(state, settings=settings)
-            on_step_begin(state, batch)
-            guard.begin()
-        _forward_backward(state, batch, guard=guard, settings=settings, sums=sums)
+        with step_errors():
+            if batch.micro == 0:
+                _begin_step(state, settings=settings)
+                on_step_begin(state, batch)
+                guard.begin()
+            _forward_backward(state, batch, guard=guard, settings=settings, sums=sums)
         on_batch(batch, state.position.step)
         if not batch.ends_step:
             continue

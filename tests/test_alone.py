@@ -68,10 +68,17 @@ def weights_of(run: Run, name: str) -> dict[str, torch.Tensor]:
     return load_file(Path(run.storage, name, "epoch_0003", ckpt.EMA_FILE))
 
 
-def test_it_trains_keeps_and_records_as_workers_do(run: Run) -> None:
+def test_it_trains_keeps_and_records_as_workers_do(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     reports, had_ray = Reports(), ray.is_initialized()
+    settings = {"deterministic": True, "matmul_precision": "high"}
+    run = dataclasses.replace(run, scale=dataclasses.replace(run.scale, **settings))
     trained = fit(run, name="alone", callbacks=[reports])
     assert ray.is_initialized() == had_ray
+    # Who called it computes as before.
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.are_deterministic_algorithms_enabled()
     folder = Path(run.storage, "alone")
     kept = sorted(path.name for path in folder.iterdir() if path.is_dir())
     best = Path(str(trained.best)).name
@@ -87,6 +94,8 @@ def test_it_trains_keeps_and_records_as_workers_do(run: Run) -> None:
     assert trained.metrics["val/num_images"] == 101
 
     assert [seen["epoch"] for seen in reports.seen if "epoch" in seen] == [1, 2, 3]
+    assert "steps are not compiled: --scale.compile auto" in capsys.readouterr().out
+
     (tracked,) = runs_of(run.storage)
     assert tracked.info.status == "FINISHED"
     assert tracked.data.metrics["val/top1"] == trained.metrics["val/top1"]

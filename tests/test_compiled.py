@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import sovit
 from pipelines.building import build_state
 from pipelines.checkpoint import build_model
-from pipelines.config import Run
+from pipelines.compiling import why_not
+from pipelines.config import Run, Scale
 from pipelines.guard import Guard
 from pipelines.ingest.batch import Batch
 from pipelines.loop import TrainState, train
@@ -95,9 +96,24 @@ def losses_of(
     return losses
 
 
+def told_without_compiler() -> list[str]:
+    """Build a state that is to be compiled where no compiler is; give what it tells."""
+    from torch._inductor import config
+
+    run = small_run("none", model=SMALLEST)
+    run = dataclasses.replace(run, scale=Scale(compile=True))
+    lines: list[str] = []
+    with config.patch({"cpp.cxx": (None, "/none/g++")}):
+        state = build_state(run, num_classes=NUM_CLASSES, device=CPU, tell=lines.append)
+    assert state.forward is state.model
+    why_not.cache_clear()
+    return lines
+
+
 def print_curves() -> None:
     """Be the process that compiles: print the curves, and how often it compiled."""
     torch.set_num_threads(1)
+    without = told_without_compiler()
     torch._dynamo.config.error_on_recompile = True  # pyright: ignore
     curves = {
         "eager": losses_of(),
@@ -107,6 +123,7 @@ def print_curves() -> None:
     }
     num_graphs = counters["stats"]["unique_graphs"]
     found = {"num_graphs": num_graphs, "breaks": list(counters["graph_break"])}
+    found["without"] = without
     print(json.dumps({"curves": curves, **found}))
 
 
@@ -147,8 +164,18 @@ def test_compiled_and_eager_steps_give_the_same_loss_curve(
 
 
 def test_the_step_is_one_graph_and_compiled_once(compiled: dict[str, Any]) -> None:
-    assert compiled["num_graphs"] == 1
+    # And the one sum by which a worker finds out whether it can compile.
+    assert compiled["num_graphs"] == 1 + 1
     assert compiled["breaks"] == []
+
+
+def test_without_a_compiler_steps_are_eager_and_that_is_one_line(
+    compiled: dict[str, Any],
+) -> None:
+    (line,) = compiled["without"]
+    assert line.startswith("steps are not compiled, and slower: torch.compile needs a")
+    assert "worker 0 got: InvalidCxxCompiler: No working C++ compiler" in line
+    assert "/none/g++" in line
 
 
 def step_run(pooling: sovit.Pooling, *, is_checkpointed: bool = False) -> Run:

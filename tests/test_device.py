@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,36 @@ def test_memory_of_a_cpu_is_the_processs_and_the_machines() -> None:
     assert 50 < device.peak_memory_mb(CPU) < 1 << 20
     assert 1 << 20 < device.free_memory(CPU) < device.pages_bytes("SC_PHYS_PAGES")
     assert device.pages_bytes("no such name") == 0
+
+
+def test_how_a_process_computes_is_set_and_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    variable = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.delenv(variable, raising=False)
+    before = torch.backends.cudnn.benchmark
+    with device.numerics_kept():
+        device.set_numerics(deterministic=False, matmul_precision="high")
+        assert torch.backends.cudnn.benchmark
+        assert torch.get_float32_matmul_precision() == "high"
+        assert variable not in os.environ
+        device.set_numerics(deterministic=True, matmul_precision="highest")
+        assert not torch.backends.cudnn.benchmark
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ[variable] == ":4096:8"
+        with device.numerics_kept():
+            device.set_numerics(deterministic=False, matmul_precision="high")
+        assert os.environ[variable] == ":4096:8"
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert variable not in os.environ
+    assert torch.backends.cudnn.benchmark == before
+    assert not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setenv(variable, ":16:8")
+    device.set_numerics(deterministic=False, matmul_precision="highest")
+    with device.numerics_kept():
+        device.set_numerics(deterministic=True, matmul_precision="highest")
+        assert os.environ[variable] == ":16:8"
+    torch.backends.cudnn.benchmark = before
 
 
 def test_random_numbers_of_the_caller_stay() -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 from torch.distributed.tensor import DTensor
 
+from pipelines import compiling
 from pipelines.building import build_state
 from pipelines.checkpoint import load_optimizer, load_weights, read_manifest
 from pipelines.config import Run
@@ -25,9 +27,9 @@ from tests.test_loop import batch_of, pictures
 NUM_STEPS = 4
 
 
-def run_of(sharding: Any) -> Run:
+def run_of(sharding: Any, **settings: Any) -> Run:
     run = small_run("none", ema_decay=0.9, clip_grad_norm=1.0, on_nonfinite="skip")
-    scale = dataclasses.replace(run.scale, sharding=sharding, num_workers=2)
+    scale = dataclasses.replace(run.scale, sharding=sharding, num_workers=2, **settings)
     return dataclasses.replace(run, scale=scale, log_every_steps=1)
 
 
@@ -43,7 +45,13 @@ def share(index: int, *, rank: int, world_size: int) -> Batch:
 
 
 def trained(
-    state: TrainState, run: Run, *, rank: int, world_size: int, num_steps: int
+    state: TrainState,
+    run: Run,
+    *,
+    rank: int,
+    world_size: int,
+    num_steps: int,
+    **callbacks: Any,
 ) -> list[float]:
     losses: list[float] = []
     start = state.position.step
@@ -59,6 +67,7 @@ def trained(
         settings=settings,
         on_log=lambda metrics, position: losses.append(metrics["loss"]),
         on_epoch_end=lambda state: None,
+        **callbacks,
     )
     return losses
 
@@ -100,6 +109,7 @@ def work(rank: int, folder: Path) -> None:
     """Be one of two workers."""
     with meeting(folder, rank=rank, num_workers=2):
         train_sharded(rank, folder)
+        train_with_short_gradients(rank, folder)
 
 
 def train_sharded(rank: int, folder: Path) -> None:
@@ -127,6 +137,29 @@ def train_sharded(rank: int, folder: Path) -> None:
     trained(state, run, rank=rank, world_size=2, num_steps=2)
     keep(state, run, rank=rank, folder=folder / "unbroken")
     torch.save((losses, held_out), folder / f"rank{rank}.pt")
+
+
+def train_with_short_gradients(rank: int, folder: Path) -> None:
+    """Train whole models whose gradients travel in bfloat16; one can't compile."""
+    lines: list[str] = []
+    run = run_of("none", gradient_dtype="bfloat16", compile=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "why_not", lambda device: "no g++" if rank else "")
+        state = build_state(
+            run, num_classes=3, device=CPU, world_size=2, tell=lines.append
+        )
+    assert isinstance(state.forward, nn.parallel.DistributedDataParallel)
+    are_short: list[bool] = []
+
+    def look(batch: Batch, step: int) -> None:
+        grads = [p.grad for p in state.model.parameters() if p.grad is not None]
+        if step != 1:  # that one is no number
+            are_short.append(all(torch.equal(g, g.bfloat16().float()) for g in grads))
+
+    losses = trained(
+        state, run, rank=rank, world_size=2, num_steps=NUM_STEPS, on_batch=look
+    )
+    torch.save((losses, lines, are_short), folder / f"short{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +192,22 @@ def test_it_learns_what_a_whole_one_learns(folder: Path) -> None:
     for name, value in tensors_of(folder / "whole").items():
         other = tensors_of(folder / "sharded")[name]
         torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_gradients_may_travel_in_bfloat16(folder: Path) -> None:
+    losses, _, are_short = torch.load(folder / "short0.pt")
+    assert are_short == [True] * (NUM_STEPS - 1)
+    in_float32, _ = torch.load(folder / "rank0.pt")
+    assert losses == pytest.approx(in_float32, rel=1e-2)
+    assert losses != in_float32
+
+
+def test_workers_compile_together_or_not_at_all(folder: Path) -> None:
+    told = [torch.load(folder / f"short{rank}.pt")[1] for rank in range(2)]
+    assert told[0] == told[1]
+    (line,) = told[0]
+    assert line.startswith("steps are not compiled, and slower: torch.compile needs a")
+    assert line.endswith("worker 1 got: no g++")
 
 
 def test_it_goes_on_from_its_checkpoint_bit_for_bit(folder: Path) -> None:

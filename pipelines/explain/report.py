@@ -111,7 +111,7 @@ def _steps(found: Explanation) -> Iterator[str]:
         f"{_count(num_micro, 'micro-batch')} of {run.micro_batch_size:,} images"
     )
     settings = {
-        "compiled": scale.compile,
+        "compiled": scale.wants_compile,
         "activations computed again": scale.grad_checkpointing,
         f"weights shared out by {scale.sharding}": scale.sharding != "none",
     }

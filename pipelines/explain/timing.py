@@ -14,7 +14,7 @@ import torch
 from pipelines.building import build_state
 from pipelines.checkpoint import without_weights
 from pipelines.config import Probe, Run
-from pipelines.device import has_bfloat16, synchronize
+from pipelines.device import has_bfloat16, numerics_kept, synchronize
 from pipelines.ingest.batch import Batch
 from pipelines.loop import LoopSettings, train
 
@@ -166,12 +166,11 @@ def _now_s(device: torch.device) -> float:
 def _alone(num_threads: int) -> Iterator[None]:
     """Compute with a worker's threads, and leave PyTorch as it was."""
     before = torch.get_num_threads()
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
     state = torch.get_rng_state()
     torch.set_num_threads(num_threads)
     try:
-        yield
+        with numerics_kept():
+            yield
     finally:
         torch.set_num_threads(before)
-        torch.use_deterministic_algorithms(is_deterministic)
         torch.set_rng_state(state)

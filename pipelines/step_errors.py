@@ -1,0 +1,35 @@
+"""Tell in one line what PyTorch can't do in a step, and which setting asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+_NOT_DETERMINISTIC = " does not have a deterministic implementation"
+_COMPILERS = ("torch._dynamo", "torch._inductor")
+
+
+@contextlib.contextmanager
+def step_errors() -> Iterator[None]:
+    """Turn PyTorch's errors that a setting of the run brings about into ValueErrors.
+
+    A restart would bring them about again.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        if _NOT_DETERMINISTIC in first:
+            raise ValueError(
+                "scale.deterministic: wanted a model of operations that this device "
+                f"has deterministic kernels for, came one with "
+                f"{first.partition(_NOT_DETERMINISTIC)[0]}; set "
+                "--scale.no-deterministic, or take a model without it (of GSoP, the "
+                "attention channel in model.kwargs)"
+            ) from error
+        if type(error).__module__.startswith(_COMPILERS):
+            raise ValueError(
+                "scale.compile: wanted a step that torch.compile can compile, came "
+                f"{type(error).__name__}: {first}; set --scale.no-compile"
+            ) from error
+        raise
