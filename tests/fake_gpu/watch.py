@@ -141,8 +141,10 @@ class Watch(TorchDispatchMode):
         waits = not is_free or (pageable is not None and pageable not in self._pinned)
         side = "host" if source.is_cuda else "device"
         self._note(f"copies to the {side}" + ", waiting" * waits, name)
-        if name == "copy_" or target.type != "cpu":
+        if name == "copy_":
             return func(*args, **kwargs)
+        if target.type != "cpu":  # values would be followed to the stand-in's memory
+            return func(torch.empty_like(source), *args[1:], **kwargs)
         with unset_fake_temporarily():
             return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
 
