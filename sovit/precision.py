@@ -2,6 +2,8 @@
 
 A covariance sums a few hundred products and its power divides by a small number: half
 precision loses both. Everything here is float32, or float64 where the input is.
+What PyTorch may round in a float32 product (TF32) is left to its own setting:
+docs/second_order.md has the errors.
 """
 
 from __future__ import annotations
