@@ -89,11 +89,10 @@ class Data:
     std: tuple[float, float, float] = IMAGENET_STD
     decoder: Literal["auto", "dali", "torch"] = "auto"
     """auto: DALI where it is installed, else Pillow, which gives the same pixels."""
-    deterministic: bool = False
-    """On a GPU: pixels that do not depend on the batch, without the hardware decoder.
-    On a CPU they never do."""
-    hw_decoder_load: float = 0.65
-    """Share of a batch that a GPU's JPEG engine decodes, where it has one."""
+    hw_decoder_load: float = 0.0
+    """Share of a batch that a GPU's JPEG engine decodes, where it has one. Its pixels
+    differ a little, and above 0 which images it gets depends on the batch: then an
+    image's pixels are no longer the same after a restart, or on other workers."""
     decode_on: Literal["workers", "readers"] = "workers"
     """readers: the machines that read also decode, and pixels travel."""
     reader_label: str = ""

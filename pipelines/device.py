@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 Wanted = Literal["auto", "cpu", "cuda"]
+Event = torch.cuda.Event
 CPU = torch.device("cpu")
 _MIB = 1 << 20
 _CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
@@ -93,6 +94,24 @@ def wait_for_stream(device: torch.device) -> None:
     """Wait until the current stream has done all that it was given."""
     if is_gpu(device):
         torch.cuda.current_stream(device).synchronize()
+
+
+def record_event(device: torch.device) -> Event | None:
+    """Mark the end of what the current stream was given so far; None on a CPU.
+
+    A CPU has done its work when a call returns, so that there is nothing to wait for.
+    """
+    if not is_gpu(device):
+        return None
+    event = Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def wait_for_event(event: Event | None, device: torch.device) -> None:
+    """Let the current stream wait for another one's event; the host goes on."""
+    if event is not None:
+        torch.cuda.current_stream(device).wait_event(event)
 
 
 def used_here(*tensors: Tensor) -> None:

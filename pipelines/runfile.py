@@ -32,11 +32,15 @@ def from_json(text: str) -> Run:
         model = raw.pop("model")
         pooling = model.pop("pooling")
         optim = raw.pop("optim")
+        data = raw.pop("data")
+        # A flag of earlier versions for what is so by default now.
+        if data.pop("deterministic", False):
+            data["hw_decoder_load"] = 0.0
         # Runs of earlier versions have none of the three.
         schedule = Schedule(**optim.pop("schedule", {}))
         return Run(
             model=Model(**model, pooling=Pooling(**pooling) if pooling else None),
-            data=Data(**raw.pop("data")),
+            data=Data(**data),
             optim=Optim(**optim, schedule=schedule),
             probe=Probe(**raw.pop("probe", {})),
             validation=Validation(**raw.pop("validation", {})),

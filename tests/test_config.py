@@ -191,6 +191,18 @@ def test_json_of_before_schedules_probes_and_mirrors_is_read() -> None:
     assert from_json(json.dumps(raw)) == RUN
 
 
+@pytest.mark.parametrize(("flag", "load"), [(True, 0.0), (False, 0.65)])
+def test_json_of_before_pixels_were_deterministic_is_read(
+    flag: bool, load: float
+) -> None:
+    raw = json.loads(to_json(RUN))
+    assert RUN.data.hw_decoder_load == 0
+    raw["data"] |= {"deterministic": flag, "hw_decoder_load": 0.65}
+    assert from_json(json.dumps(raw)).data == dataclasses.replace(
+        RUN.data, hw_decoder_load=load
+    )
+
+
 def test_json_of_another_version_is_refused() -> None:
     raw = json.loads(to_json(RUN))
     unknown = raw | {"data": raw["data"] | {"colour": 1}}

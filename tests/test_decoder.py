@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from pipelines.device import has_gpu, is_gpu
+from pipelines.ingest.prefetch import taken_ahead
 from pipelines.pixels.decoder import BatchDecoder, make_decoder
+from pipelines.pixels.draws import draw
 from pipelines.pixels.host import HostDecoder, Threads
+from pipelines.pixels.salvage import SafeDecoder
+from tests.odd_images import GOOD, bad_images, odd_images
 from tests.small_sets import jpeg
 from tests.test_dali import decoder_of, draws_for, needs_dali
 from tests.test_salvage import CPU, SETTINGS, rows_with, settings_of
@@ -65,21 +70,71 @@ def test_threads_do_every_place_once_and_raise(num_threads: int) -> None:
     threads.each(fail, num=20)
 
 
-@needs_dali
-@pytest.mark.gpu
-def test_a_gpu_gives_the_pixels_of_the_cpu() -> None:
-    if not torch.cuda.is_available():
+DEVICES = [CPU, pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)]
+EVAL = dataclasses.replace(SETTINGS, img_size=64, train=False)
+
+
+def graph_on(device: torch.device) -> Any:
+    """Give what a GPU runs, on a device."""
+    if is_gpu(device) and not has_gpu():
         pytest.skip("needs a CUDA device")
     from pipelines.pixels.dali import DaliDecoder
 
+    return DaliDecoder(EVAL, batch_size=8, device=device)
+
+
+@needs_dali
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gpu_gives_the_pixels_of_the_cpu(device: torch.device) -> None:
     encoded = [jpeg(i, size=(80, 60)) for i in range(8)]
     views = rows_with(encoded).views
     for train in (True, False):
         draws = draws_for(encoded, train=train, img_size=64)
-        data = dataclasses.replace(SETTINGS.data, deterministic=True)
-        settings = dataclasses.replace(SETTINGS, data=data, img_size=64, train=False)
-        decode = DaliDecoder(settings, batch_size=8, device=torch.device("cuda", 0))
+        decode = graph_on(device)
         found: Any = decode(views, draws).cpu().float()
-        wanted = decoder_of("graph")(encoded, draws).float()
+        wanted = decoder_of("dali")(encoded, draws).float()
         assert (found - wanted).abs().mean() < 1
         assert torch.equal(decode(views, draws).cpu().float(), found)
+
+
+@needs_dali
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gpus_pixels_do_not_depend_on_the_batch(device: torch.device) -> None:
+    encoded = [jpeg(i, size=(80 + 9 * i, 60)) for i in range(24)]
+    views = rows_with(encoded).views
+    draws = draws_for(encoded, train=True, img_size=64)
+    decode = graph_on(device)
+    found: dict[int, torch.Tensor] = {}
+    for order, num in ((range(24), 8), (range(23, -1, -1), 5), (range(24), 1)):
+        for start in range(0, 24, num):
+            rows = list(order[start : start + num])
+            pixels = decode([views[at] for at in rows], draws.take(rows)).cpu()
+            for at, image in zip(rows, pixels, strict=True):
+                assert torch.equal(found.setdefault(at, image), image)
+
+
+@needs_dali
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["bad", "odd"])
+def test_a_gpu_finds_the_images_that_the_cpu_finds(
+    device: torch.device, kind: str
+) -> None:
+    """Two batches on their way, a damaged or an odd image in each."""
+    images = bad_images() if kind == "bad" else odd_images()
+    decode = SafeDecoder(graph_on(device))
+    batches = [
+        rows_with([GOOD, image, GOOD], first_id=10 * at)
+        for at, image in enumerate(images.values())
+    ]
+    started = (
+        decode.start(rows, draw(rows, settings=EVAL, epoch=0)) for rows in batches
+    )
+    ahead = taken_ahead(started, num_ahead=decode.num_ahead)
+    salvaged = {name: one() for name, one in zip(images, ahead, strict=True)}
+    reasons = {name: list(one.reasons) for name, one in salvaged.items()}
+    assert reasons == dict.fromkeys(images, [1] if kind == "bad" else [])
+    good: list[Any] = []
+    for one in salvaged.values():
+        assert one.pixels is not None
+        good += [one.pixels[0], one.pixels[-1]]
+    assert all(torch.equal(image, good[0]) for image in good)

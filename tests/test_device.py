@@ -63,7 +63,7 @@ def test_one_module_knows_cuda() -> None:
         for path in sorted((ROOT / layer).rglob("*.py"))
         if (lines := cuda_mentions(path.read_text()))
     }
-    assert list(mentions) == ["pipelines/device.py", "pipelines/pixels/dali.py"]
+    assert list(mentions) == ["pipelines/device.py"]
 
 
 @pytest.mark.skipif(device.has_gpu(), reason="this machine has a GPU")

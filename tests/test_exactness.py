@@ -7,7 +7,6 @@ steps. What counts is what the surviving weights were trained on.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -137,20 +136,36 @@ class MemoryOpener:
                 )
 
 
-def show_rows(rows: Rows, epoch: int, *, num_rows: int, history: History) -> Decoded:
+@dataclass(frozen=True, kw_only=True)
+class ShowRows:
     """Decode rows to (id, repetition); the bad ones get no weight."""
-    bad = [history.is_bad(int(row)) for row in rows.ids]
-    images = np.full((num_rows, 2), -1)
-    images[: len(rows)] = np.stack([rows.ids, rows.repeats], axis=1)
-    weights = np.zeros(num_rows, np.float32)
-    weights[: len(rows)] = np.logical_not(bad)
-    return Decoded(
-        images=torch.from_numpy(images),
-        labels=np.zeros(num_rows, np.int64),
-        weights=weights,
-        draw_ids=np.full(num_rows, -1),
-        bad=tuple(BadImage(row_id=0, key="", reason="bad") for is_bad in bad if is_bad),
-    )
+
+    num_rows: int
+    history: History
+
+    @property
+    def num_ahead(self) -> int:
+        """A batch ahead, as on a GPU; segments of a unit or two are too short for it."""
+        return int(self.history.units_per_segment == 1000)
+
+    def start(self, rows: Rows, epoch: int) -> Callable[[], Decoded]:
+        return lambda: self._decoded(rows)
+
+    def _decoded(self, rows: Rows) -> Decoded:
+        bad = [self.history.is_bad(int(row)) for row in rows.ids]
+        images = np.full((self.num_rows, 2), -1)
+        images[: len(rows)] = np.stack([rows.ids, rows.repeats], axis=1)
+        weights = np.zeros(self.num_rows, np.float32)
+        weights[: len(rows)] = np.logical_not(bad)
+        return Decoded(
+            images=torch.from_numpy(images),
+            labels=np.zeros(self.num_rows, np.int64),
+            weights=weights,
+            draw_ids=np.full(self.num_rows, -1),
+            bad=tuple(
+                BadImage(row_id=0, key="", reason="bad") for is_bad in bad if is_bad
+            ),
+        )
 
 
 def batches_of(
@@ -168,7 +183,7 @@ def batches_of(
         share_rows=-(-run.data.batch_size // num_workers),
         num_micro=run.optim.num_accumulation,
     )
-    decode = functools.partial(show_rows, num_rows=shape.micro_rows, history=history)
+    decode = ShowRows(num_rows=shape.micro_rows, history=history)
     for batch in batches(stream.tables(), shape=shape, decode=decode, device=CPU):
         stream.reached(batch.epoch, batch.index)
         yield batch

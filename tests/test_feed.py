@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +46,13 @@ class ShowIds:
     """Decode each row to its id, so that batches can be told apart; no id is -1."""
 
     num_rows: int
+    num_ahead: int = 0
     last: int = -1
 
-    def __call__(self, rows: Rows, epoch: int) -> Decoded:
+    def start(self, rows: Rows, epoch: int) -> Callable[[], Decoded]:
+        return lambda: self._decoded(rows, epoch)
+
+    def _decoded(self, rows: Rows, epoch: int) -> Decoded:
         assert epoch == 1
         weights = (np.arange(self.num_rows) < len(rows)).astype(np.float32)
         ids = rows.ids if len(rows) else np.array([self.last])
@@ -61,7 +65,12 @@ class ShowIds:
 
 
 def fed(
-    shards: ShardSet, *, num_workers: int, num_micro: int, start_batch: int = 0
+    shards: ShardSet,
+    *,
+    num_workers: int,
+    num_micro: int,
+    start_batch: int = 0,
+    num_ahead: int = 0,
 ) -> list[list[Batch]]:
     """Give every worker's batches of an epoch."""
     shape = Shape(share_rows=math.ceil(BATCH_SIZE / num_workers), num_micro=num_micro)
@@ -73,7 +82,7 @@ def fed(
                     units, shards=shards, num_workers=num_workers, worker=worker
                 ),
                 shape=shape,
-                decode=ShowIds(shape.micro_rows),
+                decode=ShowIds(shape.micro_rows, num_ahead),
                 device=CPU,
             )
         )
@@ -87,10 +96,13 @@ def ids_of(batch: Batch) -> np.ndarray:
 
 @pytest.mark.parametrize("num_workers", range(1, 6))
 @pytest.mark.parametrize("num_micro", range(1, 4))
+@pytest.mark.parametrize("num_ahead", [0, 1])
 def test_workers_go_in_step_and_no_row_counts_twice(
-    shards: ShardSet, num_workers: int, num_micro: int
+    shards: ShardSet, num_workers: int, num_micro: int, num_ahead: int
 ) -> None:
-    of_workers = fed(shards, num_workers=num_workers, num_micro=num_micro)
+    of_workers = fed(
+        shards, num_workers=num_workers, num_micro=num_micro, num_ahead=num_ahead
+    )
     micro_rows = math.ceil(math.ceil(BATCH_SIZE / num_workers) / num_micro)
     counted = []
     for together in zip(*of_workers, strict=True):
@@ -197,7 +209,10 @@ def test_readers_decode_to_the_same_pixels(shards: ShardSet, num_workers: int) -
     assert all(torch.equal(there[name], here[name]) for name in here)
 
 
-def test_tables_are_let_go_of_when_they_are_fed(shards: ShardSet) -> None:
+@pytest.mark.parametrize("num_ahead", [0, 1])
+def test_tables_are_let_go_of_when_they_are_fed(
+    shards: ShardSet, num_ahead: int
+) -> None:
     """Views keep their table alive, so a view that stays would keep a whole epoch."""
     alive = []
 
@@ -208,7 +223,8 @@ def test_tables_are_let_go_of_when_they_are_fed(shards: ShardSet) -> None:
             yield table
 
     shape = Shape(share_rows=12)
-    for _ in batches(counted(), shape=shape, decode=ShowIds(12), device=CPU):
+    decode = ShowIds(12, num_ahead)
+    for _ in batches(counted(), shape=shape, decode=decode, device=CPU):
         pass
     assert len(alive) == 16
     assert max(alive) < 1.5 * max(alive[:4])

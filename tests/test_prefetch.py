@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from pipelines.ingest import prefetch
 from pipelines.ingest.batch import Batch
-from pipelines.ingest.prefetch import Prefetcher
+from pipelines.ingest.prefetch import Prefetcher, taken_ahead
 
 CPU = torch.device("cpu")
 
@@ -116,3 +120,63 @@ def test_close_wakes_who_waits() -> None:
         thread.join(10)
         assert not thread.is_alive()
     assert got == []
+
+
+def test_the_models_stream_waits_for_each_batchs_own_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a GPU is told, in order; no host waits, which the thread would stand in."""
+    told: list[Any] = []
+    events = itertools.count()
+
+    @contextlib.contextmanager
+    def side_stream(device: torch.device) -> Iterator[None]:
+        told.append("decode thread")
+        yield
+        told.append("left")
+
+    def record_event(device: torch.device) -> str:
+        assert threading.current_thread().name == "decode"
+        return f"event {next(events)}"
+
+    def used_here(*tensors: torch.Tensor) -> None:
+        assert threading.current_thread().name != "decode"
+        told.append([tuple(tensor.shape) for tensor in tensors])
+
+    monkeypatch.setattr(prefetch, "side_stream", side_stream)
+    monkeypatch.setattr(prefetch, "record_event", record_event)
+    monkeypatch.setattr(
+        prefetch, "wait_for_event", lambda event, device: told.append(event)
+    )
+    monkeypatch.setattr(prefetch, "used_here", used_here)
+    items = Prefetcher((batch(i) for i in range(3)), num_items=3, device=CPU)
+    for index, item in enumerate(items):
+        assert item.index == index
+        assert told.pop() == [(2, 3, 1, 1), (2,), (2,)]  # after the wait
+        assert told.pop() == f"event {index}"
+    assert told == ["decode thread", "left"]
+    items.close()
+
+
+@pytest.mark.parametrize("num_ahead", [0, 1, 3])
+def test_taken_ahead_keeps_the_order_and_an_errors_place(num_ahead: int) -> None:
+    taken: list[int] = []
+
+    def source(num: int, *, fails: bool) -> Iterator[int]:
+        for index in range(num):
+            taken.append(index)
+            yield index
+        if fails:
+            raise ValueError("shard x is damaged")
+
+    for num in range(6):
+        taken.clear()
+        seen = []
+        for item in taken_ahead(source(num, fails=False), num_ahead=num_ahead):
+            assert len(taken) == min(item + 1 + num_ahead, num)
+            seen.append(item)
+        assert seen == list(range(num))
+        failing = taken_ahead(source(num, fails=True), num_ahead=num_ahead)
+        assert list(itertools.islice(failing, num)) == list(range(num))
+        with pytest.raises(ValueError, match="shard x"):
+            next(failing)

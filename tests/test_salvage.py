@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,10 +122,17 @@ def test_flipped_bits_are_decoded_as_they_are(kind: str) -> None:
 class Broken:
     """Fail always, or for one image, as told."""
 
+    num_ahead = 0
+
     def __init__(self, fails: Any) -> None:
         self.fails, self.num_resets, self.sizes = fails, 0, []
 
-    def __call__(self, encoded: Sequence[np.ndarray], draws: Draws) -> Tensor:
+    def start(
+        self, encoded: Sequence[np.ndarray], draws: Draws
+    ) -> Callable[[], Tensor]:
+        return lambda: self._decoded(encoded, draws)
+
+    def _decoded(self, encoded: Sequence[np.ndarray], draws: Draws) -> Tensor:
         self.sizes.append(len(encoded))
         assert len(draws.geometry.start) == len(encoded)
         if self.fails(encoded):

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
 
+from pipelines.device import upload
 from pipelines.ingest.batch import Batch
+from pipelines.ingest.prefetch import taken_ahead
 from pipelines.pixels.decoder import Decoded
 from pipelines.pixels.rows import Rows, rows_of
 
@@ -37,11 +39,24 @@ class Shape:
         return math.ceil(self.share_rows / self.num_micro)
 
 
+class RowsDecoder(Protocol):
+    """Makes images of an epoch's rows, all batches of one shape; see BatchDecoder."""
+
+    @property
+    def num_ahead(self) -> int:
+        """Batches worth starting before the first one is asked for."""
+        ...
+
+    def start(self, rows: Rows, epoch: int) -> Callable[[], Decoded]:
+        """Begin to decode; what is returned gives the images."""
+        ...
+
+
 def batches(
     tables: Iterable[pa.Table],
     *,
     shape: Shape,
-    decode: Callable[[Rows, int], Decoded],
+    decode: RowsDecoder,
     device: torch.device,
 ) -> Iterator[Batch]:
     """Decode share tables into micro-batches of one shape.
@@ -49,19 +64,26 @@ def batches(
     Args:
         decode: makes `shape.micro_rows` images of at most as many rows of an epoch.
     """
+    started = _started(tables, shape=shape, decode=decode)
+    for decoded, place in taken_ahead(started, num_ahead=decode.num_ahead):
+        found = decoded()
+        yield Batch(
+            images=found.images,
+            labels=upload(torch.from_numpy(found.labels), device),
+            weights=upload(torch.from_numpy(found.weights), device),
+            draw_ids=found.draw_ids,
+            num_bad=len(found.bad),
+            **place,
+        )
+
+
+def _started(
+    tables: Iterable[pa.Table], *, shape: Shape, decode: RowsDecoder
+) -> Iterator[tuple[Callable[[], Decoded], dict[str, Any]]]:
     for table in tables:
         cells: dict[str, Any] = {name: table[name][0].as_py() for name in _CELLS}
         for rows, place in _micro_batches(rows_of(table), shape=shape, cells=cells):
-            found = decode(rows, cells["epoch"])
-            yield Batch(
-                images=found.images,
-                labels=torch.from_numpy(found.labels).to(device, non_blocking=True),
-                weights=torch.from_numpy(found.weights).to(device, non_blocking=True),
-                draw_ids=found.draw_ids,
-                num_bad=len(found.bad),
-                epoch=cells["epoch"],
-                **place,
-            )
+            yield decode.start(rows, cells["epoch"]), place
 
 
 def _micro_batches(
@@ -76,6 +98,7 @@ def _micro_batches(
             yield (
                 rows.cut(first + start, first + stop),
                 {
+                    "epoch": cells["epoch"],
                     "index": cells["first_batch"] + at,
                     "micro": micro,
                     "global_rows": cells["batch_rows"][at],

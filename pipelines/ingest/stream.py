@@ -24,6 +24,8 @@ from pipelines.ingest.reading import Reading, share_tables
 
 # A thousand read tasks are a few megabytes in memory.
 _UNITS_PER_SEGMENT = 1000
+# Early enough, too, for a decode thread that takes one batch ahead before it gives any:
+# a segment's last batch must not be the one that opens the next segment.
 _OPEN_AT_SHARE = 0.9
 
 

@@ -6,7 +6,10 @@ so a pipeline can be rebuilt at any moment and its own random state does not exi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,19 +19,12 @@ import torch
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch import Tensor
 
+from pipelines.device import current_stream, is_gpu
 from pipelines.pixels.dali_ops import apply_ops, op_inputs
 from pipelines.pixels.draws import Draws, PixelSettings
 from pipelines.pixels.geometry import Geometry
 
 _INT32, _FLOAT = types.DALIDataType.INT32, types.DALIDataType.FLOAT
-
-
-def current_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """Return the stream that a device's outputs are read on; None on a CPU.
-
-    DALI's `run` and `outputs` take either, so that there is one path for both.
-    """
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 class DaliWindows:
@@ -62,16 +58,30 @@ class DaliWindows:
         self._pipeline.build()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Batch:
+    """Images that were given to be decoded, and what became of them."""
+
+    encoded: Sequence[np.ndarray]
+    draws: Draws
+    pixels: Future[Tensor] = field(default_factory=Future)
+
+
 class DaliDecoder:
     """Turn encoded images into uint8 pixels (n, img_size, img_size, 3) on a GPU.
 
     The same work as `HostDecoder` on the CPU, by DALI's own operators; `dali_ops` says
-    where their pixels differ.
+    where their pixels differ. While one batch is waited for, the next is fed already.
+
+    Pixels are made on the stream that is current where they are asked for, and the host
+    waits until DALI has queued the work, not until the device has done it.
 
     Args:
         device: A CUDA device. On the CPU, where tests run it, it is slower than
             HostDecoder.
     """
+
+    num_ahead = 1
 
     def __init__(
         self, settings: PixelSettings, *, batch_size: int, device: torch.device
@@ -79,49 +89,109 @@ class DaliDecoder:
         self._settings = settings
         self._batch_size = batch_size
         self._device = device
-        self.reset()
+        self._in_flight: deque[_Batch] = deque()
+        self._pipeline: Pipeline | None = self._build()
 
     def __call__(self, encoded: Sequence[np.ndarray], draws: Draws) -> Tensor:
         """Decode a batch; raises RuntimeError where one image of it is bad."""
+        return self.start(encoded, draws)()
+
+    def start(
+        self, encoded: Sequence[np.ndarray], draws: Draws
+    ) -> Callable[[], Tensor]:
+        """Begin to decode a batch; what is returned gives its pixels, or its error."""
+        batch = _Batch(encoded=encoded, draws=draws)
+        self._feed(batch)
+        return lambda: self._pixels_of(batch)
+
+    def reset(self) -> None:
+        """Build the pipeline anew before the next batch.
+
+        Batches that were on their way are fed again when they are asked for.
+        """
+        self._in_flight.clear()
+        self._pipeline = None
+
+    def _feed(self, batch: _Batch) -> None:
+        try:
+            if self._pipeline is None:
+                self._pipeline = self._build()
+            _feed(self._pipeline, batch.encoded, batch.draws.geometry)
+            for name, value in self._numbers(batch.draws).items():
+                # A whole array, which is a batch too: a list costs twenty times as
+                # long.
+                self._pipeline.feed_input(name, np.ascontiguousarray(value))
+            self._pipeline.schedule_run()
+            self._in_flight.append(batch)
+        except Exception as error:
+            self._fail(batch, error)
+
+    def _pixels_of(self, batch: _Batch) -> Tensor:
+        while not batch.pixels.done():
+            if batch not in self._in_flight:  # lost with another one that failed
+                self._feed(batch)
+            else:
+                first = self._in_flight.popleft()
+                try:
+                    first.pixels.set_result(self._outputs())
+                except Exception as error:
+                    self._fail(first, error)
+        return batch.pixels.result()
+
+    def _fail(self, batch: _Batch, error: Exception) -> None:
+        """Keep an error for who asks for the batch; DALI may not go on after one."""
+        batch.pixels.set_exception(error)
+        self.reset()
+
+    def _outputs(self) -> Tensor:
+        assert self._pipeline is not None
+        (output,) = self._pipeline.outputs(current_stream(self._device))
+        # DALI's pool does not know which streams still read a tensor; torch's does.
+        return torch.from_dlpack(output.as_tensor()).clone()
+
+    def _numbers(self, draws: Draws) -> dict[str, np.ndarray]:
         geometry = draws.geometry
-        _feed(self._pipeline, encoded, geometry)
-        feeds = {
+        numbers = {
             "resized": geometry.resized.astype(np.float32),
             "interpolation": _interpolations(geometry.bicubic),
             "crop": geometry.crop.astype(np.int32),
             "flip": geometry.flip.astype(np.int32),
         }
         if draws.ops is not None:
-            feeds |= op_inputs(draws.ops, img_size=self._settings.img_size)
-        for name, value in feeds.items():
-            # A whole array, which is a batch too: a list costs twenty times as long.
-            self._pipeline.feed_input(name, np.ascontiguousarray(value))
-        # Positional only: by name DALI takes it for one more input of the graph.
-        (output,) = self._pipeline.run(current_stream(self._device))
-        # DALI's pool does not know which streams still read a tensor; torch's does.
-        return torch.from_dlpack(output.as_tensor()).clone()
+            numbers |= op_inputs(draws.ops, img_size=self._settings.img_size)
+        return numbers
 
-    def reset(self) -> None:
-        """Build the pipeline anew."""
-        on_gpu = self._device.type == "cuda"
-        make: Any = pipeline_def
-        define = make(
-            batch_size=self._batch_size,
-            num_threads=self._settings.data.num_decode_threads,
-            device_id=(self._device.index or 0) if on_gpu else None,
-            prefetch_queue_depth=1,
-            exec_dynamic=True,
-            # Each image goes through its own operations only.
-            enable_conditionals=True,
+    def _build(self) -> Pipeline:
+        pipeline = define_pixels(
+            self._settings, batch_size=self._batch_size, device=self._device
         )
-        self._pipeline = define(_pixels)(self._settings, on_gpu=on_gpu)
-        self._pipeline.build()
+        pipeline.build()
+        return pipeline
+
+
+def define_pixels(
+    settings: PixelSettings, *, batch_size: int, device: torch.device
+) -> Pipeline:
+    """Define the pipeline of a device, unbuilt: a GPU's needs none for that."""
+    on_gpu = is_gpu(device)
+    make: Any = pipeline_def
+    define = make(
+        batch_size=batch_size,
+        num_threads=settings.data.num_decode_threads,
+        device_id=(device.index or 0) if on_gpu else None,
+        # Of the outputs. A batch that is fed while one is on its way is decoded after
+        # it; with 2 the first `schedule_run` would want two batches.
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
+        # Each image goes through its own operations only.
+        enable_conditionals=True,
+    )
+    return define(_pixels)(settings, on_gpu=on_gpu)
 
 
 def _pixels(settings: PixelSettings, *, on_gpu: bool) -> Any:
     """Define the graph: decode, resize, crop, flip, augment."""
-    data = settings.data
-    load = 0.0 if data.deterministic else data.hw_decoder_load
+    load = settings.data.hw_decoder_load
     images: Any = fn.resize(
         _decoded_windows(device="mixed" if on_gpu else "cpu", hw_decoder_load=load),
         size=_input("resized", dtype=_FLOAT),

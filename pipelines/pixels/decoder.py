@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.device import is_gpu
-from pipelines.pixels.draws import PixelSettings, draw, draw_ids_of
+from pipelines.device import is_gpu, upload
+from pipelines.pixels.draws import Draws, PixelSettings, draw, draw_ids_of
 from pipelines.pixels.finish import Finisher
 from pipelines.pixels.host import HostDecoder
 from pipelines.pixels.pillow_decode import PillowWindows
@@ -103,14 +103,25 @@ class BatchDecoder:
         self._last = torch.tensor(settings.fill, dtype=torch.uint8, device=device)
         self._last = self._last.expand(1, size, size, 3)
 
+    @property
+    def num_ahead(self) -> int:
+        """Batches worth starting before the first one is asked for."""
+        return self._decode.num_ahead if self._decode is not None else 0
+
     def __call__(self, rows: Rows, epoch: int) -> Decoded:
         """Decode some rows of an epoch."""
+        return self.start(rows, epoch)()
+
+    def start(self, rows: Rows, epoch: int) -> Callable[[], Decoded]:
+        """Begin to decode; what is returned gives the images, in the batches' order."""
         draws = draw(rows, settings=self._settings, epoch=epoch)
-        found = (
-            pixels_of(rows, img_size=self._settings.img_size)
-            if self._decode is None
-            else self._decode(rows, draws)
-        )
+        if self._decode is None:
+            size = self._settings.img_size
+            return lambda: self._decoded(rows, draws, pixels_of(rows, img_size=size))
+        salvaged = self._decode.start(rows, draws)
+        return lambda: self._decoded(rows, draws, salvaged())
+
+    def _decoded(self, rows: Rows, draws: Draws, found: Salvaged) -> Decoded:
         bad = tuple(
             BadImage(
                 row_id=int(rows.ids[at]), key=str(rows.keys[at].as_py()), reason=reason
@@ -148,7 +159,7 @@ class BatchDecoder:
         places = np.arange(self._num_rows) % len(found.good)
         # A good row stays at its own place.
         places[found.good] = np.arange(len(found.good))
-        pixels = found.pixels[torch.from_numpy(places).to(found.pixels.device)]
+        pixels = found.pixels[upload(torch.from_numpy(places), found.pixels.device)]
         return pixels, [found.good[place] for place in places]
 
 

@@ -7,6 +7,7 @@ as fast; DALI's own takes as long as its decoding. The operations are timm's, on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -39,6 +40,8 @@ class Windows(Protocol):
 class HostDecoder:
     """Turn encoded images into uint8 pixels (n, img_size, img_size, 3) on the CPU."""
 
+    num_ahead = 0
+
     def __init__(
         self,
         windows: Windows,
@@ -63,6 +66,12 @@ class HostDecoder:
 
         self._threads.each(finish, num=len(windows))
         return torch.from_numpy(pixels)
+
+    def start(
+        self, encoded: Sequence[np.ndarray], draws: Draws
+    ) -> Callable[[], Tensor]:
+        """Decode once the pixels are asked for: no other device could meanwhile."""
+        return functools.partial(self, encoded, draws)
 
     def reset(self) -> None:
         """Be as new after an error."""

@@ -6,7 +6,7 @@ say for which image, so each is tried alone and the rest goes on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +22,19 @@ from pipelines.pixels.screen import screen
 class PixelDecoder(Protocol):
     """Anything that makes uint8 pixels (n, H, W, 3) of encoded images."""
 
-    def __call__(self, encoded: Sequence[np.ndarray], draws: Draws) -> Tensor: ...
+    @property
+    def num_ahead(self) -> int:
+        """Batches worth starting before the first one is asked for."""
+        ...
+
+    def start(
+        self, encoded: Sequence[np.ndarray], draws: Draws
+    ) -> Callable[[], Tensor]:
+        """Begin to decode; what is returned gives the pixels, or raises.
+
+        Each batch gives its own, or its own error, whatever becomes of the others.
+        """
+        ...
 
     def reset(self) -> None:
         """Be as new after an error."""
@@ -49,8 +61,17 @@ class SafeDecoder:
         # A whole-looking image that failed once is not tried again.
         self._known: dict[int, str] = {}
 
+    @property
+    def num_ahead(self) -> int:
+        """Batches worth starting before the first one is asked for."""
+        return self._decoder.num_ahead
+
     def __call__(self, rows: Rows, draws: Draws) -> Salvaged:
         """Decode; raises only what is not an image's fault: memory, a driver."""
+        return self.start(rows, draws)()
+
+    def start(self, rows: Rows, draws: Draws) -> Callable[[], Salvaged]:
+        """Begin to decode; what is returned gives what `__call__` does."""
         reasons: dict[int, str] = {}
         for at, view in enumerate(rows.views):
             size = {"height": int(rows.heights[at]), "width": int(rows.widths[at])}
@@ -58,8 +79,19 @@ class SafeDecoder:
             if reason:
                 reasons[at] = reason
         good = [at for at in range(len(rows)) if at not in reasons]
+        decoded = self._start(rows, draws, good)
+        return lambda: self._salvage(rows, draws, good, reasons, decoded)
+
+    def _salvage(
+        self,
+        rows: Rows,
+        draws: Draws,
+        good: list[int],
+        reasons: dict[int, str],
+        decoded: Callable[[], Tensor | None],
+    ) -> Salvaged:
         try:
-            pixels = self._decode(rows, draws, good)
+            pixels = decoded()
         except Exception as error:
             self._decoder.reset()
             found = self._find(rows, draws, good)
@@ -70,24 +102,27 @@ class SafeDecoder:
             reasons |= found
             good = [at for at in good if at not in found]
             try:
-                pixels = self._decode(rows, draws, good)
+                pixels = self._start(rows, draws, good)()
             except Exception:
                 raise error from None
         return Salvaged(pixels=pixels, good=good, reasons=reasons)
 
-    def _decode(self, rows: Rows, draws: Draws, places: list[int]) -> Tensor | None:
+    def _start(
+        self, rows: Rows, draws: Draws, places: list[int]
+    ) -> Callable[[], Tensor | None]:
         if not places:
-            return None
+            return lambda: None
         if len(places) == len(rows):
-            return self._decoder(rows.views, draws)
-        return self._decoder([rows.views[at] for at in places], draws.take(places))
+            return self._decoder.start(rows.views, draws)
+        views = [rows.views[at] for at in places]
+        return self._decoder.start(views, draws.take(places))
 
     def _find(self, rows: Rows, draws: Draws, places: list[int]) -> dict[int, str]:
         """Try each image alone; say why the bad ones can't be decoded."""
         found = {}
         for at in places:
             try:
-                self._decode(rows, draws, [at])
+                self._start(rows, draws, [at])()
             except Exception as error:  # each decoder has its own
                 self._decoder.reset()
                 found[at] = _reason(error)
