@@ -145,7 +145,7 @@ class ShowRows:
 
     @property
     def num_ahead(self) -> int:
-        """A batch ahead, as on a GPU; segments of a unit or two are too short for it."""
+        """Batches ahead: as on a GPU, where segments are long enough for it."""
         return int(self.history.units_per_segment == 1000)
 
     def start(self, rows: Rows, epoch: int) -> Callable[[], Decoded]:
