@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
+from pipelines.files import Place
+from pipelines.retries import is_remote, retrying
 from pipelines.shards.format import ROWS_PER_GROUP, SCHEMA, write_shard
 from pipelines.shards.hf_parquet import unpack
 from pipelines.shards.images import BadImageError, check_image
 from pipelines.shards.planning import Done, Plan
-from pipelines.shards.state import read_records
+from pipelines.shards.state import NUM_THREADS, read_records
+from pipelines.shards.stored import child, open_stored
+from pipelines.shards.zips import read_member
 
 
 def unpack_container(plan: Plan, container: int) -> Done:
     """Unpack one Parquet file of the source, so that its images can be read alone."""
     blob = plan.blob_path(container)
     blob.parent.mkdir(parents=True, exist_ok=True)
-    unpack(Path(plan.containers[container]), blob=blob)
+    unpack(plan.containers[container], blob=blob, fields=plan.fields)
     bounds = np.load(blob.with_suffix(".npy"), mmap_mode="r")
     return Done(num_rows=len(bounds) - 1, num_skipped=0)
 
@@ -31,7 +39,8 @@ def build_shard(plan: Plan, shard: int) -> Done:
     Holds the shard's images in memory, up to three times their size.
 
     Raises:
-        OSError: A file of the source is gone or cannot be read.
+        OSError: The source cannot be read now.
+        ValueError: A file of the source is gone or changed.
     """
     records = read_records(plan, shard=shard)
     images = _read_images(plan, records=records)
@@ -55,12 +64,14 @@ def _check_rows(
     plan: Plan,
     *,
     records: list[dict[str, Any]],
-    images: list[bytes],
+    images: list[bytes | BadImageError],
     skipped: list[tuple[int, str]],
 ) -> pa.Table:
     rows = []
     for record, data in zip(records, images, strict=False):
         try:
+            if isinstance(data, BadImageError):
+                raise data
             image = check_image(
                 data,
                 full=plan.recipe.check == "full",
@@ -76,13 +87,12 @@ def _check_rows(
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def _read_images(plan: Plan, *, records: pa.Table) -> list[bytes]:
+def _read_images(plan: Plan, *, records: pa.Table) -> list[bytes | BadImageError]:
     containers = records["container"].to_numpy()
     offsets = records["offset"].to_numpy()
     if plan.kind == "folder":
-        root = Path(plan.containers[0])
-        return [(root / key).read_bytes() for key in records["key"].to_pylist()]
-    images = [b""] * len(records)
+        return _read_files(plan.containers[0], keys=records["key"].to_pylist())
+    images: list[bytes | BadImageError] = [b""] * len(records)
     # In the order they lie on the disk, file by file.
     order = np.lexsort((offsets, containers))
     starts = np.flatnonzero(np.diff(containers[order], prepend=-1))
@@ -91,21 +101,72 @@ def _read_images(plan: Plan, *, records: pa.Table) -> list[bytes]:
     return images
 
 
+def _read_files(root: str, *, keys: Sequence[str]) -> list[bytes | BadImageError]:
+    if not is_remote(root):
+        return [_read_file(Place(os.path.join(root, key))) for key in keys]
+    # A request takes tens of milliseconds, most of them waiting.
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return list(pool.map(lambda key: _read_file(Place(child(root, key))), keys))
+
+
+def _read_file(place: Place) -> bytes | BadImageError:
+    try:
+        if place.is_remote:
+            return place.read()
+        return Path(place.address).read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise _changed(str(place), problem="is gone since it was listed") from None
+    except PermissionError as error:
+        return BadImageError(f"cannot be read: {error.strerror or error}")
+
+
+def _changed(name: str, *, problem: str) -> ValueError:
+    return ValueError(
+        f"{name} {problem}: the source changed. Put it back and type the same command "
+        "again, or start anew with what is there by --overwrite."
+    )
+
+
 def _read_from(
-    plan: Plan, *, records: pa.Table, rows: np.ndarray, images: list[bytes]
+    plan: Plan,
+    *,
+    records: pa.Table,
+    rows: np.ndarray,
+    images: list[bytes | BadImageError],
 ) -> None:
     container = records["container"][int(rows[0])].as_py()
     offsets = records["offset"].to_numpy()[rows]
     if plan.kind == "parquet":
-        path = plan.blob_path(container)
-        bounds = np.load(path.with_suffix(".npy"), mmap_mode="r")
+        path = str(plan.blob_path(container))
+        bounds = np.load(plan.blob_path(container).with_suffix(".npy"), mmap_mode="r")
         offsets, sizes = bounds[offsets], bounds[offsets + 1] - bounds[offsets]
     else:
-        path = Path(plan.containers[container])
+        path = plan.containers[container]
         sizes = records["size_bytes"].to_numpy()[rows]
-    with path.open("rb") as file:
+    try:
+        stored = open_stored(path, reads_on=False)
+    except FileNotFoundError:
+        raise _changed(path, problem="is gone since it was listed") from None
+    with stored as file:
         for row, offset, size in zip(rows, offsets, sizes, strict=True):
-            file.seek(int(offset))
-            images[row] = file.read(int(size))
-            if len(images[row]) < size:
-                raise OSError(f"{path} is shorter than when it was listed.")
+            read = functools.partial(
+                _unzip if plan.kind == "zip" else _read_at,
+                file,
+                offset=int(offset),
+                size_bytes=int(size),
+            )
+            data = images[row] = retrying(read, address=path)
+            if isinstance(data, bytes) and len(data) < size:
+                raise _changed(path, problem="is shorter than when it was listed")
+
+
+def _read_at(file: BinaryIO, *, offset: int, size_bytes: int) -> bytes:
+    file.seek(offset)
+    return file.read(size_bytes)
+
+
+def _unzip(file: BinaryIO, *, offset: int, size_bytes: int) -> bytes | BadImageError:
+    try:
+        return read_member(file, offset=offset, size_bytes=size_bytes)
+    except ValueError as error:
+        return BadImageError(str(error))

@@ -1,4 +1,4 @@
-"""The command `sovit-shards`: images of any of five kinds to one shard set.
+"""The command `sovit-shards`: images of any kind of source to one shard set.
 
     sovit-shards SOURCE OUT [--kind KIND] [--classes FILE] ...
 
@@ -37,6 +37,7 @@ from pipelines.cli import fail, parse, run_command
 from pipelines.files import Place
 from pipelines.shards.build import build_shard, unpack_container
 from pipelines.shards.format import ROWS_PER_GROUP
+from pipelines.shards.listing import Fields
 from pipelines.shards.planning import Done, Plan, Recipe, make_plan
 from pipelines.shards.sources import Kind, list_source
 from pipelines.shards.state import (
@@ -46,12 +47,19 @@ from pipelines.shards.state import (
     pending_shards,
     read_report,
 )
+from pipelines.shards.understood import (
+    Report,
+    share_left_out,
+    summarize,
+    warnings,
+)
 
 logger = logging.getLogger(__name__)
 
 Task = Callable[[int], Done]
 Executor = Callable[[Task, Sequence[int]], Iterator[Done]]
 SECONDS_PER_LINE = 15.0
+_GOES_ON = "the same command goes on from here, without --overwrite"
 _PROG = "sovit-shards"
 
 
@@ -60,17 +68,30 @@ class Arguments:
     """Turn labelled images into Parquet shards for training.
 
     Attributes:
-        source: A folder with a folder a class; ILSVRC2012_img_train.tar or its class
-            tars; ILSVRC2012_img_val.tar; WebDataset tars; Hugging Face Parquet files.
-            Several files: their folder, or a quoted pattern, 'data/train-*.parquet'.
+        source: A folder, zip or tar with a folder for each class; ImageNet's
+            ILSVRC2012_img_train.tar or its class tars; ILSVRC2012_img_val.tar;
+            WebDataset tars; Hugging Face Parquet files. A path, or an address such as
+            s3://bucket/images. Several files: their folder, or a quoted pattern,
+            'data/train-*.parquet'.
         out: Folder of the shard set: a path or an address such as s3://bucket/train.
-        kind: What the source is, found out where it is not given.
+        kind: What the source is, found out where it is not given: "folder" for class
+            folders, "ilsvrc-train" for a tar a class, "ilsvrc-val" for images that
+            --labels labels.
         classes: Class names in the order of their labels: a text, a JSON list, or
             another set's folder or address. Give a validation set the training set's.
-        labels: Labels of ILSVRC2012_img_val.tar: one class name or place counted from
-            0 a line in the order of the images' names, or lines NAME LABEL.
-        synsets: Lines ID WORDNET_ID of the devkit's meta.mat. Needed where the labels
-            are the devkit's, whose ids are not the order of the classes.
+        subset: Leave out images of classes that --classes does not name.
+        labels: Labels of images that have none: a CSV of names and labels, lines NAME
+            LABEL, or a label a line in the order of the names; or ImageNet's devkit as
+            it was downloaded, ILSVRC2012_devkit_t12.tar.gz.
+        synsets: The devkit's meta.mat, or lines ID WORDNET_ID, where --labels has the
+            devkit's ids without the devkit.
+        count_from: Number of the first class where labels are numbers.
+        image_field: Parquet's column of images; a WebDataset sample's suffix of it.
+        label_field: The same for the label; also a field of a sample's .json, or a
+            column of --labels.
+        class_depth: Which folder on the way to an image names its class, 1 for those in
+            SOURCE. Given, it is not asked whether they are classes.
+        subfolder: Folder within SOURCE that is meant, for a zip or tar of several.
         name: First part of the files' names; that of OUT where it is not given.
         seed: Of the order of the rows.
         num_shards: How many files; by default one for each 128 MiB, and at least 8.
@@ -84,12 +105,18 @@ class Arguments:
             the work; within OUT where it is not given. Needed where OUT is no path.
     """
 
-    source: tyro.conf.Positional[Path]
+    source: tyro.conf.Positional[str | Path]
     out: tyro.conf.Positional[str | Path]
     kind: Kind | None = None
     classes: str | Path | None = None
-    labels: Path | None = None
-    synsets: Path | None = None
+    subset: bool = False
+    labels: str | Path | None = None
+    synsets: str | Path | None = None
+    count_from: Literal[0, 1] | None = None
+    image_field: str | None = None
+    label_field: str | None = None
+    class_depth: int | None = None
+    subfolder: str | None = None
     name: str | None = None
     seed: int = 0
     num_shards: int | None = None
@@ -107,8 +134,15 @@ class Summary:
     """What came of a run of the command."""
 
     plan: Plan
-    done: Done
+    report: Report
     was_finished: bool
+
+    @property
+    def done(self) -> Done:
+        """How many rows were written and how many images left out."""
+        return Done(
+            num_rows=self.report["num_rows"], num_skipped=self.report["num_skipped"]
+        )
 
 
 def in_process(task: Task, indices: Sequence[int]) -> Iterator[Done]:
@@ -122,7 +156,8 @@ def on_ray(task: Task, indices: Sequence[int]) -> Iterator[Done]:
     Starts a local Ray if none runs and RAY_ADDRESS names none.
 
     Raises:
-        OSError: A task raised one, or a ValueError; its text is kept.
+        OSError: A task raised one; its text is kept.
+        ValueError: The same.
     """
     import ray
     import ray.data
@@ -136,23 +171,26 @@ def on_ray(task: Task, indices: Sequence[int]) -> Iterator[Done]:
         )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
-    def run_one(row: dict[str, int]) -> dict[str, int | str]:
+    def run_one(row: dict[str, int]) -> dict[str, int | str | bool]:
         # An exception would come back as Ray's own, among pages of its log.
         try:
             done = task(int(row["index"]))
         except (OSError, ValueError) as error:
-            return {"num_rows": 0, "num_skipped": 0, "error": str(error)}
-        return {**asdict(done), "error": ""}
+            is_passing = isinstance(error, OSError)
+            said = {"error": str(error), "is_passing": is_passing}
+            return {"num_rows": 0, "num_skipped": 0, **said}
+        return {**asdict(done), "error": "", "is_passing": False}
 
     items = [{"index": index} for index in indices]
     tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(run_one)
     tasks.context.enable_progress_bars = False
     # One block a task, without prefetching: each is yielded as soon as it ends.
     for block in tasks.iter_batches(batch_size=None, prefetch_batches=0):
-        columns = (block[name] for name in ("num_rows", "num_skipped", "error"))
-        for num_rows, num_skipped, error in zip(*columns, strict=True):
+        names = ("num_rows", "num_skipped", "error", "is_passing")
+        columns = (block[name] for name in names)
+        for num_rows, num_skipped, error, is_passing in zip(*columns, strict=True):
             if error:
-                raise OSError(str(error))
+                raise (OSError if is_passing else ValueError)(str(error))
             yield Done(num_rows=int(num_rows), num_skipped=int(num_skipped))
 
 
@@ -180,16 +218,21 @@ def make_shards(arguments: Arguments, *, execute: Executor = on_ray) -> Summary:
             f"Wanted a share from 0 to 1, got {arguments.max_bad_share}: mend "
             "--max-bad-share."
         )
-    source = arguments.source.absolute()  # tasks run in other folders
+    source = _absolute(Place(str(arguments.source)))  # tasks run in other folders
     out = _absolute(Place(str(arguments.out)))
-    if not out.is_remote and source in (Path(out.address), *Path(out.address).parents):
+    if _is_within(out, source):
         raise ValueError(f"OUT is within the source: put {out} elsewhere.")
     listing = list_source(
-        source,
+        source.address,
         kind=arguments.kind,
         labels=arguments.labels,
         synsets=arguments.synsets,
         classes_file=arguments.classes,
+        subset=arguments.subset,
+        count_from=arguments.count_from,
+        fields=Fields(arguments.image_field, arguments.label_field),
+        class_depth=arguments.class_depth,
+        subfolder=arguments.subfolder,
     )
     name = arguments.name or out.name
     if Path(name).name != name:
@@ -197,9 +240,37 @@ def make_shards(arguments: Arguments, *, execute: Executor = on_ray) -> Summary:
     scratch = None if arguments.scratch is None else arguments.scratch.absolute()
     plan = make_plan(listing, out=out, name=name, recipe=recipe, scratch=scratch)
     if open_out(plan, listing=listing, overwrite=arguments.overwrite):
-        return Summary(plan, done=read_report(plan), was_finished=True)
-    _run(plan, execute=execute)
-    return Summary(plan, done=finish(plan, listing=listing), was_finished=False)
+        return _told(Summary(plan, read_report(plan), was_finished=True))
+    logger.info(
+        "%s: %s images of %s classes",
+        listing.layout,
+        f"{plan.num_rows:,}",
+        f"{len(listing.classes):,}",
+    )
+    try:
+        _run(plan, execute=execute)
+        report = finish(plan, listing=listing)
+    except OSError as error:
+        raise OSError(f"{error}; {_GOES_ON}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {_GOES_ON}") from None
+    return _told(Summary(plan, report, was_finished=False))
+
+
+def _told(summary: Summary) -> Summary:
+    """Warn of what the user should look at."""
+    if "classes" in summary.report:
+        for warning in warnings(summary.report):
+            logger.warning("warning: %s", warning)
+    return summary
+
+
+def _is_within(out: Place, source: Place) -> bool:
+    if out.is_remote or source.is_remote:
+        return out.is_remote == source.is_remote and (
+            f"{out}/".startswith(f"{str(source).rstrip('/')}/")
+        )
+    return Path(source.address) in (Path(out.address), *Path(out.address).parents)
 
 
 def _absolute(place: Place) -> Place:
@@ -257,20 +328,20 @@ def _main(arguments: Sequence[str]) -> None:
     try:
         summary = make_shards(parsed)
     except OSError as error:
-        raise ValueError(f"{error}; the same command goes on from here") from error
-    except KeyboardInterrupt:
-        fail(f"{_PROG}: stopped; the same command goes on from here", status=130)
+        raise ValueError(str(error)) from error
+    except KeyboardInterrupt as error:
+        fail(f"{_PROG}: {error or 'stopped'}", status=130)
     raise SystemExit(_conclude(summary, max_bad_share=parsed.max_bad_share))
 
 
 def _conclude(summary: Summary, *, max_bad_share: float) -> int:
-    plan, done = summary.plan, summary.done
-    state = "finished before, nothing to do: " if summary.was_finished else ""
-    print(f"{state}{done.num_rows:,} rows in {plan.num_shards} shards in {plan.out}")
-    report = plan.out.within(REPORT_FILE)
-    print(f"{done.num_skipped:,} left out, each with its reason in {report}")
-    share = done.num_skipped / (done.num_rows + done.num_skipped)
-    if not done.num_rows or share > max_bad_share:
+    plan, report = summary.plan, summary.report
+    if summary.was_finished:
+        print("finished before, nothing to do:")
+    place = str(plan.out.within(REPORT_FILE))
+    print(summarize(report, out=str(plan.out), num_shards=plan.num_shards, place=place))
+    share = share_left_out(report)
+    if not report["num_rows"] or share > max_bad_share:
         print(
             f"{_PROG}: {share:.2%} of the images were left out, more than allowed",
             file=sys.stderr,

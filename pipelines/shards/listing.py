@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import os
 from array import array
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 
-from pipelines.files import Place
-from pipelines.shards.format import CLASSES_FILE
+from pipelines.credentials import without_credentials
 
+Store = Literal["folder", "tar", "zip", "parquet"]
+# No image that is trained on is larger; a shard holds its images in memory.
+MAX_IMAGE_BYTES = 1 << 30
 RECORD_SCHEMA = pa.schema(
     [
         ("container", pa.int32()),  # place in Listing.containers
-        ("offset", pa.int64()),  # byte in a tar, row in a Parquet file, else 0
+        ("offset", pa.int64()),  # byte in a tar or zip, row in a Parquet file, else 0
         ("size_bytes", pa.int64()),  # of a Parquet row: its group's mean
         ("label", pa.int64()),
         ("key", pa.string()),
@@ -28,9 +31,26 @@ RECORD_SCHEMA = pa.schema(
 )
 
 
+def printable(text: str | Path) -> str:
+    """Give a path that can be written as UTF-8, without credentials."""
+    text = os.fsencode(str(text)).decode("utf-8", "backslashreplace")
+    return without_credentials(text)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which part of a sample, or which column, is the image and which the label."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+USUAL_FIELDS = Fields()
+
+
 @dataclass(frozen=True)
 class Skipped:
-    """Something that is left out, and why."""
+    """An image that is left out, and why."""
 
     key: str
     source: str
@@ -39,14 +59,21 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Listing:
-    """All images of a source, in an order that depends on nothing but the source.
+    """What a source was understood to be: its classes and all of its images.
+
+    The images' order depends on nothing but the source.
 
     Attributes:
-        kind: What the source is: "folder", "tar" or "parquet".
-        containers: Paths of the tars or Parquet files, or the root folder alone.
+        kind: How images are stored: files of a "folder", in a "tar", "zip" or
+            "parquet" file.
+        containers: Paths or addresses of those files, or of the root folder alone.
         classes: Class names; a name's place is its label.
         records: One row an image, columns of `RECORD_SCHEMA`.
-        skipped: What was left out while listing.
+        skipped: Images that were left out while listing.
+        layout: Where labels come from, for people.
+        ignored: How many files are no images of the set, by reason.
+        notes: What the user should look at.
+        fields: The columns of Parquet files that were named.
     """
 
     kind: str
@@ -54,6 +81,10 @@ class Listing:
     classes: list[str]
     records: pa.Table
     skipped: list[Skipped]
+    layout: str = ""
+    ignored: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    fields: Fields = USUAL_FIELDS
 
     def digest(self) -> str:
         """Digest everything but where the source lies."""
@@ -69,67 +100,143 @@ class Listing:
 class Builder:
     """Collects records; a million of them take about 150 MB."""
 
-    kind: str
+    kind: Store
+    layout: str = ""
+    fields: Fields = USUAL_FIELDS
     containers: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
     _places: array[int] = field(default_factory=lambda: array("q"))
     _names: dict[str, int] = field(default_factory=dict)
-    _keys: list[str] = field(default_factory=list)
 
-    def add(self, key: str, *, name: str, offset: int, size_bytes: int) -> None:
+    def add(
+        self, key: str, *, size_bytes: int, name: str = "", offset: int = 0
+    ) -> None:
         """Add one image of the latest container, labelled by a name or a number."""
-        if not key.isascii() and not _is_text(key):
-            self.skip(repr(key), source=self.containers[-1], reason="name is not UTF-8")
+        if not key.isascii() and printable(key) != key:
+            self.skip(key, source=self.containers[-1], reason="name is not UTF-8")
+            return
+        if size_bytes > MAX_IMAGE_BYTES:
+            reason = f"{size_bytes >> 20:,} MB are no image"
+            self.skip(key, source=self.containers[-1], reason=reason)
             return
         name_id = self._names.setdefault(name, len(self._names))
         self._places.extend((len(self.containers) - 1, offset, size_bytes, name_id))
-        self._keys.append(key)
+        self.keys.append(key)
 
     def skip(self, key: str, *, source: str | Path, reason: str) -> None:
-        """Leave something out, with the reason."""
-        self.skipped.append(Skipped(key, source=str(source), reason=reason))
+        """Leave an image out, with the reason."""
+        self.skipped.append(
+            Skipped(printable(key), source=printable(source), reason=reason)
+        )
 
     def names(self) -> list[str]:
-        """Give the distinct labels seen so far."""
+        """List the distinct labels seen so far."""
         return list(self._names)
+
+    def keep(self, is_kept: Callable[[str], bool], *, cut: int) -> int:
+        """Forget images by their keys, and cut the start off the others' keys.
+
+        Returns how many are left.
+        """
+        rows = [row for row, key in enumerate(self.keys) if is_kept(key)]
+        self.keys = [self.keys[row][cut:] for row in rows]
+        places = np.frombuffer(self._places, dtype=np.int64).reshape(-1, 4)[rows]
+        self._places = array("q", places.tobytes())
+        return len(rows)
+
+    def relabel(self, name_of: Callable[[str], str | None], *, reason: str) -> None:
+        """Label all images by their keys; those without a label are left out."""
+        keys, places, width = self.keys, self._places, 4
+        self.keys, self._places, self._names = [], array("q"), {}
+        for row, key in enumerate(keys):
+            name = name_of(key)
+            container, offset, size_bytes, _ = places[row * width : (row + 1) * width]
+            if name is None:
+                self.skip(
+                    key, source=self._source(key, container=container), reason=reason
+                )
+                continue
+            name_id = self._names.setdefault(name, len(self._names))
+            self._places.extend((container, offset, size_bytes, name_id))
+            self.keys.append(key)
+
+    def _source(self, key: str, *, container: int) -> str:
+        place = self.containers[container]
+        return f"{place.rstrip('/')}/{key}" if self.kind == "folder" else place
+
+    def sort(self) -> None:
+        """Order the images by their names."""
+        order = sorted(range(len(self.keys)), key=self.keys.__getitem__)
+        places = np.frombuffer(self._places, dtype=np.int64).reshape(-1, 4)[order]
+        self.keys = [self.keys[row] for row in order]
+        self._places = array("q", places.tobytes())
 
     def finish(self, classes: Sequence[str], *, labels: dict[str, int]) -> Listing:
         """Make the listing, once the labels' names are resolved.
 
+        Args:
+            classes: Class names in the order of their labels.
+            labels: The label of each name; -1 leaves its images out.
+
         Raises:
             ValueError: There is no image, no class, or a key occurs twice.
         """
-        if not self._keys:
-            where = ", ".join(self.containers[:3]) or "the source"
-            raise ValueError(f"Wanted images with labels, found none in {where}.")
-        if not classes:
-            raise ValueError(
-                "The source names no classes: give them by --classes FILE."
-            )
         places = np.frombuffer(self._places, dtype=np.int64).reshape(-1, 4)
         by_id = np.array([labels[name] for name in self._names], dtype=np.int64)
+        found = by_id[places[:, 3]] if len(places) else np.zeros(0, np.int64)
         records = pa.table(
             {
                 "container": places[:, 0].astype(np.int32),
                 "offset": places[:, 1],
                 "size_bytes": places[:, 2],
-                "label": by_id[places[:, 3]],
-                "key": self._keys,
+                "label": found,
+                "key": self.keys,
             },
             schema=RECORD_SCHEMA,
         )
+        if num_others := int(np.sum(found < 0)):
+            self.ignored["of classes that --classes does not name"] += num_others
+            records = records.filter(pa.array(found >= 0))
+        self._refuse_nothing(records, classes=classes)
         _refuse_repeated_keys(records["key"])
         return Listing(
-            self.kind, self.containers, list(classes), records, skipped=self.skipped
+            self.kind,
+            self.containers,
+            list(classes),
+            records,
+            skipped=self.skipped,
+            layout=self.layout,
+            ignored=dict(self.ignored),
+            notes=self.notes,
+            fields=self.fields,
         )
 
+    def _refuse_nothing(self, records: pa.Table, *, classes: Sequence[str]) -> None:
+        if not len(records):
+            where = ", ".join(map(printable, self.containers[:3])) or "the source"
+            raise ValueError(
+                "Wanted images with labels, found none"
+                f"{self.reasons() or '; it is empty'}; in {where}."
+            )
+        if not classes:
+            raise ValueError(
+                "The source names no classes: give them by --classes FILE."
+            )
 
-def _is_text(key: str) -> bool:
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    def reasons(self) -> str:
+        """Say what was left out or ignored so far, by count; empty if nothing was."""
+        by_reason: dict[str, list[str]] = {}
+        for item in self.skipped:
+            by_reason.setdefault(item.reason, []).append(item.key)
+        parts = [
+            f"{len(keys):,} left out: {reason} ({keys[0]!r})"
+            for reason, keys in sorted(by_reason.items(), key=lambda of: -len(of[1]))
+        ]
+        parts += [f"{num:,} ignored: {why}" for why, num in self.ignored.items()]
+        return "".join(f"; {part}" for part in parts[:4])
 
 
 def _refuse_repeated_keys(keys: pa.ChunkedArray) -> None:
@@ -140,98 +247,3 @@ def _refuse_repeated_keys(keys: pa.ChunkedArray) -> None:
             f"Wanted every key once, but {len(repeated)} occur more often, for example "
             f"{repeated[0]['values']}: is a file in the source twice?"
         )
-
-
-def check_member_name(name: str, *, tar: Path) -> str:
-    """Give a tar member's name in plain form.
-
-    Raises:
-        ValueError: The name is absolute or climbs out of the archive.
-    """
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(
-            f"{tar} holds the member {name!r}: names that are absolute or hold '..' "
-            "are refused; do not trust this archive."
-        )
-    return str(path)
-
-
-def read_classes(address: str | Path) -> list[str]:
-    """Read class names in the order of their labels.
-
-    Args:
-        address: A JSON list, a text with one name a line, or the folder of a shard set,
-            on a path or in a bucket.
-
-    Raises:
-        ValueError: There is nothing, no name, or one occurs twice.
-        OSError: It cannot be read.
-    """
-    place = Place(str(address))
-    kind = place.kind()
-    if kind == pafs.FileType.NotFound:
-        raise ValueError(f"There is no {place}.")
-    if kind == pafs.FileType.Directory:
-        place = place.within(CLASSES_FILE)
-    text = place.read().decode("utf-8")
-    names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    names = [str(name).strip() for name in names]
-    names = [name for name in names if name]
-    if not names or len(set(names)) < len(names):
-        found = "no name" if not names else "a name twice"
-        raise ValueError(
-            f"Wanted class names, each once, and found {found} in {place}."
-        )
-    return names
-
-
-def resolve_names(
-    names: Sequence[str], *, classes: Sequence[str] | None
-) -> tuple[list[str], dict[str, int]]:
-    """Number class names: by their place in `classes`, or else sorted.
-
-    Raises:
-        ValueError: A name is not among `classes`.
-    """
-    ordered = sorted(names) if classes is None else list(classes)
-    labels = {name: place for place, name in enumerate(ordered)}
-    unknown = sorted(set(names) - set(labels))
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} labels are not among the {len(ordered)} classes, for "
-            f"example {unknown[0]!r}: give the right --classes, or none."
-        )
-    return ordered, labels
-
-
-def resolve_texts(
-    texts: Sequence[str], *, classes: Sequence[str] | None
-) -> tuple[list[str], dict[str, int]]:
-    """Number labels that are class names or places counted from 0.
-
-    Numbers without `classes` become the names "0", "1", ... themselves.
-
-    Raises:
-        ValueError: A number is outside the classes, a name is not among them, or the
-            labels could be read either way with another outcome.
-    """
-    if not all(re.fullmatch(r"-?\d+", text) for text in texts):
-        return resolve_names(texts, classes=classes)
-    numbers = {text: int(text) for text in texts}
-    top = max(numbers.values(), default=-1)
-    ordered = [str(n) for n in range(top + 1)] if classes is None else list(classes)
-    as_names = {name: place for place, name in enumerate(ordered)}
-    named = [text for text in texts if text in as_names]
-    if any(as_names[text] != numbers[text] for text in named):
-        raise ValueError(
-            f"A label such as {named[0]!r} is the name of one class and the place of "
-            "another: order --classes so that both agree, or write other names."
-        )
-    outside = sorted(n for n in numbers.values() if not 0 <= n < len(ordered))
-    if outside:
-        raise ValueError(
-            f"Wanted labels from 0 to {len(ordered) - 1}, got "
-            f"{', '.join(map(str, outside[:3]))}: mend the labels or --classes."
-        )
-    return ordered, numbers

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipelines.files import Place
 from pipelines.shards.format import ROWS_PER_GROUP, shard_name
-from pipelines.shards.listing import Listing
+from pipelines.shards.listing import USUAL_FIELDS, Fields, Listing
 
 UNPACKED_FOLDER = "_unpacked"
 BYTES_PER_SHARD = 128 * 2**20
@@ -62,6 +62,7 @@ class Plan:
     num_shards: int
     digest: str
     recipe: Recipe
+    fields: Fields = USUAL_FIELDS
 
     def shard(self, index: int) -> Place:
         """Give the place of one shard."""
@@ -102,6 +103,8 @@ def make_plan(
         num_shards = max(MIN_SHARDS, -(-total_bytes // BYTES_PER_SHARD))
     num_shards = min(num_shards, num_rows)
     options = json.dumps([name, num_shards, asdict(recipe)], sort_keys=True)
+    if listing.fields != USUAL_FIELDS:
+        options += json.dumps(asdict(listing.fields))
     digest = hashlib.sha256(f"{listing.digest()}{options}".encode()).hexdigest()
     return Plan(
         out=out,
@@ -113,6 +116,7 @@ def make_plan(
         num_shards=num_shards,
         digest=digest,
         recipe=recipe,
+        fields=listing.fields,
     )
 
 

@@ -1,177 +1,335 @@
-"""Finds out what a source is and lists its images."""
+"""Finds out what a source is, once, and lists its images.
+
+What is found is a `Listing`: its layout, classes and images, and what was left out.
+Where a source could be two things it is refused, with the option that decides.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipelines.shards.classes import Numbering, read_classes, resolve_names
 from pipelines.shards.hf_parquet import list_parquet
-from pipelines.shards.listing import Builder, Listing, read_classes, resolve_names
-from pipelines.shards.tars import (
-    Member,
-    list_class_tars,
-    list_flat_tar,
-    list_webdataset,
-    scan_tar,
+from pipelines.shards.labels import LabelFile, label_by_file
+from pipelines.shards.listing import USUAL_FIELDS, Fields, Listing
+from pipelines.shards.names import (
+    COMPRESSED_TARS,
+    PLAIN_FOLDERS,
+    are_numbered,
+    other_files,
+    refuse_mixed_parts,
+    split_of,
 )
+from pipelines.shards.stored import base_name, child, find, stem, suffix
+from pipelines.shards.tars import (
+    Sketch,
+    list_class_tars,
+    list_tar_tree,
+    sketch_tar,
+)
+from pipelines.shards.tree import Tree, empty_folders, label_by_folder, walk
+from pipelines.shards.webdataset import list_webdataset
+from pipelines.shards.zips import list_zip
 
 Kind = Literal["folder", "ilsvrc-train", "ilsvrc-val", "webdataset", "parquet"]
-SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
+_STORED = {"parquet": "Parquet files", "tar": "tars", "zip": "zips"}
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user says of a source.
+
+    Attributes:
+        kind: What the source is; None finds out.
+        numbering: Of classes.
+        labels: Text of labels, for images that come without.
+        fields: Parts of a WebDataset's samples, or columns.
+        class_depth: Which folder on the way to an image names its class, from 1.
+        subfolder: Folder within a zip, tar or folder that is the source.
+    """
+
+    kind: Kind | None
+    numbering: Numbering
+    labels: LabelFile | None
+    fields: Fields
+    class_depth: int | None
+    subfolder: str | None
 
 
 def list_source(
-    source: Path,
+    source: str | Path,
     *,
     kind: Kind | None = None,
-    labels: Path | None = None,
-    synsets: Path | None = None,
+    labels: str | Path | None = None,
+    synsets: str | Path | None = None,
     classes_file: str | Path | None = None,
+    subset: bool = False,
+    count_from: int | None = None,
+    fields: Fields = USUAL_FIELDS,
+    class_depth: int | None = None,
+    subfolder: str | None = None,
 ) -> Listing:
     """List the images of a source.
 
     Args:
-        source: A folder, a file, or a pattern such as `data/train-*.parquet`.
+        source: A folder, a file, or a pattern such as `data/train-*.parquet`, on a
+            path or in a bucket.
         kind: What the source is; None finds out.
-        labels: Text of labels, for "ilsvrc-val" only.
-        synsets: Text that maps the devkit's ids to class names, beside `labels`.
-        classes_file: Class names in the order of their labels, as `read_classes`.
+        labels: Labels of images that come without, see `labels.label_by_file`.
+        synsets: What maps the devkit's ids to class names, beside `labels`.
+        classes_file: Class names in the order of their labels, see `read_classes`.
+        subset: Leave out images of classes that are not among those.
+        count_from: Number of the first class where labels are numbers.
+        fields: The image's and the label's part of a sample, or column.
+        class_depth: Which folder on the way to an image names its class, from 1.
+        subfolder: Folder within the source that is meant.
 
     Raises:
         ValueError: The source is missing, empty, damaged or unclear.
     """
-    for path in (labels, synsets):
-        if path is not None and not path.exists():
-            raise ValueError(f"There is no {path}.")
-    paths = _find(source)
-    kind = kind or detect_kind(source, paths=paths)
-    if kind != "ilsvrc-val" and (labels or synsets):
-        raise ValueError(f"--labels and --synsets are for ilsvrc-val, not for {kind}.")
-    classes = None if classes_file is None else read_classes(classes_file)
-    if kind == "folder":
-        return list_folder(source, classes=classes)
-    files = _files_of(paths, source=source, suffix=_suffix(kind))
-    if kind == "parquet":
-        return list_parquet(files, classes=classes)
-    if kind == "webdataset":
-        return list_webdataset(files, classes=classes)
-    if kind == "ilsvrc-train":
-        return list_class_tars(files, classes=classes)
-    if len(files) > 1:
-        raise ValueError(f"Wanted one tar of validation images, got {len(files)}.")
-    return list_flat_tar(files[0], labels_file=labels, synsets=synsets, classes=classes)
-
-
-def _suffix(kind: Kind) -> str:
-    return ".parquet" if kind == "parquet" else ".tar"
-
-
-def _find(source: Path) -> list[Path]:
-    if source.exists():
-        return [source]
-    if any(letter in source.name for letter in "*?["):
-        found = sorted(source.parent.glob(source.name))
-        if found:
-            return found
-    raise ValueError(f"There is no {source}: name a folder, a tar or Parquet files.")
-
-
-def _files_of(paths: Sequence[Path], *, source: Path, suffix: str) -> list[Path]:
-    files = [file for path in paths for file in _within(path, suffix=suffix)]
-    if not files:
-        raise ValueError(f"Wanted *{suffix} files in {source}, found none.")
-    return files
-
-
-def _within(path: Path, *, suffix: str) -> list[Path]:
-    return sorted(path.rglob(f"*{suffix}")) if path.is_dir() else [path]
-
-
-def detect_kind(source: Path, *, paths: Sequence[Path]) -> Kind:
-    """Tell what a source is by its files' names and by the first members of a tar.
-
-    Raises:
-        ValueError: It looks like none of the kinds.
-    """
-    if any(_holds(path, ".parquet") for path in paths):
-        return "parquet"
-    tars = [path for path in paths if _holds(path, ".tar")]
-    if tars:
-        is_folder = tars[0].is_dir()
-        first = sorted(tars[0].glob("*.tar"))[0] if is_folder else tars[0]
-        return _detect_tar(first, alone=not is_folder and len(paths) == 1)
-    if source.is_dir():
-        return "folder"
-    raise ValueError(
-        f"Cannot tell what {source} is: name its --kind (folder, ilsvrc-train, "
-        "ilsvrc-val, webdataset or parquet)."
-    )
-
-
-def _holds(path: Path, suffix: str) -> bool:
-    if not path.is_dir():
-        return path.name.endswith(suffix)
-    nested = path / "data"  # where Hugging Face keeps the files of a data set
-    return any(path.glob(f"*{suffix}")) or any(nested.glob(f"*{suffix}"))
-
-
-def _detect_tar(path: Path, *, alone: bool) -> Kind:
-    suffixes = {Path(member.name).suffix for member in _first_members(path)}
-    if ".tar" in suffixes:
-        return "ilsvrc-train"
-    if suffixes & {".cls", ".json"}:
-        return "webdataset"
-    return "ilsvrc-val" if alone else "ilsvrc-train"
-
-
-def _first_members(path: Path, *, num: int = 16) -> Iterator[Member]:
-    for _, member in zip(range(num), scan_tar(path), strict=False):
-        yield member
-
-
-def list_folder(root: Path, *, classes: Sequence[str] | None) -> Listing:
-    """List a tree with a folder a class; files may lie deeper within it.
-
-    The classes are the sorted folder names. Every file counts as an image, so that one
-    that is none is reported. Links are followed.
-
-    Raises:
-        ValueError: There are no class folders, or they are splits.
-    """
-    if not root.is_dir():
-        raise ValueError(f"Wanted a folder with a folder a class, got {root}.")
-    entries = sorted(root.iterdir())
-    folders = [entry for entry in entries if entry.is_dir()]
-    names = [folder.name for folder in folders]
-    if names and SPLIT_NAMES.issuperset(names):
+    if subset and classes_file is None:
+        raise ValueError("--subset needs --classes FILE: the classes that are kept.")
+    if synsets is not None and labels is None:
         raise ValueError(
-            f"{root} holds the splits {', '.join(names)}, not classes: name one of "
-            f"them, for example {folders[0]}."
+            "--labels and --synsets are for ilsvrc-val, where --synsets says what the "
+            "ids in --labels are: leave it out, the source names its classes itself."
         )
-    builder = Builder("folder", containers=[str(root)])
-    for entry in entries:
-        if not entry.is_dir():
-            builder.skip(entry.name, source=entry, reason="not within a class's folder")
-    for folder in folders:
-        for path in _walk(folder):
-            key = path.relative_to(root).as_posix()
-            if path.is_file():
-                size_bytes = path.stat().st_size
-                builder.add(key, name=folder.name, offset=0, size_bytes=size_bytes)
-            else:  # a link to nothing, a pipe
-                builder.skip(key, source=path, reason="not a plain file")
-    ordered, labels = resolve_names(names, classes=classes)
+    classes = None if classes_file is None else read_classes(classes_file)
+    asked = None if synsets is None else str(synsets)
+    column = fields.label if labels is not None else None
+    wishes = Wishes(
+        kind=kind,
+        numbering=Numbering(classes, subset=subset, count_from=count_from),
+        labels=None if labels is None else LabelFile(str(labels), asked, column),
+        fields=fields,
+        class_depth=class_depth,
+        subfolder=subfolder,
+    )
+    addresses, is_folder = find(str(source))
+    if is_folder:
+        return _list_folder(addresses[0], wishes=wishes)
+    return _list_files(addresses, root=str(source), wishes=wishes, is_named=True)
+
+
+def _list_folder(root: str, *, wishes: Wishes) -> Listing:
+    if wishes.subfolder:
+        root = child(root, wishes.subfolder)
+    tree = walk(root)
+    files = sorted(tree.stored, key=lambda key: key.split("/"))
+    takes_images = wishes.kind in (None, "ilsvrc-val") and not files
+    if wishes.kind == "ilsvrc-val" and tree.builder.keys:
+        takes_images = True
+    if wishes.kind == "folder" or takes_images:
+        for key in files:
+            tree.builder.ignored[other_files(key)] += 1
+        return _list_tree(tree, wishes=wishes)
+    if wishes.kind is None:
+        _refuse_two_sources(tree, files=files)
+    else:
+        wanted = "parquet" if wishes.kind == "parquet" else "tar"
+        files = [key for key in files if suffix(key) == wanted]
+        if not files:
+            raise ValueError(f"Wanted *.{wanted} files in {root}, found none.")
+    addresses = [child(root, key) for key in files]
+    listing = _list_files(addresses, root=root, wishes=wishes, is_named=False)
+    for reason, num in tree.builder.ignored.items():
+        listing.ignored[reason] = listing.ignored.get(reason, 0) + num
+    if tree.builder.keys:
+        listing.ignored["files beside those"] = len(tree.builder.keys)
+    return listing
+
+
+def _refuse_two_sources(tree: Tree, *, files: Sequence[str]) -> None:
+    kinds = sorted({suffix(key) for key in files})
+    inside = [key for key in tree.builder.keys if "/" in key]
+    names = [_STORED.get(kind, f".{kind}") for kind in kinds]
+    if inside:
+        ways = "parquet" if kinds[0] == "parquet" else "webdataset or ilsvrc-train"
+        raise ValueError(
+            f"{tree.root} holds folders with {len(inside):,} images (such as "
+            f"{inside[0]!r}) and {' and '.join(names)} ({files[0]!r}): say --kind "
+            f"folder to take the folders, --kind {ways} to take the files."
+        )
+    packed = [key for key in files if suffix(key) not in _STORED]
+    if packed:
+        raise ValueError(
+            f"{tree.root} holds {packed[0]!r}, which is compressed: unpack it to a "
+            "plain tar first."
+        )
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{tree.root} holds {' and '.join(names)}: name one of them, for example "
+            f"'{tree.root}/*.{kinds[0]}'."
+        )
+
+
+def _list_files(
+    addresses: Sequence[str], *, root: str, wishes: Wishes, is_named: bool
+) -> Listing:
+    """List tars, zips or Parquet files, which are all of one kind."""
+    kinds = {suffix(base_name(address)) for address in addresses}
+    kind = kinds.pop() if len(kinds) == 1 else ""
+    if any(base_name(a).lower().endswith(COMPRESSED_TARS) for a in addresses):
+        raise ValueError(f"{addresses[0]} is compressed: unpack it to a plain tar.")
+    if wishes.kind == "parquet" or (wishes.kind is None and kind == "parquet"):
+        _check_parts(addresses, root=root, is_named=is_named)
+        _refuse_labels(wishes, found="Parquet files")
+        return list_parquet(addresses, numbering=wishes.numbering, fields=wishes.fields)
+    if kind == "zip" and wishes.kind in (None, "folder", "ilsvrc-val"):
+        if len(addresses) > 1:
+            raise ValueError(
+                f"Expected one zip, got {len(addresses)}, such as {addresses[1]}: name "
+                "one, or unpack them to one folder."
+            )
+        tree = _within(list_zip(addresses[0]), subfolder=wishes.subfolder)
+        return _list_tree(tree, wishes=wishes)
+    if kind != "tar" and wishes.kind is None:
+        raise ValueError(
+            f"Cannot tell what {root} is: name its --kind (folder, ilsvrc-train, "
+            "ilsvrc-val, webdataset or parquet)."
+        )
+    return _list_tars(addresses, root=root, wishes=wishes, is_named=is_named)
+
+
+def _refuse_labels(wishes: Wishes, *, found: str) -> None:
+    if wishes.labels is not None:
+        raise ValueError(
+            f"--labels and --synsets are for ilsvrc-val, not for {found}, which have "
+            "labels: leave them out."
+        )
+
+
+def _check_parts(addresses: Sequence[str], *, root: str, is_named: bool) -> None:
+    start = "" if is_named else f"{root.partition('?')[0].rstrip('/')}/"
+    paths = [
+        base_name(address) if is_named else address.removeprefix(start)
+        for address in addresses
+    ]
+    root = root.rpartition("/")[0] if is_named else root
+    refuse_mixed_parts(paths, root=root, may_lack=is_named)
+
+
+def _list_tars(
+    addresses: Sequence[str], *, root: str, wishes: Wishes, is_named: bool
+) -> Listing:
+    kind = wishes.kind or _tars_kind(addresses, root=root, wishes=wishes)
+    if kind == "webdataset":
+        _check_parts(addresses, root=root, is_named=is_named)
+        _refuse_labels(wishes, found="WebDataset tars")
+        return list_webdataset(
+            addresses, numbering=wishes.numbering, fields=wishes.fields
+        )
+    if kind == "ilsvrc-train":
+        _refuse_labels(wishes, found="ilsvrc-train")
+        listing = list_class_tars(addresses, numbering=wishes.numbering)
+        if wishes.kind is None and other_files("x.cls") in listing.ignored:
+            raise ValueError(
+                f"Expected images of one class in each tar of {root}, got labels "
+                "(.cls) too: say --kind webdataset or --kind ilsvrc-train."
+            )
+        return listing
+    if kind == "folder":
+        tree = list_tar_tree(addresses, root=root)
+        return _list_tree(_within(tree, subfolder=wishes.subfolder), wishes=wishes)
+    if len(addresses) > 1:
+        raise ValueError(f"Wanted one tar of validation images, got {len(addresses)}.")
+    if wishes.labels is None:
+        raise ValueError(
+            f"{addresses[0]} holds images without classes: give their labels by "
+            "--labels FILE, or say --kind ilsvrc-train if the tar is one class."
+        )
+    tree = _within(list_tar_tree(addresses, root=root), subfolder=wishes.subfolder)
+    return label_by_file(tree.builder, wishes.labels, numbering=wishes.numbering)
+
+
+def _tars_kind(addresses: Sequence[str], *, root: str, wishes: Wishes) -> Kind:
+    sketches = [
+        sketch_tar(address, whole=place == 0) for place, address in enumerate(addresses)
+    ]
+    first: dict[str, str] = {}
+    for address, sketch in zip(addresses, sketches, strict=True):
+        first.setdefault(sketch.kind, address)
+    if "webdataset" in first and "images" in first and "nested" not in first:
+        return "webdataset"  # labels may come later; where they don't, it is said
+    if len(first) > 1:
+        raise ValueError(
+            f"{root} holds {' and '.join(map(base_name, first.values()))}, which are "
+            f"of different kinds ({', '.join(first)}): name one of them as SOURCE."
+        )
+    if "nested" in first:
+        return "ilsvrc-train"
+    if "webdataset" in first:
+        return "webdataset"
+    if wishes.labels is not None:
+        return "ilsvrc-val"
+    if wishes.class_depth or wishes.subfolder or any(map(_has_folders, sketches)):
+        return "folder"
+    if len(addresses) == 1:
+        return "ilsvrc-val"
+    _refuse_no_class_tars(addresses, root=root, classes=wishes.numbering.classes)
+    return "ilsvrc-train"
+
+
+def _has_folders(sketch: Sketch) -> bool:
+    return len(sketch.folders - {""}) > 1
+
+
+def _refuse_no_class_tars(
+    addresses: Sequence[str], *, root: str, classes: Sequence[str] | None
+) -> None:
+    names = [stem(address) for address in addresses]
+    if classes is not None and set(names) <= set(classes):
+        return
+    splits = [name for name in names if split_of(name)]
+    if splits or are_numbered(names):
+        odd = splits[0] if splits else names[0]
+        raise ValueError(
+            f"The tars of {root} hold images without labels, and {odd}.tar is not "
+            "named as a class is: name the right tars, or say --kind ilsvrc-train to "
+            "make a class of each, or --kind webdataset with --label-field."
+        )
+
+
+def _within(tree: Tree, *, subfolder: str | None) -> Tree:
+    if subfolder:
+        tree.keep_below(subfolder)
+    return tree
+
+
+def _list_tree(tree: Tree, *, wishes: Wishes) -> Listing:
+    builder = tree.builder
+    is_val = wishes.kind == "ilsvrc-val" or (
+        wishes.labels is not None and wishes.kind is None and _is_flat(tree)
+    )
+    if is_val:
+        if wishes.labels is None:
+            raise ValueError(
+                f"{tree.root} holds images without classes: give their labels by "
+                "--labels FILE."
+            )
+        if not builder.keys:
+            return builder.finish([], labels={})
+        builder.sort()
+        return label_by_file(builder, wishes.labels, numbering=wishes.numbering)
+    if wishes.labels is not None:
+        raise ValueError(
+            f"--labels and --synsets are for ilsvrc-val, and {tree.root} has folders, "
+            "which name classes: leave them out, or say --kind ilsvrc-val if --labels "
+            "alone has the classes."
+        )
+    label_by_folder(tree, depth=wishes.class_depth)
+    names = builder.names()
+    if wishes.class_depth in (None, 1):
+        names += empty_folders(tree)
+    places = {"folder": "a folder", "zip": "a zip", "tar": "tars"}
+    builder.layout = f"a folder for each class, in {places[builder.kind]}"
+    ordered, labels = resolve_names(names, numbering=wishes.numbering)
     return builder.finish(ordered, labels=labels)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:  # a link back up
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        yield from (Path(place, file) for file in sorted(files))
+def _is_flat(tree: Tree) -> bool:
+    tops = {key.partition("/")[0] for key in tree.builder.keys if "/" in key}
+    return len(tops) <= 1 and all(top.casefold() in PLAIN_FOLDERS for top in tops)

@@ -26,8 +26,10 @@ from pipelines.files import PARTIAL_SUFFIX, Place
 from pipelines.hashing import seeded_order
 from pipelines.retries import retrying
 from pipelines.shards.format import CLASSES_FILE, cut_evenly, write_json
-from pipelines.shards.listing import RECORD_SCHEMA, Listing, Skipped
+from pipelines.shards.listing import RECORD_SCHEMA, Listing, Skipped, printable
 from pipelines.shards.planning import UNPACKED_FOLDER, Done, Plan
+from pipelines.shards.stored import child
+from pipelines.shards.understood import Report, class_counts, describe, left_out
 
 logger = logging.getLogger(__name__)
 
@@ -229,40 +231,44 @@ def _read_footer(
     return _Footer(footer.num_rows, skipped=json.loads(said[b"skipped"]))
 
 
-def finish(plan: Plan, *, listing: Listing) -> Done:
+def finish(plan: Plan, *, listing: Listing) -> Report:
     """Write the report out of the shards' footers, and clear the work files."""
     skipped = list(listing.skipped)
-    num_rows = 0
+    num_rows, places = 0, list[int]()
     for shard, footer in enumerate(_read_footers(plan)):
         assert footer is not None, plan.shard(shard)
         num_rows += footer.num_rows
         for place, reason in footer.skipped:
+            places.append(place)
             skipped.append(_name_skipped(listing, place=place, reason=reason))
     assert num_rows + len(skipped) == plan.num_rows + len(listing.skipped)
-    done = Done(num_rows=num_rows, num_skipped=len(skipped))
     skipped.sort(key=lambda item: item.key)
-    report = {"digest": plan.digest, **asdict(done)}
-    write_json(
-        plan.out.within(REPORT_FILE),
-        value=report | {"skipped": [asdict(item) for item in skipped]},
-    )
+    named = [asdict(item) for item in skipped]
+    report: Report = {
+        "digest": plan.digest,
+        **asdict(Done(num_rows=num_rows, num_skipped=len(skipped))),
+        **describe(listing),
+        "classes": class_counts(listing, skipped=places),
+        "left_out": left_out(named),
+        "skipped": named,
+    }
+    write_json(plan.out.within(REPORT_FILE), value=report)
     _clear_unpacked(plan)
     plan.out.within(RECORDS_FILE).delete()
-    return done
+    return report
 
 
 def _name_skipped(listing: Listing, *, place: int, reason: str) -> Skipped:
     record = listing.records.slice(place, 1).to_pylist()[0]
-    container = listing.containers[record["container"]]
+    container = printable(listing.containers[record["container"]])
     if listing.kind == "folder":
-        source = str(Path(container) / record["key"])
+        source = child(container, record["key"])
     else:
-        unit = "byte" if listing.kind == "tar" else "row"
+        unit = "row" if listing.kind == "parquet" else "byte"
         source = f"{container}, {unit} {record['offset']}"
     return Skipped(record["key"], source=source, reason=reason)
 
 
-def read_report(plan: Plan) -> Done:
-    """Read the counts of a finished set."""
-    report = json.loads(plan.out.within(REPORT_FILE).read())
-    return Done(num_rows=report["num_rows"], num_skipped=report["num_skipped"])
+def read_report(plan: Plan) -> Report:
+    """Read the report of a finished set."""
+    return json.loads(plan.out.within(REPORT_FILE).read())

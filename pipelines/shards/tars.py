@@ -1,28 +1,46 @@
-"""Lists images in tars, ImageNet's own and WebDataset's, without unpacking them.
+"""Lists images in tars without unpacking them.
 
 A record says at which byte an image begins, so that any of them can be read at once.
 """
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from pipelines.shards.labels import read_val_labels
-from pipelines.shards.listing import (
-    Builder,
-    Listing,
-    check_member_name,
-    resolve_names,
-    resolve_texts,
+from pipelines.shards.classes import Numbering, plain, resolve_names
+from pipelines.shards.listing import Builder, Listing, printable
+from pipelines.shards.names import (
+    HIDDEN,
+    has_litter,
+    is_other,
+    other_files,
 )
+from pipelines.shards.stored import open_stored, stem, suffix
 from pipelines.shards.suffixes import IMAGE_SUFFIXES
+from pipelines.shards.tree import Tree
 
 BLOCK_BYTES = 512
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+LABEL_SUFFIXES = frozenset({"cls", "json", "txt", "label", "class"})
+_FIRST_MEMBERS = 16
+
+
+def check_member_name(name: str, *, archive: str | Path) -> str:
+    """Give an archive member's name in plain form.
+
+    Raises:
+        ValueError: The name is absolute or climbs out of the archive.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(
+            f"{archive} holds the member {name!r}: names that are absolute or hold "
+            "'..' are refused; do not trust this archive."
+        )
+    return str(path)
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,7 @@ class Member:
 
 
 def scan_tar(
-    path: Path, *, start: int = 0, size_bytes: int | None = None
+    path: str | Path, *, start: int = 0, size_bytes: int | None = None
 ) -> Iterator[Member]:
     """Yield the members of a tar, or of a tar inside a tar, folders left out.
 
@@ -48,8 +66,8 @@ def scan_tar(
     Raises:
         ValueError: It is compressed, damaged or cut short, or a name is not safe.
     """
-    stop = path.stat().st_size if size_bytes is None else start + size_bytes
-    with path.open("rb") as file:
+    with open_stored(path) as file:
+        stop = file.seek(0, 2) if size_bytes is None else start + size_bytes
         file.seek(start)
         if file.read(8).startswith(COMPRESSED):
             raise ValueError(f"{path} is compressed: unpack it to a plain tar first.")
@@ -62,7 +80,7 @@ def scan_tar(
                     raise ValueError(f"{path} is damaged within {info.name!r}.")
                 if info.offset_data + info.size > stop:
                     raise ValueError(f"{path} is cut short within {info.name!r}.")
-                name = check_member_name(info.name, tar=path)
+                name = check_member_name(info.name, archive=path)
                 if not info.isdir():
                     is_file = info.isreg() and not info.issparse()
                     yield Member(name, info.offset_data, info.size, is_file)
@@ -75,31 +93,87 @@ def scan_tar(
             raise ValueError(f"{path} is damaged at byte {end}.")
 
 
-def _files(
-    builder: Builder, *, path: Path, start: int = 0, size_bytes: int | None = None
+def image_files(
+    builder: Builder, *, path: str, start: int = 0, size_bytes: int | None = None
 ) -> Iterator[Member]:
+    """Yield the plain files of a tar that are no litter."""
     for member in scan_tar(path, start=start, size_bytes=size_bytes):
-        if member.is_file:
+        if has_litter(member.name):
+            builder.ignored[HIDDEN] += 1
+        elif member.is_file:
             yield member
         else:
             builder.skip(member.name, source=path, reason="not a plain file in its tar")
 
 
-def list_class_tars(paths: Sequence[Path], *, classes: Sequence[str] | None) -> Listing:
+@dataclass
+class Sketch:
+    """What a tar holds, by a look at its members.
+
+    Attributes:
+        kind: Tars within it, "nested"; samples of images and labels, "webdataset"; or
+            "images" alone.
+        folders: The top folders of its first members, or of all if it is read whole.
+    """
+
+    kind: str
+    folders: set[str] = field(default_factory=set)
+
+
+def sketch_tar(path: str, *, whole: bool) -> Sketch:
+    """Find out what a tar holds by its first members.
+
+    Args:
+        path: The tar.
+        whole: Read on where these are images alone: their labels may come after.
+    """
+    found, keys, sides = Sketch("images"), set[str](), set[str]()
+    num = 0
+    for member in scan_tar(path):
+        if has_litter(member.name):
+            continue
+        num += 1
+        if num > _FIRST_MEMBERS and not whole:
+            break
+        found.folders.add(member.name.partition("/")[0] if "/" in member.name else "")
+        kind = suffix(member.name)
+        if kind == "tar":
+            return Sketch("nested")
+        if kind in ("cls", "json"):
+            return Sketch("webdataset")
+        key = sample_key(member.name)
+        if kind in IMAGE_SUFFIXES:
+            keys.add(key)
+        elif kind in LABEL_SUFFIXES:
+            sides.add(key)
+        if key in keys and key in sides:
+            return Sketch("webdataset")
+    return found
+
+
+def sample_key(name: str) -> str:
+    """Give what the files of a WebDataset sample share: all up to the first dot."""
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{file.partition('.')[0]}"
+
+
+def list_class_tars(paths: Sequence[str], *, numbering: Numbering) -> Listing:
     """List one tar a class: `n01440764.tar`, ..., or one tar that holds such tars.
 
     A class is named by its tar. Keys are CLASS/MEMBER, as in the unpacked tree.
     """
-    builder = Builder("tar")
+    builder = Builder("tar", layout="tars of a class each")
     for path in paths:
-        builder.containers.append(str(path))
+        builder.containers.append(path)
         first = next(scan_tar(path), None)
         if first is None or not first.name.endswith(".tar"):
-            _add_class_tar(builder, path=path, name=path.stem)
+            _add_class_tar(builder, path=path, name=stem(path))
             continue
-        for inner in scan_tar(path):
+        for inner in image_files(builder, path=path):
             if not inner.name.endswith(".tar"):
-                raise ValueError(f"{path} mixes class tars with {inner.name!r}.")
+                reason = "not within a class's tar"
+                builder.skip(inner.name, source=path, reason=reason)
+                continue
             _add_class_tar(
                 builder,
                 path=path,
@@ -107,117 +181,41 @@ def list_class_tars(paths: Sequence[Path], *, classes: Sequence[str] | None) -> 
                 start=inner.offset,
                 size_bytes=inner.size_bytes,
             )
-    ordered, labels = resolve_names(builder.names(), classes=classes)
+    ordered, labels = resolve_names(builder.names(), numbering=numbering)
     return builder.finish(ordered, labels=labels)
 
 
 def _add_class_tar(
     builder: Builder,
     *,
-    path: Path,
+    path: str,
     name: str,
     start: int = 0,
     size_bytes: int | None = None,
 ) -> None:
-    for member in _files(builder, path=path, start=start, size_bytes=size_bytes):
+    if printable(name) != name:
+        builder.skip(f"{name}.tar", source=path, reason="the class is not UTF-8")
+        return
+    for member in image_files(builder, path=path, start=start, size_bytes=size_bytes):
+        if is_other(member.name):
+            builder.ignored[other_files(member.name)] += 1
+            continue
         builder.add(
             f"{name}/{member.name}",
-            name=name,
+            name=plain(name),
             offset=member.offset,
             size_bytes=member.size_bytes,
         )
 
 
-def list_flat_tar(
-    path: Path,
-    *,
-    labels_file: Path | None,
-    synsets: Path | None,
-    classes: Sequence[str] | None,
-) -> Listing:
-    """List a tar of images whose labels are in a text, as ImageNet's validation set.
-
-    See `pipelines.shards.labels.read_val_labels` for what the text may be.
-    """
-    if labels_file is None:
-        raise ValueError(
-            f"{path} holds images without classes: give their labels by --labels FILE."
-        )
-    builder = Builder("tar", containers=[str(path)])
-    members = sorted(_files(builder, path=path), key=lambda member: member.name)
-    names, ordered, labels = read_val_labels(
-        labels_file,
-        images=[member.name for member in members],
-        synsets=synsets,
-        classes=classes,
-    )
-    for member, name in zip(members, names, strict=True):
-        builder.add(
-            member.name, name=name, offset=member.offset, size_bytes=member.size_bytes
-        )
-    return builder.finish(ordered, labels=labels)
-
-
-@dataclass
-class _Sample:
-    images: list[Member] = field(default_factory=list)
-    label: str | None = None
-    problem: str = "no .cls and no .json with a label"
-
-
-def list_webdataset(paths: Sequence[Path], *, classes: Sequence[str] | None) -> Listing:
-    """List WebDataset tars: KEY.jpg (or .png, .webp, ...) beside KEY.cls or KEY.json.
-
-    A .cls holds a class name or a place counted from 0; a .json has it under "label" or
-    "cls". Keys are TAR/KEY.SUFFIX, since WebDataset's own are unique in a tar at most.
-    """
-    builder = Builder("tar")
+def list_tar_tree(paths: Sequence[str], *, root: str) -> Tree:
+    """List the files of tars as one tree of folders, by name."""
+    tree = Tree(root, Builder("tar"))
     for path in paths:
-        builder.containers.append(str(path))
-        for key, sample in _read_samples(builder, path=path).items():
-            name = f"{path.stem}/{key}"
-            if len(sample.images) != 1:
-                reason = f"{len(sample.images)} images in the sample, wanted one"
-                builder.skip(name, source=path, reason=reason)
-            elif sample.label is None:
-                builder.skip(name, source=path, reason=sample.problem)
-            else:
-                image = sample.images[0]
-                builder.add(
-                    f"{path.stem}/{image.name}",
-                    name=sample.label,
-                    offset=image.offset,
-                    size_bytes=image.size_bytes,
-                )
-    ordered, labels = resolve_texts(builder.names(), classes=classes)
-    return builder.finish(ordered, labels=labels)
-
-
-def _read_samples(builder: Builder, *, path: Path) -> dict[str, _Sample]:
-    samples: dict[str, _Sample] = {}
-    with path.open("rb") as file:
-        for member in _files(builder, path=path):
-            place = PurePosixPath(member.name)
-            stem, _, suffix = place.name.partition(".")
-            sample = samples.setdefault(str(place.with_name(stem or ".")), _Sample())
-            if suffix.lower() in IMAGE_SUFFIXES:
-                sample.images.append(member)
-            elif suffix in ("cls", "json"):
-                file.seek(member.offset)
-                _take_label(sample, file.read(member.size_bytes), suffix=suffix)
-    return samples
-
-
-def _take_label(sample: _Sample, data: bytes, *, suffix: str) -> None:
-    try:
-        text = data.decode().strip()
-        if suffix == "json":
-            fields = json.loads(text)
-            value = fields.get("label", fields.get("cls"))
-            is_label = isinstance(value, (int, str)) and not isinstance(value, bool)
-            text = str(value).strip() if is_label else ""
-    except (ValueError, AttributeError, RecursionError):
-        sample.problem = f"its .{suffix} cannot be read"
-        return
-    if text and (suffix == "cls" or sample.label is None):
-        sample.label = text
+        tree.builder.containers.append(path)
+        for member in image_files(tree.builder, path=path):
+            tree.add(member.name, size_bytes=member.size_bytes, offset=member.offset)
+    tree.builder.sort()
+    tops = {key.partition("/")[0] for key in tree.builder.keys if "/" in key}
+    tree.folders = sorted(tops)
+    return tree
