@@ -257,8 +257,9 @@ def _refuse_outside(
         advice = "negative numbers mark images without a label; leave them out"
     elif outside == [num_classes] and 0 not in numbers.values():
         advice = "if they count from 1, say --count-from 1"
+    to = f"to {num_classes - 1 + first}" if num_classes else "on"
     raise ValueError(
-        f"Wanted labels from {first} to {num_classes - 1 + first}, got "
+        f"Wanted labels from {first} {to}, got "
         f"{', '.join(map(str, outside[:3]))}: {advice}."
     )
 

@@ -59,7 +59,6 @@ logger = logging.getLogger(__name__)
 Task = Callable[[int], Done]
 Executor = Callable[[Task, Sequence[int]], Iterator[Done]]
 SECONDS_PER_LINE = 15.0
-_GOES_ON = "the same command goes on from here, without --overwrite"
 _PROG = "sovit-shards"
 
 
@@ -251,17 +250,22 @@ def make_shards(arguments: Arguments, *, execute: Executor = on_ray) -> Summary:
         _run(plan, execute=execute)
         report = finish(plan, listing=listing)
     except OSError as error:
-        raise OSError(f"{error}; {_GOES_ON}") from error
+        raise OSError(f"{error}; {_how_on(arguments)}") from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; {_GOES_ON}") from None
+        raise KeyboardInterrupt(f"stopped; {_how_on(arguments)}") from None
     return _told(Summary(plan, report, was_finished=False))
+
+
+def _how_on(arguments: Arguments) -> str:
+    without = " without --overwrite" if arguments.overwrite else ""
+    return f"the same command{without} goes on from here"
 
 
 def _told(summary: Summary) -> Summary:
     """Warn of what the user should look at."""
     if "classes" in summary.report:
         for warning in warnings(summary.report):
-            logger.warning("warning: %s", warning)
+            logger.warning(warning)
     return summary
 
 
@@ -330,7 +334,7 @@ def _main(arguments: Sequence[str]) -> None:
     except OSError as error:
         raise ValueError(str(error)) from error
     except KeyboardInterrupt as error:
-        fail(f"{_PROG}: {error or 'stopped'}", status=130)
+        fail(f"{_PROG}: {str(error) or 'stopped'}", status=130)
     raise SystemExit(_conclude(summary, max_bad_share=parsed.max_bad_share))
 
 

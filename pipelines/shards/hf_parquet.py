@@ -68,9 +68,9 @@ def list_parquet(
     are_keys = None not in keys and len(set(keys)) == len(keys)
     for path, table in zip(paths, tables, strict=True):
         builder.containers.append(path)
-        labels = table["label"].combine_chunks().dictionary_encode()
-        names = [label_text(value) for value in labels.dictionary.to_pylist()]
-        codes, sizes = labels.indices.to_pylist(), table["size_bytes"].to_pylist()
+        encoded = table["label"].combine_chunks().dictionary_encode()
+        names = [label_text(value) for value in encoded.dictionary.to_pylist()]
+        codes, sizes = encoded.indices.to_pylist(), table["size_bytes"].to_pylist()
         keys_here = table["path"].to_pylist() if are_keys else []
         for row, (code, size_bytes) in enumerate(zip(codes, sizes, strict=True)):
             key = keys_here[row] if are_keys else f"{base_name(path)}#{row}"
@@ -79,18 +79,15 @@ def list_parquet(
                 builder.skip(key, source=f"{path}, row {row}", reason="no label")
                 continue
             builder.add(key, name=name, offset=row, size_bytes=size_bytes)
-    distinct, num_images = builder.names(), len(builder.keys)
-    if not distinct:
-        return builder.finish([], labels={})
-    refuse_captions(
-        distinct, num_images=num_images, numbering=numbering, most=MAX_OWN_LABELS
-    )
-    if own is not None and tables[0]["label"].type in _TEXTS:
-        chosen = numbering if numbering.classes else Numbering(classes=own)
-        ordered, by_name = resolve_names(distinct, numbering=chosen)
-    else:
-        ordered, by_name = resolve_texts(distinct, numbering=numbering, own=own)
-    return builder.finish(ordered, labels=by_name)
+    distinct, num_images, most = builder.names(), len(builder.keys), MAX_OWN_LABELS
+    with builder.explaining():
+        refuse_captions(distinct, num_images=num_images, numbering=numbering, most=most)
+        if own is not None and tables[0]["label"].type in _TEXTS:
+            chosen = numbering if numbering.classes else Numbering(classes=own)
+            ordered, labels = resolve_names(distinct, numbering=chosen)
+        else:
+            ordered, labels = resolve_texts(distinct, numbering=numbering, own=own)
+    return builder.finish(ordered, labels=labels)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -225,6 +226,14 @@ class Builder:
             raise ValueError(
                 "The source names no classes: give them by --classes FILE."
             )
+
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Add to a ValueError what was left out before it."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{str(error).rstrip('.')}{self.reasons()}.") from None
 
     def reasons(self) -> str:
         """Say what was left out or ignored so far, by count; empty if nothing was."""

@@ -50,7 +50,7 @@ _MORE_SPLITS = _SPLITS | {
     "trainval": "train",
 }
 _FILLING = frozenset({"set", "sets", "data", "images", "image", "img", "imgs", "split"})
-_PART = re.compile(r"(.*?)-(\d+)-of-(\d+)(?!\d)")
+_PART = re.compile(r"(.*?)[-_](\d+)[-_]of[-_](\d+)(?!\d)")
 
 
 def is_litter(name: str) -> bool:

@@ -35,6 +35,11 @@ from pipelines.shards.webdataset import list_webdataset
 from pipelines.shards.zips import list_zip
 
 Kind = Literal["folder", "ilsvrc-train", "ilsvrc-val", "webdataset", "parquet"]
+_CONTENTS = {
+    "nested": "tars within",
+    "images": "images alone",
+    "webdataset": "images and labels",
+}
 _STORED = {"parquet": "Parquet files", "tar": "tars", "zip": "zips"}
 
 
@@ -256,8 +261,12 @@ def _tars_kind(addresses: Sequence[str], *, root: str, wishes: Wishes) -> Kind:
         return "webdataset"  # labels may come later; where they don't, it is said
     if len(first) > 1:
         raise ValueError(
-            f"{root} holds {' and '.join(map(base_name, first.values()))}, which are "
-            f"of different kinds ({', '.join(first)}): name one of them as SOURCE."
+            f"{root} holds "
+            + " and ".join(
+                f"{base_name(address)} ({_CONTENTS[kind]})"
+                for kind, address in first.items()
+            )
+            + ": name one of them as SOURCE."
         )
     if "nested" in first:
         return "ilsvrc-train"

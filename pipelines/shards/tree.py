@@ -286,7 +286,7 @@ def _is_empty(tree: Tree, folder: str) -> bool:
 
 def _note_folders(tree: Tree, *, inner: dict[str, set[str]]) -> None:
     nested = {top: sorted(n) for top, n in inner.items() if len(n) > 1 and "" not in n}
-    if nested and len(nested) * 2 > len(inner):
+    if nested:
         top, names = next(iter(nested.items()))
         tree.builder.notes.append(
             f"folders within class folders make no classes ({top} holds "

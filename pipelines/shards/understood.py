@@ -58,18 +58,18 @@ def left_out(skipped: Sequence[Mapping[str, str]]) -> dict[str, int]:
 
 def warnings(report: Report) -> Iterator[str]:
     """Yield what the user should look at."""
-    yield from report["notes"]
+    yield from (f"note: {note}" for note in report["notes"])
     empty = [name for name, num in report["classes"] if not num]
     if empty:
-        yield f"{len(empty):,} classes have no image: {_some(empty)}"
+        num = len(report["classes"])
+        yield f"warning: no image in {len(empty):,} of {num:,} classes: {_some(empty)}"
     if len(report["classes"]) == 1:
         name = report["classes"][0][0]
-        yield f"there is one class, {name!r}: a classifier has nothing to learn"
+        yield f"warning: there is one class, {name!r}: nothing to learn"
     share = share_left_out(report)
     if share > _MANY:
-        yield (
-            f"{share:.0%} of the images were left out: {_counts(report['left_out'])}"
-        )
+        counts = _counts(report["left_out"])
+        yield f"warning: {share:.0%} of the images were left out: {counts}"
 
 
 def share_left_out(report: Report) -> float:

@@ -62,8 +62,9 @@ def list_webdataset(
     names, num_images = builder.names(), len(builder.keys)
     is_text = sources[2] * 2 > num_images and fields.label is None
     most = 1 if is_text else MAX_OWN_LABELS
-    refuse_captions(names, num_images=num_images, numbering=numbering, most=most)
-    ordered, labels = resolve_texts(names, numbering=numbering) if names else ([], {})
+    with builder.explaining():
+        refuse_captions(names, num_images=num_images, numbering=numbering, most=most)
+        ordered, labels = resolve_texts(names, numbering=numbering)
     return builder.finish(ordered, labels=labels)
 
 
@@ -77,7 +78,10 @@ def _problem(sample: _Sample, *, fields: Fields) -> str:
         )
     if not sample.images:
         wanted = f".{fields.image}" if fields.image else "no image"
-        return f"{wanted} in the sample, but {others}: --image-field names a suffix"
+        return (
+            f"{wanted} in the sample, but {others} (a sample's name ends at its first "
+            "dot): --image-field names a suffix"
+        )
     if sample.label is None:
         if sample.problem:
             return sample.problem
