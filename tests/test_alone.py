@@ -56,12 +56,25 @@ def end(error: type[BaseException]) -> None:
     time.sleep(1)  # the driver's thread looks twice a second
 
 
+def run_in(folder: Path) -> Run:
+    run = small_demo(folder, num_epochs=3, num_workers=0)
+    prepare_store(run.storage)
+    return dataclasses.replace(run, checkpoint_every_steps=4)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """Make a run of three epochs of ten steps, a checkpoint every four steps."""
-    run = small_demo(tmp_path, num_epochs=3, num_workers=0)
-    prepare_store(run.storage)
-    return dataclasses.replace(run, checkpoint_every_steps=4)
+    return run_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Train such a run to its end, on one thread; return its average's weights."""
+    torch.set_num_threads(1)
+    run = run_in(tmp_path_factory.mktemp("unbroken"))
+    fit(run, name="unbroken", keep_model=False)
+    return weights_of(run, "unbroken")
 
 
 def weights_of(run: Run, name: str) -> dict[str, torch.Tensor]:
@@ -115,28 +128,30 @@ def test_it_trains_keeps_and_records_as_workers_do(
 )
 def test_what_ends_early_goes_on_to_the_same_weights(
     run: Run,
+    unbroken: dict[str, torch.Tensor],
     error: type[BaseException],
     caught: type[BaseException],
     status: str,
 ) -> None:
     """Whoever ends it, between epochs or within one: the weights are bit for bit."""
     torch.set_num_threads(1)
-    fit(run, name="unbroken")
+    # The fifth report is a checkpoint within the second epoch.
+    reports = Reports(last=5, end=error)
     with pytest.raises(caught, match=r"as the test wants it|--resume broken"):
-        # The fifth report is a checkpoint within the second epoch.
-        fit(run, name="broken", callbacks=[Reports(last=5, end=error)])
+        fit(run, name="broken", callbacks=[reports], keep_model=False)
     by_name = {tracked.info.run_name: tracked for tracked in runs_of(run.storage)}
     assert by_name["broken"].info.status == status
 
     record = read_record(run.storage, name="broken")
     reports = Reports()
-    fit(record.run, name="broken", record=record, callbacks=[reports])
+    callbacks = [reports]
+    fit(record.run, name="broken", record=record, callbacks=callbacks, keep_model=False)
     epochs = [seen["epoch"] for seen in reports.seen if "epoch" in seen]
     # Asked to end, it came to the second epoch's end.
     assert epochs == ([3] if error is Ended else [2, 3])
-    expected, found = weights_of(run, "unbroken"), weights_of(run, "broken")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    found = weights_of(run, "broken")
+    assert unbroken.keys() == found.keys()
+    assert all(torch.equal(unbroken[name], found[name]) for name in unbroken)
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(run: Run) -> None:
@@ -146,7 +161,8 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(run: Run) -> None:
     (folder / "step_00000012" / ckpt.MANIFEST).unlink()
     record = read_record(run.storage, name="cut")
     reports = Reports()
-    fit(record.run, name="cut", record=record, callbacks=[reports])
+    callbacks = [reports]
+    fit(record.run, name="cut", record=record, callbacks=callbacks, keep_model=False)
     # From the first epoch's end.
     assert [seen.get("epoch") for seen in reports.seen] == [
         None,
@@ -189,7 +205,7 @@ def test_the_same_command_begins_a_run_and_goes_on_with_it(
     command = [f"{tmp_path}/recipe.py:small", "--resume", "mine"]
     with pytest.raises(ValueError, match="wanted a run to resume"):
         _main(["--resume", "mine", "--storage", run.storage])
-    fit(run, name="other")
+    fit(run, name="other", keep_model=False)
     _main(command)
     assert weights_of(run, "mine").keys() == weights_of(run, "other").keys()
     with pytest.raises(ValueError, match="has finished"):
