@@ -25,6 +25,7 @@ from pipelines.ingest.batch import Batch
 from pipelines.metrics import Sums
 from pipelines.mixing import draw_mix, mix, smooth_targets, soft_cross_entropy
 from pipelines.optim import learning_rate, set_learning_rate
+from pipelines.sharding import update_average
 from pipelines.step_errors import step_errors
 
 _MINUTES_WHILE_FEW = 5.0
@@ -246,7 +247,7 @@ def _end_step(state: TrainState, batch: Batch, *, guard: Guard) -> None:
     guard.end()
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
-        state.ema.update(state.model)
+        update_average(state.ema.module, state.model, decay=state.ema.decay)
     state.position = replace(
         state.position, batch=batch.index + 1, step=state.position.step + 1
     )

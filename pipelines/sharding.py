@@ -49,6 +49,27 @@ def shard_state(optimizer: torch.optim.Optimizer) -> None:
                 )
 
 
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, *, decay: float) -> None:
+    """Move an average by a share of 1 - decay towards a model's weights and buffers.
+
+    What is no float is copied. As timm's ModelEmaV3 does it, of which PyTorch takes no
+    mixture of sharded parameters and whole buffers.
+    """
+    pairs = [
+        local(pair)
+        for pair in zip(
+            average.state_dict().values(), model.state_dict().values(), strict=True
+        )
+    ]
+    floats = [(old, new) for old, new in pairs if old.is_floating_point()]
+    olds, news = zip(*floats, strict=True)
+    torch._foreach_lerp_(olds, news, weight=1 - decay)  # pyright: ignore
+    for old, new in pairs:
+        if not old.is_floating_point():
+            old.copy_(new)
+
+
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Give this worker's parts of tensors, or the tensors where they are whole."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -19,7 +20,7 @@ from pipelines.checkpoint import load_optimizer, load_weights, read_manifest
 from pipelines.config import Run
 from pipelines.ingest.batch import Batch
 from pipelines.loop import TrainState, train
-from pipelines.sharding import shard_state
+from pipelines.sharding import shard_state, update_average
 from pipelines.snapshot import take_snapshot, write_snapshot
 from tests.small_runs import CPU, evaluated, meeting, settings_of, small_run
 from tests.test_loop import batch_of, pictures
@@ -214,3 +215,17 @@ def test_it_goes_on_from_its_checkpoint_bit_for_bit(folder: Path) -> None:
     unbroken = tensors_of(folder / "unbroken")
     for name, value in tensors_of(folder / "again").items():
         assert torch.equal(value, unbroken[name]), name
+
+
+def test_the_average_moves_as_timms_does() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    ours, theirs = ModelEmaV3(model, decay=0.9), ModelEmaV3(model, decay=0.9)
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    for parameter in model.parameters():
+        parameter.data += 1
+    update_average(ours.module, model, decay=0.9)
+    theirs.update(model)
+    wanted = theirs.module.state_dict()
+    for name, value in ours.module.state_dict().items():
+        assert torch.equal(value, wanted[name]), name
+    assert ours.module.state_dict()["1.num_batches_tracked"] == 1

@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 
+from pipelines.device import CPU
+from pipelines.snapshot import take_snapshot
 from sovit.spectral import BATCHED_SINCE
 from tests.fake_gpu.device import on_fake_gpu
 from tests.fake_gpu.steps import NUM_STEPS, fake_run, take_steps
 from tests.fake_gpu.watch import Watch
+from tests.fake_gpu.workers import NUM_WORKERS, among_workers
 
 Case = Callable[[Watch], None]
 FAMILIES = (
@@ -62,17 +65,65 @@ def _step(watch: Watch, *, recipe: str, **changes: Any) -> None:
     take_steps(watch, fake_run(recipe, **changes))
 
 
+def _together(watch: Watch, **changes: Any) -> None:
+    with among_workers():
+        run = fake_run(_VIT, kwargs=_SHALLOW, world_size=NUM_WORKERS, **changes)
+        take_steps(watch, run, world_size=NUM_WORKERS)
+
+
+def _copy(watch: Watch, **changes: Any) -> None:
+    """Take a checkpoint's copy of a state that has taken steps."""
+    run = fake_run(_VIT, kwargs=_SHALLOW, **changes)
+    state = take_steps(watch, run)
+    watch.on()
+    assert state.ema is not None
+    snapshot = take_snapshot(
+        run=run,
+        position=state.position,
+        classes=("a", "b"),
+        metrics={},
+        model=state.model,
+        ema=state.ema.module,
+        optimizer=state.optimizer,
+    )
+    watch.off()
+    assert all(value.device == CPU for value in snapshot.model.values())
+
+
+TOGETHER: Mapping[str, dict[str, Any]] = {
+    "data parallel": {"optim": _CLIPPED},
+    "data parallel, accumulated": {"optim": {"num_accumulation": 2}},
+    "data parallel, logged": {"log_every_steps": 1},
+    "sharded": {"sharding": "fsdp", "optim": _CLIPPED},
+    "sharded, accumulated": {"sharding": "fsdp", "optim": {"num_accumulation": 2}},
+    "sharded, logged": {"sharding": "fsdp", "log_every_steps": 1},
+}
 CASES: Mapping[str, Case] = {
     **{f"step of {name}": partial(_step, recipe=name) for name in FAMILIES},
     **{
         f"step, {name}": partial(_step, recipe=_VIT, kwargs=_SHALLOW, **changes)
         for name, changes in SETTINGS.items()
     },
+    **{
+        f"step of 8 workers, {name}": partial(_together, **changes)
+        for name, changes in TOGETHER.items()
+    },
+    "copy of a checkpoint": _copy,
 }
+# PyTorch's own: it times the first ten steps, and every hundredth after them.
+_TIMED = "waits for an event: pipelines/loop.py _forward_backward"
 # By case, what is to be seen, in order; nothing of all others.
 MEANT: Mapping[str, tuple[str, ...]] = {
     "step of gcp.mpncov_resnet50": _EIGEN,
-    "step, logged": _LOGGED * 2,
+    "step, logged": _LOGGED * NUM_STEPS,
+    "step of 8 workers, data parallel": (_TIMED,),
+    "step of 8 workers, data parallel, accumulated": (_TIMED,),
+    "step of 8 workers, data parallel, logged": (_TIMED, *_LOGGED),
+    "step of 8 workers, sharded, logged": _LOGGED,
+    "copy of a checkpoint": (
+        "copies to the host: pipelines/device.py download",
+        "waits for a stream: pipelines/device.py wait_for_stream",
+    ),
 }
 
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.building import build_state
 from pipelines.config import Run
 from pipelines.ingest.batch import Batch
-from pipelines.loop import LoopSettings, train
+from pipelines.loop import LoopSettings, TrainState, train
 from pipelines.recipe import load_recipe
 from tests.fake_gpu.device import GPU
 from tests.fake_gpu.watch import Watch
+from tests.fake_gpu.workers import sum_gradients
 
 NUM_CLASSES = 1000
 BATCH_SIZE = 8
+"""Images of a worker's share of a step."""
 # The first makes the optimiser's state; what comes after the second is like it.
 NUM_STEPS = 2
+# Data parallelism finds its buckets in those before, once in a run.
+_NUM_BEFORE, _NUM_TOGETHER = 3, 1
 
 
 def fake_run(
@@ -29,16 +35,19 @@ def fake_run(
     kwargs: dict[str, Any] | None = None,
     optim: dict[str, Any] | None = None,
     log_every_steps: int = 1000,
+    world_size: int = 1,
     **scale: Any,
 ) -> Run:
-    """Load a recipe and change what is named, of its scale too."""
+    """Load a recipe and change what is named, of its scale too; steps stay eager."""
     run = load_recipe(recipe)
+    scale = {"use_gpu": True, "compile": False, **scale}
+    num_workers = world_size if world_size > 1 else 0
     return dataclasses.replace(
         run,
         model=dataclasses.replace(run.model, kwargs=run.model.kwargs | (kwargs or {})),
-        data=dataclasses.replace(run.data, batch_size=BATCH_SIZE),
+        data=dataclasses.replace(run.data, batch_size=BATCH_SIZE * world_size),
         optim=dataclasses.replace(run.optim, **optim or {}),
-        scale=dataclasses.replace(run.scale, num_workers=0, use_gpu=True, **scale),
+        scale=dataclasses.replace(run.scale, num_workers=num_workers, **scale),
         log_every_steps=log_every_steps,
         checkpoint_every_minutes=0.0,
     )
@@ -57,7 +66,7 @@ def batch_of(run: Run, *, index: int = 0, micro: int = 0) -> Batch:
         epoch=0,
         index=index,
         micro=micro,
-        global_rows=BATCH_SIZE,
+        global_rows=run.data.batch_size,
         ends_step=micro == num_micro - 1,
         ends_epoch=False,
     )
@@ -75,16 +84,27 @@ def settings_of(run: Run, **settings: Any) -> LoopSettings:
     )
 
 
-def take_steps(watch: Watch, run: Run, *, world_size: int = 1) -> None:
-    """Train for some steps, and watch all of them."""
-    state = build_state(run, num_classes=NUM_CLASSES, device=GPU, world_size=world_size)
+def take_steps(watch: Watch, run: Run, *, world_size: int = 1) -> TrainState:
+    """Train for two steps and watch them; of several workers the fourth one."""
+    num_before, num = 0, NUM_STEPS
+    if world_size > 1:
+        num_before, num = _NUM_BEFORE, _NUM_TOGETHER
+    # A fake tensor that FSDP2 moved would still say that it lies on the host.
+    is_sharded = run.scale.sharding == "fsdp"
+    with GPU if is_sharded else contextlib.nullcontext():
+        state = build_state(
+            run, num_classes=NUM_CLASSES, device=GPU, world_size=world_size
+        )
+    if isinstance(state.forward, DistributedDataParallel):
+        sum_gradients(state.forward)
 
     def batches() -> Iterator[Batch]:
-        for index in range(NUM_STEPS):
+        for index in range(num_before + num):
             for micro in range(run.optim.num_accumulation):
                 watch.off()
                 batch = batch_of(run, index=index, micro=micro)
-                watch.on()
+                if index >= num_before:
+                    watch.on()
                 yield batch
         watch.off()
 
@@ -95,4 +115,5 @@ def take_steps(watch: Watch, run: Run, *, world_size: int = 1) -> None:
         on_log=lambda metrics, position: None,
         on_epoch_end=lambda state: None,
     )
-    assert state.position.step == NUM_STEPS
+    assert state.position.step == num_before + num
+    return state

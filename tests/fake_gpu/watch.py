@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tests.fake_gpu.build import ROOT, runtime_path
 
@@ -57,7 +58,7 @@ class Watch(TorchDispatchMode):
         self.num_ops = 0
         """Operations on the device while it was on."""
         self._is_on = False
-        self._pinned: WeakSet[Any] = WeakSet()
+        self._pinned = WeakIdKeyDictionary()  # a set
         # Kept here: CUDA's stand-in calls it.
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._hear)
         ctypes.CDLL(str(runtime_path())).fake_gpu_tell(self._callback)
@@ -89,6 +90,8 @@ class Watch(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if any(issubclass(one, DTensor) for one in types):
+            return NotImplemented  # it comes again, of this worker's part
         kwargs = dict(kwargs or {})
         name = func.overloadpacket.__name__
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -97,7 +100,7 @@ class Watch(TorchDispatchMode):
         if name in _LEFT_OUT:
             return None
         if name in ("pin_memory", "_pin_memory"):
-            return self._pinned_now(torch.empty_like(args[0]))
+            return self._pinned_now(_zeros_like(args[0]))
         if name == "is_pinned":
             return args[0] in self._pinned
         if name == "_local_scalar_dense" and isinstance(args[0], FakeTensor):
@@ -108,11 +111,13 @@ class Watch(TorchDispatchMode):
             args = self._looked_at(name, args, tensors)
         out = func(*args, **kwargs)
         if kwargs.get("pin_memory"):
-            self._pinned_now(out)
+            return self._pinned_now(_zeros_like(out))
+        if name == "empty" and out.dtype == torch.int32 and not out.is_cuda:
+            return _zeros_like(out)  # data parallelism writes into it from C++
         return out
 
     def _pinned_now(self, tensor: Tensor) -> Tensor:
-        self._pinned.add(tensor)
+        self._pinned[tensor] = None
         return tensor
 
     def _read(self, tensor: Tensor) -> float | int | bool:
@@ -142,11 +147,11 @@ class Watch(TorchDispatchMode):
         side = "host" if source.is_cuda else "device"
         self._note(f"copies to the {side}" + ", waiting" * waits, name)
         if name == "copy_":
-            return func(*args, **kwargs)
+            func(*args, **kwargs)
+            return args[0]
         if target.type != "cpu":  # values would be followed to the stand-in's memory
             return func(torch.empty_like(source), *args[1:], **kwargs)
-        with unset_fake_temporarily():
-            return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        return _zeros_like(source, dtype=kwargs.get("dtype"))
 
     def _looked_at(
         self, name: str, args: tuple[Any, ...], tensors: Sequence[Tensor]
@@ -176,6 +181,14 @@ class Watch(TorchDispatchMode):
                 self._note("takes a shape from values", name)
             indices += [index.new_zeros(index.numel(), dtype=torch.int64)] * index.dim()
         return (source, indices, *values)
+
+
+def _zeros_like(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Make a tensor of the host that has values."""
+    size, stride = tensor.size(), tensor.stride()
+    with unset_fake_temporarily():
+        made = torch.empty_strided(size, stride, dtype=dtype or tensor.dtype)
+        return made.zero_()
 
 
 def _place() -> tuple[str, int]:

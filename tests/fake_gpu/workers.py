@@ -1,0 +1,62 @@
+"""Be the first of several workers, whose others are PyTorch's fake process group."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.parallel import DistributedDataParallel, distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from pipelines import sharding
+
+NUM_WORKERS = 8
+
+
+@contextlib.contextmanager
+def among_workers() -> Iterator[None]:
+    """Meet seven others; what they send is what is there already.
+
+    Data parallelism compares and shares the weights' values at its start, of which
+    there are none.
+    """
+    dist.init_process_group("fake", rank=0, world_size=NUM_WORKERS, store=FakeStore())
+    find_mesh = sharding.init_device_mesh
+
+    def real_mesh(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():  # ranks are looked up in it
+            return find_mesh(*args, **kwargs)
+
+    nothing = mock.Mock(return_value=None)
+    verify, share = "_verify_param_shape_across_processes", "_sync_module_states"
+    try:
+        with (
+            mock.patch.object(sharding, "init_device_mesh", real_mesh),
+            mock.patch.object(distributed, verify, nothing),
+            mock.patch.object(distributed, share, nothing),
+        ):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_gradients(model: DistributedDataParallel) -> None:
+    """Have data parallelism find its buckets where the fake group left them.
+
+    Its own way of calling the group takes them from a future, which is empty there.
+    """
+
+    # Without annotations, which PyTorch would not take as text.
+    model.register_comm_hook(None, lambda _, bucket: _summed(bucket))
+
+
+def _summed(bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    dist.all_reduce(bucket.buffer(), async_op=True)
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
