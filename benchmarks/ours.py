@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 
@@ -51,7 +52,10 @@ def ours(work: Work, *, num_epochs: int = _NUM_EPOCHS) -> Batches:
             f"wanted a multiple of {work.batch_size} images, came {work.num_images}; "
             "set --num-images"
         )
-    supply = open_supply(describe_run(work, num_epochs=num_epochs), work=work)
+    run = describe_run(work, num_epochs=num_epochs)
+    # All loaders give float32; a training on a GPU may take bfloat16.
+    run = dataclasses.replace(run, scale=dataclasses.replace(run.scale, amp="off"))
+    supply = open_supply(run, work=work)
     supply.start()
     try:
         for batch in supply:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from pipelines.ingest.batch import Batch
 
 _NAME = "{attempt:020d}-{step:08d}-{rank:05d}.csv"
@@ -50,12 +52,13 @@ class KeyLog:
 
     def __call__(self, batch: Batch, step: int) -> None:
         """Note a micro-batch of a step."""
-        pixels = batch.images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+        pixels = batch.images.permute(0, 2, 3, 1).cpu().contiguous()
+        in_bytes = pixels.view(torch.uint8).numpy()  # NumPy has no bfloat16
         for at, draw_id in enumerate(batch.draw_ids.tolist()):
             if draw_id >= 0:
                 place = divmod(draw_id, self._num_repeats)
                 self._lines.writerow(
-                    (step, batch.epoch, *place, zlib.crc32(pixels[at]))
+                    (step, batch.epoch, *place, zlib.crc32(in_bytes[at]))
                 )
         self._file.flush()
 

@@ -10,6 +10,7 @@ import torch
 
 from pipelines.checkpoint import Position
 from pipelines.config import Run
+from pipelines.device import has_bfloat16, is_gpu
 from pipelines.ingest.batch import Batch
 from pipelines.ingest.feed import Shape, batches
 from pipelines.ingest.footers import ShardSet
@@ -36,6 +37,19 @@ def pixel_settings(run: Run, *, train: bool) -> PixelSettings:
         seed=run.seed,
         train=train,
     )
+
+
+def image_dtype(run: Run, *, train: bool, device: torch.device) -> torch.dtype:
+    """Find what images are handed over in: bfloat16 where a GPU's step rounds to it.
+
+    Its autocast would round them before the first layer, so the numbers are the same
+    and the traffic is half. They stay float32 where something else comes first: mixup,
+    which would mix rounded numbers and round again, probes, which run without autocast,
+    and evaluation, whose images are looked at. (Cutmix moves numbers as they are.)
+    """
+    is_rounded = run.scale.amp == "auto" and is_gpu(device) and has_bfloat16(device)
+    is_first = train and not run.optim.mixup and not run.probe.every_steps
+    return torch.bfloat16 if is_rounded and is_first else torch.float32
 
 
 def reading_of(
@@ -103,6 +117,7 @@ class Supply:
             pixel_settings(run, train=self._train),
             num_rows=shape.micro_rows,
             device=self._device,
+            dtype=image_dtype(run, train=self._train, device=self._device),
             on_bad=self._on_bad,
         )
         items = batches(

@@ -63,6 +63,15 @@ def test_pixels_leave_a_mark_whatever_their_strides(tmp_path: Path) -> None:
     assert marks[0] == marks[1] != marks[2]
 
 
+def test_bfloat16_pixels_leave_a_mark(tmp_path: Path) -> None:
+    one = batch(3)
+    rounded = Batch(**{**vars(one), "images": one.images.bfloat16()})
+    other = Batch(**{**vars(one), "images": one.images.bfloat16() * 1.01})
+    write(tmp_path, attempt=0, step=0, rank=0, batches=[rounded, rounded, other])
+    marks = [item.crc32 for item in trained(tmp_path)]
+    assert marks[0] == marks[1] != marks[2]
+
+
 def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, attempt=0, step=0, rank=0, batches=[batch(3), batch(4)])
     (path,) = tmp_path.glob("*.csv")

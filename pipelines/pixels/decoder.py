@@ -24,7 +24,7 @@ class Decoded:
     """Hold a micro-batch of one shape, its rows beyond the good ones filled."""
 
     images: Tensor
-    """float32 (num_rows, 3, H, W), channels last."""
+    """float32 or bfloat16 (num_rows, 3, H, W), channels last."""
     labels: np.ndarray
     weights: np.ndarray
     """float32 (num_rows,): 1 where a row was decoded, else 0."""
@@ -75,6 +75,7 @@ class BatchDecoder:
 
     Args:
         num_rows: Rows of every batch that comes out.
+        dtype: Of the images.
         on_bad: Is told of bad images as they are met, in every epoch again.
     """
 
@@ -84,6 +85,7 @@ class BatchDecoder:
         *,
         num_rows: int,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
         on_bad: Callable[[tuple[BadImage, ...]], None] = lambda bad: None,
     ) -> None:
         self._settings = settings
@@ -96,7 +98,10 @@ class BatchDecoder:
             else None
         )
         self._finish = Finisher(
-            settings, device=device, num_threads=settings.data.num_decode_threads
+            settings,
+            device=device,
+            num_threads=settings.data.num_decode_threads,
+            dtype=dtype,
         )
         # What a share without a good image shows: the last one, or grey.
         size = settings.img_size

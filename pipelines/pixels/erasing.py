@@ -114,7 +114,8 @@ def erase(
             (*shape, len(box)),
             generator=generator,
             device=images.device,
-            dtype=images.dtype,
+            # Then rounded to the images' type, so that bfloat16 gets the same noise.
+            dtype=torch.float32,
         )
         box.copy_(noise.permute(2, 0, 1))
     return images

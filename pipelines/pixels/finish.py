@@ -16,10 +16,20 @@ from pipelines.pixels.host import Threads
 
 
 class Finisher:
-    """Turn uint8 pixels (n, H, W, 3) into float32 (n, 3, H, W), channels last."""
+    """Turn uint8 pixels (n, H, W, 3) into floats (n, 3, H, W), channels last.
+
+    Args:
+        dtype: What the images are rounded to, once, from float32: bfloat16 comes out
+            as if float32 had been cast.
+    """
 
     def __init__(
-        self, settings: PixelSettings, *, device: torch.device, num_threads: int
+        self,
+        settings: PixelSettings,
+        *,
+        device: torch.device,
+        num_threads: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         size = settings.img_size
         mean = 255 * np.array(settings.data.mean)
@@ -30,7 +40,7 @@ class Finisher:
         self._scale = _tiled(1 / std, num_pixels, device=device)
         self._offset = _tiled(-mean / std, num_pixels, device=device)
         self._mode: Literal["const", "rand", "pixel"] = settings.augment.re_mode
-        self._device = device
+        self._device, self._dtype = device, dtype
         self._threads = Threads(num_threads)
         self._buffers = Buffers()
 
@@ -38,14 +48,18 @@ class Finisher:
         """Normalise, and erase boxes where some were drawn."""
         if is_gpu(self._device):
             # Pixels that the readers decoded are still on the host.
-            on_device = upload(pixels, self._device)
-            normalized = torch.addcmul(self._offset, on_device, self._scale)
+            normalized = self._on_gpu(upload(pixels, self._device))
         else:
-            normalized = self._on_cpu(pixels)
+            normalized = self._on_cpu(pixels).to(self._dtype)
         images = normalized.permute(0, 3, 1, 2)
         if draws.boxes is not None:
             images = erase(images, draws.boxes, mode=self._mode)
         return images
+
+    def _on_gpu(self, pixels: Tensor) -> Tensor:
+        # One kernel: it computes in float32 and rounds as it writes.
+        out = torch.empty(pixels.shape, dtype=self._dtype, device=pixels.device)
+        return torch.addcmul(self._offset, pixels, self._scale, out=out)
 
     def _on_cpu(self, pixels: Tensor) -> Tensor:
         normalized = self._buffers.take(tuple(pixels.shape))
