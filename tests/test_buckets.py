@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -175,3 +176,25 @@ def test_a_label_outside_the_classes_is_named(
     upload(folder, f"{ROOT}/set")
     with pytest.raises(ValueError, match=f"{ROOT}/set/{path.name}: .*labels 0 to 2"):
         read_shard_set(f"{ROOT}/set")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_source_in_a_bucket_is_that_on_a_path(
+    kind: str, line: Line, images: Path, tmp_path: Path
+) -> None:
+    source, far = images, f"{ROOT}/{tmp_path.name}/images"
+    if kind == "tar":
+        source = tmp_path / "images.tar"
+        with tarfile.open(source, "w") as tar:
+            tar.add(images, arcname=".")
+        far = f"{far}.tar"
+        Place(far).write(source.read_bytes())
+    else:
+        for file in images.rglob("*.jpg"):
+            Place(f"{far}/{file.relative_to(images)}").write(file.read_bytes())
+    here, there = tmp_path / "a" / "set", tmp_path / "b" / "set"
+    assert make(source, str(here)).done == make(far, str(there)).done
+    shards = [path.name for path in here.glob("*.parquet")]
+    assert len(shards) == NUM_SHARDS
+    for name in shards:
+        assert (there / name).read_bytes() == (here / name).read_bytes()

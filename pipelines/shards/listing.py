@@ -217,10 +217,9 @@ class Builder:
 
     def _refuse_nothing(self, records: pa.Table, *, classes: Sequence[str]) -> None:
         if not len(records):
-            where = ", ".join(map(printable, self.containers[:3])) or "the source"
             raise ValueError(
                 "Wanted images with labels, found none"
-                f"{self.reasons() or '; it is empty'}; in {where}."
+                f"{self.reasons() or '; it is empty'}; in {self._where()}."
             )
         if not classes:
             raise ValueError(
@@ -229,11 +228,16 @@ class Builder:
 
     @contextlib.contextmanager
     def explaining(self) -> Iterator[None]:
-        """Add to a ValueError what was left out before it."""
+        """Add to a ValueError what was left out before it, and where."""
         try:
             yield
         except ValueError as error:
-            raise ValueError(f"{str(error).rstrip('.')}{self.reasons()}.") from None
+            said = f"{str(error).rstrip('.')}{self.reasons()}; in {self._where()}."
+            raise ValueError(said) from None
+
+    def _where(self) -> str:
+        more = ", ..." * (len(self.containers) > 3)
+        return ", ".join(map(printable, self.containers[:3])) + more or "the source"
 
     def reasons(self) -> str:
         """Say what was left out or ignored so far, by count; empty if nothing was."""

@@ -7,10 +7,13 @@ Where a source could be two things it is refused, with the option that decides.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import pyarrow.fs as pafs
+
+from pipelines.files import Place
 from pipelines.shards.classes import Numbering, read_classes, resolve_names
 from pipelines.shards.hf_parquet import list_parquet
 from pipelines.shards.labels import LabelFile, label_by_file
@@ -120,8 +123,9 @@ def list_source(
 
 
 def _list_folder(root: str, *, wishes: Wishes) -> Listing:
-    if wishes.subfolder:
+    if wishes.subfolder and _is_folder(child(root, wishes.subfolder)):
         root = child(root, wishes.subfolder)
+        wishes = replace(wishes, subfolder=None)
     tree = walk(root)
     files = sorted(tree.stored, key=lambda key: key.split("/"))
     takes_images = wishes.kind in (None, "ilsvrc-val") and not files
@@ -130,7 +134,7 @@ def _list_folder(root: str, *, wishes: Wishes) -> Listing:
     if wishes.kind == "folder" or takes_images:
         for key in files:
             tree.builder.ignored[other_files(key)] += 1
-        return _list_tree(tree, wishes=wishes)
+        return _list_tree(_within(tree, subfolder=wishes.subfolder), wishes=wishes)
     if wishes.kind is None:
         _refuse_two_sources(tree, files=files)
     else:
@@ -145,6 +149,10 @@ def _list_folder(root: str, *, wishes: Wishes) -> Listing:
     if tree.builder.keys:
         listing.ignored["files beside those"] = len(tree.builder.keys)
     return listing
+
+
+def _is_folder(address: str) -> bool:
+    return Place(address).kind() == pafs.FileType.Directory
 
 
 def _refuse_two_sources(tree: Tree, *, files: Sequence[str]) -> None:
@@ -335,7 +343,8 @@ def _list_tree(tree: Tree, *, wishes: Wishes) -> Listing:
         names += empty_folders(tree)
     places = {"folder": "a folder", "zip": "a zip", "tar": "tars"}
     builder.layout = f"a folder for each class, in {places[builder.kind]}"
-    ordered, labels = resolve_names(names, numbering=wishes.numbering)
+    with builder.explaining():
+        ordered, labels = resolve_names(names, numbering=wishes.numbering)
     return builder.finish(ordered, labels=labels)
 
 

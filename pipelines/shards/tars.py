@@ -181,7 +181,8 @@ def list_class_tars(paths: Sequence[str], *, numbering: Numbering) -> Listing:
                 start=inner.offset,
                 size_bytes=inner.size_bytes,
             )
-    ordered, labels = resolve_names(builder.names(), numbering=numbering)
+    with builder.explaining():
+        ordered, labels = resolve_names(builder.names(), numbering=numbering)
     return builder.finish(ordered, labels=labels)
 
 
@@ -216,6 +217,5 @@ def list_tar_tree(paths: Sequence[str], *, root: str) -> Tree:
         for member in image_files(tree.builder, path=path):
             tree.add(member.name, size_bytes=member.size_bytes, offset=member.offset)
     tree.builder.sort()
-    tops = {key.partition("/")[0] for key in tree.builder.keys if "/" in key}
-    tree.folders = sorted(tops)
+    tree.find_folders()
     return tree

@@ -51,7 +51,8 @@ class Tree:
             self.builder.ignored[HIDDEN] += 1
         elif is_other(key):
             self.builder.ignored[other_files(key)] += 1
-            self.other_folders[key.partition("/")[0]] += 1
+            if "/" in key:
+                self.other_folders[key.partition("/")[0]] += 1
         elif kind in _CONTAINERS or kind in ("gz", "tgz", "bz2", "xz", "zst", "tbz2"):
             self.stored.append(key)
         else:
@@ -70,8 +71,14 @@ class Tree:
                 f"Expected images below --subfolder {folder} in {self.root}, got none "
                 f"there; its folders are {names}."
             )
+        self.other_folders.clear()
+        self.find_folders()
+
+    def find_folders(self) -> None:
+        """Find the top folders by the files in them, where there are no others."""
         keys = self.builder.keys
-        self.folders = sorted({k.partition("/")[0] for k in keys if "/" in k})
+        tops = {key.partition("/")[0] for key in keys if "/" in key}
+        self.folders = sorted(tops | set(self.other_folders))
 
 
 def walk(root: str) -> Tree:
@@ -84,8 +91,7 @@ def walk(root: str) -> Tree:
     if is_remote(root):
         for key, size_bytes in list_remote(root):
             tree.add(key, size_bytes=size_bytes)
-        tops = {key.partition("/")[0] for key in tree.builder.keys if "/" in key}
-        tree.folders = sorted(tops)
+        tree.find_folders()
         return tree
     for key, entry in _walk(tree):
         tree.add(key, size_bytes=entry.stat().st_size)

@@ -41,8 +41,7 @@ def list_zip(address: str) -> Tree:
         tree.add(
             member.filename, size_bytes=member.file_size, offset=member.header_offset
         )
-    tops = {key.partition("/")[0] for key in tree.builder.keys if "/" in key}
-    tree.folders = sorted(tops)
+    tree.find_folders()
     return tree
 
 
