@@ -151,18 +151,21 @@ class Builder:
     def relabel(self, name_of: Callable[[str], str | None], *, reason: str) -> None:
         """Label all images by their keys; those without a label are left out."""
         keys, places, width = self.keys, self._places, 4
-        self.keys, self._places, self._names = [], array("q"), {}
+        self._names = {}
+        num = 0  # of those that stay; they move to the front, in their order
         for row, key in enumerate(keys):
-            name = name_of(key)
-            container, offset, size_bytes, _ = places[row * width : (row + 1) * width]
+            name, start = name_of(key), width * row
             if name is None:
-                self.skip(
-                    key, source=self._source(key, container=container), reason=reason
-                )
+                source = self._source(key, container=places[start])
+                self.skip(key, source=source, reason=reason)
                 continue
+            if num < row:
+                places[width * num : width * (num + 1)] = places[start : start + width]
+                keys[num] = key
+            num += 1
             name_id = self._names.setdefault(name, len(self._names))
-            self._places.extend((container, offset, size_bytes, name_id))
-            self.keys.append(key)
+            places[width * num - 1] = name_id
+        del keys[num:], places[width * num :]
 
     def _source(self, key: str, *, container: int) -> str:
         place = self.containers[container]

@@ -43,7 +43,7 @@ def check_member_name(name: str, *, archive: str | Path) -> str:
     return str(path)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A member's plain name and where its bytes lie in the outermost file."""
 

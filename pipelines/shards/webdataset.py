@@ -23,7 +23,7 @@ _LABEL_FIELDS = ("label", "cls")
 _MAX_LABEL_BYTES = 16 << 20
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sample:
     images: list[Member] = field(default_factory=list)
     suffixes: list[str] = field(default_factory=list)
