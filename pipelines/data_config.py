@@ -14,6 +14,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Interpolation = Literal["bilinear", "bicubic"]
+Exif = Literal["ignore", "rotate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,9 @@ class Data:
     """Evaluation resizes the short side to img_size / crop_pct, then crops."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    exif: Exif = "ignore"
+    """rotate: photographs are turned upright by their EXIF orientation, in training,
+    evaluation and prediction alike. timm ignores it, and so do the papers."""
     decoder: Literal["auto", "dali", "torch"] = "auto"
     """auto: DALI where it is installed, else Pillow, which gives the same pixels."""
     hw_decoder_load: float = 0.0

@@ -29,7 +29,7 @@ from pipelines.export.images import Encoded, decode, read_images
 from pipelines.export.names import readable_names
 from pipelines.export.subject import Subject, Weights, from_checkpoint
 from pipelines.export.timm_folder import CONFIG, read_timm
-from pipelines.shards.images import BadImageError
+from pipelines.pixels.headers import BadImageError
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-predict"

@@ -64,8 +64,8 @@ BAD = {
         "broken header: .*decompression bomb",
     ),
     "truncated png": (encode(picture(), "PNG")[:-900], "does not decode"),
-    "gif": (encode(picture(), "GIF"), "format GIF is not decoded by DALI"),
-    "avif": (encode(picture(), "AVIF"), "format AVIF is not decoded by DALI"),
+    "gif": (encode(picture(), "GIF"), "format GIF is not decoded here"),
+    "avif": (encode(picture(), "AVIF"), "format AVIF is not decoded here"),
     "float tiff": (encode(picture("F"), "TIFF"), "[A-Z]+ of 32-bit samples"),
     "pfm": (encode(picture("F"), "PPM"), "[A-Z]+ of 32-bit samples"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipelines.config import Augment, Data
@@ -152,17 +154,42 @@ def test_what_is_not_an_images_fault_is_raised() -> None:
 
 
 def test_a_decoder_is_reset_after_each_error_and_reasons_are_a_line() -> None:
+    """Its own pixels are no help here: it is too large, say."""
     culprit = jpeg(9, size=SIZE)
-    broken = Broken(lambda encoded: any(v.tobytes() == culprit for v in encoded))
+    broken = Broken(
+        lambda encoded: any(v.tobytes() == culprit or v[0] == ord("P") for v in encoded)
+    )
     decode = SafeDecoder(broken)
     rows = rows_with([GOOD, culprit, GOOD])
     draws = draw(rows, settings=SETTINGS, epoch=0)
     found = decode(rows, draws)
     assert found.reasons == {1: "the decoder refuses it: Failed to allocate"}
-    assert broken.num_resets == 2
-    assert broken.sizes == [3, 1, 1, 1, 2]
+    assert broken.num_resets == 3
+    assert broken.sizes == [3, 1, 1, 1, 1, 2]
     decode(rows, draws)  # it is known now: no further try
-    assert broken.sizes == [3, 1, 1, 1, 2, 2]
+    assert broken.sizes == [3, 1, 1, 1, 1, 2, 2]
+
+
+def test_what_a_decoder_refuses_alone_comes_by_the_judges_pixels() -> None:
+    culprit = jpeg(9, size=SIZE)
+    given: list[bytes] = []
+
+    def fails(encoded: Sequence[np.ndarray]) -> bool:
+        given[:] = [view.tobytes() for view in encoded]
+        return culprit in given
+
+    broken = Broken(fails)
+    decode = SafeDecoder(broken)
+    rows = rows_with([GOOD, culprit, GOOD])
+    draws = draw(rows, settings=SETTINGS, epoch=0)
+    for sizes in ([3, 1, 1, 1, 1, 3], [3, 1, 1, 1, 1, 3, 3]):  # it is known then
+        found = decode(rows, draws)
+        assert (found.good, found.reasons) == ([0, 1, 2], {})
+        assert broken.sizes == sizes
+        assert (given[0], given[2]) == (GOOD, GOOD)
+        shown = np.frombuffer(given[1], np.uint8)[-3 * SIZE[0] * SIZE[1] :]
+        wanted = np.asarray(Image.open(io.BytesIO(culprit)))
+        assert np.array_equal(shown.reshape(wanted.shape), wanted)
 
 
 def batch_decoder(

@@ -254,9 +254,9 @@ def test_no_image_starts_a_program(
     with pytest.raises(BadImageError, match="EPS"):
         check_image(EPS)
     assert not is_whole(EPS)
-    with pytest.raises(OSError, match="cannot identify"):
+    with pytest.raises(BadImageError, match="EPS"):
         stored_size(EPS)
-    with pytest.raises(OSError, match="cannot identify"):
+    with pytest.raises(BadImageError, match="EPS"):
         decode_eval([EPS], data=Data(train="t", val="v", batch_size=8), img_size=8)
     assert not ran.exists()
     with Image.open(io.BytesIO(EPS)) as image, pytest.raises(Exception, match=r"."):

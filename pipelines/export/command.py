@@ -26,7 +26,7 @@ from pipelines.export import checks, onnx_file, program, timm_folder
 from pipelines.export.folder import mark, whole_folder
 from pipelines.export.images import decode, read_images
 from pipelines.export.subject import Subject, Weights, card, from_checkpoint
-from pipelines.shards.images import BadImageError
+from pipelines.pixels.headers import BadImageError
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-export"

@@ -85,6 +85,7 @@ def card(subject: Subject) -> dict[str, Any]:
         "mean": list(data.mean),
         "std": list(data.std),
         "eval_mirror": data.eval_mirror,
+        "exif": data.exif,
         "classes": list(subject.classes),
         **({"names": [names[label] for label in subject.classes]} if names else {}),
         **subject.origin,

@@ -95,7 +95,11 @@ def _config(subject: Subject) -> dict[str, Any]:
         "pretrained_cfg": _pretrained_cfg(subject),
         "model_args": _model_args(subject),
         # timm reads over what it does not know.
-        "sovit": {"eval_mirror": subject.data.eval_mirror, **subject.origin},
+        "sovit": {
+            "eval_mirror": subject.data.eval_mirror,
+            "exif": subject.data.exif,
+            **subject.origin,
+        },
     }
 
 
@@ -155,6 +159,7 @@ def _read_config(raw: dict[str, Any]) -> tuple[Model, Data, tuple[str, ...]]:
         pooling=Pooling(**pooling) if pooling else None,
         kwargs=args,
     )
+    ours = raw.get("sovit", {})
     data = Data(
         train="",
         val="",
@@ -163,7 +168,8 @@ def _read_config(raw: dict[str, Any]) -> tuple[Model, Data, tuple[str, ...]]:
         eval_interpolation=config["interpolation"],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        eval_mirror=bool(raw.get("sovit", {}).get("eval_mirror", False)),
+        eval_mirror=bool(ours.get("eval_mirror", False)),
+        exif="rotate" if ours.get("exif") == "rotate" else "ignore",
     )
     # Who wrote it does not choose what else is read here.
     return without_weights(settings), data, tuple(str(label) for label in labels)

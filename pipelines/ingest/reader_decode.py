@@ -27,7 +27,8 @@ class ReaderDecoder:
         self._settings = settings
         self._batch_size = batch_size
         self._decode = SafeDecoder(
-            make_decoder(settings, batch_size=batch_size, device=torch.device("cpu"))
+            make_decoder(settings, batch_size=batch_size, device=torch.device("cpu")),
+            exif=settings.data.exif,
         )
 
     @property

@@ -19,10 +19,13 @@ import torch
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch import Tensor
 
+from pipelines.data_config import Exif
 from pipelines.device import current_stream, is_gpu
 from pipelines.pixels.dali_ops import apply_ops, op_inputs
 from pipelines.pixels.draws import Draws, PixelSettings
 from pipelines.pixels.geometry import Geometry
+from pipelines.pixels.headers import BadImageError
+from pipelines.pixels.host import PlainViews
 
 _INT32, _FLOAT = types.DALIDataType.INT32, types.DALIDataType.FLOAT
 
@@ -30,16 +33,19 @@ _INT32, _FLOAT = types.DALIDataType.INT32, types.DALIDataType.FLOAT
 class DaliWindows:
     """Decode a window of each image on the CPU: uint8 (height, width, 3)."""
 
-    def __init__(self, *, batch_size: int, num_threads: int) -> None:
+    def __init__(
+        self, *, batch_size: int, num_threads: int, exif: Exif = "ignore"
+    ) -> None:
         self._batch_size = batch_size
         self._num_threads = num_threads
+        self._plain = PlainViews(exif=exif, num_threads=num_threads)
         self.reset()
 
     def __call__(
         self, encoded: Sequence[np.ndarray], geometry: Geometry
     ) -> list[Tensor]:
         """Decode windows; raises RuntimeError where one image of the batch is bad."""
-        _feed(self._pipeline, encoded, geometry)
+        _feed(self._pipeline, self._plain(encoded), geometry)
         (output,) = self._pipeline.run()
         # With DALI's dynamic executor a tensor owns its memory: no copy is needed.
         return [torch.from_dlpack(output[at]) for at in range(len(encoded))]
@@ -89,6 +95,8 @@ class DaliDecoder:
         self._settings = settings
         self._batch_size = batch_size
         self._device = device
+        data = settings.data
+        self._plain = PlainViews(exif=data.exif, num_threads=data.num_decode_threads)
         self._in_flight: deque[_Batch] = deque()
         self._pipeline: Pipeline | None = self._build()
 
@@ -100,8 +108,13 @@ class DaliDecoder:
         self, encoded: Sequence[np.ndarray], draws: Draws
     ) -> Callable[[], Tensor]:
         """Begin to decode a batch; what is returned gives its pixels, or its error."""
-        batch = _Batch(encoded=encoded, draws=draws)
-        self._feed(batch)
+        try:
+            batch = _Batch(encoded=self._plain(encoded), draws=draws)
+        except BadImageError as error:  # nothing was fed: what is on its way goes on
+            batch = _Batch(encoded=encoded, draws=draws)
+            batch.pixels.set_exception(error)
+        else:
+            self._feed(batch)
         return lambda: self._pixels_of(batch)
 
     def reset(self) -> None:
@@ -243,7 +256,7 @@ def _decoded_windows(*, device: str, hw_decoder_load: float = 0.0) -> Any:
         shape=_input("window", dtype=_INT32),
         axes=[0, 1],
         output_type=types.DALIImageType.RGB,
-        # timm and torchvision do not rotate by EXIF either.
+        # What is to be turned comes turned, see PlainViews.
         adjust_orientation=False,
         **(only_gpu if device == "mixed" else {}),
     )

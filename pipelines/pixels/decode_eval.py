@@ -17,11 +17,15 @@ from pipelines.pixels.pillow_decode import PillowWindows, stored_size
 
 
 def decode_eval(encoded: Sequence[bytes], *, data: Data, img_size: int) -> Tensor:
-    """Decode images for evaluation: float32 (B, 3, img_size, img_size) on the CPU."""
+    """Decode images for evaluation: float32 (B, 3, img_size, img_size) on the CPU.
+
+    Raises BadImageError where one of them is bad.
+    """
     settings = PixelSettings(
         data=data, augment=Augment(), img_size=img_size, seed=0, train=False
     )
-    sizes = np.array([stored_size(item) for item in encoded])
+    exif = data.exif
+    sizes = np.array([stored_size(item, exif=exif) for item in encoded])
     geometry = center_crop(
         heights=sizes[:, 0],
         widths=sizes[:, 1],
@@ -30,7 +34,7 @@ def decode_eval(encoded: Sequence[bytes], *, data: Data, img_size: int) -> Tenso
         interpolation=data.eval_interpolation,
     )
     decoder = HostDecoder(
-        PillowWindows(), img_size=img_size, fill=settings.fill, num_threads=1
+        PillowWindows(exif=exif), img_size=img_size, fill=settings.fill, num_threads=1
     )
     draws = Draws(geometry=geometry, ops=None, boxes=None)
     views = [np.frombuffer(item, np.uint8) for item in encoded]

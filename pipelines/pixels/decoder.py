@@ -50,14 +50,14 @@ def make_decoder(
             "'train' on Linux or set --data.decoder torch"
         )
     if data.decoder == "torch" or not has_dali:
-        windows = PillowWindows()
+        windows = PillowWindows(exif=data.exif)
     else:
         from pipelines.pixels.dali import DaliDecoder, DaliWindows
 
         if is_gpu(device):
             return DaliDecoder(settings, batch_size=batch_size, device=device)
         windows = DaliWindows(
-            batch_size=batch_size, num_threads=data.num_decode_threads
+            batch_size=batch_size, num_threads=data.num_decode_threads, exif=data.exif
         )
     return HostDecoder(
         windows,
@@ -93,7 +93,10 @@ class BatchDecoder:
         self._on_bad = on_bad
         # Where the readers decode there is nothing left to decode.
         self._decode = (
-            SafeDecoder(make_decoder(settings, batch_size=num_rows, device=device))
+            SafeDecoder(
+                make_decoder(settings, batch_size=num_rows, device=device),
+                exif=settings.data.exif,
+            )
             if settings.data.decode_on == "workers"
             else None
         )

@@ -13,9 +13,11 @@ from typing import TypeVar
 import numpy as np
 
 from pipelines.config import Augment, Data
+from pipelines.data_config import Exif
 from pipelines.pixels.erasing import Boxes, erase_boxes
 from pipelines.pixels.geometry import Geometry, center_crop, random_resized_crop
 from pipelines.pixels.ops import Ops, color_jitter, rand_augment
+from pipelines.pixels.orientation import is_lying, orientation_of
 from pipelines.pixels.rows import Rows
 
 T = TypeVar("T", Geometry, Ops, Boxes)
@@ -81,10 +83,11 @@ def draw_ids_of(rows: Rows, *, settings: PixelSettings) -> np.ndarray:
 def draw(rows: Rows, *, settings: PixelSettings, epoch: int) -> Draws:
     """Draw for training; give the fixed windows of evaluation."""
     data, augment = settings.data, settings.augment
+    heights, widths = _shown_sizes(rows, exif=data.exif)
     if not settings.train:
         geometry = center_crop(
-            heights=rows.heights,
-            widths=rows.widths,
+            heights=heights,
+            widths=widths,
             img_size=settings.img_size,
             crop_pct=data.crop_pct,
             interpolation=data.eval_interpolation,
@@ -93,8 +96,8 @@ def draw(rows: Rows, *, settings: PixelSettings, epoch: int) -> Draws:
     ids = draw_ids_of(rows, settings=settings)
     geometry = random_resized_crop(
         ids,
-        heights=rows.heights,
-        widths=rows.widths,
+        heights=heights,
+        widths=widths,
         seed=settings.seed,
         epoch=epoch,
         img_size=settings.img_size,
@@ -107,6 +110,17 @@ def draw(rows: Rows, *, settings: PixelSettings, epoch: int) -> Draws:
         geometry=geometry,
         ops=_draw_ops(ids, settings=settings, epoch=epoch),
         boxes=_draw_boxes(ids, settings=settings, epoch=epoch),
+    )
+
+
+def _shown_sizes(rows: Rows, *, exif: Exif) -> tuple[np.ndarray, np.ndarray]:
+    """Give heights and widths as images are decoded: shards have those stored."""
+    if exif == "ignore" or rows.reasons is not None:  # or decoded by the readers
+        return rows.heights, rows.widths
+    lies = np.array([is_lying(orientation_of(v.data)) for v in rows.views], dtype=bool)
+    return (
+        np.where(lies, rows.widths, rows.heights),
+        np.where(lies, rows.heights, rows.widths),
     )
 
 

@@ -7,7 +7,7 @@ alone, and DALI and the torch path do the same thing.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,6 +15,10 @@ import numpy as np
 from pipelines.hashing import Purpose, key, uniform
 
 _NUM_TRIES = 10
+_MAX_RESIZED_PIXELS = 1 << 26
+# Crops that are resized on each side of the one shown: that a window is whole pixels
+# then changes the scale by little, and what bicubic interpolation looks at is there.
+_MARGIN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +118,16 @@ def center_crop(
     """Give the windows of evaluation: short side to img_size / crop_pct, centre crop.
 
     Roundings are those of torchvision and timm: the short side's length and the long
-    side's are cut to whole pixels, the crop's corner is rounded.
+    side's are cut to whole pixels, the crop's corner is rounded. Of a picture that
+    would be resized to more than 64 million pixels only the middle is, within a pixel
+    of the same place: whole, 20000x2 at 224 pixels would take gigabytes.
     """
     short = math.floor(img_size / crop_pct)
     size = np.stack([heights, widths], axis=1)
     long_side = (short * size.max(axis=1) / size.min(axis=1)).astype(np.int64)
     is_short = size == size.min(axis=1, keepdims=True)
     resized = np.where(is_short, short, long_side[:, None])
-    return Geometry(
+    whole = Geometry(
         start=np.zeros_like(size),
         window=size,
         resized=resized,
@@ -129,3 +135,19 @@ def center_crop(
         crop=np.rint((resized - img_size) / 2).astype(np.int64),
         flip=np.zeros(len(size), dtype=bool),
     )
+    is_banner = ~is_short & (resized.prod(axis=1) > _MAX_RESIZED_PIXELS)[:, None]
+    return _middle(whole, of=is_banner, img_size=img_size) if is_banner.any() else whole
+
+
+def _middle(whole: Geometry, *, of: np.ndarray, img_size: int) -> Geometry:
+    """Cut windows to what the crop shows, where `of`, bool of (n, 2), is true."""
+    scale = whole.resized / whole.window
+    margin = np.ceil(_MARGIN * img_size / scale).astype(np.int64) + _MARGIN
+    first = np.floor(whole.crop / scale).astype(np.int64) - margin
+    last = np.ceil((whole.crop + img_size) / scale).astype(np.int64) + margin
+    start = np.where(of, np.maximum(first, 0), whole.start)
+    window = np.where(of, np.minimum(last, whole.window) - start, whole.window)
+    resized = np.where(of, np.rint(window * scale).astype(np.int64), whole.resized)
+    crop = whole.crop - np.rint(start * scale).astype(np.int64)
+    crop = np.where(of, crop.clip(0, np.maximum(resized - img_size, 0)), whole.crop)
+    return replace(whole, start=start, window=window, resized=resized, crop=crop)

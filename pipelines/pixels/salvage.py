@@ -13,8 +13,10 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from pipelines.data_config import Exif
 from pipelines.pixels.draws import Draws
-from pipelines.pixels.pillow_decode import is_whole
+from pipelines.pixels.headers import BadImageError
+from pipelines.pixels.pillow_decode import as_ppm, decode_image, is_whole
 from pipelines.pixels.rows import Rows
 from pipelines.pixels.screen import screen
 
@@ -54,12 +56,18 @@ class Salvaged:
 
 
 class SafeDecoder:
-    """Decode rows with a decoder that refuses a whole batch for one bad image."""
+    """Decode rows with a decoder that refuses a whole batch for one bad image.
 
-    def __init__(self, decoder: PixelDecoder) -> None:
+    What it refuses is bad only where the judge, `decode_image`, refuses it too: else it
+    is given the judge's pixels.
+    """
+
+    def __init__(self, decoder: PixelDecoder, *, exif: Exif = "ignore") -> None:
         self._decoder = decoder
-        # A whole-looking image that failed once is not tried again.
+        self._exif: Exif = exif
+        # An image that failed once is not tried again.
         self._known: dict[int, str] = {}
+        self._judged: set[int] = set()
 
     @property
     def num_ahead(self) -> int:
@@ -94,9 +102,11 @@ class SafeDecoder:
             pixels = decoded()
         except Exception as error:
             self._decoder.reset()
+            num_judged = len(self._judged)
             found = self._find(rows, draws, good)
             blames_all = len(found) == len(good) > 1
-            if not found or (blames_all and any(is_whole(v) for v in rows.views)):
+            is_mended = bool(found) or len(self._judged) > num_judged
+            if not is_mended or (blames_all and any(is_whole(v) for v in rows.views)):
                 raise  # the images are whole
             self._known |= {int(rows.ids[at]): why for at, why in found.items()}
             reasons |= found
@@ -112,9 +122,13 @@ class SafeDecoder:
     ) -> Callable[[], Tensor | None]:
         if not places:
             return lambda: None
-        if len(places) == len(rows):
-            return self._decoder.start(rows.views, draws)
         views = [rows.views[at] for at in places]
+        for place, at in enumerate(places if self._judged else ()):
+            if int(rows.ids[at]) in self._judged:
+                pixels = decode_image(views[place].tobytes(), exif=self._exif)
+                views[place] = as_ppm(pixels)
+        if len(places) == len(rows):
+            return self._decoder.start(views, draws)
         return self._decoder.start(views, draws.take(places))
 
     def _find(self, rows: Rows, draws: Draws, places: list[int]) -> dict[int, str]:
@@ -125,8 +139,25 @@ class SafeDecoder:
                 self._start(rows, draws, [at])()
             except Exception as error:  # each decoder has its own
                 self._decoder.reset()
-                found[at] = _reason(error)
+                reason = self._judge(rows, draws, at, error=error)
+                if reason:
+                    found[at] = reason
         return found
+
+    def _judge(self, rows: Rows, draws: Draws, at: int, *, error: Exception) -> str:
+        """Say why an image that the decoder refuses is bad, or "" where it is whole."""
+        try:
+            decode_image(rows.views[at].tobytes(), exif=self._exif)
+        except BadImageError as bad:
+            return str(bad)
+        self._judged.add(int(rows.ids[at]))
+        try:
+            self._start(rows, draws, [at])()
+        except Exception:
+            self._decoder.reset()
+            self._judged.discard(int(rows.ids[at]))
+            return _reason(error)
+        return ""
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Decides whether DALI will decode an image, and re-encodes the ones too large."""
+"""Checks an image as training will read it, and re-encodes the ones too large."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import io
 import warnings
 from dataclasses import dataclass
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-# What DALI 2.4 decodes, in Pillow's names; MPO is a JPEG with a second picture behind.
-FORMATS = frozenset(
-    {"JPEG", "MPO", "JPEG2000", "TIFF", "PNG", "BMP", "PPM", "WEBP"},
-)
-ORIENTATION = 0x0112
-TIFF_WIDTH, TIFF_HEIGHT = 256, 257
+from pipelines.pixels.headers import BadImageError, read_header
+from pipelines.pixels.orientation import orientation_of
+from pipelines.pixels.pillow_decode import load_image, to_rgb
+from pipelines.shards.jpeg_scans import check_scans
 
-
-class BadImageError(ValueError):
-    """The bytes are not an image that training could decode; the text says why."""
+__all__ = ["BadImageError", "Checked", "check_image"]
+_ORIENTATION = 0x0112
+_MAX_JPEG_SIDE = 65500  # libjpeg's
 
 
 @dataclass(frozen=True)
@@ -47,79 +44,47 @@ def check_image(
         quality: JPEG quality of those.
 
     Raises:
-        BadImageError: DALI would refuse these bytes.
+        BadImageError: Training, evaluation and prediction would refuse these bytes.
     """
-    if not data:
-        raise BadImageError("empty file")
     with warnings.catch_warnings():
         # Pillow warns of odd metadata; what matters is whether the pixels decode.
         warnings.simplefilter("ignore")
-        image = _open(data)
-        width, height = _stored_size(image)
+        header = read_header(memoryview(data))
+        width, height = header.width, header.height
+        orientation = orientation_of(memoryview(data)) if short_side else 1
         shrinks = short_side is not None and min(width, height) > short_side
-        shrinks = shrinks and not _turned_by_pillow(image)
+        # Programs do not agree on how a turned TIFF is stored: leave it as it is.
+        shrinks = shrinks and not (header.format == "TIFF" and orientation != 1)
         if full or shrinks:
-            _decode(image)
-        elif image.format in ("JPEG", "MPO") and b"\xff\xd9" not in data[2:]:
-            raise BadImageError("does not decode: no end-of-image marker")
-        if short_side is None or not shrinks:
-            return Checked(data, width=width, height=height)
-        return _shrink(image, short_side=short_side, quality=quality)
+            image = load_image(data, header=header)
+            if full and header.frame is not None:
+                check_scans(data, frame=header.frame, image=image)
+            if short_side is not None and shrinks:
+                is_rgb = image.mode == "RGB"
+                return _shrink(
+                    image if is_rgb else Image.fromarray(to_rgb(image)),
+                    short_side=short_side,
+                    quality=quality,
+                    orientation=orientation,
+                )
+        return Checked(data, width=width, height=height)
 
 
-def _open(data: bytes) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise BadImageError("not an image in a known format") from None
-    except Exception as error:  # Pillow's readers raise anything on broken headers.
-        raise BadImageError(f"broken header: {error}") from None
-    if image.format not in FORMATS:
-        raise BadImageError(f"format {image.format} is not decoded by DALI")
-    # DALI refuses 32-bit integers and PFM, and clips floats to another picture.
-    is_wide = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")
-    if is_wide:
-        raise BadImageError(
-            f"{image.format} of 32-bit samples is not decoded rightly by DALI"
-        )
-    return image
-
-
-def _decode(image: Image.Image) -> None:
-    try:
-        image.load()
-    except Exception as error:  # As above: OSError, SyntaxError, struct.error, ...
-        raise BadImageError(f"does not decode: {error}") from None
-
-
-def _stored_size(image: Image.Image) -> tuple[int, int]:
-    tags = getattr(image, "tag_v2", None)
-    if image.format == "TIFF" and tags is not None:  # Pillow's size is the turned one.
-        return int(tags[TIFF_WIDTH]), int(tags[TIFF_HEIGHT])
-    return image.size
-
-
-def _turned_by_pillow(image: Image.Image) -> bool:
-    # Pillow turns the pixels of such a TIFF as it decodes them: leave it as it is.
-    tags = getattr(image, "tag_v2", {})
-    return image.format == "TIFF" and tags.get(ORIENTATION, 1) != 1
-
-
-def _shrink(image: Image.Image, *, short_side: int, quality: int) -> Checked:
-    orientation = image.getexif().get(ORIENTATION, 1)
+def _shrink(
+    image: Image.Image, *, short_side: int, quality: int, orientation: int
+) -> Checked:
     scale = short_side / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
-    small = _to_rgb(image).resize(size, Image.Resampling.BICUBIC)
+    if max(size) > _MAX_JPEG_SIDE:
+        raise BadImageError(
+            f"{image.width}x{image.height} pixels, {size[0]}x{size[1]} of them at a "
+            f"short side of {short_side}, are more than a JPEG holds, {_MAX_JPEG_SIDE} "
+            "a side: cut it into pieces"
+        )
+    small = image.resize(size, Image.Resampling.BICUBIC)
     exif = Image.Exif()
     if orientation != 1:
-        exif[ORIENTATION] = orientation
+        exif[_ORIENTATION] = orientation
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=quality, exif=exif)
     return Checked(buffer.getvalue(), width=size[0], height=size[1])
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip, DALI scales.
-        pixels = np.asarray(image).astype(np.float64) / 257
-        image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")

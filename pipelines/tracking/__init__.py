@@ -13,7 +13,6 @@ from pipelines.tracking.runs import (
     log_text,
     open_run,
     read_text,
-    tag_run,
 )
 
 __all__ = [
@@ -27,5 +26,4 @@ __all__ = [
     "log_text",
     "open_run",
     "read_text",
-    "tag_run",
 ]

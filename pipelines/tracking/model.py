@@ -30,6 +30,8 @@ from pipelines import runfile
 from pipelines.credentials import without_credentials
 from pipelines.device import find_device
 from pipelines.pixels.decode_eval import decode_eval
+from pipelines.pixels.headers import BadImageError
+from pipelines.pixels.pillow_decode import is_whole
 
 NUM_TOP = 5
 _BATCH_SIZE = 32
@@ -62,15 +64,22 @@ class ImageClassifier(PythonModel):
         images = list(model_input["image"])
         rows = []
         for start in range(0, len(images), _BATCH_SIZE):
-            rows += self._classify(images[start : start + _BATCH_SIZE])
+            rows += self._classify(images[start : start + _BATCH_SIZE], start=start)
         return pd.DataFrame(
             rows, columns=["label", "score", "top_labels", "top_scores"]
         )
 
     @torch.inference_mode()
-    def _classify(self, encoded: list[bytes]) -> list[dict[str, Any]]:
+    def _classify(self, encoded: list[bytes], *, start: int) -> list[dict[str, Any]]:
         run, classes = self._manifest.run, self._manifest.classes
-        pixels = decode_eval(encoded, data=run.data, img_size=run.model.img_size)
+        try:
+            pixels = decode_eval(encoded, data=run.data, img_size=run.model.img_size)
+        except BadImageError as error:
+            bad = next(at for at, item in enumerate(encoded) if not is_whole(item))
+            raise ValueError(
+                f"expected images that decode, got in row {start + bad} one that does "
+                f"not ({error}); leave it out"
+            ) from error
         logits = self._model(pixels.to(self._device)).float()
         top = logits.softmax(dim=-1).topk(min(NUM_TOP, len(classes)))
         rows = []

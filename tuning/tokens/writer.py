@@ -70,6 +70,8 @@ def make_job(
     data = dataclasses.replace(run.data, decode_on="workers")
     run = dataclasses.replace(run, model=backbone.model, data=data)
     pixels = ("eval_interpolation", "crop_pct", "mean", "std")
+    if data.exif != "ignore":  # sets of before the field was there go on
+        pixels = (*pixels, "exif")
     made_of: dict[str, Any] = {
         **backbone.made_of,
         "data": shards.digest,
