@@ -15,7 +15,7 @@ from pipelines.shards.listing import Fields, Listing
 from pipelines.shards.sources import list_source
 from tests.imagenet_files import tar_bytes
 from tests.small_sets import jpeg
-from tests.test_understood import labels_of, parquet, write, zipped
+from tests.test_understood import labels_of, parquet, samples, write, zipped
 
 FLAT = ["img_01.jpg", "img_02.jpg", "img_10.jpg"]
 NESTED = ["a/1.jpg", "a/2.jpg", "b/1.jpg"]
@@ -149,6 +149,8 @@ def test_numbers_count_from_what_is_said(tmp_path: Path) -> None:
 LISTS = {
     "lines": "cat\ndog\n",
     "a byte order mark, CRLF, blanks": "\ufeffcat \r\n dog\t\r\n\r\n",
+    "numbered lines": "1 dog\n0 cat\n",
+    "numbered from 1": "1: cat\n2: dog\n",
     "a list": '["cat", "dog"]',
     "places by names": '{"dog": 1, "cat": 0}',
     "names by places": '{"1": "dog", "0": "cat"}',
@@ -216,6 +218,12 @@ def test_a_subset_of_classes(tmp_path: Path) -> None:
     assert set(labels_of(listing)) == {*photos_of("ant"), *photos_of("cat")}
     assert listing.ignored == {"of classes that --classes does not name": 2}
     assert not listing.skipped
+    labels = {"0": "5", "1": "7", "2": "9"}  # names, though they are numbers
+    tar = {"a.tar": tar_bytes(samples(labels))}
+    (tmp_path / "two").write_text("9\n5\n")
+    options = {"classes_file": tmp_path / "two", "subset": True}
+    listing = list_source(write(tmp_path / "wds", tar), **options)
+    assert labels_of(listing) == {"a/0.jpg": "5", "a/2.jpg": "9"}
     with pytest.raises(ValueError, match="--subset needs --classes"):
         list_source(root, subset=True)
 

@@ -214,6 +214,15 @@ TABLE = {
         ignored=1,
         options={"kind": "folder"},
     ),
+    "a stray zip beside class folders": Row(
+        PLAIN | zipped(PLAIN), refused="--kind folder .*or name .*/set.zip"
+    ),
+    "what the folders were unpacked from": Row(
+        PLAIN | {"set.tar.gz": b"x"}, CAT_DOG, ignored=1
+    ),
+    "a .json beside class folders in a tar": Row(
+        tars(a={"dataset.json": b"{}"} | PLAIN), CAT_DOG, ignored=1
+    ),
     "tars and Parquet files": Row(
         tars(a=samples({"0": "0"})) | {"b.parquet": parquet([0])},
         refused="Parquet files and tars: name one",

@@ -23,6 +23,7 @@ MAX_NUMBERED = 1000
 MAX_OWN_LABELS = 100
 _NUMBER = re.compile(r"(-?\d{1,18})(\.0*)?")
 _DECIMAL = re.compile(r"-?\d*\.?\d+(e-?\d+)?", re.IGNORECASE)
+_NUMBERED_LINE = re.compile(r"\s*(\d{1,9})(?:\s*[,:;]\s*|\s+)(\S.*)")
 _WNID_LINE = re.compile(r"(n\d{8})\s+\S")
 
 
@@ -68,9 +69,10 @@ def read_classes(address: str | Path) -> list[str]:
     """Read class names in the order of their labels.
 
     Args:
-        address: A text with one name a line; a JSON list, or an object of places by
-            names or names by places; lines `n01440764 tench`, of which the WordNet ids
-            are the names; or the folder of a shard set. On a path or in a bucket.
+        address: A text with one name a line; lines `0 tench`, `1 goldfish`, ...; lines
+            `n01440764 tench`, of which the WordNet ids are the names; a JSON list, or
+            an object of places by names or names by places; or the folder of a shard
+            set. On a path or in a bucket.
 
     Raises:
         ValueError: There is nothing, no name, or one occurs twice.
@@ -81,6 +83,8 @@ def read_classes(address: str | Path) -> list[str]:
         raise ValueError(f"There is no {Place(str(address))}.")
     if kind == pafs.FileType.Directory:
         address = child(str(address), CLASSES_FILE)
+    if str(address).lower().endswith((".yaml", ".yml")):
+        raise ValueError(f"Expected a text or JSON of class names, got {address}.")
     text = read_text(address)
     return parse_classes(text, name=str(Place(str(address))))
 
@@ -135,7 +139,13 @@ def _of_lines(text: str, *, name: str) -> list[str]:
             f"{empty[0]}: a name's line is its label, write one or take it out."
         )
     ids = [_WNID_LINE.match(line) for line in lines]
-    return [match[1] for match in ids if match] if all(ids) else lines
+    if all(ids):
+        return [match[1] for match in ids if match]
+    numbered = [_NUMBERED_LINE.fullmatch(line) for line in lines]
+    by_number = {int(match[1]): match[2] for match in numbered if match}
+    if sorted(by_number) in (list(range(len(lines))), list(range(1, len(lines) + 1))):
+        return [by_number[number] for number in sorted(by_number)]
+    return lines
 
 
 def resolve_names(
@@ -211,6 +221,8 @@ def resolve_texts(
 def _numbers_or_names(
     numbers: dict[str, int], *, numbering: Numbering
 ) -> tuple[list[str], dict[str, int]]:
+    if numbering.subset:  # which is by name
+        return resolve_names(list(numbers), numbering=numbering)
     ordered = list(numbering.classes or ())
     as_names = {name: place for place, name in enumerate(ordered)}
     are_names = numbering.count_from is None and all(n in as_names for n in numbers)

@@ -128,6 +128,11 @@ def _list_folder(root: str, *, wishes: Wishes) -> Listing:
         wishes = replace(wishes, subfolder=None)
     tree = walk(root)
     files = sorted(tree.stored, key=lambda key: key.split("/"))
+    if any("/" in key for key in tree.builder.keys):
+        packed = [key for key in files if suffix(key) not in _STORED]
+        for key in packed:  # what the folders were unpacked from, most likely
+            tree.builder.ignored[other_files(key)] += 1
+        files = [key for key in files if key not in packed]
     takes_images = wishes.kind in (None, "ilsvrc-val") and not files
     if wishes.kind == "ilsvrc-val" and tree.builder.keys:
         takes_images = True
@@ -160,11 +165,13 @@ def _refuse_two_sources(tree: Tree, *, files: Sequence[str]) -> None:
     inside = [key for key in tree.builder.keys if "/" in key]
     names = [_STORED.get(kind, f".{kind}") for kind in kinds]
     if inside:
-        ways = "parquet" if kinds[0] == "parquet" else "webdataset or ilsvrc-train"
+        way = f"name {tree.root}/{files[0]}"
+        if kinds[0] != "zip":
+            way = "--kind parquet" if kinds[0] == "parquet" else "--kind webdataset"
         raise ValueError(
             f"{tree.root} holds folders with {len(inside):,} images (such as "
             f"{inside[0]!r}) and {' and '.join(names)} ({files[0]!r}): say --kind "
-            f"folder to take the folders, --kind {ways} to take the files."
+            f"folder to take the folders, or {way} to take the files."
         )
     packed = [key for key in files if suffix(key) not in _STORED]
     if packed:

@@ -139,7 +139,7 @@ def sketch_tar(path: str, *, whole: bool) -> Sketch:
         kind = suffix(member.name)
         if kind == "tar":
             return Sketch("nested")
-        if kind in ("cls", "json"):
+        if kind == "cls":
             return Sketch("webdataset")
         key = sample_key(member.name)
         if kind in IMAGE_SUFFIXES:
