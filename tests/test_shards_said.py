@@ -49,7 +49,7 @@ def test_what_was_understood_is_printed_and_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     files = classes("cat", "dog") | classes("owl", num=1)
-    files |= {f"fox/{i}.heic": b"ftypheic" for i in range(3)}
+    files |= {f"fox/{i}.heic": b"%d ftypheic" % i for i in range(3)}
     files |= {"cat/cut.jpg": jpeg(1)[:-40], "cat/.DS_Store": b"", "cat/a.xml": b""}
     out = tmp_path / "out"
     summary = make(write(tmp_path / "set", files), out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from pipelines.shards.stored import suffix
 # More left out than this is not a bad file here and there.
 _MANY = 0.05
 _FEW_NAMES = 8
+_DETAILS = re.compile(r": |, it begins with ")
 
 Report = dict[str, Any]
 
@@ -40,11 +42,13 @@ def class_counts(listing: Listing, *, skipped: Sequence[int]) -> list[list[Any]]
 def left_out(skipped: Sequence[Mapping[str, str]]) -> dict[str, int]:
     """Count what was left out by reason, the most frequent first.
 
-    A reason's details are cut off; where its files are of few suffixes they are named.
+    A reason's details are cut off, and its numbers are N; the suffixes of its files are
+    named, the most frequent first.
     """
     suffixes: dict[str, Counter[str]] = {}
     for item in skipped:
-        reason = item["reason"].partition(": ")[0]
+        reason = _DETAILS.split(item["reason"])[0]
+        reason = re.sub(r"(?<!\w)\d+", "N", reason)
         kind = suffix(item["key"].rpartition("/")[2])
         suffixes.setdefault(reason, Counter())[f".{kind}" if kind else ""] += 1
     found = Counter[str]()
