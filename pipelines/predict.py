@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipelines.checkpoint import MANIFEST
 from pipelines.cli import fail, parse, run_command
-from pipelines.device import Wanted, find_device
+from pipelines.device import Wanted, find_device, upload
 from pipelines.export.images import Encoded, decode, read_images
 from pipelines.export.names import readable_names
 from pipelines.export.subject import Subject, Weights, from_checkpoint
@@ -110,7 +110,7 @@ def _answers(
             reasons[at] = str(error)
     tops: dict[int, tuple[tuple[str, float], ...]] = {}
     if pixels:
-        stacked = torch.stack(list(pixels.values())).to(device)
+        stacked = upload(torch.stack(list(pixels.values())), device)
         found = _top(subject, stacked, num_top=num_top)
         tops = dict(zip(pixels, found, strict=True))
     for at, image in enumerate(batch):

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from tests.fake_gpu.build import ROOT, build, what_lacks
-from tests.fake_gpu.cases import CASES, MEANT
+from tests.fake_gpu.cases import CASES, COMPILED
+from tests.fake_gpu.meant import MEANT
 from tests.fake_gpu.watch import Seen
 
 Outcomes = Mapping[str, Mapping[str, Any]]
@@ -28,7 +29,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         pytest.skip(lacking)
     env = build(tmp_path_factory.mktemp("fake_gpu"))
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.fake_gpu.cases"],
+        [sys.executable, "-W", "ignore", "-m", "tests.fake_gpu"],
         env=env,
         cwd=ROOT,
         capture_output=True,
@@ -37,7 +38,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         check=False,
     )
     lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
-    assert len(lines) == len(CASES), done.stderr[-2000:]
+    assert len(lines) == len(CASES) + len(COMPILED), done.stderr[-2000:]
     return {line["case"]: line for line in lines}
 
 
@@ -50,3 +51,14 @@ def test_the_host_waits_and_copies_where_it_is_meant(
     assert outcome["num_ops"] > 0, "nothing was done on the device"
     seen = [Seen(**one) for one in outcome["seen"]]
     assert [one.told for one in seen] == list(MEANT.get(name, ())), seen
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_step_is_one_graph_that_waits_for_nothing(
+    name: str, outcomes: Outcomes
+) -> None:
+    outcome = outcomes[name]
+    assert not outcome["error"], outcome["error"]
+    graphs = {"forward": 1, "backward": 1}
+    assert outcome["found"] == {"num_graphs": graphs, "breaks": []}
+    assert outcome["seen"] == []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipelines.checkpoint import build_model
 from pipelines.config import Optim, Run, Schedule
-from pipelines.device import find_device, forked_rng
+from pipelines.device import find_device, forked_rng, upload
 from pipelines.errors import NonFiniteLossError
 from pipelines.loop import LoopSettings
 from pipelines.metrics import Sums
@@ -153,7 +153,7 @@ class _Trainer:
                 self._step, optim=self._optim, steps_per_epoch=self._num_batches
             )
             set_learning_rate(self._optimizer, lr=lr)
-            labels = labels.to(self._device)
+            labels = upload(labels, self._device)
             targets = smooth_targets(
                 labels,
                 num_classes=self._num_classes,
@@ -178,7 +178,7 @@ class _Trainer:
         self._head.eval()
         batches = self._val.epoch(0, batch_size=_EVAL_BATCH_SIZE, shuffle=False)
         for tokens, labels in batches:
-            labels = labels.to(self._device)
+            labels = upload(labels, self._device)
             logits = self._logits(tokens)
             losses = nn.functional.cross_entropy(
                 logits.float(), labels, reduction="none"
@@ -188,7 +188,7 @@ class _Trainer:
 
     def _logits(self, tokens: Tensor) -> Tensor:
         with self._autocast:
-            return self._head.forward_head(tokens.to(self._device).float())
+            return self._head.forward_head(upload(tokens, self._device).float())
 
 
 def build_head(

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipelines.device import upload
 from pipelines.ingest.batch import Batch
 from pipelines.loop import LoopSettings, check_bad_share, predict
 from pipelines.metrics import Sums
@@ -221,7 +222,7 @@ def validate(
             settings=settings, held_out=held_out, real=real, is_first=not tallies
         )
     for batch in batches:
-        rows = torch.from_numpy(batch.draw_ids).to(device, non_blocking=True)
+        rows = upload(torch.from_numpy(batch.draw_ids), device)
         for name, model in seen_by.items():
             logits = predict(model, batch.images, settings=settings)
             tallies[name].add(logits, batch, rows=rows)

@@ -25,14 +25,7 @@ def on_fake_gpu() -> Iterator[Watch]:
     have no values, and modules forget what would keep their parameters from moving.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    create, swap = timm.create_model, torch.utils.swap_tensors
-
-    def create_fake(*args: Any, **kwargs: Any) -> nn.Module:
-        with unset_fake_temporarily(), torch.device("meta"):
-            model = create(*args, **kwargs)
-        for module in model.modules():
-            _fill(module)
-        return model
+    swap = torch.utils.swap_tensors
 
     def swap_fake(one: torch.Tensor, other: torch.Tensor) -> None:
         # Of where they come from, to which the mode has weak references.
@@ -44,7 +37,7 @@ def on_fake_gpu() -> Iterator[Watch]:
     torch._C._set_only_lift_cpu_tensors(True)
     try:
         with (
-            mock.patch.object(timm, "create_model", create_fake),
+            without_weights(),
             mock.patch.object(torch.utils, "swap_tensors", swap_fake),
             mode,
             Watch() as watch,
@@ -54,8 +47,24 @@ def on_fake_gpu() -> Iterator[Watch]:
         torch._C._set_only_lift_cpu_tensors(before)
 
 
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Have timm build networks on the host whose weights nobody has drawn."""
+    create = timm.create_model
+
+    def create_empty(*args: Any, **kwargs: Any) -> nn.Module:
+        with unset_fake_temporarily(), torch.device("meta"):
+            model = create(*args, **kwargs)
+        for module in model.modules():
+            _fill(module)
+        return model
+
+    with mock.patch.object(timm, "create_model", create_empty):
+        yield
+
+
 def _fill(module: nn.Module) -> None:
-    """Give a module of shapes alone fake tensors on the host, as if just built."""
+    """Give a module of shapes alone tensors on the host, as if just built."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
             module._parameters[name] = nn.Parameter(

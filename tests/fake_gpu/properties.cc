@@ -1,4 +1,4 @@
-// What the stand-in's GPU is: the one struct whose layout CUDA's headers have to tell.
+// What the stand-in's GPU is: structs whose layout CUDA's headers have to tell.
 #include <driver_types.h>
 
 #include <cstring>
@@ -22,6 +22,14 @@ int cudaGetDeviceProperties_v2(cudaDeviceProp *of, int) {
   of->maxThreadsDim[2] = 64;
   of->maxGridSize[0] = 2147483647;
   of->maxGridSize[1] = of->maxGridSize[2] = 65535;
+  return 0;
+}
+
+int cudaFuncGetAttributes(cudaFuncAttributes *of, const void *) {
+  std::memset(of, 0, sizeof *of);
+  of->maxThreadsPerBlock = 1024;
+  of->numRegs = 32;
+  of->ptxVersion = of->binaryVersion = 90;
   return 0;
 }
 

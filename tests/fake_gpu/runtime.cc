@@ -89,4 +89,13 @@ struct Grid {
   unsigned x, y, z;
 };
 int cudaLaunchKernel(const void *, Grid, Grid, void **, size_t, void *) { return 0; }
+int cudaLaunchKernelExC(const void *, const void *, void **) { return 0; }
+int cudaFuncSetAttribute(const void *, int, int) { return 0; }
+int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *out, const void *, int, size_t) {
+  return *out = 1, 0;
+}
+int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *out, const void *, int,
+                                                           size_t, unsigned) {
+  return *out = 1, 0;
+}
 }

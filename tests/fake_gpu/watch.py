@@ -6,7 +6,6 @@ import ctypes
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,7 +19,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tests.fake_gpu.build import ROOT, runtime_path
 
-_OURS = ("sovit", "pipelines", "tuning")
+_OURS = ("sovit/", "pipelines/", "tuning/")
+# Whoever calls it is looked for.
+_BETWEEN = "pipelines/device.py"
 _MOVES = ("_to_copy", "copy_")
 _SHAPED_BY_VALUES = ("nonzero", "masked_select", "_unique", "unique_", "bincount")
 # Their CUDA kernels look at values before they return: no other operation shows it.
@@ -93,6 +94,12 @@ class Watch(TorchDispatchMode):
         if any(issubclass(one, DTensor) for one in types):
             return NotImplemented  # it comes again, of this worker's part
         kwargs = dict(kwargs or {})
+        if torch.is_inference_mode_enabled() and func.namespace == "aten":
+            # There, what is made of other operations comes as a whole.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         name = func.overloadpacket.__name__
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         is_on_device = any(t.is_cuda for t in tensors)
@@ -150,7 +157,9 @@ class Watch(TorchDispatchMode):
             func(*args, **kwargs)
             return args[0]
         if target.type != "cpu":  # values would be followed to the stand-in's memory
-            return func(torch.empty_like(source), *args[1:], **kwargs)
+            size, stride, dtype = source.size(), source.stride(), source.dtype
+            source = torch.empty_strided(size, stride, dtype=dtype)
+            return func(source, *args[1:], **kwargs)
         return _zeros_like(source, dtype=kwargs.get("dtype"))
 
     def _looked_at(
@@ -195,12 +204,9 @@ def _place() -> tuple[str, int]:
     """Find the innermost line of ours, or what autograd is at."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in _OURS:
-            return (
-                f"{path.relative_to(ROOT)} {frame.f_code.co_qualname}",
-                frame.f_lineno,
-            )
+        file = frame.f_code.co_filename.removeprefix(f"{ROOT}/")
+        if file.startswith(_OURS) and file != _BETWEEN:
+            return f"{file} {frame.f_code.co_qualname}", frame.f_lineno
         frame = frame.f_back
     node = torch._C._current_autograd_node()  # pyright: ignore
     return f"autograd {node.name()}" if node else "nobody of ours", 0

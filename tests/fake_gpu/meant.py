@@ -1,0 +1,91 @@
+"""Tell what is meant to be seen of each case: all other waits and copies are faults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from sovit.spectral import BATCHED_SINCE
+from tests.fake_gpu.answers import NUM_BATCHES
+from tests.fake_gpu.steps import NUM_STEPS
+
+_LOGGED = (
+    "reads a value: pipelines/guard.py Guard.check",
+    "copies to the device, waiting: pipelines/metrics.py Sums.total",
+    "reads a value: pipelines/metrics.py Sums.total",
+)
+# The decomposition itself, or the way to the host and back.
+_EIGEN = (
+    ("waits inside: sovit/spectral.py symmetric_eig",)
+    if torch.__version__ >= BATCHED_SINCE
+    else (
+        "copies to the host, waiting: sovit/spectral.py symmetric_eig",
+        "copies to the device, waiting: sovit/spectral.py symmetric_eig",
+    )
+    * NUM_STEPS
+)
+# PyTorch's own: it times the first ten steps, and every hundredth after them.
+_TIMED = "waits for an event: pipelines/loop.py _forward_backward"
+_UPLOADED = (
+    "copies to the device: pipelines/pixels/finish.py Finisher.__call__",
+    *("copies to the device: pipelines/ingest/feed.py batches",) * 2,
+)
+_SUPPLIED = (
+    "copies to the device, waiting: pipelines/pixels/finish.py _tiled",
+    "copies to the device, waiting: pipelines/pixels/decoder.py BatchDecoder.__init__",
+    *_UPLOADED * NUM_BATCHES,
+)
+_SUMMED = _LOGGED[1:]
+_WORST = "pipelines/validation/scores.py WorstSoFar"
+_EVALUATED = (
+    # Once, before the first batch.
+    "copies to the device, waiting: pipelines/validation/measure.py validate",
+    *(f"copies to the device, waiting: {_WORST}.__init__",) * 2,
+    # Each batch: which images they are; with the first, which classes.
+    "copies to the device: pipelines/validation/measure.py validate",
+    "copies to the device, waiting: pipelines/validation/measure.py Narrowed.forward",
+    "copies to the device: pipelines/validation/measure.py validate",
+    # Once, after the last one: sums of both models, and the first one's images.
+    *(*_SUMMED, "reads a value: pipelines/validation/scores.py RealSums.total") * 2,
+    "copies to the host, waiting: pipelines/validation/scores.py ConfusionSums.total",
+    *(
+        f"takes a shape from values: {_WORST}.total",
+        f"copies to the host, waiting: {_WORST}.total",
+    )
+    * 2,
+)
+_HEAD = "tuning/head.py _Trainer"
+_HEAD_TRAINED = (
+    "copies to the device, waiting: tuning/head.py build_head",
+    *(
+        f"copies to the device: {_HEAD}._train",
+        f"copies to the device: {_HEAD}._logits",
+    )
+    * NUM_BATCHES,
+    *_SUMMED,
+    f"copies to the device: {_HEAD}._evaluate",
+    f"copies to the device: {_HEAD}._logits",
+    *_SUMMED,
+)
+# By case, what is to be seen, in order; nothing of all others.
+MEANT: Mapping[str, tuple[str, ...]] = {
+    "step of gcp.mpncov_resnet50": _EIGEN,
+    "step, logged": _LOGGED * NUM_STEPS,
+    "step of 8 workers, data parallel": (_TIMED,),
+    "step of 8 workers, data parallel, accumulated": (_TIMED,),
+    "step of 8 workers, data parallel, logged": (_TIMED, *_LOGGED),
+    "step of 8 workers, sharded, logged": _LOGGED,
+    "copy of a checkpoint": (
+        "copies to the host: pipelines/snapshot.py copied",
+        "waits for a stream: pipelines/snapshot.py take_snapshot",
+    ),
+    "supply of images": _SUPPLIED,
+    "evaluation": (*_SUPPLIED, *_EVALUATED),
+    "prediction": (
+        "copies to the device: pipelines/predict.py _answers",
+        "reads a value: pipelines/predict.py _top",
+    ),
+    "probe": ("reads a value: pipelines/probing.py _band",) * 5,
+    "training of a head": _HEAD_TRAINED,
+}
