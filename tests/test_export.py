@@ -129,6 +129,7 @@ def test_every_format_says_how_images_are_prepared(
         "mean": list(data.mean),
         "std": list(data.std),
         "eval_mirror": False,
+        "exif": "ignore",
         "classes": list(classes),
         "recipe": "small",
     }

@@ -111,6 +111,9 @@ def test_it_answers_as_the_checkpoints_average(
     _check(many.to_dict("records"), expected.repeat(12, 1))
     none = pd.DataFrame({"image": pd.Series([], dtype=object)})
     assert len(model.predict(none)) == 0
+    bad = [*(IMAGES * 12)[:33], b"GIF89a", *IMAGES]
+    with pytest.raises(ValueError, match=r"in row 33 one that does not \(format GIF"):
+        model.predict(pd.DataFrame({"image": bad}))
 
 
 def test_its_columns_are_in_its_signature(model_folder: Path) -> None:

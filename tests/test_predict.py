@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipelines.checkpoint import Position, build_model, load_model, save_checkpoint
 from pipelines.config import Data, Model, Run
@@ -16,6 +18,7 @@ from pipelines.export.command import Options, export_checkpoint
 from pipelines.export.images import Encoded, read_images
 from pipelines.pixels.decode_eval import decode_eval
 from pipelines.predict import _main, load_subject, predict
+from tests.image_kinds import encode
 from tests.small_runs import OPTIM
 from tests.small_sets import jpeg, write_set
 
@@ -144,7 +147,13 @@ def test_an_exported_folder_answers_as_its_checkpoint(
     tmp_path: Path, photos: Path
 ) -> None:
     """With the mirrored image too, where evaluation takes it; plain names stay."""
-    data = dataclasses.replace(DATA, eval_mirror=True, eval_interpolation="bilinear")
+    data = dataclasses.replace(
+        DATA, eval_mirror=True, eval_interpolation="bilinear", exif="rotate"
+    )
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    lying = encode(np.asarray(Image.open(photos / "a.jpg")), "JPEG", exif=turned)
+    (photos / "d.jpg").write_bytes(lying)
     address = write_checkpoint(tmp_path / "c", classes=("a", "b", "c"), data=data)
     out = tmp_path / "exported"
     export_checkpoint(Options(checkpoint=address, out=str(out), formats=("timm",)))
@@ -154,6 +163,7 @@ def test_an_exported_folder_answers_as_its_checkpoint(
     ]
     wanted = list(predict(load_subject(address), images))
     assert list(predict(load_subject(str(out)), images)) == wanted
+    assert load_subject(str(out)).data.exif == "rotate"
     assert all(len(answer.top) == 3 for answer in wanted)
     model, _ = load_model(tmp_path / "c")
     pixels = decode_eval([image.content for image in images], data=data, img_size=32)
