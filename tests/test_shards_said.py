@@ -57,7 +57,7 @@ def test_what_was_understood_is_printed_and_kept(
     assert _conclude(summary, max_bad_share=0.4) == 1
     text, errors = capsys.readouterr()
     assert text.splitlines()[:5] == [
-        f"source    a folder for each class, in a folder: {tmp_path / 'set'}",
+        f"source    class folders: {tmp_path / 'set'}",
         "classes   4, with their images: cat 2, dog 2, fox 0, owl 1",
         f"rows      5 rows in 2 shards in {out}",
         "left out  4 images: 3 not an image in a known format (.heic), "

@@ -154,7 +154,7 @@ TABLE = {
     "splits of one name": Row(classes("cat", within="train/"), refused="splits train"),
     "a split beside another folder": Row(
         classes("cat", "dog", within="train/") | photos("extra/0.jpg"),
-        refused="splits train.*--subfolder train",
+        refused="splits train.*take one, .*/train, or",
     ),
     "a class named train": Row(
         classes("bus", "train"), ["bus", "train"]
@@ -168,14 +168,15 @@ TABLE = {
     ),
     # Folders around the classes.
     "a folder around all": Row(
-        classes(*CAT_DOG, within="dataset/"), refused="name .*/dataset .*--class-depth"
+        classes(*CAT_DOG, within="dataset/"),
+        refused="take what is in it, .*/dataset, or say --class-depth 1",
     ),
     "two folders around all": Row(
-        classes(*CAT_DOG, within="a/b/"), refused="holds cat, dog: name .*/a/b "
+        classes(*CAT_DOG, within="a/b/"), refused="cat, dog: take .*/a/b, or say"
     ),
     "images/train": Row(
         classes("cat", within="images/train/") | classes("cat", within="images/val/"),
-        refused="holds train, val: name .*/images",
+        refused="holds train, val: take .*/images, or",
     ),
     "a folder around all, by depth": Row(
         classes(*CAT_DOG, within="dataset/"), CAT_DOG, options={"class_depth": 2}
@@ -455,7 +456,7 @@ TABLE = {
     "a folder with a zip": Row(zipped(PLAIN), CAT_DOG),
     "splits in a zip": Row(
         zipped(classes(*CAT_DOG, within="train/") | classes("cat", within="test/")),
-        refused="--subfolder test",
+        refused="splits test, train.*take one, --subfolder train, or",
     ),
     "splits in a zip, and which": Row(
         zipped(classes(*CAT_DOG, within="train/") | classes("cat", within="test/")),

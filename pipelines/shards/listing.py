@@ -235,7 +235,7 @@ class Builder:
         try:
             yield
         except ValueError as error:
-            said = f"{str(error).rstrip('.')}{self.reasons()}; in {self._where()}."
+            said = f"{str(error).rstrip('.')}{self.reasons()} (in {self._where()})."
             raise ValueError(said) from None
 
     def _where(self) -> str:

@@ -348,8 +348,8 @@ def _list_tree(tree: Tree, *, wishes: Wishes) -> Listing:
     names = builder.names()
     if wishes.class_depth in (None, 1):
         names += empty_folders(tree)
-    places = {"folder": "a folder", "zip": "a zip", "tar": "tars"}
-    builder.layout = f"a folder for each class, in {places[builder.kind]}"
+    within = {"folder": "", "zip": " in a zip", "tar": " in tars"}
+    builder.layout = f"class folders{within[builder.kind]}"
     with builder.explaining():
         ordered, labels = resolve_names(names, numbering=wishes.numbering)
     return builder.finish(ordered, labels=labels)

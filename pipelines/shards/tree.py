@@ -20,7 +20,7 @@ from pipelines.shards.names import (
     is_split,
     other_files,
 )
-from pipelines.shards.stored import list_remote, suffix
+from pipelines.shards.stored import child, list_remote, suffix
 
 NO_CLASS = "not within a class's folder"
 _CONTAINERS = frozenset({"parquet", "tar", "zip"})
@@ -259,9 +259,8 @@ def _refuse_unclear(tree: Tree) -> None:
     holding = [name for name in splits if "" not in inner.get(name, {""})]
     if splits and (len(splits) > 1 or len(splits) == len(tops) or holding):
         raise ValueError(
-            f"{tree.root} holds the splits {', '.join(splits)}, not classes: name one "
-            f"of them, for example {tree.root}/{splits[0]} (of an archive by "
-            f"--subfolder {splits[0]}), or say --class-depth 1 if they are classes."
+            f"{tree.root} holds the splits {', '.join(splits)}, not classes: take one, "
+            f"{_choice(tree, splits[-1])}, or say --class-depth 1 if they are classes."
         )
     if not inner:
         _refuse_flat(tree)
@@ -278,12 +277,18 @@ def _refuse_unclear(tree: Tree) -> None:
     if plain_tops and len(tops) > 1:
         others = ", ".join(top for top in tops if top not in plain_tops)
         raise ValueError(
-            f"{tree.root} holds {plain_tops[0]} beside {others}: if the images of "
-            f"{plain_tops[0]} are meant, name {tree.root}/{plain_tops[0]} (of an "
-            f"archive by --subfolder {plain_tops[0]}); --class-depth 1 makes each of "
-            "these folders a class."
+            f"{tree.root} holds {plain_tops[0]} beside {others}: take its images alone "
+            f"by {_choice(tree, plain_tops[0])}, or say --class-depth 1 to make each "
+            "of these folders a class."
         )
     _note_folders(tree, inner=inner)
+
+
+def _choice(tree: Tree, folder: str) -> str:
+    """Say how a folder of the source is chosen."""
+    if tree.builder.kind == "folder":
+        return child(tree.root, folder)
+    return f"--subfolder {folder}"
 
 
 def _is_empty(tree: Tree, folder: str) -> bool:
@@ -331,18 +336,17 @@ def _refuse_flat(tree: Tree) -> None:
 
 def _refuse_wrapped(tree: Tree, *, inner: dict[str, set[str]]) -> None:
     (top, names), path = next(iter(inner.items())), ""
-    depth = 1
     while "" not in names and len(names) == 1:
-        path, depth = f"{path}/{next(iter(names))}", depth + 1
+        path = f"{path}/{next(iter(names))}"
         start = f"{top}{path}/"
         below = [key[len(start) :] for key in tree.builder.keys if "/" in key]
         names = {key.partition("/")[0] if "/" in key else "" for key in below}
     if "" not in names:
         raise ValueError(
             f"All images of {tree.root} are in its one folder {top}{path}, which "
-            f"holds {', '.join(sorted(names)[:4])}: name {tree.root}/{top}{path} (of "
-            f"an archive by --subfolder {top}{path}), or say --class-depth 1 to make "
-            f"{top} the one class."
+            f"holds {', '.join(sorted(names)[:4])}: take what is in it, "
+            f"{_choice(tree, top + path)}, or say --class-depth 1 to make {top} the "
+            "one class."
         )
     if top.casefold() in PLAIN_FOLDERS:
         raise ValueError(
