@@ -88,6 +88,8 @@ def test_a_label_a_line_is_in_the_order_of_the_names(tmp_path: Path) -> None:
         ('{{"{0}": ["c"]}}', FLAT, "JSON object of labels by names"),
         ("{0},1\n{1},2\n{2},1\n", FLAT, "--count-from 1"),
         (b"\xff\xfe{\x000\x00", FLAT, "Expected UTF-8 text in .*labels.csv"),
+        (f"a,{'x' * 200_000}\n", FLAT, "Wanted 3 lines of one label"),
+        ("", FLAT, "Wanted 3 lines of one label"),
     ],
 )
 def test_unclear_texts_are_refused(

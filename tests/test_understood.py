@@ -263,7 +263,7 @@ TABLE = {
     ),
     "one tar of images": Row(tars(a=photos("0.jpg")), refused="--labels FILE"),
     "class tars beside a text": Row(
-        tars(train=tars(n01=photos("0.jpg")) | {"README": b"x", ".x": b""}),
+        tars(train={"README": b"x", ".x": b""} | tars(n01=photos("0.jpg"))),
         ["n01"],
         num=1,
         left_out="not within a class's tar",

@@ -151,8 +151,11 @@ def _split(lines: Sequence[str]) -> Rows:
     if all("\t" in line for line in lines):
         return [[cell.strip() for cell in line.split("\t")] for line in lines]
     for mark in (",", ";"):
-        rows = list(csv.reader(lines, delimiter=mark, skipinitialspace=True))
-        if min(map(len, rows)) > 1:
+        try:
+            rows = list(csv.reader(lines, delimiter=mark, skipinitialspace=True))
+        except csv.Error:  # a cell of 128 kB and more
+            continue
+        if min(map(len, rows), default=0) > 1:
             return [[cell.strip() for cell in row] for row in rows]
     found = [line.strip().split(None, 1) for line in lines]
     return [[row[0].rstrip(","), *row[1:]] if len(row) > 1 else row for row in found]
@@ -171,7 +174,7 @@ def _of_json(text: str, *, file: LabelFile) -> Rows:
 def _refuse_unclear_order(images: Sequence[str], *, file: LabelFile) -> None:
     def numbered(name: str) -> list[str | int]:
         parts = re.split(r"(\d+)", name)
-        return [int(part) if part.isdigit() else part for part in parts]
+        return [int(part) if part.isdecimal() else part for part in parts]
 
     if sorted(images, key=numbered) != list(images):
         raise ValueError(

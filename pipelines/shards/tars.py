@@ -165,8 +165,7 @@ def list_class_tars(paths: Sequence[str], *, numbering: Numbering) -> Listing:
     builder = Builder("tar", layout="tars of a class each")
     for path in paths:
         builder.containers.append(path)
-        first = next(scan_tar(path), None)
-        if first is None or not first.name.endswith(".tar"):
+        if sketch_tar(path, whole=False).kind != "nested":
             _add_class_tar(builder, path=path, name=stem(path))
             continue
         for inner in image_files(builder, path=path):
