@@ -252,3 +252,18 @@ def test_labels_beside_class_folders_are_refused_until_it_is_said(
         list_source(root, labels=tmp_path / "l.csv")
     listing = list_source(root, labels=tmp_path / "l.csv", kind="ilsvrc-val")
     assert listing.classes == ["x"]
+
+
+def test_a_path_to_another_folder_names_no_image(tmp_path: Path) -> None:
+    text = "z/2.jpg,c\na/1.jpg,d\nb/1.jpg,d\n"
+    listing = label(tmp_path, text, NESTED)
+    assert labels_of(listing) == {"a/1.jpg": "d", "b/1.jpg": "d"}
+    assert [item.key for item in listing.skipped] == ["a/2.jpg"]
+    assert listing.notes == ["1 labels are of no image in the source"]
+
+
+def test_numbers_with_a_point_are_names_of_classes_too(tmp_path: Path) -> None:
+    root = write(tmp_path / "set", {"a.parquet": parquet([5.0, 7.0])})
+    (tmp_path / "list").write_text("7\n5\n")
+    listing = list_source(root, classes_file=tmp_path / "list")
+    assert listing.records["label"].to_pylist() == [1, 0]
