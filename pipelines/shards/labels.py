@@ -30,6 +30,7 @@ from pipelines.shards.devkit import (
 )
 from pipelines.shards.listing import Builder, Listing
 from pipelines.shards.stored import base_name, child, read_text
+from pipelines.shards.suffixes import is_picture_name
 
 _LABEL_COLUMNS = ("label", "class", "category", "target", "predictionstring")
 # Kaggle's LOC_val_solution.csv: a class and a box, as often as there are boxes.
@@ -232,7 +233,10 @@ def _by_name(rows: Rows, *, file: LabelFile, images: Sequence[str]) -> _Labels:
             f"Wanted one label an image in {file.address}, found none for {images[0]!r}"
             f" and names such as {rows[-1][0]!r}."
         )
-    head = rows[0] if place_of(rows[0][at]) is None else None
+    first = rows[0][at]
+    head = None
+    if place_of(first) is None and not is_picture_name(first):
+        head = rows[0]
     rows = rows[1:] if head else rows
     column = _label_column(head, rows=rows, at=at, file=file)
     found: dict[int, str | None] = {}
