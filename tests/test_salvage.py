@@ -192,6 +192,22 @@ def test_what_a_decoder_refuses_alone_comes_by_the_judges_pixels() -> None:
         assert np.array_equal(shown.reshape(wanted.shape), wanted)
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_what_one_batch_brought_out_mends_the_next_that_was_under_way(
+    is_whole: bool,
+) -> None:
+    """The same image twice in a row, as repeated augmentation has it."""
+    broken = bad_images()["broken Huffman table"]
+    culprit = jpeg(9, size=SIZE) if is_whole else broken
+    decode = SafeDecoder(Broken(lambda encoded: culprit in map(bytes, encoded)))
+    rows = rows_with([GOOD, culprit, GOOD])
+    draws = draw(rows, settings=SETTINGS, epoch=0)
+    started = [decode.start(rows, draws) for _ in range(2)]
+    for found in (salvage() for salvage in started):
+        assert found.good == ([0, 1, 2] if is_whole else [0, 2])
+        assert list(found.reasons) == ([] if is_whole else [1])
+
+
 def batch_decoder(
     *, num_rows: int, on_bad: Any = lambda bad: None, **changes: Any
 ) -> BatchDecoder:

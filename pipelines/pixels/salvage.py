@@ -87,34 +87,45 @@ class SafeDecoder:
             if reason:
                 reasons[at] = reason
         good = [at for at in range(len(rows)) if at not in reasons]
+        # A batch before this one may yet find out what this one was given as it is.
+        num_judged = len(self._judged)
         decoded = self._start(rows, draws, good)
-        return lambda: self._salvage(rows, draws, good, reasons, decoded)
 
-    def _salvage(
+        def salvage() -> Salvaged:
+            try:
+                pixels = decoded()
+            except Exception as error:
+                return self._mended(
+                    rows, draws, good, reasons, num_judged=num_judged, error=error
+                )
+            return Salvaged(pixels=pixels, good=good, reasons=reasons)
+
+        return salvage
+
+    def _mended(
         self,
         rows: Rows,
         draws: Draws,
         good: list[int],
         reasons: dict[int, str],
-        decoded: Callable[[], Tensor | None],
+        *,
+        num_judged: int,
+        error: Exception,
     ) -> Salvaged:
+        """Decode without what is bad; raises the error where that is no image."""
+        self._decoder.reset()
+        found = self._find(rows, draws, good)
+        blames_all = len(found) == len(good) > 1
+        is_mended = bool(found) or len(self._judged) > num_judged
+        if not is_mended or (blames_all and any(is_whole(v) for v in rows.views)):
+            raise error  # the images are whole
+        self._known |= {int(rows.ids[at]): why for at, why in found.items()}
+        reasons |= found
+        good = [at for at in good if at not in found]
         try:
-            pixels = decoded()
-        except Exception as error:
-            self._decoder.reset()
-            num_judged = len(self._judged)
-            found = self._find(rows, draws, good)
-            blames_all = len(found) == len(good) > 1
-            is_mended = bool(found) or len(self._judged) > num_judged
-            if not is_mended or (blames_all and any(is_whole(v) for v in rows.views)):
-                raise  # the images are whole
-            self._known |= {int(rows.ids[at]): why for at, why in found.items()}
-            reasons |= found
-            good = [at for at in good if at not in found]
-            try:
-                pixels = self._start(rows, draws, good)()
-            except Exception:
-                raise error from None
+            pixels = self._start(rows, draws, good)()
+        except Exception:
+            raise error from None
         return Salvaged(pixels=pixels, good=good, reasons=reasons)
 
     def _start(
