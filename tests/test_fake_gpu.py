@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from tests.fake_gpu.build import ROOT, build, what_lacks
-from tests.fake_gpu.cases import CASES, COMPILED
+from tests.fake_gpu.cases import CASES, COMPILED, ENTERED
+from tests.fake_gpu.entered import ANSWERS, CALLS, functions
 from tests.fake_gpu.meant import MEANT
 from tests.fake_gpu.watch import Seen
 
@@ -62,3 +63,10 @@ def test_a_compiled_step_is_one_graph_that_waits_for_nothing(
     graphs = {"forward": 1, "backward": 1}
     assert outcome["found"] == {"num_graphs": graphs, "breaks": []}
     assert outcome["seen"] == []
+
+
+def test_every_function_that_asks_for_the_device_is_entered(outcomes: Outcomes) -> None:
+    # A new one wants a call in tests/fake_gpu/entered.py.
+    assert set(functions()) == set(CALLS)
+    wanted = {name: ANSWERS.get(name) for name in CALLS}
+    assert outcomes[ENTERED]["found"] == wanted

@@ -10,11 +10,13 @@ from pipelines.device import CPU
 from pipelines.snapshot import take_snapshot
 from tests.fake_gpu import answers
 from tests.fake_gpu.compiled import take_compiled_steps
+from tests.fake_gpu.entered import enter_all
 from tests.fake_gpu.steps import fake_run, take_steps
 from tests.fake_gpu.watch import Watch
 from tests.fake_gpu.workers import NUM_WORKERS, among_workers
 
 Case = Callable[[Watch], Any]
+ENTERED = "pipelines/device.py"
 # All layers that a family has, few times each.
 _RESNET = {"layers": (1, 1, 1, 1)}
 FAMILIES: Mapping[str, dict[str, Any]] = {
@@ -34,8 +36,7 @@ FAMILIES: Mapping[str, dict[str, Any]] = {
 }
 # Those of whose kinds of layers others are compiled too.
 _NOT_COMPILED = (
-    "gcp.isqrt_vgg16",
-    "gcp.isqrt_mobilenetv2",
+    *("deit_swin.deit_tiny_so", "gcp.isqrt_vgg16", "gcp.isqrt_mobilenetv2"),
     "attention.eca_mobilenetv2",
 )
 _CLIPPED = {"clip_grad_norm": 1.0, "on_nonfinite": "skip"}
@@ -111,6 +112,7 @@ CASES: Mapping[str, Case] = {
     "prediction": answers.answer,
     "probe": answers.probe,
     "training of a head": answers.head,
+    ENTERED: enter_all,
 }
 COMPILED: Mapping[str, Case] = {
     f"compiled step of {name}": partial(_compiled, recipe=name, kwargs=kwargs)

@@ -8,6 +8,7 @@ import torch
 
 from sovit.spectral import BATCHED_SINCE
 from tests.fake_gpu.answers import NUM_BATCHES
+from tests.fake_gpu.cases import ENTERED
 from tests.fake_gpu.steps import NUM_STEPS
 
 _LOGGED = (
@@ -88,4 +89,11 @@ MEANT: Mapping[str, tuple[str, ...]] = {
     ),
     "probe": ("reads a value: pipelines/probing.py _band",) * 5,
     "training of a head": _HEAD_TRAINED,
+    # Called by nobody of ours.
+    ENTERED: (
+        "copies to the host: nobody of ours",
+        "waits for the device: nobody of ours",
+        "copies to the device: nobody of ours",
+        "waits for a stream: nobody of ours",
+    ),
 }
