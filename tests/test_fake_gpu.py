@@ -20,7 +20,7 @@ from tests.fake_gpu.meant import MEANT
 from tests.fake_gpu.watch import Seen
 
 Outcomes = Mapping[str, Mapping[str, Any]]
-_LIMIT_S = 900
+_LIMIT_S = 1800
 
 
 @pytest.fixture(scope="session")
