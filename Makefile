@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/ready
 NAME ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo sweep test install pins clean help
+.PHONY: demo sweep test install pins gpu-pack clean help
 
 help:
 	@echo "make demo     train a So-ViT on 12,000 photographs for a few minutes"
@@ -15,6 +15,7 @@ help:
 	@echo "make test     lint, types, import rules and tests"
 	@echo "make install  prepare .venv alone"
 	@echo "make pins     resolve the pinned requirements again"
+	@echo "make gpu-pack pack what a GPU machine without registries lacks: build/gpu-pack"
 
 install: $(READY)
 
@@ -54,6 +55,9 @@ pins:
 	  --extra train --no-header --no-annotate -o requirements.txt
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 pyproject.toml \
 	  --extra dev --no-header --no-annotate -o requirements-dev.txt
+
+gpu-pack: $(READY)
+	$(BIN)/python -m benchmarks.gpu_pack
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,146 @@
+"""Choose the packages that a machine lacks, and fetch their wheels with uv."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[2]
+_DALI = "nvidia-dali-cuda130"
+# What the tests need beside `train`, so that those marked gpu run there too.
+_TEST_REQUIREMENTS = ("beartype", "hypothesis", "jaxtyping", "pytest")
+# Codecs of JPEG 2000, TIFF and compressed tensors on a GPU: nothing of ours asks for
+# them, and DALI goes without where they are not there.
+_UNUSED = frozenset(
+    {"nvidia-libnvcomp-cu13", "nvidia-nvjpeg2k-cu13", "nvidia-nvtiff-cu13"}
+)
+_PLATFORM = "x86_64-manylinux_2_28"
+_LINE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)\s*(==\s*(?P<version>[\w.!]+).*|@.*)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Pinned requirements of each pack: `name==version`."""
+
+    dali: Sequence[str]
+    rest: Sequence[str]
+
+
+def read_present(file: Path) -> dict[str, str | None]:
+    """Read which packages a machine has, and their versions where they are known.
+
+    The file is what `pip freeze` prints there, or names alone, one a line; builds as
+    in 2.11.0+cu130 are left out. Raises ValueError where it is neither.
+    """
+    if not file.is_file():
+        raise ValueError(
+            f"expected a file of packages, got {file}, which is not there; write it "
+            "with `pip freeze` on the machine"
+        )
+    present: dict[str, str | None] = {}
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        text = line.partition("#")[0].strip()
+        if not text or text.startswith("-"):  # pip's options, and editable installs
+            continue
+        if not (found := _LINE.fullmatch(text)):
+            raise ValueError(
+                f"expected NAME or NAME==VERSION, got {text!r} in line {number} of "
+                f"{file}; write it with `pip freeze` on the machine"
+            )
+        present[normalized(found["name"])] = found["version"]
+    return present
+
+
+def normalized(name: str) -> str:
+    """Spell a package's name as indexes do."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def split(
+    *, everything: Sequence[str], of_dali: Sequence[str], present: Mapping[str, object]
+) -> Choice:
+    """Divide resolved requirements into the two packs, without what is there."""
+    dali_names = {_name_of(line) for line in of_dali}
+    missing = [
+        line
+        for line in everything
+        if _name_of(line) not in present and _name_of(line) not in _UNUSED
+    ]
+    return Choice(
+        dali=[line for line in missing if _name_of(line) in dali_names],
+        rest=[line for line in missing if _name_of(line) not in dali_names],
+    )
+
+
+def choose(*, python: str, present: Mapping[str, str | None], folder: Path) -> Choice:
+    """Resolve what sovit needs beside the packages that are there.
+
+    Known versions stand; else the versions of requirements-dev.txt are preferred.
+    `folder` keeps what was resolved. Raises ValueError where nothing fits.
+    """
+    known = folder / "present.txt"
+    known.write_text(
+        "".join(f"{name}=={version}\n" for name, version in present.items() if version)
+    )
+    tests = folder / "tests.in"
+    tests.write_text("\n".join(_TEST_REQUIREMENTS) + "\n")
+    everything = folder / "everything.txt"
+    # uv prefers the versions in the file that it is to write.
+    shutil.copy(_ROOT / "requirements-dev.txt", everything)
+    project = [str(_ROOT / "pyproject.toml"), "--extra", "train", str(tests)]
+    _compile(project, python=python, constraints=known, out=everything)
+    dali = folder / "dali.in"
+    dali.write_text(_DALI + "\n")
+    of_dali = folder / "dali.txt"
+    _compile([str(dali)], python=python, constraints=everything, out=of_dali)
+    return split(
+        everything=everything.read_text().splitlines(),
+        of_dali=of_dali.read_text().splitlines(),
+        present=present,
+    )
+
+
+def fetch(requirements: Sequence[str], *, python: str, folder: Path) -> None:
+    """Unpack wheels into a folder; raises ValueError where there is none for it."""
+    names = folder.with_suffix(".txt")
+    names.write_text("\n".join(requirements) + "\n")
+    # Copied, since uv's cache and other environments share hard links.
+    copied = ("--link-mode", "copy", "--no-deps", "--target", str(folder))
+    _uv("install", *copied, "-r", str(names), python=python)
+
+
+def _compile(
+    sources: Sequence[str], *, python: str, constraints: Path, out: Path
+) -> None:
+    plain = ("--no-header", "--no-annotate", "--no-strip-extras")
+    files = ("-c", str(constraints), "-o", str(out))
+    _uv("compile", *plain, *files, *sources, python=python)
+
+
+def _uv(command: str, *arguments: str, python: str) -> None:
+    folders = (str(Path(sys.executable).parent), os.environ.get("PATH", ""))
+    if not (uv := shutil.which("uv", path=os.pathsep.join(folders))):
+        raise ValueError("expected uv on the PATH, got none; run `make install`")
+    target = ("--python-version", python, "--python-platform", _PLATFORM)
+    wheels = ("--only-binary", ":all:")
+    done = subprocess.run(
+        [uv, "pip", command, "-q", *target, *wheels, *arguments],
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ValueError(
+            f"expected wheels for Python {python} that fit what the machine has, got "
+            f"none: {' '.join(done.stderr.split())}; see --present and --python"
+        )
+
+
+def _name_of(requirement: str) -> str:
+    return normalized(re.split(r"[=\[ ;]", requirement, maxsplit=1)[0])
