@@ -26,7 +26,8 @@ def symmetric_eig(
     PyTorch's own solver there, "host" copies the matrices to LAPACK and the result
     back, and "auto" takes the device unless this PyTorch would decompose a batch there
     matrix by matrix. Both wait for the device once: the solver reads a flag back. On a
-    CPU all three are the same. Not differentiable: see `spectral`.
+    CPU all three are the same, and for meta tensors, which have nothing to copy. Not
+    differentiable: see `spectral`.
 
     Raises ValueError for another placement.
     """
@@ -37,7 +38,7 @@ def symmetric_eig(
         )
     if placement == "auto":
         placement = _find_placement(matrix)
-    if placement == "device":
+    if placement == "device" or matrix.is_meta:
         values, vectors = torch.linalg.eigh(matrix)
         return values, vectors
     values, vectors = torch.linalg.eigh(matrix.cpu())

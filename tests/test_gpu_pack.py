@@ -161,14 +161,14 @@ def test_other_pythons_and_unused_folders_are_left_out(tmp_path: Path) -> None:
         "a/of.cpython-312-x86_64-linux-gnu.so",
         "a/any.abi3.so",
         "ray/train/trainer.py",
-        "ray/dashboard/head.py",
+        "ray/dashboard/client/build/page.js",
         "a-1.dist-info/METADATA",
     )
     left_out = (
         "a/of.cpython-312t-x86_64-linux-gnu.so",
         "a/of.cpython-311-x86_64-linux-gnu.so",
         "ray/rllib/deep/er.py",
-        "ray/dashboard/client/page.js",
+        "ray/dashboard/client/build/page.js.map",
         "a/tests/test_it.py",
         "a-1.dist-info/RECORD",
         "bin/ray",
@@ -183,11 +183,11 @@ def test_other_pythons_and_unused_folders_are_left_out(tmp_path: Path) -> None:
         *left_out[:2],
         *(
             "ray/rllib",
-            "ray/dashboard/client",
             "a/tests",
             "a-1.dist-info/RECORD",
             "bin",
         ),
+        "ray/dashboard/client/build/page.js.map",
     }
 
 

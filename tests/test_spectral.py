@@ -102,6 +102,18 @@ def test_a_gpu_decomposes_where_it_is_fastest(
         assert {y.device.type for y in results} == {"cuda"}
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_meta_tensors_are_counted_with_by_every_pytorch(
+    placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+    found = symmetric_eig(torch.empty(4, 49, 49, device="meta"), placement=placement)
+    assert [(y.shape, y.is_meta) for y in found] == [
+        ((4, 49), True),
+        ((4, 49, 49), True),
+    ]
+
+
 def test_an_unknown_placement_is_refused() -> None:
     with pytest.raises(ValueError, match="placement must be one of"):
         symmetric_eig(torch.eye(3), placement="gpu")

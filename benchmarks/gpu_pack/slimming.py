@@ -15,9 +15,10 @@ _UNUSED = (
     # Scripts name the Python of the machine that packed them; what compilers read.
     *("bin", "**/tests", "**/*.pyi", "**/*.pyx", "**/*.pxd", "**/*.h", "**/*.hpp"),
     "*.dist-info/RECORD",
-    # Ray: reinforcement learning, language models, serving, Java and the web pages.
+    # Ray: reinforcement learning, language models, serving, Java. Its dashboard
+    # does not start without its pages, whose source maps are most of them.
     *("ray/rllib", "ray/llm", "ray/serve", "ray/jars", "ray/cpp"),
-    "ray/dashboard/client",
+    "ray/dashboard/client/**/*.map",
     # MLflow's web pages.
     "mlflow/server/js",
     # DALI: extensions of nvImageCodec whose libraries are left out too.
