@@ -117,10 +117,11 @@ def test_a_column_is_chosen(column: str, tmp_path: Path) -> None:
 
 
 def test_an_image_without_a_label_is_left_out_by_name(tmp_path: Path) -> None:
-    listing = label(tmp_path, "img_01.jpg,c\nimg_02.jpg,\n", FLAT)
-    assert labels_of(listing) == {"img_01.jpg": "c"}
+    names = [*FLAT, "img_11.jpg"]
+    listing = label(tmp_path, "img_01.jpg,\nimg_10.jpg,c\nimg_11.jpg,d\n", names)
+    assert labels_of(listing) == {"img_10.jpg": "c", "img_11.jpg": "d"}
     reasons = {item.key: item.reason for item in listing.skipped}
-    assert reasons == dict.fromkeys(FLAT[1:], "no label in labels.csv")
+    assert reasons == dict.fromkeys(FLAT[:2], "no label in labels.csv")
 
 
 @pytest.mark.parametrize("store", ["folder", "images", "zip"])

@@ -300,8 +300,12 @@ def test_the_columns_that_are_named_are_read(tmp_path: Path) -> None:
     summary = make(tmp_path / "a.parquet", out, **fields)
     assert summary.report["classes"] == [["0", 1], ["1", 1]]
     assert sorted(rows_of(out).values()) == sorted(images[:2])
+    # Another column of as many bytes is another set.
+    pair = {"image": images[:2], "img": images[1::-1], "label": [0, 1]}
+    pq.write_table(pa.table(pair), tmp_path / "b.parquet")
+    make(tmp_path / "b.parquet", tmp_path / "b")
     with pytest.raises(ValueError, match="another source or other options"):
-        make(tmp_path / "a.parquet", out)
+        make(tmp_path / "b.parquet", tmp_path / "b", image_field="img")
 
 
 @pytest.mark.ray

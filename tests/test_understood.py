@@ -131,6 +131,9 @@ TABLE = {
     "a file without a suffix may be an image": Row(
         PLAIN | {"cat/3": jpeg(9)}, CAT_DOG, num=5
     ),
+    "a folder below a class, beside its images": Row(
+        PLAIN | photos("cat/-x/9.jpg"), CAT_DOG, num=5
+    ),
     "an image beside the class folders": Row(
         PLAIN | {"x.jpg": b"x"}, CAT_DOG, left_out="not within a class's folder"
     ),
