@@ -7,6 +7,7 @@ again by itself.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 
@@ -103,7 +104,9 @@ def train_alone(
     try:
         with numerics_kept(), listener.listening(board, every_s=_LISTEN_EVERY_S):
             while not _trained_once(job, group=group, rewinds=rewinds):
-                pass
+                # The next worker's state is not to lie beside the last one's, whose
+                # callbacks refer to it in circles.
+                gc.collect()
     except ValueError:
         raise
     except Exception as error:

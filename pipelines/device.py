@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.cuda import nccl
 
 Wanted = Literal["auto", "cpu", "cuda"]
 Event = torch.cuda.Event
@@ -147,13 +148,48 @@ def forked_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if is_gpu(device) else [])
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Most MiB so far: of tensors on a GPU, of the whole process on a CPU.
+def gpu_facts(device: torch.device) -> dict[str, str]:
+    """Kind of a GPU, and versions of what computes on it; nothing of a CPU."""
+    if not is_gpu(device):
+        return {}
+    facts = {"gpu": torch.cuda.get_device_name(device)}
+    if torch.version.cuda:
+        facts["cuda"] = torch.version.cuda
+    if version := torch.backends.cudnn.version():
+        facts["cudnn"] = f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+    if torch.distributed.is_nccl_available():
+        facts["nccl"] = ".".join(map(str, nccl.version()))
+    return facts
 
-    A process's peak includes its libraries: half a gigabyte or more.
+
+class PeakMemory:
+    """The most memory that a device had in use, by all that uses it.
+
+    Of a GPU that is what it tells whenever it is looked at: PyTorch's allocator, DALI's
+    pools, NCCL, the context, and other processes too. What PyTorch has asked for it
+    keeps, so that a step's peak is still there after the step. Of a CPU it is the
+    process, libraries included: half a gigabyte or more.
     """
-    if is_gpu(device):
-        return torch.cuda.max_memory_allocated(device) / _MIB
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._peak_mb = device, 0.0
+
+    def look(self) -> None:
+        """Ask a GPU what of its memory is in use."""
+        if is_gpu(self._device):
+            free, total = torch.cuda.mem_get_info(self._device)
+            self._peak_mb = max(self._peak_mb, (total - free) / _MIB)
+
+    def metrics(self) -> dict[str, float]:
+        """Look once more; name the most so far, and of a GPU that of tensors alone."""
+        if not is_gpu(self._device):
+            return {"peak_memory_mb": _peak_of_process_mb()}
+        self.look()
+        tensors = torch.cuda.max_memory_allocated(self._device)
+        return {"peak_memory_mb": self._peak_mb, "peak_tensors_mb": tensors / _MIB}
+
+
+def _peak_of_process_mb() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB, macOS in bytes.
     return peak / _MIB if sys.platform == "darwin" else peak / 1024

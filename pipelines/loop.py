@@ -81,8 +81,14 @@ class LoopSettings:
     @property
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Give bfloat16 autocast where the run wants it and the device can."""
-        enabled = self.run.scale.amp == "auto" and has_bfloat16(self.device)
+        enabled = self.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    @property
+    def precision(self) -> str:
+        """Name what most of a step computes in."""
+        is_short = self.run.scale.amp == "auto" and has_bfloat16(self.device)
+        return "bfloat16" if is_short else "float32"
 
 
 class BadImagesError(ValueError):

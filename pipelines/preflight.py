@@ -55,6 +55,8 @@ def check_run(run: Run) -> CheckedRun:
     for shards in (train_shards, *(one.shards for one in held_out)):
         spot_check(shards)
     model = _check_model(run, classes=train_shards.classes)
+    if short := reserves_too_few(run):
+        logger.warning(short)
     if run.probe.every_steps:
         find_stem(model, name=run.probe.stem)
     return CheckedRun(
@@ -63,6 +65,24 @@ def check_run(run: Run) -> CheckedRun:
         train_shards=train_shards,
         val_shards=val_shards,
         held_out=held_out,
+    )
+
+
+def reserves_too_few(run: Run) -> str:
+    """Say where Ray reserves fewer CPUs than a worker decodes with; "" elsewhere.
+
+    It would give hosts more workers than they have CPUs for, and GPUs would wait.
+    """
+    scale, num_threads = run.scale, run.data.num_decode_threads
+    is_here = run.data.decode_on == "workers" and not scale.is_alone
+    if not is_here or scale.cpus_per_worker >= num_threads:
+        return ""
+    # One more launches a GPU's kernels; on a CPU steps and decoding take turns.
+    wanted = num_threads + scale.use_gpu
+    return (
+        f"a worker decodes with {num_threads} threads, and Ray reserves "
+        f"{scale.cpus_per_worker:g} CPUs for it: set --scale.cpus-per-worker {wanted}, "
+        "or lower --data.num-decode-threads"
     )
 
 

@@ -32,6 +32,7 @@ from pipelines.config import Run
 from pipelines.ending import noted_sigterm
 from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
 from pipelines.explain.show import show_dry_run
+from pipelines.hardware import tags_of, without_bfloat16
 from pipelines.ingest.stream import Plans
 from pipelines.job import Job, Trained
 from pipelines.keeping import log_model, log_shards, open_tracking
@@ -48,6 +49,7 @@ from pipelines.runs import (
 from pipelines.session import ray_session
 from pipelines.summary import print_summary
 from pipelines.telling.bad_images import FILE, BadImageLog
+from pipelines.telling.board import Began
 from pipelines.telling.gauges import Gauges
 from pipelines.telling.listener import Listener
 from pipelines.telling.progress import Display
@@ -173,7 +175,7 @@ def _listener(job: Job, *, name: str, is_over: threading.Event) -> Listener:
 
 
 def _display(job: Job) -> Display:
-    """Make what shows a run's progress, and names its bad images in MLflow."""
+    """Make what shows a run's progress; its bad images and hardware go to MLflow."""
     uri, run_id = job.tracking_uri, job.mlflow_run_id
     plans = Plans(shards=job.train_shards, run=job.run, train=True)
     num_epochs = job.run.optim.total_epochs
@@ -181,10 +183,17 @@ def _display(job: Job) -> Display:
         keep=lambda text: tracking.log_text(uri, run_id, text=text, path=FILE),
         before=tracking.read_text(uri, run_id, path=FILE),
     )
+
+    def note(begun: Sequence[Began]) -> str:
+        workers = [item.hardware for item in begun]
+        tracking.tag_run(uri, run_id, tags=tags_of(workers))
+        return without_bfloat16(workers) if job.run.scale.amp == "auto" else ""
+
     return Display(
         num_steps=plans.shape(0).num_batches * num_epochs,
         num_epochs=num_epochs,
         bad_images=bad_images,
+        on_begun=note,
     )
 
 

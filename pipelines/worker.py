@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from pipelines.checkpoint import Position
-from pipelines.device import is_gpu, peak_memory_mb
+from pipelines.device import PeakMemory, is_gpu
 from pipelines.group import Group
+from pipelines.hardware import worker_facts
 from pipelines.ingest.batch import Batch
 from pipelines.ingest.footers import ShardSet
 from pipelines.ingest.stream import Plans
@@ -74,6 +75,7 @@ class Worker:
             run.scale.hang_timeout_s if group.is_watched else 0,
             tell=lambda line: self._note(f"worker {group.rank}: {line}"),
         )
+        self.memory = PeakMemory(self.device)
         self._last_log: dict[str, float] = {}
 
     def __enter__(self) -> Worker:
@@ -85,6 +87,7 @@ class Worker:
             world_size=self.settings.world_size,
             host=socket.gethostname(),
             step=self.state.position.step,
+            hardware=worker_facts(self.device, precision=self.settings.precision),
         )
         self.group.post(begun)
         return self
@@ -169,6 +172,7 @@ class Worker:
 
     def _log(self, metrics: Mapping[str, float], position: Position) -> None:
         self._last_log = dict(metrics)
+        self.memory.look()
         if self.rank == 0:
             self._post(position)
             named = {f"train/{name}": value for name, value in metrics.items()}
@@ -204,7 +208,7 @@ class Worker:
                 pictures = self.together.pictures(title=title, is_last=is_last)
             if pictures is not None:
                 self.group.post(pictures)
-        metrics["train/peak_memory_mb"] = peak_memory_mb(self.device)
+        metrics |= {f"train/{k}": v for k, v in self.memory.metrics().items()}
         metrics["epoch"] = epoch
         if self.prober is not None:
             metrics |= self.prober.summary()

@@ -15,9 +15,9 @@ from pipelines.config import (
     Optim,
     Probe,
     Run,
-    Scale,
     Schedule,
 )
+from recipes._gpus import NUM_DECODE_THREADS, gpus_for
 
 NO_PROBE = Probe()
 
@@ -56,7 +56,6 @@ def imagenet(
     model: Model,
     optim: Optim,
     batch_size: int,
-    num_workers: int,
     published_top1: float | None = None,
     probe: Probe = NO_PROBE,
 ) -> Run:
@@ -70,12 +69,12 @@ def imagenet(
             batch_size=batch_size,
             eval_batch_size=512,
             eval_interpolation="bilinear",
-            num_decode_threads=8,
+            num_decode_threads=NUM_DECODE_THREADS,
             num_readers=16,
         ),
         augment=Augment(interpolation="bilinear"),
         optim=optim,
-        scale=Scale(num_workers=num_workers, use_gpu=True),
+        scale=gpus_for(batch_size),
         probe=probe,
         published_top1=published_top1,
     )

@@ -2,7 +2,10 @@
 
     sovit-train deit_swin.deit_tiny_so --data.train SHARDS/train --data.val SHARDS/val
 
-Hardware: 8 GPUs. Hours: not published, and not measured by us yet.
+Hardware: 4 GPUs, 8 for DeiT-Ti and Swin-T, with bfloat16 and 40 GB (A100, H100, H200),
+128 images each; the estimate of --dry-run, not measured, is up to 32 GB (Swin-B).
+Hours: not published, and not measured by us yet; 310 epochs train on 397 million
+images.
 
 Top-1 in percent, one 224x224 crop of the held-out set, as published:
 

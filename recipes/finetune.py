@@ -3,9 +3,9 @@
     sovit-train finetune.isqrt_resnet50_birds --model.init-from CHECKPOINT
 
 CHECKPOINT is what `sovit-train gcp.isqrt_resnet50` printed at its end, or what else
-docs/finetuning.md lists. Hardware: one GPU. Hours: not published, and not measured by
-us yet. Of So-ViT and SoT no fine-tuning on images was found published; that page has
-the command.
+docs/finetuning.md lists. Hardware: one GPU with bfloat16 and 8 GB or more, by the
+estimate of --dry-run. Hours: not published, and not measured by us yet. Of So-ViT and
+SoT no fine-tuning on images was found published; that page has the command.
 
 Top-1 in percent on CUB-200-2011, Stanford Cars and FGVC Aircraft, as published:
 
@@ -30,11 +30,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from pipelines.config import Augment, Data, Optim, Run, Scale, Schedule
+from pipelines.config import Augment, Data, Optim, Run, Schedule
 from recipes import gcp
+from recipes._gpus import NUM_DECODE_THREADS, gpus_for
 from recipes._sgd import sgd, steps
 
 _CONSTANT = Schedule(kind="constant")
+_BATCH_SIZE = 10
 
 
 def mpncov_resnet50_birds() -> Run:
@@ -146,18 +148,18 @@ def _tuned(
         data=Data(
             train=f"shards/{images}/train",
             val=f"shards/{images}/val",
-            batch_size=10,
+            batch_size=_BATCH_SIZE,
             eval_batch_size=64,
             eval_interpolation="bilinear",
             eval_mirror=True,
             crop_pct=1.0,
-            num_decode_threads=8,
+            num_decode_threads=NUM_DECODE_THREADS,
         ),
         # The largest square in the middle, always.
         augment=Augment(
             crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), interpolation="bilinear"
         ),
         optim=optim,
-        scale=Scale(use_gpu=True),
+        scale=gpus_for(_BATCH_SIZE),
         published_top1=published_top1,
     )

@@ -2,8 +2,11 @@
 
     sovit-train gcp.isqrt_resnet50 --data.train SHARDS/train --data.val SHARDS/val
 
-Hardware: two GPUs, as in the README of fast-MPN-COV (2 x 1080 Ti); four where nothing
-is published. Hours: not published, and not measured by us yet.
+Hardware: one GPU for a batch of 160, two for MPN-COV and ResNet-18 and 34 (256), with
+bfloat16 and 40 GB (A100, H100, H200); the estimate of --dry-run, not measured, is 7
+(MobileNetV2) to 24 GB (VGG-16). fast-MPN-COV's README has 2 x 1080 Ti, so 80 images
+each, which BatchNorm's statistics are of. Hours: not published, and not measured by us
+yet; 65 epochs train on 83 million images.
 
 Top-1 in percent, one 224x224 crop of the held-out set, as published:
 
@@ -90,7 +93,6 @@ def _mpncov(name: str, *, published_top1: float) -> Run:
         # 0.1 x 10^-0.2, for 30 epochs of each rate.
         optim=sgd(0.0631, num_epochs=90, schedule=steps(30, 60)),
         batch_size=256,
-        num_workers=4,
         published_top1=published_top1,
     )
 
@@ -103,6 +105,5 @@ def _isqrt(
         model=Model(name=name, pooling=Pooling.named(method)),
         optim=sgd(0.1, num_epochs=65, schedule=steps(30, 45, 60)),
         batch_size=160,
-        num_workers=2,
         published_top1=published_top1,
     )

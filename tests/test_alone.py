@@ -17,6 +17,7 @@ from ray.train import UserCallback
 from safetensors.torch import load_file
 
 from pipelines import checkpoint as ckpt
+from pipelines import worker
 from pipelines.config import Run
 from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
 from pipelines.runfile import to_json
@@ -82,11 +83,13 @@ def weights_of(run: Run, name: str) -> dict[str, torch.Tensor]:
 
 
 def test_it_trains_keeps_and_records_as_workers_do(
-    run: Run, capsys: pytest.CaptureFixture[str]
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reports, had_ray = Reports(), ray.is_initialized()
     settings = {"deterministic": True, "matmul_precision": "high"}
     run = dataclasses.replace(run, scale=dataclasses.replace(run.scale, **settings))
+    told = {"gpu": "pretended", "driver": "1.2", "precision": "float32"}
+    monkeypatch.setattr(worker, "worker_facts", lambda device, precision: told)
     trained = fit(run, name="alone", callbacks=[reports])
     assert ray.is_initialized() == had_ray
     # Who called it computes as before.
@@ -107,9 +110,13 @@ def test_it_trains_keeps_and_records_as_workers_do(
     assert trained.metrics["val/num_images"] == 101
 
     assert [seen["epoch"] for seen in reports.seen if "epoch" in seen] == [1, 2, 3]
-    assert "steps are not compiled: --scale.compile auto" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "steps are not compiled: --scale.compile auto" in said
+    assert "steps compute in float32 on 1 x pretended" in said
 
     (tracked,) = runs_of(run.storage)
+    assert tracked.data.tags["hardware.gpus"] == "1 x pretended"
+    assert tracked.data.tags["version.nvidia-driver"] == "1.2"
     assert tracked.info.status == "FINISHED"
     assert tracked.data.metrics["val/top1"] == trained.metrics["val/top1"]
     with pytest.raises(ValueError, match="has finished"):

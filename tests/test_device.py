@@ -91,8 +91,7 @@ def test_on_a_cpu_nothing_waits_and_nothing_is_copied_twice() -> None:
     assert not copy.is_pinned()
 
 
-def test_memory_of_a_cpu_is_the_processs_and_the_machines() -> None:
-    assert 50 < device.peak_memory_mb(CPU) < 1 << 20
+def test_memory_of_a_cpu_is_the_machines() -> None:
     assert 1 << 20 < device.free_memory(CPU) < device.pages_bytes("SC_PHYS_PAGES")
     assert device.pages_bytes("no such name") == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -110,7 +111,8 @@ def test_without_the_gpu_it_tells_hours_for_a_rate(
 ) -> None:
     run = small_run(address, model=SO_VIT)
     scale = Scale(num_workers=2, use_gpu=True, compile=True, grad_checkpointing=True)
-    run = dataclasses.replace(run, storage=str(tmp_path), scale=scale)
+    data = dataclasses.replace(run.data, decoder="auto")
+    run = dataclasses.replace(run, storage=str(tmp_path), scale=scale, data=data)
     found = explanation.explain_run(run, name="mine")
     text = as_text(found)
     assert found.timed is None
@@ -119,6 +121,8 @@ def test_without_the_gpu_it_tells_hours_for_a_rate(
     assert "no GPU here" in text
     assert "it wants GPUs, and here is none" in text
     assert "compiled, activations computed again" in text
+    for name, note in (("context", "CUDA"), ("nccl", "GPUs"), ("dali", "nvJPEG")):
+        assert re.search(rf"  {name} +\d+\.\d MB  .*{note}.*(assumed|estimate)", text)
     own = [line for line in text.splitlines() if str(tmp_path.parents[1]) not in line]
     assert max(map(len, own)) <= 92
 

@@ -20,7 +20,7 @@ from pipelines.explain.counting import (
     count_training_macs,
     shapes_of,
 )
-from pipelines.explain.memory import checkpoint_bytes, estimate_memory
+from pipelines.explain.memory import Memory, checkpoint_bytes, estimate_memory
 from pipelines.mixing import soft_cross_entropy
 from pipelines.recipe import load_recipe
 from tests.small_runs import PLAIN_VIT, SO_VIT, small_run, state_of
@@ -200,6 +200,30 @@ def test_memory_is_the_sum_of_its_parts(
     assert found.total == sum(dataclasses.astuple(found))
     wanted = 2 * real + num_moments * parameters.num_trained_bytes
     assert checkpoint_bytes(run, parameters=parameters) == wanted
+
+
+def test_a_gpu_holds_more_than_tensors() -> None:
+    """What PyTorch's allocator does not know of; none of it on a CPU."""
+    run = step_run()
+    parameters = count_parameters(shapes_of(SO_VIT, num_classes=3))
+
+    def found(**changes: Any) -> Memory:
+        wanted = dataclasses.replace(run, **changes)
+        return estimate_memory(wanted, parameters=parameters, step=STEP)
+
+    on_cpu, one = found(), found(scale=Scale(use_gpu=True))
+    assert on_cpu.context == on_cpu.nccl == on_cpu.dali == 0
+    assert one.total - on_cpu.total == one.context + one.dali
+    # Two batches of 12 images of 64x64 and as much again, of bytes, and a thread.
+    decoded = dataclasses.replace(run.data, decoder="dali")
+    with_dali = found(scale=Scale(use_gpu=True), data=decoded)
+    assert one.dali == 0
+    assert with_dali.dali == 2 * 12 * 3 * (64 * 64 + 64 * 64) + 2**24
+    two = found(scale=Scale(use_gpu=True, num_workers=2), data=decoded)
+    assert two.nccl > 0
+    assert two.dali < with_dali.dali
+    elsewhere = dataclasses.replace(decoded, decode_on="readers")
+    assert found(scale=Scale(use_gpu=True), data=elsewhere).dali == 0
 
 
 def test_sharding_leaves_a_worker_its_part() -> None:

@@ -128,7 +128,20 @@ def test_what_the_machine_lacks_is_warned_of() -> None:
     crowd = dataclasses.replace(run, scale=Scale(num_workers=3, cpus_per_worker=2))
     assert "3 workers want 6 CPUs, here are 4" in warned(crowd)
     data = dataclasses.replace(run.data, num_decode_threads=8)
-    assert "8 threads that decode" in warned(dataclasses.replace(run, data=data))
+    decoding = dataclasses.replace(run, data=data)
+    assert "8 threads that decode" in warned(decoding)
+    assert "set --scale.cpus-per-worker 8, or lower" in warned(decoding)
+    assert "8 threads, and Ray reserves 1 CPUs" in warned(decoding)
+    on_gpu = dataclasses.replace(decoding, scale=Scale(use_gpu=True, cpus_per_worker=2))
+    assert "set --scale.cpus-per-worker 9, or" in warned(on_gpu, num_gpus=1)
+    enough = Scale(use_gpu=True, cpus_per_worker=9)
+    elsewhere = dataclasses.replace(data, decode_on="readers")
+    for fine in (
+        dataclasses.replace(decoding, scale=enough),
+        dataclasses.replace(decoding, scale=Scale(num_workers=0)),
+        dataclasses.replace(decoding, data=elsewhere),
+    ):
+        assert "Ray reserves" not in warned(fine, num_gpus=1)
     assert "more than this machine has" in warned(run, worker_bytes=2 * 10**9)
     assert "less room on the disk" in warned(run, disk_bytes=999)
     assert warned(run, disk_bytes=0, memory_bytes=0) == ""

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from pipelines.credentials import error_summary, without_credentials
+from pipelines.hardware import gpu_summary, worker_facts
 from pipelines.tracking.provenance import (
     git_tags,
-    gpu_summary,
-    hardware_tags,
     provenance_tags,
     version_tags,
 )
@@ -55,7 +54,6 @@ def test_no_commit_outside_a_repository_or_without_git(
     assert git_tags(source) == {}
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_tags() == {}
-    assert "hardware.gpus" not in hardware_tags()
 
 
 def test_versions_and_hardware_are_this_machines() -> None:
@@ -66,12 +64,16 @@ def test_versions_and_hardware_are_this_machines() -> None:
     assert tags["hardware.num_cpus"] == str(os.cpu_count())
     assert int(tags["hardware.memory_gib"]) >= 1
     assert tags["hardware.cpu"]
+    # What this host has of them trains no run of a cluster's: the workers tell.
+    assert "hardware.gpus" not in tags
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpus_are_named_as_cuda_names_them() -> None:
-    assert torch.cuda.get_device_name(0) in hardware_tags()["hardware.gpus"]
+    found = worker_facts(torch.device("cuda", 0), precision="bfloat16")
+    assert found["gpu"] == torch.cuda.get_device_name(0)
+    assert found["driver"]
 
 
 def test_gpus_of_a_kind_are_counted() -> None:

@@ -65,6 +65,25 @@ def test_a_recipe_builds_its_network_with_the_networks_own_pooling(name: str) ->
     assert from_json(to_json(run)) == run
 
 
+@pytest.mark.parametrize("name", [n for n in names() if n != "demo.demo"])
+def test_a_recipe_keeps_its_batch_on_gpus_that_its_header_names(name: str) -> None:
+    run = load_recipe(name)
+    scale, num = run.scale, run.scale.num_workers
+    assert scale.use_gpu
+    assert scale.compile == "auto"
+    assert num * run.micro_batch_size * run.optim.num_accumulation == (
+        run.data.batch_size
+    )
+    assert 128 <= run.micro_batch_size <= 256 or num == 1
+    assert scale.cpus_per_worker == run.data.num_decode_threads + 1
+    header = importlib.import_module(f"recipes.{name.split('.')[0]}").__doc__ or ""
+    hardware = header.partition("Hardware: ")[2].partition("\n\n")[0]
+    word = {1: "one", 2: "two", 3: "three"}.get(num, str(num))
+    assert word in hardware.split(" GB ")[0].replace(",", "").split()
+    assert "bfloat16" in hardware
+    assert "Hours: not published, and not measured" in " ".join(hardware.split())
+
+
 # Rates of the first epoch, of one on the way, and of the last.
 RATES = {
     "gcp.mpncov_resnet50": {0: 0.0631, 30: 6.31e-3, 89: 6.31e-4},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 
-from pipelines import loop, places, retries, tracking
+from pipelines import keeper, loop, places, retries, tracking
 from pipelines.checkpoint import opened
 from pipelines.config import Run
 from pipelines.errors import NonFiniteLossError, RewindError
@@ -24,6 +25,7 @@ from pipelines.failures import StopOnValueError
 from pipelines.files import Place
 from pipelines.ingest.batch import Batch
 from pipelines.job import Trained
+from pipelines.loop import TrainState
 from pipelines.runs import read_record
 from pipelines.store import CheckpointStore
 from pipelines.train import _main, fit
@@ -202,14 +204,29 @@ def test_a_loss_that_is_no_number_once_is_gone_back_for(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As after a fault of the hardware: the weights are the unbroken run's."""
+    """As after a fault of the hardware: the weights are the unbroken run's.
+
+    And the state that was left is gone before the next is built beside it.
+    """
     spoilt(monkeypatch, step=13, num=1)
+    build, refs, num_left = keeper.build_state, list[weakref.ref[Any]](), list[int]()
+
+    def watched(*arguments: Any, **settings: Any) -> TrainState:
+        num_left.append(sum(ref() is not None for ref in refs))
+        state = build(*arguments, **settings)
+        assert state.ema is not None
+        whole = (*state.model.parameters(), *state.ema.parameters(), state.optimizer)
+        refs.extend(map(weakref.ref, whole))
+        return state
+
+    monkeypatch.setattr(keeper, "build_state", watched)
     ended = trained(on_nonfinite(run, "rewind"), "rewound")
     said = capsys.readouterr().out
     assert "back to the last checkpoint: wanted a finite loss, came nan or" in said
     assert "1 worker on" in said
     assert "; from step 12\n" in said
     assert learnt(Path(str(ended.checkpoint))) == whole
+    assert num_left == [0, 0]
 
 
 def test_a_loss_that_is_no_number_again_at_the_same_step_ends_the_run(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipelines.config import Run
 from pipelines.device import gpus_here, pages_bytes
+from pipelines.preflight import reserves_too_few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,8 @@ def _lacks(run: Run, *, machine: Machine) -> Iterator[str]:
             f"{machine.num_cpus}: {less} or --scale.cpus-per-worker, or set "
             "RAY_ADDRESS to a cluster"
         )
+    if short := reserves_too_few(run):
+        yield short
     num_threads = scale.world_size * run.data.num_decode_threads
     if num_threads > max(machine.num_cpus, scale.world_size):
         yield (

@@ -16,6 +16,16 @@ from pipelines.explain.counting import Parameters
 _BYTES_PER_VALUE = 4
 # Beside those that wait: one that the model has, two on the decoder's way.
 _NUM_BATCHES_BESIDE = 3
+# Of a GPU, beside PyTorch's tensors. Assumptions, not measured: CUDA's context with the
+# kernels of its libraries, and what NCCL keeps to talk to others through.
+_CONTEXT_BYTES = 600_000_000
+_NCCL_BYTES = 500_000_000
+# DALI's pools by arithmetic: two batches on their way, each image decoded at twice the
+# model's side, then resized, cut and changed by operations, in bytes; and nvJPEG's
+# memory of each thread (`device_memory_padding`).
+_NUM_BATCHES_IN_DALI = 2
+_DALI_BYTES_PER_PIXEL = 3 * (4 + 4)
+_DALI_BYTES_PER_THREAD = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +42,12 @@ class Memory:
     """What the two passes need for a while beside that."""
     batches: int
     """Decoded images that the model has, or that wait for it."""
+    context: int = 0
+    """CUDA's context and libraries on a GPU: an assumption."""
+    nccl: int = 0
+    """What NCCL keeps on a GPU that is one of several: an assumption."""
+    dali: int = 0
+    """DALI's pools on a GPU: arithmetic."""
 
     @property
     def total(self) -> int:
@@ -54,7 +70,26 @@ def estimate_memory(run: Run, *, parameters: Parameters, step: StepMemory) -> Me
         activations=step.kept,
         passing=step.peak - step.kept,
         batches=(run.data.num_prefetch_batches + _NUM_BATCHES_BESIDE) * batch,
+        **_beside_tensors(run),
     )
+
+
+def _beside_tensors(run: Run) -> dict[str, int]:
+    """Estimate what a GPU holds that PyTorch's allocator knows nothing of."""
+    if not run.scale.use_gpu:
+        return {}
+    pixels = run.micro_batch_size * run.model.img_size**2
+    decodes = run.data.decode_on == "workers" and run.data.decoder != "torch"
+    num_threads = run.data.num_decode_threads
+    return {
+        "context": _CONTEXT_BYTES,
+        "nccl": _NCCL_BYTES if run.scale.world_size > 1 else 0,
+        "dali": decodes
+        * (
+            _NUM_BATCHES_IN_DALI * _DALI_BYTES_PER_PIXEL * pixels
+            + num_threads * _DALI_BYTES_PER_THREAD
+        ),
+    }
 
 
 def optimizer_bytes(optim: Optim, *, parameters: Parameters) -> int:

@@ -165,6 +165,12 @@ def _memory(found: Explanation) -> Iterator[str]:
         "passing": "more at the peak of the two passes",
         "batches": "decoded images that wait",
     }
+    if run.scale.use_gpu:
+        notes |= {
+            "context": "of CUDA and its libraries: assumed, not measured",
+            "nccl": "to talk to other GPUs: assumed, not measured",
+            "dali": "its pools and nvJPEG's: an estimate",
+        }
     for name, note in notes.items():
         yield f"  {name:<12} {size_text(getattr(memory, name)):>9}  {note}"
     yield f"  {'total':<12} {size_text(memory.total):>9}  if all come at the same time"

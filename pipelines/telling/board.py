@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +28,8 @@ class Began:
     world_size: int
     host: str
     step: int
+    hardware: Mapping[str, str] = field(default_factory=dict)
+    """What `pipelines.hardware` knows of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

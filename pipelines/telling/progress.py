@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from tqdm import tqdm
 
+from pipelines.hardware import GPU, gpu_summary
 from pipelines.telling.bad_images import BadImageLog, NamedBadImage
 from pipelines.telling.board import Began, Event, Failed, Item, Noted, NotKept
 
 
 class Display:
-    """Show what a run's workers tell."""
+    """Show what a run's workers tell.
+
+    Args:
+        on_begun: Is called when all workers have begun, by rank, and returns what else
+            to show then.
+    """
 
     def __init__(
-        self, *, num_steps: int, num_epochs: int, bad_images: BadImageLog
+        self,
+        *,
+        num_steps: int,
+        num_epochs: int,
+        bad_images: BadImageLog,
+        on_begun: Callable[[Sequence[Began]], str] = lambda begun: "",
     ) -> None:
-        self._bad_images = bad_images
+        self._bad_images, self._on_begun = bad_images, on_begun
         self._num_epochs = num_epochs
         self._begun: dict[int, Began] = {}
         self._is_terminal = sys.stderr.isatty()
@@ -53,8 +64,11 @@ class Display:
             self._begun.clear()
         self._begun[item.rank] = item
         if len(self._begun) == item.world_size:
-            self._say(begin_line(list(self._begun.values())))
+            begun = [self._begun[rank] for rank in sorted(self._begun)]
+            self._say(begin_line(begun))
             self._begun.clear()
+            if line := self._on_begun(begun):
+                self._say(line)
 
     def _show_event(self, event: Event) -> None:
         if event.epoch_metrics is not None:
@@ -80,7 +94,9 @@ def begin_line(begun: list[Began]) -> str:
     on = Counter(item.host for item in begun)
     hosts = ", ".join(f"{host}: {num}" for host, num in sorted(on.items()))
     workers = "1 worker" if len(begun) == 1 else f"{len(begun)} workers"
-    return f"{workers} on {hosts}; from step {begun[0].step}"
+    gpus = gpu_summary(item.hardware[GPU] for item in begun if GPU in item.hardware)
+    on_gpus = f", {gpus}" if gpus else ""
+    return f"{workers} on {hosts}{on_gpus}; from step {begun[0].step}"
 
 
 def step_text(metrics: Mapping[str, float]) -> str:

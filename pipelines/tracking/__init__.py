@@ -13,6 +13,7 @@ from pipelines.tracking.runs import (
     log_text,
     open_run,
     read_text,
+    tag_run,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "log_text",
     "open_run",
     "read_text",
+    "tag_run",
 ]

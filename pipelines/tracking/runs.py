@@ -135,6 +135,17 @@ def log_dataset(
         attempt(log, uri=uri, otherwise=None, loss=f"dataset {name} is not recorded")
 
 
+def tag_run(uri: str, run_id: str, *, tags: Mapping[str, str]) -> None:
+    """Put tags on a run, in the place of those of the same names."""
+    if run_id:
+        attempt(
+            lambda client: log_tags(client, run_id=run_id, tags=tags),
+            uri=uri,
+            otherwise=None,
+            loss=f"the tags {', '.join(tags)} are missing",
+        )
+
+
 def log_text(uri: str, run_id: str, *, text: str, path: str) -> None:
     """Keep a text as the artifact `path` of a run, without any address's password."""
     if run_id:
