@@ -13,22 +13,20 @@ of the input. Then a head's share of a whole training step of its network.
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.head_cases import Case, cases, curves
+from benchmarks.head_rounds import Result, case_name, compare, kept, step_ms
 from benchmarks.report import machine
 from benchmarks.result_file import write_result
 from benchmarks.step_share import Share, measure_share
-from benchmarks.timing import Spread, call_ms, ratios, spread
 from pipelines.cli import parse, run_command
 
 _PROG = "benchmarks.heads"
@@ -54,86 +52,6 @@ class Options:
     """File for all figures."""
     plot: Path | None = None
     """File for a picture of time and memory against channels, PNG."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """Hold what one case gave: milliseconds, and how often ours fits into the other."""
-
-    name: str
-    ours_ms: Spread
-    straightforward_ms: Spread
-    speedup: Spread
-    ours_kept: float
-    """Bytes kept for the backward pass, in multiples of the input's."""
-    straightforward_kept: float
-
-
-def compare(case: Case, *, options: Options, compiled: bool, device: str) -> Result:
-    """Time both versions of a case in turns.
-
-    Raises ValueError where they do not agree.
-    """
-    x = case.input(device)
-    ours, other = case.ours, case.straightforward
-    torch.testing.assert_close(ours(x), other(x), rtol=1e-2, atol=1e-2)
-    kept_ours, kept_other = kept(ours, x), kept(other, x)
-    if compiled:
-        ours, other = torch.compile(ours), torch.compile(other)
-    weight = torch.randn_like(case.ours(x))
-    mine, theirs = [], []
-    for seen in range(options.rounds + 1):
-        times = [
-            step_ms(function, x, weight, round_s=options.round_s)
-            for function in (ours, other)
-        ]
-        # The first round warms up, and compiles.
-        if seen:
-            mine.append(times[0])
-            theirs.append(times[1])
-    return Result(
-        name=_name(case, compiled=compiled),
-        ours_ms=spread(mine),
-        straightforward_ms=spread(theirs),
-        speedup=ratios(theirs, mine),
-        ours_kept=kept_ours,
-        straightforward_kept=kept_other,
-    )
-
-
-def _name(case: Case, *, compiled: bool) -> str:
-    return f"{case.name}{', compiled' if compiled else ''}"
-
-
-def step_ms(
-    function: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, *, round_s: float
-) -> float:
-    """Time forward and backward for some seconds, once at least: the median."""
-    times: list[float] = []
-    while not times or sum(times) < 1000 * round_s:
-        leaf = x.clone().requires_grad_()
-
-        def both(leaf: Tensor = leaf) -> None:
-            function(leaf).backward(weight)
-
-        times.append(call_ms(both, device=x.device.type))
-    return statistics.median(times)
-
-
-def kept(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """Count the bytes kept for the backward pass, in multiples of the input's."""
-    sizes: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(x.clone().requires_grad_())
-    return sum(sizes.values()) / x.nbytes
 
 
 def table(results: Sequence[Result]) -> str:
@@ -213,7 +131,8 @@ def _measure(options: Options, *, device: str) -> None:
     modes = (False, True) if options.compile else (False,)
     chosen = cases(options.batch_size, device=device)
     work = [(case, mode) for mode in modes for case in chosen]
-    missing = [_name(case, compiled=mode) for case, mode in work] + list(options.steps)
+    names = [case_name(case, compiled=mode) for case, mode in work]
+    missing = [*names, *options.steps]
     results: list[Result] = []
     shares: list[Share] = []
 
@@ -224,7 +143,14 @@ def _measure(options: Options, *, device: str) -> None:
 
     try:
         for case, mode in tqdm(work, unit="case", disable=None):
-            results.append(compare(case, options=options, compiled=mode, device=device))
+            found = compare(
+                case,
+                num_rounds=options.rounds,
+                round_s=options.round_s,
+                compiled=mode,
+                device=device,
+            )
+            results.append(found)
             missing.remove(results[-1].name)
             save()
         for name in options.steps:

@@ -82,6 +82,8 @@ class Case:
     img_size: int
     device: str
     num_threads: int
+    sizes: tuple[tuple[str, int], ...] = ()
+    """Arguments of the network, of ours and timm's alike, instead of its own sizes."""
 
     @property
     def label(self) -> str:
@@ -131,10 +133,12 @@ def _model_of(case: Case, *, model: Model) -> Model:
         return dataclasses.replace(
             model,
             name=RIVALS[case.model],
+            img_size=case.img_size,
             pooling=None,
-            kwargs={"img_size": case.img_size},
+            kwargs={"img_size": case.img_size, **dict(case.sizes)},
         )
-    kwargs = {"fusion": "class"} if case.subject == "class" else {}
+    fusion = {"fusion": "class"} if case.subject == "class" else {}
+    kwargs: dict[str, int | float | str] = {**dict(case.sizes), **fusion}
     return dataclasses.replace(model, img_size=case.img_size, kwargs=kwargs)
 
 

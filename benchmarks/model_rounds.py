@@ -96,7 +96,7 @@ def time_cases(
     Raises ValueError, naming the case, where its process fails.
     """
     with contextlib.ExitStack() as stack:
-        made = {case: stack.enter_context(_process_of(case, round_s)) for case in cases}
+        made = {case: stack.enter_context(process_of(case, round_s)) for case in cases}
         for ask in made.values():
             ask()  # it is ready: importing takes CPUs from those that are timed
         found: dict[Case, Rounds] = {}
@@ -147,7 +147,7 @@ def _round(ask: Callable[[], Any]) -> StepRound:
 
 
 @contextlib.contextmanager
-def _process_of(case: Case, round_s: float) -> Iterator[Callable[[], Any]]:
+def process_of(case: Case, round_s: float) -> Iterator[Callable[[], Any]]:
     """Have a process with a case.
 
     The first call waits until it has imported all it needs; each after it gives the
@@ -210,20 +210,20 @@ def tell(case: Case, *, round_s: float) -> Iterator[Any]:
     num_warm = _NUM_WARM_STEPS[device.type]
     warm_ms = call_ms(lambda: steps(num_warm), device=device.type) / num_warm
     at_rest_mb, peak_mb = _memory_mb(steps, device=device)
-    _give_memory_back(device)
+    give_memory_back(device)
     yield Begun(first_step_s=first_ms / 1000, at_rest_mb=at_rest_mb, peak_mb=peak_mb)
     num_steps = min(max(math.ceil(1000 * round_s / warm_ms), 1), _MAX_STEPS)
     while True:
         # Takes the memory again that was given back to the other processes.
         steps(1)
         spent_ms = call_ms(lambda: steps(num_steps), device=device.type)
-        _give_memory_back(device)
+        give_memory_back(device)
         yield spent_ms / num_steps, num_steps
 
 
 def _memory_mb(steps: Steps, *, device: torch.device) -> tuple[float, float]:
     """Measure what there is before a step, and the most during it."""
-    _give_memory_back(device)
+    give_memory_back(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -237,7 +237,7 @@ def _memory_mb(steps: Steps, *, device: torch.device) -> tuple[float, float]:
     return at_rest_mb, _status_mb("VmHWM")
 
 
-def _give_memory_back(device: torch.device) -> None:
+def give_memory_back(device: torch.device) -> None:
     """Give back what was freed and is only kept for the next time."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ never committed: the photographs belong to scikit-image, scikit-learn and Matplo
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,21 @@ def find_photographs() -> list[Path]:
     return [_package_folder(package) / path for package, path in PHOTOGRAPHS]
 
 
-def cut_photographs(folder: Path, *, num_images: int, seed: int) -> list[Path]:
+def photographs_here() -> list[Path]:
+    """Find those of the photographs that this machine has."""
+    found = []
+    for package, path in PHOTOGRAPHS:
+        try:
+            photograph = _package_folder(package) / path
+        except FileNotFoundError:
+            continue
+        found += [photograph] if photograph.exists() else []
+    return found
+
+
+def cut_photographs(
+    folder: Path, *, num_images: int, seed: int, sources: Sequence[Path] = ()
+) -> list[Path]:
     """Cut `num_images` JPEGs into `folder`, named SCENE-00000.jpg, scenes in turn.
 
     Each is a random window of a photograph, scaled to 500x375 give or take 15 % a
@@ -48,13 +63,14 @@ def cut_photographs(folder: Path, *, num_images: int, seed: int) -> list[Path]:
         folder: Made where it is missing.
         num_images: How many to cut.
         seed: The same seed gives the same files with the same Pillow and NumPy.
+        sources: Images to cut them from; all photographs by default.
 
     Returns:
         The files' paths, in the order of their numbers.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    sources = find_photographs()
+    sources = sources or find_photographs()
     photographs = [Image.open(path).convert("RGB") for path in sources]
     paths = []
     for number in range(num_images):

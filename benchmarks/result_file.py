@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.files import partial_name
-
 
 def write_result(
     path: Path | None, content: Mapping[str, Any], *, missing: Sequence[str]
@@ -20,7 +18,7 @@ def write_result(
     """
     if path is None:
         return
-    partial = Path(partial_name(str(path)))
+    partial = path.with_name(f"{path.name}.partial")
     shown = {**content, "missing": list(missing)}
     partial.write_text(json.dumps(shown, indent=2) + "\n")
     partial.replace(path)

@@ -1,0 +1,123 @@
+"""How far a device's pixels are from the CPU's, by settings of the JPEG decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.on_gpu.dali_graphs import BareDecoder
+from benchmarks.on_gpu.images import encoded_images, rows_of
+from benchmarks.on_gpu.rates import device_of
+from benchmarks.on_gpu.setting import Figures, Setting, Task
+from pipelines.config import Augment, Data
+from pipelines.device import CPU
+from pipelines.pixels.dali import DaliDecoder
+from pipelines.pixels.decoder import make_decoder
+from pipelines.pixels.draws import PixelSettings, draw
+
+POLICY = "rand-m9-mstd0.5-inc1"
+# Of DALI's default share of the hardware's, none and all.
+_HARDWARE = (0.65, 0.0, 1.0)
+
+
+def tasks(setting: Setting) -> list[Task]:
+    """Whole images by the decoder alone, then what training and evaluation see."""
+    whole = itertools.product(_HARDWARE, (True, False))
+    return [
+        *(
+            Task(
+                name=f"decoded, engine {hardware}, fancy upsampling {fancy}",
+                measure=functools.partial(
+                    _decoded, setting, hardware=hardware, fancy=fancy
+                ),
+            )
+            for hardware, fancy in whole
+        ),
+        *(
+            Task(
+                name=f"{name}, engine {hardware}",
+                measure=functools.partial(
+                    _seen, setting, hardware=hardware, train=train, policy=policy
+                ),
+            )
+            for name, train, policy in (
+                ("evaluation", False, ""),
+                ("training", True, ""),
+                ("RandAugment", True, POLICY),
+            )
+            for hardware in _HARDWARE[:2]
+        ),
+    ]
+
+
+def _decoded(setting: Setting, *, hardware: float, fancy: bool) -> Figures:
+    """Beside Pillow's, which DALI's CPU decoder agrees with bit for bit."""
+    images = encoded_images(setting)[: setting.pick(64, tiny=8)]
+    decode = BareDecoder(
+        setting,
+        device=device_of(setting),
+        batch_size=len(images),
+        hardware=hardware,
+        fancy=fancy,
+    )
+    found = decode.arrays(images)
+    wanted = [np.asarray(Image.open(io.BytesIO(it)).convert("RGB")) for it in images]
+    # In another order, and so in another part of the batch.
+    again = decode.arrays(images[::-1])[::-1]
+    moved = sum(
+        not np.array_equal(one, other) for one, other in zip(found, again, strict=True)
+    )
+    return {**distance(found, wanted), "images_that_order_changes": moved}
+
+
+def distance(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> Figures:
+    """Levels between two decodings of the same images, over all of their pixels."""
+    pairs = zip(found, wanted, strict=True)
+    apart = np.concatenate(
+        [np.abs(a.astype(np.int16) - b.astype(np.int16)).ravel() for a, b in pairs]
+    )
+    return {
+        "mean": float(apart.mean()),
+        "most": int(apart.max()),
+        "share_over_2": float((apart > 2).mean()),
+        "share_over_16": float((apart > 16).mean()),
+    }
+
+
+def settings_of(
+    setting: Setting, *, train: bool, policy: str = "", hardware: float | None = None
+) -> PixelSettings:
+    """Pixels as a run on ImageNet has them."""
+    data = Data(train="", val="", batch_size=1, num_decode_threads=setting.num_threads)
+    if hardware is not None:
+        data = dataclasses.replace(data, hw_decoder_load=hardware)
+    return PixelSettings(
+        data=data,
+        augment=Augment(auto_augment=policy),
+        img_size=setting.pick(224, tiny=32),
+        seed=0,
+        train=train,
+    )
+
+
+def _seen(setting: Setting, *, hardware: float, train: bool, policy: str) -> Figures:
+    """The graph that a GPU decodes with beside the CPU's decoder; the same draws."""
+    rows = rows_of(encoded_images(setting)[: setting.pick(64, tiny=8)])
+    settings = settings_of(setting, train=train, policy=policy, hardware=hardware)
+    draws = draw(rows, settings=settings, epoch=0)
+    device, size = device_of(setting), len(rows)
+    found = DaliDecoder(settings, batch_size=size, device=device)(rows.views, draws)
+    judge = make_decoder(settings, batch_size=size, device=CPU)
+    wanted = judge.start(rows.views, draws)()
+    return {**distance(_arrays(found), _arrays(wanted)), "num_images": len(rows)}
+
+
+def _arrays(pixels: torch.Tensor) -> list[np.ndarray]:
+    return list(pixels.cpu().numpy())

@@ -1,0 +1,86 @@
+"""A training step stage by stage, beside timm's network of equal size, not compiled."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks.model_cases import Case, Subject, size_of
+from benchmarks.model_rounds import Begun, give_memory_back, tell
+from benchmarks.on_gpu.rates import device_of
+from benchmarks.on_gpu.setting import Figures, Setting, Task
+from benchmarks.timing import spread
+
+_STAGES: dict[Subject, tuple[str, ...]] = {
+    "ours": ("channels_last", "bfloat16", "plain", "eager"),
+    "timm": ("channels_last", "plain"),
+}
+_TINY = (("depth", 1), ("embed_dim", 32), ("num_heads", 2))
+
+
+def tasks(setting: Setting) -> list[Task]:
+    """By size of a batch: ours and timm's."""
+    return [
+        task_of(case, functools.partial(_measure, setting, case))
+        for batch_size in batch_sizes(setting)
+        for subject, stages in _STAGES.items()
+        for stage in stages
+        for case in [case_of(setting, subject, stage, batch_size=batch_size)]
+    ]
+
+
+def batch_sizes(setting: Setting) -> tuple[int, ...]:
+    """Images a step: as many as fill a GPU, and as few as the papers' on each."""
+    return setting.pick((256, 64), tiny=(2,))
+
+
+def case_of(setting: Setting, subject: Subject, stage: str, *, batch_size: int) -> Case:
+    """A case of So-ViT-14; of a So-ViT-7 that is no bigger than it must be."""
+    return Case(
+        model=setting.pick("so_vit_14", tiny="so_vit_7"),
+        subject=subject,
+        stage=stage,
+        batch_size=batch_size,
+        img_size=setting.pick(224, tiny=32),
+        device=device_of(setting).type,
+        num_threads=setting.num_threads,
+        sizes=setting.pick((), tiny=_TINY),
+    )
+
+
+def task_of(case: Case, measure: Any) -> Task:
+    """Name a case's task."""
+    return Task(
+        name=f"{case.label}, {case.stage}, batch {case.batch_size}", measure=measure
+    )
+
+
+def _measure(setting: Setting, case: Case) -> Figures:
+    """Its first steps, and then rounds, in this process."""
+    gc.collect()  # the case before: its model refers to itself
+    give_memory_back(device_of(setting))
+    told = tell(case, round_s=setting.round_s)
+    begun = next(told)
+    rounds = [next(told) for _ in range(setting.num_rounds)]
+    return figures_of(case, begun=begun, rounds=rounds)
+
+
+def figures_of(
+    case: Case, *, begun: Begun, rounds: Sequence[tuple[float, int]]
+) -> Figures:
+    """Rate, what of it is arithmetic, and memory."""
+    of = spread([step_ms for step_ms, _ in rounds])
+    images_per_s = 1000 * case.batch_size / of.median
+    return {
+        "images_per_s": images_per_s,
+        "step_ms": of.median,
+        "low_ms": of.low,
+        "high_ms": of.high,
+        # A backward pass counts as two forward ones.
+        "tflop_per_s": 6 * size_of(case).macs * images_per_s / 1e12,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        **asdict(begun),
+    }

@@ -1,0 +1,28 @@
+"""A process that ends in the middle, with a child of its own that would not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from benchmarks.on_gpu.setting import Figures, Setting, Task
+
+_SLEEP = "import time; time.sleep(600)"
+
+
+def tasks(setting: Setting) -> list[Task]:
+    """Start a child, die, and what is never reached."""
+
+    def start() -> Figures:
+        return {"child": subprocess.Popen([sys.executable, "-c", _SLEEP]).pid}
+
+    def die() -> Figures:
+        print("the last words", flush=True)
+        os._exit(3)
+
+    return [
+        Task(name="start", measure=start),
+        Task(name="die", measure=die),
+        Task(name="never", measure=dict),
+    ]
