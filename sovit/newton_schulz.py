@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from sovit.derivatives import is_recorded
 from sovit.moments import by_smaller_side
 from sovit.precision import TINY, at_least_float32, autocast_off
 from sovit.shapes import Float, Tensor
@@ -39,7 +39,8 @@ def newton_schulz_sqrt(
     Computed is the same polynomial with W = Z Y in Z's place, which has 3 N - 3
     products as well. Its gradient uses that all factors are polynomials of one
     symmetric matrix: 4 N - 3 products instead of autograd's two for each one of the
-    forward pass, and 2 N - 2 matrices kept. It can be differentiated once.
+    forward pass, and 2 N - 2 matrices kept. Where the gradient is differentiated
+    itself, it is computed anew from A. NaN and infinity give NaN.
 
     Only the symmetric part of `x` counts. A matrix that is zero gives zero, with zero
     gradient, where the papers' code divides by zero. Float32 inside, or float64 for
@@ -113,8 +114,9 @@ def _iterate(
 class _Root(torch.autograd.Function):
     """Compute the root, or its inverse, and with it all that the gradient needs.
 
-    That is returned after the root: A, then Y_1 (for the inverse W_1 in its place),
-    Y_2, W_2, Y_3, W_3 ... up to N - 1.
+    That is returned after the root: A and t, then Y_1 (for the inverse W_1 in its
+    place), Y_2, W_2, Y_3, W_3 ... up to N - 1. A and t can be differentiated, and the
+    gradient is differentiated through them.
     """
 
     generate_vmap_rule = True
@@ -124,51 +126,63 @@ class _Root(torch.autograd.Function):
         x: Float[Tensor, "b d d"], num_iterations: int, pre_norm: str, inverse: bool
     ) -> tuple[Tensor, ...]:
         size = _size(x, pre_norm)
-        a = (x + x.mT) * (0.5 / torch.where(size > 0, size, 1.0))
-        y = first = _first(a) if inverse else _step(a, a)
-        kept = [a]
-        if num_iterations > 1:
-            w = _step(_step(a, a) if inverse else first, a)
-            kept.append(w if inverse else first)
-            for _ in range(num_iterations - 2):
-                y = _step(y, w)
-                w = _step(_step(w, w), w)
-                kept += [y, w]
-            y = _step(y, w)
-        return y * _scale(size, inverse), size, *kept
+        a = (x + x.mT) * (0.5 / torch.where(size == 0, 1.0, size))
+        y, *kept = _polynomial(a, num_iterations, inverse)
+        return y * _scale(size, inverse), a, size, *kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, _, ctx.pre_norm, ctx.inverse = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        _, ctx.num_iterations, ctx.pre_norm, ctx.inverse = inputs
+        ctx.mark_non_differentiable(*output[3:])
         ctx.save_for_backward(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None, None
-        size, a, *kept = ctx.saved_tensors
+        ctx: Any,
+        grad: Tensor | None,
+        of_a: Tensor | None,
+        of_size: Tensor | None,
+        *_: None,
+    ) -> Any:
+        a, size, *kept = ctx.saved_tensors
         with autocast_off(a.device.type):
-            ys, ws = kept[1::2], kept[2::2]
-            if kept and ctx.inverse:
-                ys, ws = [_first(a), *ys], [kept[0], *ws]
-            elif kept:
-                ys, ws = [kept[0], *ys], [_step(kept[0], a), *ws]
-            grad = grad * _scale(size, ctx.inverse)
-            grad_a, pairing = _polynomial_grad(grad, a, ys, ws, inverse=ctx.inverse)
-            safe = torch.where(size > 0, size, 1.0)
-            power = -0.5 if ctx.inverse else 0.5
-            factor = (power * pairing - _inner(grad_a, a)) / safe
-            if ctx.pre_norm == "trace":
-                towards = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-            else:
-                towards = a
-            grad_x = torch.where(size > 0, grad_a / safe + factor * towards, 0.0)
-            return grad_x, None, None, None
+            of_a = None if of_a is None else _symmetric(of_a)
+            if grad is not None:
+                if is_recorded():
+                    kept = _polynomial(a, ctx.num_iterations, ctx.inverse)[1:]
+                grad = grad * _scale(size, ctx.inverse)
+                through_a, pairing = _polynomial_grad(grad, a, kept, ctx.inverse)
+                of_a = through_a if of_a is None else of_a + through_a
+                power = -0.5 if ctx.inverse else 0.5
+                through_size = power * pairing / torch.where(size == 0, 1.0, size)
+                of_size = through_size if of_size is None else of_size + through_size
+            of_x = _normalization_grad(of_a, of_size, a, size, ctx.pre_norm)
+            return of_x, None, None, None
+
+
+def _normalization_grad(
+    of_a: Tensor | None,
+    of_size: Tensor | None,
+    a: Tensor,
+    size: Tensor,
+    pre_norm: str,
+) -> Tensor | None:
+    """Return the gradient by x, symmetric part t A, of symmetric ones by A and t."""
+    if of_a is None and of_size is None:
+        return None
+    is_empty = size == 0
+    safe = torch.where(is_empty, 1.0, size)
+    if pre_norm == "trace":
+        towards = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    else:
+        towards = a
+    factor = 0.0 if of_size is None else of_size
+    if of_a is None:
+        of_x = factor * towards
+    else:
+        of_x = of_a / safe + (factor - _inner(of_a, a) / safe) * towards
+    return torch.where(is_empty, 0.0, of_x)
 
 
 def _size(x: Tensor, pre_norm: str) -> Tensor:
@@ -177,13 +191,17 @@ def _size(x: Tensor, pre_norm: str) -> Tensor:
         t = x.diagonal(dim1=-2, dim2=-1).sum(-1)
     else:
         t = torch.linalg.matrix_norm((x + x.mT) / 2)
-    return torch.where(t > TINY, t, 0.0)[..., None, None]
+    t = torch.where(t.isfinite(), t, torch.nan)
+    # So written, what is no number stays none.
+    return torch.where(t <= TINY, 0.0, t)[..., None, None]
 
 
 def _scale(size: Tensor, inverse: bool) -> Tensor:
     """Return what the iteration's result is multiplied by."""
-    positive = torch.where(size > 0, size, 1.0)
-    return torch.where(size > 0, positive.rsqrt() if inverse else positive.sqrt(), 0.0)
+    is_empty = size == 0
+    positive = torch.where(is_empty, 1.0, size)
+    scale = positive.rsqrt() if inverse else positive.sqrt()
+    return torch.where(is_empty, 0.0, scale)
 
 
 def _first(a: Tensor) -> Tensor:
@@ -196,15 +214,35 @@ def _step(x: Tensor, w: Tensor) -> Tensor:
     return torch.baddbmm(x, x, w, beta=1.5, alpha=-0.5)
 
 
+def _polynomial(a: Tensor, num_iterations: int, inverse: bool) -> list[Tensor]:
+    """Return Y_N and what came before, as `_Root` lists it."""
+    y = first = _first(a) if inverse else _step(a, a)
+    if num_iterations == 1:
+        return [y]
+    w = _step(_step(a, a) if inverse else first, a)
+    kept = [w if inverse else first]
+    for _ in range(num_iterations - 2):
+        y = _step(y, w)
+        w = _step(_step(w, w), w)
+        kept += [y, w]
+    return [_step(y, w), *kept]
+
+
 def _polynomial_grad(
-    grad: Tensor, a: Tensor, ys: list[Tensor], ws: list[Tensor], *, inverse: bool
+    grad: Tensor, a: Tensor, kept: list[Tensor], inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of a -> Y_N, symmetric, and the product <grad, Y_N>.
 
     Y_(k+1) = Y_k T_k and W_(k+1) = W_k T_k^2 with T_k = (3 I - W_k) / 2. All of them
     are polynomials of `a`, so they commute, and gradients may be made symmetric,
     or not, wherever that saves a product. For the inverse Y_1 is T_0 instead of a T_0.
+    All of this holds for every symmetric `a`, so the gradient of it is the second one.
     """
+    ys, ws = kept[1::2], kept[2::2]
+    if kept and inverse:
+        ys, ws = [_first(a), *ys], [kept[0], *ws]
+    elif kept:
+        ys, ws = [kept[0], *ys], [_step(kept[0], a), *ws]
     of_w = None
     for y, w in zip(reversed(ys), reversed(ws), strict=True):
         if of_w is None:

@@ -10,9 +10,10 @@ from functools import partial
 import torch
 
 from sovit.moments import by_smaller_side
-from sovit.precision import at_least_float32, autocast_off, matmul
+from sovit.precision import at_least_float32, autocast_off
 from sovit.shapes import Float, Number, Tensor
-from sovit.spectral import spectral
+from sovit.singular import singular_power
+from sovit.spectral import Function, spectral
 
 # What the logarithm adds to every eigenvalue, in parts of their mean.
 LOG_EPS = 1e-3
@@ -34,13 +35,14 @@ def matrix_power(
     quotients (l_i^p - l_j^p) / (l_i - l_j), and derivatives p l_i^(p - 1) where the two
     are equal, worked out without cancellation. The papers' code divides by differences
     of eigenvalues instead, and by zero where they repeat. Between two zero eigenvalues
-    the quotient is 0, not infinite. It can be differentiated once.
+    the quotient is 0, not infinite. It can be differentiated twice: see
+    `sovit.spectral`. A matrix with NaN or infinity in it gives NaN.
 
     Only the symmetric part of `x` counts. Float32 inside, or float64 for float64 input;
     the result keeps that precision. `placement` is where the decomposition happens:
     see `sovit.spectral.symmetric_eig`.
     """
-    return spectral(x, float(power), placement=placement)
+    return spectral(x, Function(float(power)), placement=placement)
 
 
 def matrix_log(
@@ -65,10 +67,12 @@ def matrix_log(
         matrix = at_least_float32(x)
         mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         eye = torch.eye(x.shape[-1], dtype=matrix.dtype, device=x.device)
-        positive = mean > 0
-        shift = torch.where(positive, eps * mean, 1.0)
-        logs = spectral(matrix + shift * eye, None, placement=placement)
-        return torch.where(positive, logs, 0.0)
+        is_empty = (mean <= 0) & mean.isfinite()
+        shift = torch.where(is_empty, 1.0, eps * mean)
+        # Of the shifted matrix's mean.
+        logarithm = Function(None, lowest=float(eps) / (1 + float(eps)))
+        logs = spectral(matrix + shift * eye, logarithm, placement=placement)
+        return torch.where(is_empty, 0.0, logs)
 
 
 def covariance_power(
@@ -98,15 +102,14 @@ def sv_power(
     """Raise the singular values of `x` to a power exactly, by decomposition.
 
     U diag(s^power) V^T with the thin singular value decomposition: the reference of
-    `sovit.svpn.svpn`. Its gradient needs singular values that differ, as
-    `torch.linalg.svd` says. Raises ValueError for a power that is not over 0.
+    `sovit.svpn.svpn`. Values that are zero up to rounding stay zero; derivatives are
+    finite there, and where values are equal. It can be differentiated twice. A matrix
+    with NaN or infinity in it gives NaN.
+
+    Raises ValueError for a power that is not over 0.
     """
     if power <= 0:
         raise ValueError(
             f"power must be over 0, got {power}: 0.5 is the papers' value."
         )
-    with autocast_off(x.device.type):
-        u, s, vh = torch.linalg.svd(at_least_float32(x), full_matrices=False)
-        positive = s > 0
-        powered = torch.where(positive, torch.where(positive, s, 1.0) ** power, 0.0)
-        return matmul(u * powered.unsqueeze(-2), vh)
+    return singular_power(x, power)

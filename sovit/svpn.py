@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from sovit.derivatives import is_recorded
 from sovit.precision import TINY, at_least_float32, autocast_off, matmul
 from sovit.shapes import Float, Number, Tensor
 
@@ -102,21 +102,7 @@ class _OneStep(torch.autograd.Function):
         power: Number,
         eps: Number,
     ) -> tuple[Tensor, ...]:
-        mapped = matrix @ start
-        size = torch.linalg.vector_norm(mapped, dim=-1, keepdim=True)
-        # What is next to zero stays so: it is divided by no less than TINY.
-        inverse_size = size.clamp(min=TINY).reciprocal()
-        u = mapped * inverse_size
-        projected = torch.bmm(u.unsqueeze(-2), matrix).squeeze(-2)
-        s = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
-        positive, safe = s > TINY, s.clamp(min=TINY)
-        v = projected / safe
-        powered = safe**power
-        scale = torch.where(positive, powered / safe.add(powered, alpha=eps), 1.0)
-        left = (powered * scale * positive * u).unsqueeze(-1)
-        scaled = matrix * scale.unsqueeze(-1)
-        result = torch.addcmul(scaled, left, v.unsqueeze(-2), value=eps)
-        return result, inverse_size, u, s, v, scale, powered
+        return _one_step(matrix, start, power, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -126,39 +112,75 @@ class _OneStep(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None
-        matrix, start, inverse_size, u, s, v, scale, powered = ctx.saved_tensors
-        power, eps = ctx.power, ctx.eps
+        matrix, start, *found = ctx.saved_tensors
         with autocast_off(matrix.device.type):
-            # With c the scale, P = s^power and w = eps P c: dc/ds = (power - 1) c^2 / P
-            # and dw/ds = power w / s + eps P dc/ds.
-            positive = s > TINY
-            scaled = powered * scale * positive
-            over_s = eps * scaled / s.clamp(min=TINY)
-            # Faster on a CPU than a batched product with a column.
-            grad_v = (grad * v.unsqueeze(-2)).sum(-1)
-            grad_u = torch.bmm(u.unsqueeze(-2), grad).squeeze(-2)
-            along = (u * grad_v).sum(-1, keepdim=True)
-            inner = (grad * matrix).sum(dim=(-2, -1)).unsqueeze(-1)
-            slope = (inner / powered).add(along, alpha=eps)
-            slope = slope * scale.square() * positive
-            # What comes back to A^T u, then to A v_0.
-            row = (power - 1) * torch.addcmul(slope, over_s, along) * v
-            row = torch.addcmul(row, over_s, grad_u)
-            column = (matrix * row.unsqueeze(-2)).sum(-1)
-            column = torch.addcmul(column, scaled, grad_v, value=eps)
-            inside = (u * column).sum(-1, keepdim=True)
-            column = torch.addcmul(column, inside, u, value=-1) * inverse_size
-            of_start = torch.bmm(column.unsqueeze(-2), matrix).sum(dim=(0, 1))
-            of_matrix = grad * scale.unsqueeze(-1)
-            of_matrix = of_matrix.addcmul(u.unsqueeze(-1), row.unsqueeze(-2))
-            of_matrix = of_matrix.addcmul(column.unsqueeze(-1), start)
-            return of_matrix, of_start, None, None
+            if is_recorded():
+                found = list(_one_step(matrix, start, ctx.power, ctx.eps)[1:])
+            grads = _one_step_grad(grad, matrix, start, found, ctx.power, ctx.eps)
+            return *grads, None, None
+
+
+def _one_step(
+    matrix: Tensor, start: Tensor, power: Number, eps: Number
+) -> tuple[Tensor, ...]:
+    """Return the scaled matrix, and what its gradient needs."""
+    mapped = matrix @ start
+    size = torch.linalg.vector_norm(mapped, dim=-1, keepdim=True)
+    # What is next to zero stays so: it is divided by no less than TINY.
+    inverse_size = size.clamp(min=TINY).reciprocal()
+    u = mapped * inverse_size
+    projected = torch.bmm(u.unsqueeze(-2), matrix).squeeze(-2)
+    s = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
+    positive, safe = s > TINY, s.clamp(min=TINY)
+    v = projected / safe
+    powered = safe**power
+    scale = torch.where(positive, powered / safe.add(powered, alpha=eps), 1.0)
+    left = (powered * scale * positive * u).unsqueeze(-1)
+    scaled = matrix * scale.unsqueeze(-1)
+    result = torch.addcmul(scaled, left, v.unsqueeze(-2), value=eps)
+    return result, inverse_size, u, s, v, scale, powered
+
+
+def _one_step_grad(
+    grad: Tensor,
+    matrix: Tensor,
+    start: Tensor,
+    found: list[Tensor],
+    power: Number,
+    eps: Number,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients by matrix and start.
+
+    With c the scale, P = s^power and w = eps P c: dc/ds = (power - 1) c^2 / P and
+    dw/ds = power w / s + eps P dc/ds.
+    """
+    inverse_size, u, s, v, scale, powered = found
+    positive = s > TINY
+    scaled = powered * scale * positive
+    over_s = eps * scaled / s.clamp(min=TINY)
+    # Faster on a CPU than a batched product with a column.
+    grad_v = (grad * v.unsqueeze(-2)).sum(-1)
+    grad_u = torch.bmm(u.unsqueeze(-2), grad).squeeze(-2)
+    along = (u * grad_v).sum(-1, keepdim=True)
+    inner = (grad * matrix).sum(dim=(-2, -1)).unsqueeze(-1)
+    slope = (inner / powered).add(along, alpha=eps)
+    slope = slope * scale.square() * positive
+    # What comes back to A^T u, then to A v_0.
+    row = (power - 1) * torch.addcmul(slope, over_s, along) * v
+    row = torch.addcmul(row, over_s, grad_u)
+    column = (matrix * row.unsqueeze(-2)).sum(-1)
+    column = torch.addcmul(column, scaled, grad_v, value=eps)
+    inside = (u * column).sum(-1, keepdim=True)
+    column = torch.addcmul(column, inside, u, value=-1) * inverse_size
+    of_start = torch.bmm(column.unsqueeze(-2), matrix).sum(dim=(0, 1))
+    of_matrix = grad * scale.unsqueeze(-1)
+    of_matrix = of_matrix.addcmul(u.unsqueeze(-1), row.unsqueeze(-2))
+    return of_matrix.addcmul(column.unsqueeze(-1), start), of_start
 
 
 def _deflate(
@@ -177,11 +199,11 @@ def _deflate(
     result, last = torch.zeros_like(matrix), torch.zeros_like(floor)
     for _ in range(count):
         s, u, v = _triplet(matrix, start, num_iterations, floor.squeeze(-1))
-        found = s > floor
-        last = torch.where(found, s, last)
+        missing = s <= floor
+        last = torch.where(missing, last, s)
         outer = u.unsqueeze(-1) * v.unsqueeze(-2)
-        result = result + torch.where(found, _power(s, power), 0.0) * outer
-        matrix = matrix - torch.where(found, s, 0.0) * outer
+        result = result + torch.where(missing, 0.0, _power(s, power)) * outer
+        matrix = matrix - torch.where(missing, 0.0, s) * outer
     return result + matrix * _inverse(last, power, eps)
 
 
@@ -203,24 +225,27 @@ def _triplet(
     return s[..., None, None], u, v
 
 
+# Conditions are written so that what is no number is never taken for zero.
+
+
 def _unit(vector: Tensor, floor: Tensor | float) -> Tensor:
     """Scale to length one; a vector of length `floor` or less becomes zero."""
     norm = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
-    longer = norm > floor
-    return torch.where(longer, vector / torch.where(longer, norm, 1.0), 0.0)
+    is_short = norm <= floor
+    return torch.where(is_short, 0.0, vector / torch.where(is_short, 1.0, norm))
 
 
 def _power(s: Tensor, power: Number) -> Tensor:
     """Return s^power where s is positive and 0 elsewhere, with a finite derivative."""
-    positive = s > TINY
-    return torch.where(positive, torch.where(positive, s, 1.0) ** power, 0.0)
+    is_zero = s <= TINY
+    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, s) ** power)
 
 
 def _inverse(s: Tensor, power: Number, eps: Number) -> Tensor:
     """Return 1 / (s^(1 - power) + eps), and 1 where there is nothing to divide by."""
-    positive = s > TINY
-    divisor = torch.where(positive, s, 1.0) ** (1 - power) + eps
-    return torch.where(positive, 1 / divisor, 1.0)
+    is_zero = s <= TINY
+    divisor = torch.where(is_zero, 1.0, s) ** (1 - power) + eps
+    return torch.where(is_zero, 1.0, 1 / divisor)
 
 
 def _check_settings(power: Number, num_iterations: int) -> None:

@@ -183,6 +183,8 @@ def test_covariance_pooling_is_its_formula(
         num_iterations=3,
         start="ones",
     )
+    # The logarithm magnifies what the two ways round differently: by the weights.
+    torch.manual_seed(0)
     pool = CovPool(16, pooling=pooling).eval()
     (layer,) = pool.reduction
     assert isinstance(layer, Reduction)

@@ -73,6 +73,18 @@ def test_the_scaled_power_tends_to_the_logarithm() -> None:
     torch.testing.assert_close(near, matrix_log(x, eps=1e-12), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("num_tokens", [4, 49])
+def test_the_float32_logarithm_of_few_tokens_is_that_of_float64(
+    num_tokens: int,
+) -> None:
+    """What `eps` lifts above zero may be less than what rounds to zero elsewhere."""
+    x = normal(2, num_tokens, 256) / torch.arange(1, 257) ** 0.5
+    wanted = matrix_log(covariance(x))
+    got = matrix_log(covariance(x.float())).double()
+    error = torch.linalg.vector_norm(got - wanted)
+    assert error < 0.05 * torch.linalg.vector_norm(wanted)
+
+
 def test_logarithm_undoes_the_exponential() -> None:
     x = normal(4, 4)
     x = (x + x.T) / 2
@@ -136,6 +148,39 @@ def test_vmap_maps_values_and_gradients() -> None:
     torch.testing.assert_close(
         torch.vmap(torch.func.grad(loss))(x), torch.func.grad(loss)(x)
     )
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
+@pytest.mark.parametrize("power", [0.3, 0.5, 1.0, 2.0])
+def test_powers_of_singular_values_have_the_right_gradient(
+    power: float, shape: tuple[int, int]
+) -> None:
+    """Where they differ, where they are equal, and with a dead row and column."""
+
+    def powered(x: Tensor) -> Tensor:
+        return sv_power(x, power=power)
+
+    alive = torch.ones(shape).double()
+    alive[1], alive[:, 2] = 0, 0
+    differing = normal(2, *shape).requires_grad_()
+    equal = torch.linalg.svd(normal(*shape), full_matrices=False)
+    equal = (equal.U @ equal.Vh).requires_grad_()
+    assert torch.autograd.gradcheck(powered, (differing,))
+    assert torch.autograd.gradcheck(powered, (equal,))
+    assert torch.autograd.gradcheck(lambda x: powered(x * alive), (differing,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_singular_values_of_zero_give_finite_gradients(dtype: torch.dtype) -> None:
+    x = torch.zeros(4, 48, 24, dtype=dtype)
+    x[1] = normal(48, 1, dtype=dtype) * normal(24, seed=1, dtype=dtype)
+    x[2] = covariance(normal(4, 48, dtype=dtype))[:, :24]
+    x[3, :40, :20] = normal(40, 20, dtype=dtype)
+    x.requires_grad_()
+    sv_power(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert x.grad[1:].abs().sum(dim=(1, 2)).min() > 0
 
 
 def test_exact_power_of_singular_values() -> None:
