@@ -102,6 +102,25 @@ def test_a_worker_on_ray_is_killed_and_goes_on(tmp_path: Path) -> None:
     assert 0 <= found["ray_run"]["evaluated"]["top1"] <= 100
 
 
+def test_a_stage_that_cannot_start_is_told_and_the_next_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the process that all fork off has died, or memory has run out."""
+    with monkeypatch.context() as patch:
+        patch.setattr("multiprocessing.process.BaseProcess.start", raise_end)
+        failed = run_one(bad_stage("raising"), work=tmp_path)
+    assert (failed.state, failed.cases) == ("failed", {})
+    assert failed.why == "its process did not start: EOFError"
+    assert list(run_one(bad_stage("raising"), work=tmp_path).cases) == [
+        "first",
+        "third",
+    ]
+
+
+def raise_end(process: Any) -> None:
+    raise EOFError("unexpected end")
+
+
 def bad_stage(name: str, *, limit_s: float = LONG_S, needs: Any = ()) -> Stage:
     return Stage(
         name=name, part="a", limit_s=limit_s, needs=needs, package="tests.stages"

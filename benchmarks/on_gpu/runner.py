@@ -101,11 +101,15 @@ def run_stage(
         outcome.hear(told)
         save()
 
-    with _process(stage, setting=setting, log=log) as (process, pipe):
-        is_ended = _hear(process, pipe, limit_s=limit_s, hear=hear)
-        exit_code = process.exitcode if is_ended else None
+    try:
+        with _process(stage, setting=setting, log=log) as (process, pipe):
+            is_ended = _hear(process, pipe, limit_s=limit_s, hear=hear)
+            exit_code = process.exitcode if is_ended else None
+        outcome.conclude(exit_code=exit_code, limit_s=limit_s)
+    except (OSError, EOFError) as error:  # the process that stages fork off is gone
+        outcome.state = "failed"
+        outcome.why = f"its process did not start: {type(error).__name__}"
     outcome.seconds = time.monotonic() - start_s
-    outcome.conclude(exit_code=exit_code, limit_s=limit_s)
     if outcome.state != "done":
         outcome.last_lines = last_lines(log)
     save()
