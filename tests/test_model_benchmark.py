@@ -17,6 +17,7 @@ from benchmarks.model_cases import RIVALS, STAGES, Case, Size, run_of, size_of
 from benchmarks.model_report import Measured, as_json, mfu, results_of, table
 from benchmarks.model_rounds import Begun, Quiet, Rounds, StepRound, matrix_rates, tell
 from benchmarks.model_steps import build_steps, make_contiguous
+from pipelines import loop
 from pipelines.building import build_state
 from pipelines.device import has_bfloat16
 
@@ -89,6 +90,7 @@ def test_the_steps_train(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     note("backward", torch.Tensor, "backward")
     note("optimiser", torch.optim.AdamW, "step")
     note("average", ModelEmaV3, "update")
+    note("average", loop, "update_average")
     build_steps(changed(stage=stage))(2)
     once = [name for name in seen if name != "forward"]
     assert once == ["backward", "optimiser", "average"] * 2

@@ -92,9 +92,9 @@ def test_messages_are_counted_as_a_worker_sends_them(tmp_path: Path) -> None:
     assert num_logs == 5
     assert group.num_asked == num_logs * QUESTIONS_PER_LOG
     kinds = Counter(type(item).__name__ for item in group.posted)
-    # Beside them: that it began; an epoch's end, its values, its pictures; that its
-    # checkpoint was kept, and the seconds of its pause and of its writing.
-    assert sum(kinds.values()) == num_logs * POSTS_PER_LOG + 7
+    # Beside them: that it began, and how it computes; an epoch's end, its values, its
+    # pictures; that its checkpoint was kept, the seconds of its pause and its writing.
+    assert sum(kinds.values()) == num_logs * POSTS_PER_LOG + 8
     points = [item.metrics for item in group.posted if isinstance(item, Measured)]
     assert sum(map(len, points)) == num_logs * POINTS_PER_LOG + POINTS_PER_EPOCH
 
