@@ -15,7 +15,7 @@ import pytest
 
 from tests.fake_gpu.build import ROOT, build, what_lacks
 from tests.fake_gpu.cases import CASES, COMPILED, ENTERED
-from tests.fake_gpu.entered import ANSWERS, CALLS, functions
+from tests.fake_gpu.entered import ANSWERS, CALLS, offered
 from tests.fake_gpu.meant import MEANT
 from tests.fake_gpu.watch import Seen
 
@@ -67,6 +67,6 @@ def test_a_compiled_step_is_one_graph_that_waits_for_nothing(
 
 def test_every_function_that_asks_for_the_device_is_entered(outcomes: Outcomes) -> None:
     # A new one wants a call in tests/fake_gpu/entered.py.
-    assert set(functions()) == set(CALLS)
+    assert set(offered()) == set(CALLS)
     wanted = {name: ANSWERS.get(name) for name in CALLS}
     assert outcomes[ENTERED]["found"] == wanted

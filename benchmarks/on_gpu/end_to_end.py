@@ -17,8 +17,9 @@ from benchmarks.on_gpu.rates import device_of
 from benchmarks.on_gpu.setting import Figures, Setting, Task
 from benchmarks.on_gpu.steps import task_of
 from pipelines.building import build_state
+from pipelines.checkpoint import Position
 from pipelines.config import Run
-from pipelines.device import peak_memory_mb
+from pipelines.device import PeakMemory
 from pipelines.ingest.footers import read_shard_set
 from pipelines.ingest.stream import Plans
 from pipelines.loop import LoopSettings, TrainState, train
@@ -55,12 +56,18 @@ def _measure(setting: Setting, case: Case) -> Figures:
     )
     state = build_state(run, num_classes=NUM_CLASSES, device=device)
     logged: list[Mapping[str, float]] = []
+    memory = PeakMemory(device)
+
+    def log(metrics: Mapping[str, float], position: Position) -> None:
+        memory.look()
+        logged.append(metrics)
+
     with opened_here(shards, run=run, device=device, train=True) as batches:
         train(
             state,
             batches,
             settings=settings,
-            on_log=lambda metrics, position: logged.append(metrics),
+            on_log=log,
             on_epoch_end=lambda state: None,
         )
     # The first epoch warms up, or compiles.
@@ -70,7 +77,7 @@ def _measure(setting: Setting, case: Case) -> Figures:
         "by_epoch": [log["images_per_s"] for log in steady],
         "waiting_share": statistics.median(log["waiting_share"] for log in steady),
         "bad_images": logged[-1]["bad_images"],
-        "peak_mb": peak_memory_mb(device),
+        **memory.metrics(),
         "checkpoint_copy_ms": [_copy_ms(run, state) for _ in range(_NUM_SNAPSHOTS)],
     }
 

@@ -13,9 +13,11 @@ from tests.fake_gpu.device import GPU
 from tests.fake_gpu.watch import Watch
 
 
-def functions() -> tuple[str, ...]:
-    """Name the functions that the module offers."""
-    found = inspect.getmembers(device, inspect.isfunction)
+def offered() -> tuple[str, ...]:
+    """Name the functions and classes that the module offers."""
+    found = inspect.getmembers(
+        device, lambda it: callable(it) and hasattr(it, "__name__")
+    )
     own = (name for name, it in found if it.__module__ == device.__name__)
     return tuple(name for name in own if not name.startswith("_"))
 
@@ -36,19 +38,20 @@ def _event() -> None:
 
 
 CALLS: Mapping[str, Callable[[], Any]] = {
+    "PeakMemory": lambda: list(device.PeakMemory(GPU).metrics()),
     "current_stream": lambda: device.current_stream(GPU) is not None,
     "device_of": lambda: str(device.device_of(True, flag="--x")),
     "download": lambda: device.download(torch.ones(3, device=GPU)).tolist(),
     "find_device": lambda: [str(device.find_device(w)) for w in ("auto", "cuda")],
     "forked_rng": lambda: _within(device.forked_rng(GPU)),
     "free_memory": lambda: device.free_memory(GPU) >> 30,
+    "gpu_facts": lambda: device.gpu_facts(GPU)["gpu"],
     "gpus_here": lambda: device.gpus_here()[0],
     "has_bfloat16": lambda: device.has_bfloat16(GPU),
     "has_gpu": device.has_gpu,
     "is_gpu": lambda: device.is_gpu(GPU),
     "numerics_kept": _numerics,
     "pages_bytes": lambda: device.pages_bytes("no such name"),
-    "peak_memory_mb": lambda: device.peak_memory_mb(GPU) >= 0,
     "record_event": _event,
     "set_numerics": _numerics,
     "side_stream": lambda: _within(device.side_stream(GPU)),
@@ -59,19 +62,20 @@ CALLS: Mapping[str, Callable[[], Any]] = {
     "wait_for_stream": lambda: device.wait_for_stream(GPU),
 }
 ANSWERS: Mapping[str, Any] = {
+    "PeakMemory": ["peak_memory_mb", "peak_tensors_mb"],
     "current_stream": True,
     "device_of": "cuda:0",
     "download": [0.0, 0.0, 0.0],
     "find_device": ["cuda:0", "cuda:0"],
     "forked_rng": "Stream",
     "free_memory": 100,
+    "gpu_facts": "Fake H200",
     "gpus_here": 1,
     "has_bfloat16": True,
     "has_gpu": True,
     "is_gpu": True,
     "numerics_kept": True,
     "pages_bytes": 0,
-    "peak_memory_mb": True,
     "set_numerics": True,
     "side_stream": "Stream",
     "upload": "cuda:0",
