@@ -22,7 +22,6 @@ from pipelines.tracking.sweeps import (
     child_tags,
     log_child,
     open_sweep,
-    tag_run,
 )
 from tuning.checks import check_sweep
 from tuning.entries import BAD, Entry, Ledger, StageName, Sweep, write_sweep
@@ -254,7 +253,7 @@ def _end(entry: Entry, *, ledger: Ledger, uri: str) -> None:
     if record is None:
         return
     run_id = record.mlflow_run_id
-    tag_run(uri, run_id, tags={OUTCOME_TAG: entry.status})
+    tracking.tag_run(uri, run_id, tags={OUTCOME_TAG: entry.status})
     if entry.status == "stopped":
         tracking.end_run(uri, run_id, status="FINISHED")
     elif entry.status == "failed":

@@ -135,7 +135,7 @@ def log_dataset(
         attempt(log, uri=uri, otherwise=None, loss=f"dataset {name} is not recorded")
 
 
-def tag_run(uri: str, run_id: str, *, tags: Mapping[str, str]) -> None:
+def tag_run(uri: str, run_id: str, *, tags: Mapping[str, object]) -> None:
     """Put tags on a run, in the place of those of the same names."""
     if run_id:
         attempt(

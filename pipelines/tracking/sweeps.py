@@ -120,17 +120,6 @@ def log_child(
     return attempt(log, uri=uri, otherwise="", loss=f"{name} is not recorded")
 
 
-def tag_run(uri: str, run_id: str, *, tags: Mapping[str, object]) -> None:
-    """Set tags of a run."""
-    if run_id:
-        attempt(
-            lambda client: log_tags(client, run_id=run_id, tags=tags),
-            uri=uri,
-            otherwise=None,
-            loss="some of the run's tags are missing",
-        )
-
-
 def save_view(
     uri: str,
     *,

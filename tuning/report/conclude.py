@@ -10,7 +10,7 @@ from pipelines import tracking
 from pipelines.credentials import without_credentials
 from pipelines.errors import RunFailedError
 from pipelines.retries import answering
-from pipelines.tracking.sweeps import log_metrics, save_view, tag_run
+from pipelines.tracking.sweeps import log_metrics, save_view
 from tuning.entries import Entry, Ledger, Sweep
 from tuning.heads import HEAD_METRIC, foretold
 from tuning.report.figures import (
@@ -49,7 +49,7 @@ def conclude(
             assert value is not None
             metrics |= {f"best/{sweep.search.metric}": value}
             metrics |= {"best/trial": float(winner.number)}
-            tag_run(
+            tracking.tag_run(
                 uri,
                 sweep.mlflow_run_id,
                 tags={"best_trial": sweep.trial_name(winner.number)},
