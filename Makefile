@@ -7,12 +7,13 @@ BIN := .venv/bin
 READY := .venv/ready
 NAME ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo sweep test install pins gpu-pack clean help
+.PHONY: demo sweep test test-slow install pins gpu-pack clean help
 
 help:
 	@echo "make demo     train a So-ViT on 12,000 photographs for a few minutes"
 	@echo "make sweep    search its pooling: 12 trials in some 7 minutes, half stopped early"
 	@echo "make test     lint, types, import rules and tests"
+	@echo "make test-slow  what takes minutes: rehearsals, sweeps over all of timm"
 	@echo "make install  prepare .venv alone"
 	@echo "make pins     resolve the pinned requirements again"
 	@echo "make gpu-pack pack what a GPU machine without registries lacks: build/gpu-pack"
@@ -43,12 +44,17 @@ test: $(READY)
 	@# Side by side, since there are two cores and what needs Ray waits a lot.
 	@log=$$(mktemp); \
 	  (echo "types:"; $(BIN)/pyright; types=$$?; echo "tests without Ray:"; \
-	    $(BIN)/python -m pytest -m "not ray and not cluster" && exit $$types) \
-	    > $$log 2>&1 & plain=$$!; \
-	  echo "tests with Ray:"; $(BIN)/python -m pytest -m ray; with_ray=$$?; \
+	    $(BIN)/python -m pytest -m "not ray and not cluster and not slow" \
+	    && exit $$types) > $$log 2>&1 & plain=$$!; \
+	  echo "tests with Ray:"; \
+	  $(BIN)/python -m pytest -m "ray and not slow"; with_ray=$$?; \
 	  echo "tests on several hosts:"; $(BIN)/python -m pytest -m cluster; hosts=$$?; \
 	  wait $$plain; others=$$?; cat $$log; rm $$log; \
 	  test $$with_ray -eq 0 && test $$hosts -eq 0 && test $$others -eq 0
+
+# Whole sweeps and rehearsals, minutes each: before a release, or what they are about.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 pins:
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 pyproject.toml \

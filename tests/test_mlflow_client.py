@@ -153,7 +153,6 @@ def test_two_drivers_create_one_store(tmp_path: Path) -> None:
     assert len(ids) == 2
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_while_a_server_is_killed_and_started_again(
     uri: str,
     storage: Path,

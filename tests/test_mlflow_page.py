@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 pytest.importorskip("selenium", reason="the page is opened by selenium")
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(
         find_browser() is None, reason="needs chromium, chromium-driver"
     ),

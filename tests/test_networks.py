@@ -167,7 +167,6 @@ def test_the_pipeline_builds_them(name: str) -> None:
     assert model(images(size=96)).shape == (2, 4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_others_are_exported_too(name: str) -> None:
     model = usual(name).eval()
@@ -177,6 +176,5 @@ def test_the_others_are_exported_too(name: str) -> None:
     assert logits.meta["val"].shape == (2, 1000)
 
 
-@pytest.mark.slow
 def test_every_family_compiles_and_exports(bare_processes: BareProcesses) -> None:
     assert set(bare_processes.printed(NETWORKS).split()) == set(FAMILIES)

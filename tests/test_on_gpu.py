@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.on_gpu import images, rates
+from benchmarks.on_gpu import images, rates, ray_run
 from benchmarks.on_gpu.command import parse_options
 from benchmarks.on_gpu.profile import kernels
 from benchmarks.on_gpu.runner import Outcome, run_stage, warm_up
@@ -25,6 +26,8 @@ from benchmarks.on_gpu.setting import Setting
 from benchmarks.on_gpu.stages import STAGES, Stage
 from benchmarks.on_gpu.table import table
 from benchmarks.result_file import write_result
+from pipelines import train
+from pipelines.config import Run
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[1]
@@ -94,12 +97,91 @@ def test_every_stage_without_ray_gives_its_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_worker_on_ray_is_killed_and_goes_on(tmp_path: Path) -> None:
+    """The rehearsal of part B: a Ray of its own and a training that restarts."""
     found = check_whole(tiny_run(tmp_path / "out", part="b"), part="b")
     assert found["collectives"]["all_reduce of one"]["backend"] == "gloo"
     run = found["ray_run"]["trained, killed, resumed"]
     assert run["next_epoch_after_kill_s"] > 0
     assert 0 <= found["ray_run"]["evaluated"]["top1"] <= 100
+
+
+TRAINER = """
+import pathlib, subprocess, sys, time
+runs, num_epochs = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+code = "import time; time.sleep(600)"
+for epoch in range(1, num_epochs + 1):
+    if epoch <= 2:
+        worker = subprocess.Popen(["RayTrainWorker", "-c", code],
+                                  executable=sys.executable)
+    if epoch == 2:
+        assert died == -9, died
+    folder = runs / f"epoch_{epoch:04d}"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.json").touch()
+    if epoch == 1:
+        died = worker.wait()
+worker.kill()
+"""
+
+
+def stand_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, script: str
+) -> list[list[str]]:
+    """Start a script where the stage would start a command of ours; what was asked."""
+    asked: list[list[str]] = []
+    monkeypatch.chdir(tmp_path)
+
+    def start(module: str, *arguments: str) -> subprocess.Popen[bytes]:
+        asked.append([module, *arguments])
+        # From a file: the script's own words would make it look like a worker.
+        Path("stand_in.py").write_text(script)
+        folder = Path(value_of("--storage", arguments), value_of("--name", arguments))
+        num_epochs = value_of("--optim.num-epochs", arguments)
+        return subprocess.Popen(
+            [sys.executable, "stand_in.py", str(folder), num_epochs],
+            stdin=subprocess.DEVNULL,
+        )
+
+    monkeypatch.setattr(ray_run, "_start", start)
+    return asked
+
+
+def value_of(flag: str, arguments: Sequence[str]) -> str:
+    return arguments[arguments.index(flag) + 1]
+
+
+def test_the_worker_is_killed_once_the_first_epoch_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage on a stand-in of the training; the real one is in a slow test."""
+    asked = stand_in(monkeypatch, tmp_path, script=TRAINER)
+    setting = Setting(device="cpu", tiny=True, work=tmp_path, out=tmp_path)
+    killed, _ = ray_run.tasks(setting)
+    figures = killed.measure()
+    assert figures["seconds_in_all"] >= figures["next_epoch_after_kill_s"] > 0
+    assert not Path(f"/proc/{figures['killed']}").exists()
+    ((module, *arguments),) = asked
+    assert module == "pipelines.train"
+    assert "--scale.no-use-gpu" in arguments
+    # The real command takes these flags, and makes of them what the stage waits for.
+    monkeypatch.setattr(train, "fit", lambda run, name, record: given.append(run))
+    monkeypatch.setattr(train, "print_summary", lambda *_, **__: None)
+    given: list[Run] = []
+    train._main(arguments)
+    (run,) = given
+    assert (run.scale.num_workers, run.optim.num_epochs) == (1, 5)
+
+
+def test_a_training_that_ends_early_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, tmp_path, script="raise SystemExit(3)")
+    setting = Setting(device="cpu", tiny=True, work=tmp_path, out=tmp_path)
+    killed, _ = ray_run.tasks(setting)
+    with pytest.raises(RuntimeError, match=r"expected epoch_0001, .* 3"):
+        killed.measure()
 
 
 def test_a_stage_that_cannot_start_is_told_and_the_next_begins(

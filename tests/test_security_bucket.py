@@ -85,7 +85,6 @@ def run_in_bucket(folder: Path, monkeypatch: pytest.MonkeyPatch):
     )
 
 
-@pytest.mark.slow
 def test_the_rights_are_enough(
     tmp_path: Path, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
