@@ -31,7 +31,7 @@ def compare(
 ) -> Result:
     """Time both versions of a case in turns.
 
-    Raises ValueError where they do not agree.
+    Raises AssertionError where they do not agree.
     """
     x = case.input(device)
     ours, other = case.ours, case.straightforward

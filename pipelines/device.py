@@ -67,6 +67,12 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
+def autocast_dtype(device: torch.device, *, amp: str) -> torch.dtype:
+    """Find what a run's steps compute in on a device: `amp` is that of `Scale`."""
+    is_short = amp == "auto" and has_bfloat16(device)
+    return torch.bfloat16 if is_short else torch.float32
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until a device has done all that it was given."""
     if is_gpu(device):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipelines.checkpoint import Position
 from pipelines.clock import Clock
 from pipelines.config import Run
-from pipelines.device import has_bfloat16, is_gpu
+from pipelines.device import autocast_dtype, is_gpu
 from pipelines.guard import Guard, KeysOf
 from pipelines.hashing import Purpose, key
 from pipelines.ingest.batch import Batch
@@ -81,14 +81,15 @@ class LoopSettings:
     @property
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Give bfloat16 autocast where the run wants it and the device can."""
-        enabled = self.precision == "bfloat16"
+        dtype = autocast_dtype(self.device, amp=self.run.scale.amp)
+        enabled = dtype != torch.float32
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     @property
     def precision(self) -> str:
         """Name what most of a step computes in."""
-        is_short = self.run.scale.amp == "auto" and has_bfloat16(self.device)
-        return "bfloat16" if is_short else "float32"
+        dtype = autocast_dtype(self.device, amp=self.run.scale.amp)
+        return str(dtype).removeprefix("torch.")
 
 
 class BadImagesError(ValueError):

@@ -10,7 +10,7 @@ import torch
 
 from pipelines.checkpoint import Position
 from pipelines.config import Run
-from pipelines.device import has_bfloat16, is_gpu
+from pipelines.device import autocast_dtype, is_gpu
 from pipelines.ingest.batch import Batch
 from pipelines.ingest.feed import Shape, batches
 from pipelines.ingest.footers import ShardSet
@@ -47,9 +47,10 @@ def image_dtype(run: Run, *, train: bool, device: torch.device) -> torch.dtype:
     which would mix rounded numbers and round again, probes, which run without autocast,
     and evaluation, whose images are looked at. (Cutmix moves numbers as they are.)
     """
-    is_rounded = run.scale.amp == "auto" and is_gpu(device) and has_bfloat16(device)
     is_first = train and not run.optim.mixup and not run.probe.every_steps
-    return torch.bfloat16 if is_rounded and is_first else torch.float32
+    if not is_gpu(device) or not is_first:
+        return torch.float32
+    return autocast_dtype(device, amp=run.scale.amp)
 
 
 def reading_of(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import sovit
-from pipelines import loop, supply
 from pipelines.config import Augment, Probe, Run, Scale
 from pipelines.loop import mixed
 from pipelines.pixels import finish
@@ -71,8 +70,7 @@ RUN = dataclasses.replace(small_run("none", model=SO_VIT), scale=Scale())
 
 @pytest.fixture
 def _everything_has_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (loop, supply):
-        monkeypatch.setattr(module, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr("pipelines.device.has_bfloat16", lambda device: True)
 
 
 @pytest.mark.usefixtures("_everything_has_bfloat16")

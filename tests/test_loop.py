@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import clock as timing
-from pipelines import loop
+from pipelines import device
 from pipelines.checkpoint import (
     Position,
 )
@@ -231,7 +231,7 @@ def test_gradients_are_clipped_to_a_norm() -> None:
 def test_half_precision_follows_the_run_and_the_device(
     has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "has_bfloat16", lambda device: has)
+    monkeypatch.setattr(device, "has_bfloat16", lambda device: has)
     dtypes = []
     for amp in ("auto", "off"):
         run = dataclasses.replace(RUN, scale=dataclasses.replace(RUN.scale, amp=amp))
@@ -245,8 +245,8 @@ def test_a_device_without_the_instructions_has_no_bfloat16(
 ) -> None:
     for capabilities, has in (({}, False), ({"avx512_bf16": True}, True)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c)
-        assert loop.has_bfloat16(CPU) == has
-    assert not loop.has_bfloat16(torch.device("meta"))
+        assert device.has_bfloat16(CPU) == has
+    assert not device.has_bfloat16(torch.device("meta"))
 
 
 def test_a_run_in_bfloat16_learns_too() -> None:
@@ -257,7 +257,7 @@ def test_a_run_in_bfloat16_learns_too() -> None:
     state = state_of(run)
     items = [batch_of(images, labels, index=i, ends_epoch=i == 39) for i in range(40)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "has_bfloat16", lambda device: True)
+        patch.setattr(device, "has_bfloat16", lambda device: True)
         logs = run_loop(state, items, run=run)
     assert logs[-1]["loss"] < 0.3 * logs[0]["loss"]
     assert {p.dtype for p in state.model.parameters()} == {torch.float32}

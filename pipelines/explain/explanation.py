@@ -11,7 +11,7 @@ from pipelines import tracking
 from pipelines.checkpoint import Position, peek
 from pipelines.config import Run
 from pipelines.credentials import error_summary, without_credentials
-from pipelines.device import device_of, free_memory, has_gpu
+from pipelines.device import autocast_dtype, device_of, free_memory, has_gpu
 from pipelines.explain.activations import StepMemory, measure_step
 from pipelines.explain.counting import (
     Parameters,
@@ -23,7 +23,7 @@ from pipelines.explain.counting import (
 from pipelines.explain.course import Course, SetFacts, course_of, facts_of
 from pipelines.explain.machine import this_machine, warnings_of
 from pipelines.explain.memory import Memory, checkpoint_bytes, estimate_memory
-from pipelines.explain.timing import Timed, computes_in_bfloat16, time_here
+from pipelines.explain.timing import Timed, time_here
 from pipelines.files import Place
 from pipelines.preflight import check_run, with_absolute_paths
 from pipelines.runs import Record, check_name
@@ -184,9 +184,9 @@ def _device(run: Run) -> torch.device | None:
 def _computes_in_bfloat16(run: Run) -> bool:
     """Tell what the run's device computes in; a GPU elsewhere is taken to have it."""
     device = _device(run)
-    return run.scale.amp == "auto" and (
-        device is None or computes_in_bfloat16(run, device)
-    )
+    if device is None:
+        return run.scale.amp == "auto"
+    return autocast_dtype(device, amp=run.scale.amp) == torch.bfloat16
 
 
 def _step_memory(

@@ -14,7 +14,7 @@ import torch
 from pipelines.building import build_state
 from pipelines.checkpoint import without_weights
 from pipelines.config import Probe, Run
-from pipelines.device import has_bfloat16, numerics_kept, synchronize
+from pipelines.device import autocast_dtype, numerics_kept, synchronize
 from pipelines.ingest.batch import Batch
 from pipelines.loop import LoopSettings, train
 
@@ -64,7 +64,8 @@ def time_here(
     """
     num_threads = max(int(run.scale.cpus_per_worker), 1)
     with _alone(num_threads):
-        rate = matrix_rate(device, use_bfloat16=computes_in_bfloat16(run, device))
+        dtype = autocast_dtype(device, amp=run.scale.amp)
+        rate = matrix_rate(device, dtype=dtype)
         per_image_s = 2 * training_macs / (rate * EXPECTED_SHARE)
         affordable = min(int(_STEP_S / per_image_s), room_images)
         size = min(max(affordable, _MIN_BATCH_SIZE), run.micro_batch_size)
@@ -79,15 +80,9 @@ def time_here(
     return dataclasses.replace(timed, batch_size=size, images_per_s=size / seconds)
 
 
-def computes_in_bfloat16(run: Run, device: torch.device) -> bool:
-    """Tell whether a run's steps on a device are under bfloat16 autocast."""
-    return run.scale.amp == "auto" and has_bfloat16(device)
-
-
-def matrix_rate(device: torch.device, *, use_bfloat16: bool) -> float:
+def matrix_rate(device: torch.device, *, dtype: torch.dtype) -> float:
     """Measure the FLOP/s of products of large square matrices."""
     side = _MATRIX_SIDES[device.type]
-    dtype = torch.bfloat16 if use_bfloat16 else torch.float32
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = a @ b
     num_products, start_s, seconds = 0, _now_s(device), 0.0

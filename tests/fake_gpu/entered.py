@@ -39,6 +39,7 @@ def _event() -> None:
 
 CALLS: Mapping[str, Callable[[], Any]] = {
     "PeakMemory": lambda: list(device.PeakMemory(GPU).metrics()),
+    "autocast_dtype": lambda: str(device.autocast_dtype(GPU, amp="auto")),
     "current_stream": lambda: device.current_stream(GPU) is not None,
     "device_of": lambda: str(device.device_of(True, flag="--x")),
     "download": lambda: device.download(torch.ones(3, device=GPU)).tolist(),
@@ -63,6 +64,7 @@ CALLS: Mapping[str, Callable[[], Any]] = {
 }
 ANSWERS: Mapping[str, Any] = {
     "PeakMemory": ["peak_memory_mb", "peak_tensors_mb"],
+    "autocast_dtype": "torch.bfloat16",
     "current_stream": True,
     "device_of": "cuda:0",
     "download": [0.0, 0.0, 0.0],
