@@ -14,11 +14,10 @@ from torch import nn
 from torch.func import functional_call
 
 from sovit.attention import stages_of
-from sovit.shapes import Float, Tensor
-from sovit.tokens import ConvEmbed, DenseStage
+from sovit.shapes import Tensor
+from sovit.tokens import TOKEN_STRIDES, ConvEmbed
 
 MIN_SIZE = 32
-TOKEN_EMBEDS = ("resnet", "densenet")
 
 
 def check_conv_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -66,40 +65,6 @@ def _unstride(block: nn.Module) -> None:
     block.stride = 1  # pyright: ignore[reportArgumentType]
 
 
-class ConvPatches(ConvEmbed):
-    """Embed patches by So-ViT's convolutions, as a map: a timm embedding's `proj`.
-
-    One vector for 16x16 pixels, or with `stride` 4 for 4x4: SoT keeps the larger map
-    for Swin by leaving the last two poolings out, which the "densenet" kind has.
-    """
-
-    def __init__(
-        self, embed_dim: int, *, kind: str, in_chans: int = 3, stride: int = 16
-    ) -> None:
-        if kind not in TOKEN_EMBEDS:
-            raise ValueError(
-                f"token_embed must be one of {TOKEN_EMBEDS} or None, got {kind!r}: "
-                "None keeps the backbone's own embedding."
-            )
-        super().__init__(
-            embed_dim,
-            kind="resnet" if kind == "resnet" else "densenet",
-            in_chans=in_chans,
-        )
-        if stride not in (4, 16) or (stride == 4 and kind != "densenet"):
-            raise ValueError(
-                "token_embed makes a token of 16x16 pixels, 'densenet' one of 4x4 "
-                f"too, got {kind!r} for {stride}x{stride}: choose another backbone."
-            )
-        if stride == 4:
-            for stage in list(self.stages)[1:]:
-                cast(DenseStage, stage).pool = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
-        """Turn images into a map of embeddings."""
-        return self.proj(self.stages(self.pool(self.stem(x))))
-
-
 def embed_by_convolutions(model: nn.Module, *, kind: str) -> None:
     """Give a ViT, DeiT or Swin So-ViT's embedding instead of the linear one.
 
@@ -113,11 +78,23 @@ def embed_by_convolutions(model: nn.Module, *, kind: str) -> None:
             "token_embed needs a backbone with patches (patch_embed.proj), got "
             f"{type(model).__name__}: leave token_embed out."
         )
-    patches = ConvPatches(
+    if kind != "resnet" and kind != "densenet":
+        raise ValueError(
+            f"token_embed must be 'resnet', 'densenet' or None, got {kind!r}: None "
+            "keeps the backbone's own embedding."
+        )
+    if proj.stride[0] not in TOKEN_STRIDES:
+        raise ValueError(
+            f"token_embed makes a token of so many pixels a side: {TOKEN_STRIDES}, got "
+            f"{type(model).__name__} with patches of {proj.stride[0]}: choose another "
+            "backbone, or its patch_size."
+        )
+    patches = ConvEmbed(
         proj.out_channels,
         kind=kind,
         in_chans=proj.in_channels,
-        stride=proj.stride[0],
+        token_stride=proj.stride[0],
+        flatten=False,
     )
     model.set_submodule("patch_embed.proj", patches.to(proj.weight))
 

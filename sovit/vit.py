@@ -14,7 +14,7 @@ from sovit.head import SecondOrderHead
 from sovit.pooling import Pooling
 from sovit.positions import resize_table, sinusoid_table
 from sovit.shapes import Float, Number, Tensor
-from sovit.tokens import STRIDE, build_token_embed, check_img_size
+from sovit.tokens import TOKEN_STRIDE, build_token_embed, check_img_size
 
 
 class SoViT(nn.Module):
@@ -25,8 +25,12 @@ class SoViT(nn.Module):
     and a head that sees the class token and the visual tokens. Arguments are named as
     in timm; `pooling` is the head's, `drop_rate` the dropout on its representation.
 
-    Images are (B, in_chans, *img_size), their sides multiples of 16 from 32 up. Raises
-    ValueError for settings or images that do not fit.
+    Images are (B, in_chans, *img_size), their sides multiples of `token_stride`, two
+    of them at least: 16 pixels as published, or 8 or 4 for as many tokens of small
+    images. A covariance of fewer tokens than channels is singular, and warned of.
+    Convolutional embeddings of any stride take each other's weights, and positions are
+    fitted; a linear one's has another shape. Raises ValueError for settings or images
+    that do not fit.
     """
 
     pos_embed: Tensor
@@ -45,6 +49,7 @@ class SoViT(nn.Module):
         mlp_ratio: Number = 2.0,
         qkv_bias: bool = False,
         token_embed: str = "resnet",
+        token_stride: int = TOKEN_STRIDE,
         pooling: Pooling | None = None,
         fusion: str = "sum",
         drop_rate: Number = 0.0,
@@ -59,15 +64,19 @@ class SoViT(nn.Module):
                 f"num_heads, got depth={depth}, num_heads={num_heads}, "
                 f"embed_dim={embed_dim}: change one of them."
             )
-        self.img_size = check_img_size(img_size)
+        self.patch_embed = build_token_embed(
+            token_embed,
+            embed_dim=embed_dim,
+            in_chans=in_chans,
+            token_stride=token_stride,
+        )
+        self.token_stride = token_stride
+        self.img_size = check_img_size(img_size, token_stride=token_stride)
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
 
-        self.patch_embed = build_token_embed(
-            token_embed, embed_dim=embed_dim, in_chans=in_chans
-        )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         num_positions = self.grid_size[0] * self.grid_size[1] + 1
         self.register_buffer("pos_embed", sinusoid_table(num_positions, embed_dim))
@@ -103,7 +112,8 @@ class SoViT(nn.Module):
     @property
     def grid_size(self) -> tuple[int, int]:
         """Return the rows and columns of visual tokens."""
-        return self.img_size[0] // STRIDE, self.img_size[1] // STRIDE
+        height, width = self.img_size
+        return height // self.token_stride, width // self.token_stride
 
     def init_weights(self) -> None:
         """Draw class token and linear maps of the blocks with deviation 0.02.
@@ -150,7 +160,7 @@ class SoViT(nn.Module):
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Change the image size that the model takes, and its position table."""
-        self.img_size = check_img_size(img_size)
+        self.img_size = check_img_size(img_size, token_stride=self.token_stride)
         self.pos_embed = resize_table(self.pos_embed, grid_size=self.grid_size)
 
     def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import sovit
 from sovit.pooling import Pooling
-from sovit.trunks import ConvPatches, unstride_last_stage
+from sovit.tokens import ConvEmbed
+from sovit.trunks import unstride_last_stage
 
 SMALL = {"type": "cross_cov", "reduced_dim": (4, 3)}
 # Maps, channels last, tokens with and without class token, one and several prefixes,
@@ -224,18 +225,20 @@ def test_image_sizes_are_the_backbone_s() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "stride", "settings"),
+    ("name", "kind", "stride", "settings"),
     [
-        ("vit_tiny_patch16_224", 16, {"depth": 1}),
-        ("swin_tiny_patch4_window7_224", 4, {"depths": (1, 1, 1, 1)}),
+        ("vit_tiny_patch16_224", "densenet", 16, {"depth": 1}),
+        ("vit_tiny_patch16_224", "resnet", 8, {"depth": 1, "patch_size": 8}),
+        ("swin_tiny_patch4_window7_224", "densenet", 4, {"depths": (1, 1, 1, 1)}),
+        ("swin_tiny_patch4_window7_224", "resnet", 4, {"depths": (1, 1, 1, 1)}),
     ],
 )
 def test_transformers_take_the_convolutional_embedding(
-    name: str, stride: int, settings: dict[str, Any]
+    name: str, kind: str, stride: int, settings: dict[str, Any]
 ) -> None:
-    model = build(name, token_embed="densenet", img_size=64, **settings)
+    model = build(name, token_embed=kind, img_size=64, **settings)
     patches = model.get_submodule("backbone.patch_embed.proj")
-    assert isinstance(patches, ConvPatches)
+    assert isinstance(patches, ConvEmbed)
     assert patches(images()).shape[-2:] == (64 // stride, 64 // stride)
     model(images()).sum().backward()
     assert all(p.grad is not None for p in patches.parameters())
@@ -292,7 +295,7 @@ def test_bad_settings_are_refused() -> None:
         build(token_embed="densenet")
     with pytest.raises(ValueError, match="got 'inception'"):
         build("vit_tiny_patch16_224", depth=1, token_embed="inception")
-    with pytest.raises(ValueError, match="'resnet' for 4x4"):
-        build("swin_tiny_patch4_window7_224", token_embed="resnet")
+    with pytest.raises(ValueError, match="with patches of 32"):
+        build("vit_small_patch32_224", depth=1, token_embed="resnet")
     with torch.device("meta"), pytest.raises(ValueError, match="CoaT gives"):
         build("coat_tiny")

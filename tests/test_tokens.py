@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from sovit.positions import resize_table, sinusoid_table
 from sovit.tokens import (
+    TOKEN_STRIDES,
     ConvEmbed,
     DenseStage,
     LinearEmbed,
@@ -19,24 +20,35 @@ from sovit.tokens import (
 
 
 @pytest.mark.parametrize("kind", ["resnet", "densenet", "linear"])
-@pytest.mark.parametrize("size", [(32, 32), (32, 64), (48, 32)])
-def test_every_16_pixels_are_a_token(kind: str, size: tuple[int, int]) -> None:
-    embed = build_token_embed(kind, embed_dim=12, in_chans=1)
+@pytest.mark.parametrize(
+    ("stride", "size"),
+    [(16, (32, 32)), (16, (32, 64)), (16, (48, 32)), (8, (16, 40)), (4, (28, 8))],
+)
+def test_a_square_of_pixels_is_a_token(
+    kind: str, stride: int, size: tuple[int, int]
+) -> None:
+    assert check_img_size(size, token_stride=stride) == size
+    embed = build_token_embed(kind, embed_dim=12, in_chans=1, token_stride=stride)
     tokens = embed(torch.randn(2, 1, *size))
-    assert tokens.shape == (2, size[0] // 16 * (size[1] // 16), 12)
+    assert tokens.shape == (2, size[0] // stride * (size[1] // stride), 12)
     tokens.square().sum().backward()
     assert all(p.grad is not None for p in embed.parameters())
 
 
 @pytest.mark.parametrize("kind", ["resnet", "densenet", "linear"])
-def test_tokens_run_row_by_row(kind: str) -> None:
-    embed = build_token_embed(kind, embed_dim=8).eval()
-    image = torch.randn(1, 3, 64, 96)
+@pytest.mark.parametrize("stride", TOKEN_STRIDES)
+def test_tokens_run_row_by_row(kind: str, stride: int) -> None:
+    torch.manual_seed(0)
+    embed = build_token_embed(kind, embed_dim=8, token_stride=stride).eval()
+    image = torch.randn(1, 3, 10 * stride, 14 * stride)
     changed = image.clone()
-    changed[:, :, 18:30, 34:46] += 1
-    moved = (embed(image) - embed(changed)).norm(dim=-1).view(4, 6)
-    # Of 4 x 6 tokens the one in the second row and third column has those pixels.
-    assert moved.argmax() == 1 * 6 + 2
+    rows, columns = (slice(i * stride, (i + 3) * stride) for i in (6, 3))
+    changed[:, :, rows, columns] += 1
+    moved = (embed(image) - embed(changed)).norm(dim=-1).view(10, 14)
+    # The token that changes most is one of the 3 x 3 that have those pixels.
+    row, column = divmod(int(moved.argmax()), 14)
+    assert row in (6, 7, 8)
+    assert column in (3, 4, 5)
 
 
 def test_unknown_embedding_is_refused() -> None:
@@ -48,6 +60,34 @@ def test_unknown_embedding_is_refused() -> None:
 def test_sizes_off_the_grid_are_refused(size: int | tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="multiple of 16 from 32 up"):
         check_img_size(size)
+    with pytest.raises(ValueError, match="must be one of"):
+        build_token_embed("linear", embed_dim=8, token_stride=2)
+
+
+def test_a_size_that_another_stride_takes_names_it() -> None:
+    with pytest.raises(ValueError, match=r"multiple of 16.*, or set token_stride=4\."):
+        check_img_size(28)
+    with pytest.raises(ValueError, match=r"multiple of 8 from 16.*example to 224\."):
+        check_img_size(30, token_stride=8)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "densenet"])
+def test_a_larger_map_comes_of_the_same_weights(kind: str) -> None:
+    wide = build_token_embed(kind, embed_dim=8, token_stride=8).eval()
+    embed = build_token_embed(kind, embed_dim=8).eval()
+    embed.load_state_dict(wide.state_dict())
+    image = torch.randn(1, 3, 32, 32)
+    maps = []
+    for one in (wide, embed):
+        assert isinstance(one, ConvEmbed)
+        *first, last = one.stages
+        x = one.pool(one.stem(image))
+        for stage in first:
+            x = stage(x)
+        maps.append((x, last(x)))
+    # Up to the last stage nothing differs, and that halves no more.
+    torch.testing.assert_close(maps[0][0], maps[1][0], rtol=0, atol=0)
+    assert [tuple(last.shape[-2:]) for _, last in maps] == [(4, 4), (2, 2)]
 
 
 def test_dense_layers_have_no_normalisation_and_transitions_no_activation() -> None:

@@ -110,6 +110,25 @@ def test_images_of_any_size_on_the_grid(name: str, size: tuple[int, int]) -> Non
         model(images(size=(96, 96)))
 
 
+@pytest.mark.parametrize("kind", TOKEN_EMBEDS)
+def test_small_images_have_many_tokens_at_a_small_stride(kind: str) -> None:
+    model = build(token_embed=kind, token_stride=4, img_size=28, depth=1).eval()
+    assert model.grid_size == (7, 7)
+    assert model.forward_features(images(size=(28, 28))).shape[1] == 1 + 49
+    torch.testing.assert_close(model.pos_embed, sinusoid_table(50, 256))
+    published = build(token_embed=kind, img_size=32, depth=1)
+    if kind == "linear":
+        with pytest.raises(RuntimeError, match="size mismatch for patch_embed"):
+            model.load_state_dict(published.state_dict())
+    else:
+        model.load_state_dict(published.state_dict())
+        torch.testing.assert_close(model.pos_embed, sinusoid_table(50, 256))
+    model.set_input_size((32, 16))
+    assert model(images(size=(32, 16))).shape == (2, 5)
+    with pytest.raises(ValueError, match="multiple of 4 from 8 up"):
+        model.set_input_size(30)
+
+
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 16"):
         build(img_size=40)
@@ -117,6 +136,8 @@ def test_bad_arguments_are_refused() -> None:
         build(num_heads=3)
     with pytest.raises(ValueError, match="'inception'"):
         build(token_embed="inception")
+    with pytest.raises(ValueError, match=r"one of \(16, 8, 4\), got 12"):
+        build(token_stride=12)
     with pytest.raises(ValueError, match="'product'"):
         build(fusion="product")
     with pytest.raises(TypeError, match=r"got \['patch_size'\]"):
