@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TypedDict
 
+import torch
 from torch import nn
 
 from pipelines import checkpoint as ckpt
@@ -15,7 +17,7 @@ from pipelines.initial import load_initial
 from pipelines.job import Job
 from pipelines.loop import TrainState
 from pipelines.sharding import is_sharded, shard_state
-from pipelines.snapshot import Snapshot, take_snapshot
+from pipelines.snapshot import Snapshot, assist_snapshot, take_snapshot
 from pipelines.store import CheckpointStore
 from pipelines.telling.board import Measured, Noted
 from pipelines.writer import CheckpointWriter
@@ -74,13 +76,15 @@ class Keeper:
         All workers call this alike. Raises as `CheckpointWriter.write`.
         """
         start_s = time.perf_counter()
-        take = partial(self._snapshot, state, metrics=metrics)
-        if is_sharded(state.model.parameters()):
-            # Put together by all, whether the first can write it now or not.
-            snapshot = take()
-            take = partial(lambda taken: taken, snapshot)
+        sharded = is_sharded(state.model.parameters())
         if self._writer is None:
+            if sharded:
+                assist_snapshot(**_parts_of(state))
             return
+        take = partial(self._snapshot, state, metrics=metrics)
+        if sharded:
+            # Put together by all, whether the first can write it now or not.
+            take = partial(lambda taken: taken, take())
         self._writer.write(take, name=name, can_wait=can_wait)
         stall = {"train/checkpoint_s": time.perf_counter() - start_s}
         self._group.post(Measured(step=state.position.step, metrics=stall))
@@ -121,7 +125,17 @@ class Keeper:
             position=state.position,
             classes=self._classes,
             metrics=metrics,
-            model=state.model,
-            ema=state.ema.module if state.ema is not None else None,
-            optimizer=state.optimizer,
+            **_parts_of(state),
         )
+
+
+class _Parts(TypedDict):
+    model: nn.Module
+    ema: nn.Module | None
+    optimizer: torch.optim.Optimizer
+
+
+def _parts_of(state: TrainState) -> _Parts:
+    """Name what a checkpoint holds of a state."""
+    average = state.ema.module if state.ema is not None else None
+    return {"model": state.model, "ema": average, "optimizer": state.optimizer}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def take_snapshot(
 ) -> Snapshot:
     """Copy weights, average and optimiser state to the host.
 
-    A collective of all workers where the model is sharded.
+    A collective where the model is sharded: other workers call `assist_snapshot`.
     """
     snapshot = Snapshot(
         run=run,
@@ -82,15 +82,34 @@ def take_snapshot(
     return snapshot
 
 
-def copied(value: Any) -> Any:
+def assist_snapshot(
+    *,
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Take this worker's part in the collectives of another one's `take_snapshot`.
+
+    Each tensor is let go of once it is whole: nothing comes to this worker's host.
+    """
+    for part in (model, ema, optimizer):
+        if part is not None:
+            copied(part.state_dict(), copy=_let_go)
+
+
+def copied(value: Any, *, copy: Callable[[Tensor], Any] = download) -> Any:
     """Copy tensors, within dicts and lists, to the host; see `download`."""
     if isinstance(value, Tensor):
-        return download(whole(value.detach()))
+        return copy(whole(value.detach()))
     if isinstance(value, Mapping):
-        return {name: copied(part) for name, part in value.items()}
+        return {name: copied(part, copy=copy) for name, part in value.items()}
     if isinstance(value, list):
-        return [copied(part) for part in value]
+        return [copied(part, copy=copy) for part in value]
     return value
+
+
+def _let_go(tensor: Tensor) -> None:
+    """Keep nothing of a tensor."""
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,14 +15,15 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from pipelines import compiling
+from pipelines import compiling, snapshot
 from pipelines.building import build_state
 from pipelines.checkpoint import load_optimizer, load_weights, read_manifest
 from pipelines.config import Run
+from pipelines.files import Place
 from pipelines.ingest.batch import Batch
+from pipelines.keeper import Keeper
 from pipelines.loop import TrainState, train
 from pipelines.sharding import shard_state, update_average
-from pipelines.snapshot import take_snapshot, write_snapshot
 from tests.small_runs import CPU, evaluated, meeting, settings_of, small_run
 from tests.test_loop import batch_of, pictures
 
@@ -74,19 +76,19 @@ def trained(
 
 
 def keep(state: TrainState, run: Run, *, rank: int, folder: Path) -> None:
-    assert state.ema is not None
-    snapshot = take_snapshot(
-        run=run,
-        position=state.position,
-        classes=("a", "b", "c"),
-        metrics={},
-        model=state.model,
-        ema=state.ema.module,
-        optimizer=state.optimizer,
+    """Keep a state as a worker does; only the first one's host sees it whole."""
+    classes = ("a", "b", "c")
+    job: Any = SimpleNamespace(run=run, train_shards=SimpleNamespace(classes=classes))
+    group: Any = SimpleNamespace(
+        rank=rank, folder=Place(str(folder.parent)), post=lambda item: None
     )
-    if rank == 0:
-        folder.mkdir()
-        write_snapshot(folder, snapshot)
+    keeper = Keeper(job, group=group)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.delattr(snapshot, "download")
+            patch.setattr(snapshot.copied, "__kwdefaults__", {"copy": None})
+        keeper.keep(state, name=folder.name, metrics={}, can_wait=True)
+        keeper.close(is_done=True)
     if dist.is_initialized():
         dist.barrier()
 
