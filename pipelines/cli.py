@@ -19,6 +19,8 @@ from pipelines.errors import RunFailedError
 
 T = TypeVar("T")
 _BROKEN_PIPE = 141
+# Whose progress is shown; a module that Python runs by -m is called __main__.
+_OURS = ("pipelines", "tuning", "sovit", "__main__")
 _BOX = re.compile(r"[─-╿\s]+")
 _COMPILE, _NO_COMPILE = "--scale.compile", "--scale.no-compile"
 _COMPILE_CHOICES = ("True", "False", "auto")
@@ -124,7 +126,8 @@ def _show_progress_of_ours() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_WithoutCredentials("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    logging.getLogger(__package__).setLevel(logging.INFO)
+    for name in _OURS:
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def fail(message: str, *, status: int) -> NoReturn:

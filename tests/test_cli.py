@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,3 +183,23 @@ def test_the_demo_is_a_recipe() -> None:
 
     assert recipes_of(demo) == ["demo"]
     assert load_recipe("demo") == load_recipe("demo.demo") == demo.demo()
+
+
+SPEAKER = """
+import logging, sys
+from pipelines.cli import run_command
+def command(arguments):
+    for name in ("pipelines.train", "tuning.sweep", "__main__", "ray.tune"):
+        logging.getLogger(name).info("%s begins", name)
+        logging.getLogger(name).warning("%s warns", name)
+run_command(command, prog="speaker")
+"""
+
+
+def test_progress_of_ours_is_shown_and_of_other_libraries_warnings_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SPEAKER], capture_output=True, text=True, check=True
+    )
+    ours = ("pipelines.train", "tuning.sweep", "__main__")
+    said = [f"{name} {verb}" for name in ours for verb in ("begins", "warns")]
+    assert done.stderr.splitlines() == [*said, "ray.tune warns"]
