@@ -43,6 +43,7 @@ def open_tracking(
         run_id=record.mlflow_run_id,
         place=str(Place(record.run.storage).within(record.name)),
         is_begun=is_begun,
+        id=record.id,
     )
     if not record.mlflow_run_id:
         # MLflow's compare page shows the first metric that all runs have had. No value

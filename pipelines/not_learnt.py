@@ -18,3 +18,18 @@ NOT_LEARNT = frozenset(
 """Fields that say what is kept and when a run stops, not what it learns."""
 NOT_LEARNT_GROUPS = ("scale.", "probe.", "validation.")
 """Of these no field changes what a run learns."""
+READING = frozenset(
+    {
+        "experiment",
+        "data.eval_batch_size",
+        "data.num_decode_threads",
+        "data.num_prefetch_batches",
+        "data.num_readers",
+        "data.read_ahead_mb",
+        "data.reader_label",
+        "data.max_bad_share",
+    }
+)
+"""Fields that change how fast the same images come, and where a run is filed."""
+LOCATIONS = frozenset({"data.train", "data.val"})
+"""Folders of shards: what is in them decides, not where they are."""

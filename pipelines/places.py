@@ -36,6 +36,14 @@ _BUCKET = re.compile(r"[\w.-]+")
 _GCS_PATIENCE_S = 10
 
 
+def absolute(place: str) -> str:
+    """Make a local path absolute, with `~` as the shell reads it; addresses are so.
+
+    A shell leaves the `~` of `--storage=~/runs` alone.
+    """
+    return place if "://" in place else os.path.abspath(os.path.expanduser(place))
+
+
 def open_place(address: str) -> tuple[pafs.FileSystem, str]:
     """Find the filesystem and the path of a folder or a file.
 
@@ -45,7 +53,7 @@ def open_place(address: str) -> tuple[pafs.FileSystem, str]:
     """
     scheme, separator, _ = address.partition("://")
     if not separator:
-        return pafs.LocalFileSystem(), address
+        return pafs.LocalFileSystem(), os.path.expanduser(address)
     if scheme == "s3":
         return _open_s3(address)
     if scheme not in _OF_ARROW:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from pipelines.credentials import error_summary
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.ingest.spot_check import spot_check
 from pipelines.initial import load_initial
+from pipelines.places import absolute
 from pipelines.validation.labels import HeldOut, held_out_of
 from sovit.probes import find_stem
 
@@ -32,6 +32,11 @@ class CheckedRun:
     train_shards: ShardSet
     val_shards: ShardSet
     held_out: tuple[HeldOut, ...]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Give what is in the two sets in short, by the field that names each."""
+        return {"train": self.train_shards.digest, "val": self.val_shards.digest}
 
     @property
     def summary(self) -> str:
@@ -138,17 +143,12 @@ def _read_shards(run: Run) -> tuple[ShardSet, ShardSet]:
     return train_shards, val_shards
 
 
-def absolute(place: str) -> str:
-    """Make a local path absolute; addresses are it already."""
-    return place if "://" in place else os.path.abspath(place)
-
-
 def with_absolute_paths(run: Run) -> Run:
     """Make local folders absolute: workers have another working directory."""
     data = dataclasses.replace(
         run.data, train=absolute(run.data.train), val=absolute(run.data.val)
     )
-    key_log = os.path.abspath(run.key_log) if run.key_log else ""
+    key_log = absolute(run.key_log) if run.key_log else ""
     start = run.model.init_from
     model = dataclasses.replace(run.model, init_from=absolute(start) if start else "")
     return dataclasses.replace(

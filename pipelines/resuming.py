@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pipelines.config import Run
-from pipelines.not_learnt import NOT_LEARNT, NOT_LEARNT_GROUPS
+from pipelines.credentials import without_credentials
+from pipelines.not_learnt import (
+    LOCATIONS,
+    NOT_LEARNT,
+    NOT_LEARNT_GROUPS,
+    READING,
+)
+from pipelines.places import absolute
 from pipelines.recipe import load_recipe
 from pipelines.runfile import flat_params
 from pipelines.runs import Record, find_record, read_record
@@ -20,20 +29,47 @@ def record_to_resume(name: str, *, storage: str, recipe: str) -> Record | None:
     return read_record(storage, name=name)
 
 
-def check_same(before: Run, now: Run) -> None:
-    """Raise ValueError where a run is to go on with settings that change it."""
+def run_and_storage(resume: str, *, storage: str) -> tuple[str, str]:
+    """Split a run's folder, which `--resume` may name, into its name and its storage.
+
+    Raises ValueError for a folder elsewhere than in `storage`, and for a checkpoint.
+    """
+    folder, slash, name = resume.rstrip("/").rpartition("/")
+    if not slash:
+        return resume, storage
+    if storage and absolute(storage) != absolute(folder):
+        raise ValueError(
+            f"expected a run's name beside --storage {storage}, or its folder alone, "
+            f"got --resume {resume}; leave one of the two out"
+        )
+    above, slash, run = folder.rpartition("/")
+    is_run = not slash or find_record(folder, name=name) is not None
+    if not is_run and find_record(above or "/", name=run) is not None:
+        raise ValueError(
+            f"expected a run to resume, got {resume!r}, a checkpoint of {run!r}; give "
+            f"--resume {folder}: the run goes on from its newest"
+        )
+    return name, folder or "/"
+
+
+def check_same(before: Run, now: Run, *, advice: str = "leave them out") -> None:
+    """Raise ValueError where a run is to go on with settings that change it.
+
+    Where shards lie changes nothing: `check_shards` compares what is in them.
+    """
     was, params = flat_params(before), flat_params(now)
+    free = NOT_LEARNT | READING | LOCATIONS
     changed = [
         name
         for name in sorted(params.keys() | was.keys())
         if params.get(name) != was.get(name)
-        and name not in NOT_LEARNT
+        and name not in free
         and not name.startswith(NOT_LEARNT_GROUPS)
     ]
     if changed:
         raise ValueError(
             f"wanted the settings that the run began with, came others for "
-            f"{', '.join(changed)}; leave them out, or start a new run"
+            f"{', '.join(changed)}; {advice}, or start a new run"
         )
     if before.scale.is_alone != now.scale.is_alone:
         raise ValueError(
@@ -41,3 +77,20 @@ def check_same(before: Run, now: Run) -> None:
             f"1 for one that did not, came {now.scale.num_workers} after "
             f"{before.scale.num_workers}; leave it out, or start a new run"
         )
+
+
+def check_shards(record: Record, *, now: Run, digests: Mapping[str, str]) -> None:
+    """Raise ValueError where a run is to go on with other shards than it began with.
+
+    Those of a record of an earlier version, which has no digests, must lie where they
+    lay.
+    """
+    for field, digest in digests.items():
+        was = record.digests.get(field)
+        place, before = getattr(now.data, field), getattr(record.run.data, field)
+        if digest != was and (was is not None or place != before):
+            raise ValueError(
+                f"data.{field}: expected the shards that the run began with, got "
+                f"others in {without_credentials(place)!r}; put them back, set "
+                f"--data.{field} to where they are, or start a new run"
+            )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from dataclasses import dataclass
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 import pyarrow.fs as pafs
@@ -13,6 +16,8 @@ import pyarrow.fs as pafs
 from pipelines.config import Run
 from pipelines.credentials import error_summary
 from pipelines.files import Place
+from pipelines.lease import OWNER_FILE
+from pipelines.places import absolute
 from pipelines.retries import answering
 from pipelines.runfile import from_json, to_json
 
@@ -28,6 +33,13 @@ class Record:
     run: Run
     mlflow_run_id: str = ""
     status: Literal["running", "finished"] = "running"
+    id: str = ""
+    """Random, and a tag of the run in MLflow: names and folders are used again, this is
+    not. Records of earlier versions have none."""
+    sweep_id: str = ""
+    """Of the sweep that the run is a trial of."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Of the shard sets that it trains and is evaluated on, wherever they lie."""
 
 
 def check_name(storage: str, *, name: str) -> None:
@@ -42,7 +54,7 @@ def check_name(storage: str, *, name: str) -> None:
         )
     root = Place(storage)
     with answering():
-        if root.within(name).kind() != pafs.FileType.NotFound:
+        if _is_taken(root.within(name)):
             raise ValueError(
                 f"wanted a new name for this run, came {name!r}, which {str(root)!r} "
                 f"already holds; choose another --name or go on with --resume {name}"
@@ -50,10 +62,30 @@ def check_name(storage: str, *, name: str) -> None:
         root.check_bucket()
 
 
-def new_record(run: Run, *, name: str) -> Record:
+def _is_taken(folder: Place) -> bool:
+    """Tell whether a folder holds anything but the sign of who works on it now."""
+    if (kind := folder.kind()) != pafs.FileType.Directory:
+        return kind != pafs.FileType.NotFound
+    names = {entry.base_name for entry in folder.entries()}
+    return names != {OWNER_FILE}
+
+
+def new_record(
+    run: Run,
+    *,
+    name: str,
+    sweep_id: str = "",
+    digests: Mapping[str, str] = MappingProxyType({}),
+) -> Record:
     """Make a new run's folder; ValueError as `check_name`."""
     check_name(run.storage, name=name)
-    record = Record(name=name, run=run)
+    record = Record(
+        name=name,
+        run=run,
+        id=uuid.uuid4().hex,
+        sweep_id=sweep_id,
+        digests=dict(digests),
+    )
     place = Place(run.storage).within(name)
     try:
         with answering():
@@ -80,11 +112,22 @@ def read_record(storage: str, *, name: str) -> Record:
             f"wanted a run that has not ended, came {name!r}, which has finished; "
             "start a new one with more --optim.num-epochs"
         )
-    return record
+    if record.name == name:
+        return record
+    other = find_record(storage, name=record.name)
+    if other is not None and other.id == record.id:
+        raise ValueError(
+            f"expected a run of its own, got {name!r}, a copy of {record.name!r} that "
+            f"lies beside it; go on with --resume {record.name}, or move that one away"
+        )
+    return dataclasses.replace(record, name=name)  # its folder was renamed
 
 
 def find_record(storage: str, *, name: str) -> Record | None:
-    """Read a run's record, None where there is none; ValueError where it is damaged."""
+    """Read a run's record, None where there is none; ValueError where it is damaged.
+
+    Its storage is where it was found: folders are moved.
+    """
     file = Place(storage).within(name).within(_RECORD)
     try:
         with answering():
@@ -93,13 +136,17 @@ def find_record(storage: str, *, name: str) -> Record | None:
         return None
     try:
         raw = json.loads(text)
+        run = from_json(json.dumps(raw["run"]))
         return Record(
             name=raw["name"],
-            run=from_json(json.dumps(raw["run"])),
+            run=dataclasses.replace(run, storage=absolute(storage)),
             mlflow_run_id=raw["mlflow_run_id"],
             status=raw["status"],
+            id=raw.get("id", ""),
+            sweep_id=raw.get("sweep_id", ""),
+            digests=dict(raw.get("digests", {})),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file}: wanted a run's record, came one that can't be read "
             f"({error!r}); start a new run"

@@ -32,14 +32,21 @@ from pipelines.config import Run
 from pipelines.ending import noted_sigterm
 from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
 from pipelines.explain.show import show_dry_run
+from pipelines.files import Place
 from pipelines.hardware import tags_of, without_bfloat16
 from pipelines.ingest.stream import Plans
 from pipelines.job import Job, Trained
 from pipelines.keeping import log_model, log_shards, open_tracking
+from pipelines.lease import claimed
 from pipelines.preflight import CheckedRun, check_run, with_absolute_paths
 from pipelines.ray_trainer import train_on_ray
 from pipelines.recipe import load_recipe
-from pipelines.resuming import check_same, record_to_resume
+from pipelines.resuming import (
+    check_same,
+    check_shards,
+    record_to_resume,
+    run_and_storage,
+)
 from pipelines.runs import (
     Record,
     check_name,
@@ -56,6 +63,8 @@ from pipelines.telling.progress import Display
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-train"
+# A trial that is tried again may come before Ray has ended its last process.
+_TRIAL_PATIENCE_S = 60.0
 
 
 def fit(
@@ -68,6 +77,7 @@ def fit(
     tags: Mapping[str, str] = MappingProxyType({}),
     keep_model: bool = True,
     ends_on_sigterm: bool = True,
+    sweep_id: str = "",
 ) -> Trained:
     """Train a run to its end, on Ray's workers or in this process.
 
@@ -83,6 +93,7 @@ def fit(
             MLflow; its checkpoint stays anyway.
         ends_on_sigterm: Whether SIGTERM is answered with a checkpoint and
             InterruptedRun. Ray's own processes leave it to Ray.
+        sweep_id: Of the sweep that a new run is a trial of.
 
     Raises ValueError for what the user can mend, before or while it trains, and
     RunFailedError where workers failed more often than the run allows. The MLflow run
@@ -92,13 +103,21 @@ def fit(
     if record is None:
         check_name(run.storage, name=name)
     checked = check_run(run)
+    if record is not None:
+        check_shards(record, now=run, digests=checked.digests)
     logger.info("run %s: %s", name, checked.summary)
     uri = tracking_uri or tracking.default_uri(run.storage)
-    here = contextlib.nullcontext()
-    with here if run.scale.is_alone else ray_session(run.scale):
+    folder, here = Place(run.storage).within(name), contextlib.nullcontext()
+    patience_s = _TRIAL_PATIENCE_S if sweep_id else 0.0
+    with (
+        claimed(folder, patience_s=patience_s),
+        here if run.scale.is_alone else ray_session(run.scale),
+    ):
         # Only now: a run that there is no room for leaves nothing behind.
         is_begun = record is not None
-        record = dataclasses.replace(record or new_record(run, name=name), run=run)
+        if record is None:
+            record = new_record(run, name=name, sweep_id=sweep_id)
+        record = dataclasses.replace(record, run=run, digests=checked.digests)
         job = _begun(record, checked=checked, uri=uri, tags=tags, is_begun=is_begun)
         job = dataclasses.replace(job, keeps_model=keep_model)
         run_id = job.mlflow_run_id
@@ -211,10 +230,18 @@ def _main(arguments: Sequence[str]) -> None:
         parser.add_argument(option, default="")
     parser.add_argument("--dry-run", action="store_true")
     chosen, rest = parser.parse_known_args(arguments)
+    chosen.resume, chosen.storage = run_and_storage(
+        chosen.resume, storage=chosen.storage
+    )
     if chosen.storage:
         rest += ["--storage", chosen.storage]
     record = None
     if chosen.resume:
+        if chosen.name not in ("", chosen.resume):
+            raise ValueError(
+                f"expected --name for a new run or --resume for one that is there, got "
+                f"--name {chosen.name} and --resume {chosen.resume}; leave one out"
+            )
         record = record_to_resume(chosen.resume, storage=chosen.storage, recipe=recipe)
     if record is None and not recipe and "--help" not in rest and "-h" not in rest:
         raise ValueError(
@@ -225,6 +252,10 @@ def _main(arguments: Sequence[str]) -> None:
     run = parse(Run, default=default, arguments=rest, prog=_PROG, text=__doc__)
     if record is not None:
         check_same(record.run, run)
+    if record is not None and recipe:
+        named = parse(Run, default=load_recipe(recipe), arguments=rest, prog=_PROG)
+        advice = f"leave out {recipe} to go on with what it began with"
+        check_same(record.run, with_absolute_paths(named), advice=advice)
     name = chosen.resume or chosen.name or _new_name(run)
     if chosen.plot and not chosen.dry_run:
         raise ValueError("wanted --dry-run with --plot, came --plot alone; give both")

@@ -20,7 +20,8 @@ def run(tmp_path: Path) -> Run:
 
 def test_a_record_comes_back_with_what_was_written_last(run: Run) -> None:
     record = new_record(run, name="a")
-    assert record == Record(name="a", run=run) == read_record(run.storage, name="a")
+    assert record == Record(name="a", run=run, id=record.id)
+    assert record == read_record(run.storage, name="a")
     later = dataclasses.replace(record, mlflow_run_id="abc")
     write_record(later)
     assert read_record(run.storage, name="a") == later

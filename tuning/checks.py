@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from pipelines.config import Run
+from pipelines.files import Place
 from pipelines.preflight import check_run
+from pipelines.retries import answering
+from pipelines.runs import check_name
 from tuning.options import Search
+
+_NUM_SHOWN = 3
 
 
 def check_sweep(run: Run, *, search: Search) -> None:
@@ -20,4 +27,26 @@ def check_sweep(run: Run, *, search: Search) -> None:
         raise ValueError(
             "wanted settings that are known before the heads are tried, came --method "
             "optuna; take random or grid, or leave out --head-from"
+        )
+
+
+def check_sweep_name(storage: str, *, name: str) -> None:
+    """Raise ValueError where a new sweep's name, or that of a trial, is taken.
+
+    A sweep's folder may be gone and its trials there: they are another sweep's.
+    """
+    check_name(storage, name=name)
+    trial = re.compile(rf"{re.escape(name)}-\d{{4,}}")
+    try:
+        with answering():
+            names = [entry.base_name for entry in Place(storage).entries()]
+    except FileNotFoundError:
+        return
+    if taken := [other for other in names if trial.fullmatch(other)]:
+        shown = ", ".join(taken[:_NUM_SHOWN])
+        raise ValueError(
+            f"expected a new name for this sweep, got {name!r}, of which "
+            f"{str(Place(storage))!r} holds {len(taken)} trials of another sweep "
+            f"({shown}{', ...' if len(taken) > _NUM_SHOWN else ''}); choose another "
+            "--name, or move them away"
         )

@@ -90,6 +90,9 @@ class Sweep:
     """Searched fields, each with its domain in words."""
     search: Search
     mlflow_run_id: str = ""
+    id: str = ""
+    """Random, as a run's: of its trials too, since names are used again. Sweeps of
+    earlier versions have none."""
 
     @property
     def folder(self) -> Place:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -23,9 +24,11 @@ import tyro
 
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
-from pipelines.preflight import absolute, with_absolute_paths
+from pipelines.places import absolute
+from pipelines.preflight import with_absolute_paths
 from pipelines.recipe import load_recipe
-from pipelines.runs import check_name
+from pipelines.resuming import run_and_storage
+from tuning.checks import check_sweep_name
 from tuning.entries import Sweep, read_sweep
 from tuning.options import Search
 from tuning.spaces import Space, load_space, words_of
@@ -99,7 +102,7 @@ def _begun(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]:
     )
     run = with_absolute_paths(options.run)
     name = chosen.name or f"{run.recipe}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
-    check_name(run.storage, name=name)
+    check_sweep_name(run.storage, name=name)
     space = load_space(space_name, run=run)
     return Sweep(
         name=name,
@@ -108,16 +111,21 @@ def _begun(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]:
         space=space_name,
         domains=words_of(space),
         search=options.search,
+        id=uuid.uuid4().hex,
     ), space
 
 
 def _resumed(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]:
     """Read a sweep that is to go on."""
-    if chosen.names:
+    named = [*chosen.names, *([f"--name {chosen.name}"] if chosen.name else [])]
+    if named:
         raise ValueError(
-            f"wanted --resume NAME alone, came {' '.join(chosen.names)} too; the sweep "
+            f"wanted --resume NAME alone, came {' '.join(named)} too; the sweep "
             "goes on with what it began with"
         )
+    chosen.resume, chosen.storage = run_and_storage(
+        chosen.resume, storage=chosen.storage
+    )
     storage = absolute(chosen.storage or "runs")
     sweep = read_sweep(storage, name=chosen.resume)
     search = parse(Search, default=sweep.search, arguments=rest, prog=_PROG)

@@ -13,6 +13,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from pipelines import tracking
 from pipelines.fields import change_fields
+from pipelines.lease import claimed
 from pipelines.runfile import flat_params, to_json
 from pipelines.runs import find_record
 from pipelines.session import needed, per_worker, ray_session, room
@@ -23,7 +24,7 @@ from pipelines.tracking.sweeps import (
     log_child,
     open_sweep,
 )
-from tuning.checks import check_sweep
+from tuning.checks import check_sweep, check_sweep_name
 from tuning.entries import BAD, Entry, Ledger, StageName, Sweep, write_sweep
 from tuning.heads import HEAD_METRIC, TOKENS, promoted, run_head_trial
 from tuning.report.conclude import check_something_came, conclude
@@ -72,6 +73,7 @@ class _Carried:
             metrics = (HEAD_METRIC,)
         return Known(
             sweep=self.sweep.name,
+            sweep_id=self.sweep.id,
             run=to_json(self.sweep.run),
             metrics=metrics,
             parent_id=self.sweep.mlflow_run_id,
@@ -103,24 +105,27 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
     listed = [Entry(number=n, setting=setting) for n, setting in enumerate(settings)]
     uri = tracking.default_uri(run.storage)
     num_runs = max(search.num_concurrent, 1)
-    with ray_session(run.scale, num_runs=num_runs, dashboard=True):
-        check_state_api()
-        carried = _Carried(
-            sweep=_opened(sweep, uri=uri),
-            space=space,
-            uri=uri,
-            num_concurrent=search.num_concurrent or room(run.scale),
-            retries_failed=retries_failed,
-        )
-        heads = None
-        if search.head_from:
-            heads = _try_heads(carried, listed)
-            chosen = promoted(list(heads.entries), search=search)
-            listed = [
-                Entry(number=entry.number, setting=entry.setting) for entry in chosen
-            ]
-        ledger = _train(carried, listed)
-    conclude(carried.sweep, ledger=ledger, heads=heads, uri=uri)
+    with claimed(sweep.folder):
+        with ray_session(run.scale, num_runs=num_runs, dashboard=True):
+            if not sweep.mlflow_run_id:  # another may have begun and ended meanwhile
+                check_sweep_name(run.storage, name=sweep.name)
+            check_state_api()
+            carried = _Carried(
+                sweep=_opened(sweep, uri=uri),
+                space=space,
+                uri=uri,
+                num_concurrent=search.num_concurrent or room(run.scale),
+                retries_failed=retries_failed,
+            )
+            heads = None
+            if search.head_from:
+                heads = _try_heads(carried, listed)
+                chosen = promoted(list(heads.entries), search=search)
+                listed = [
+                    Entry(number=one.number, setting=one.setting) for one in chosen
+                ]
+            ledger = _train(carried, listed)
+        conclude(carried.sweep, ledger=ledger, heads=heads, uri=uri)
     check_something_came(ledger)
     return ledger
 
@@ -145,6 +150,7 @@ def _opened(sweep: Sweep, *, uri: str) -> Sweep:
         params=searched | params | {"recipe": sweep.recipe},
         tags=provenance_tags(),
         run_id=sweep.mlflow_run_id,
+        id=sweep.id,
     )
     sweep = dataclasses.replace(sweep, mlflow_run_id=run_id)
     write_sweep(sweep)
@@ -250,7 +256,7 @@ def _end(entry: Entry, *, ledger: Ledger, uri: str) -> None:
     """Give a trial's run in MLflow its end: a stopped trial can't do it itself."""
     sweep = ledger.sweep
     record = find_record(sweep.run.storage, name=sweep.trial_name(entry.number))
-    if record is None:
+    if record is None or record.sweep_id != sweep.id:
         return
     run_id = record.mlflow_run_id
     tracking.tag_run(uri, run_id, tags={OUTCOME_TAG: entry.status})

@@ -44,6 +44,7 @@ class Known:
 
     sweep: str
     """Its name."""
+    sweep_id: str
     run: str
     """The run that every trial changes, as JSON."""
     metrics: tuple[str, ...]
@@ -205,6 +206,11 @@ class Trainer:
 
         run = change_fields(from_json(known.run), setting)
         record = find_record(run.storage, name=name)
+        if record is not None and record.sweep_id != known.sweep_id:
+            raise ValueError(
+                f"expected no run {name!r} in {run.storage!r}, or one of this sweep, "
+                "got another's; move it away, or begin a sweep of another --name"
+            )
         trained = fit(
             run if record is None else record.run,
             name=name,
@@ -214,5 +220,6 @@ class Trainer:
             tags=child_tags(known.sweep, parent_id=known.parent_id),
             keep_model=False,
             ends_on_sigterm=False,
+            sweep_id=known.sweep_id,
         )
         return None if record is None else dict(trained.metrics)

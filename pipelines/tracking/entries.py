@@ -23,18 +23,27 @@ MAX_PER_BATCH = 100
 RESTARTS_TAG = "num_restarts"
 REASON_TAG = "failure_reason"
 PLACE_TAG = "sovit.place"
+ID_TAG = "sovit.id"
+"""The id of a run's or a sweep's record: what decides whose a run is."""
 MODEL_NAME = "model"
+_MAX_EXPERIMENTS = 1000
 _MAX_VALUE_CHARS = 500
 _BAD_NAME_CHARS = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
-def find_run(client: MlflowClient, *, run_id: str) -> Run | None:
-    """Find a run that can go on; None, with a warning, where it is gone."""
+def find_run(client: MlflowClient, *, run_id: str, id: str = "") -> Run | None:
+    """Find a run that can go on; None, with a warning, where it is gone.
+
+    One whose tag names another record's `id` is not taken either.
+    """
     if not run_id:
         return None
     run = active_run(client, run_id=run_id)
     if run is None:
         logger.warning("run %s is no longer in MLflow; starting another", run_id)
+    elif id and run.data.tags.get(ID_TAG, id) != id:
+        logger.warning("run %s in MLflow is another's; starting one", run_id)
+        return None
     return run
 
 
@@ -52,13 +61,19 @@ def active_run(client: MlflowClient, *, run_id: str) -> Run | None:
 
 
 def create_run(
-    client: MlflowClient, *, uri: str, experiment: str, name: str, place: str
+    client: MlflowClient,
+    *,
+    uri: str,
+    experiment: str,
+    name: str,
+    place: str,
+    id: str = "",
 ) -> Run:
     """Create a run, and its experiment where that is new.
 
-    `place` goes with it from the first moment: see `placed_run`.
+    `place` and `id` go with it from the first moment: see `placed_run`.
     """
-    tags = {PLACE_TAG: value_text(place)}
+    tags = {PLACE_TAG: value_text(place)} | ({ID_TAG: id} if id else {})
     found = client.get_experiment_by_name(experiment)
     if found is not None:
         return client.create_run(found.experiment_id, run_name=name, tags=tags)
@@ -73,12 +88,26 @@ def create_run(
     return client.create_run(created_id, run_name=name, tags=tags)
 
 
+def own_run(client: MlflowClient, *, id: str) -> Run | None:
+    """Find the run that was created for a record, in whatever experiment.
+
+    Who creates a run notes its id only then: between the two it may be killed.
+    """
+    experiments = client.search_experiments(max_results=_MAX_EXPERIMENTS)
+    found = client.search_runs(
+        [experiment.experiment_id for experiment in experiments],
+        filter_string=f"tags.`{ID_TAG}` = '{id}'",
+        max_results=1,
+    )
+    return next(iter(found), None)
+
+
 def placed_run(
     client: MlflowClient, *, experiment: str, name: str, place: str
 ) -> Run | None:
-    """Find the newest run that was created for a place, such as a run's folder.
+    """Find the newest run that was created for a place, such as a trial of a sweep.
 
-    Who creates a run notes its id only then: between the two it may be killed.
+    For records of earlier versions too, which have no id.
     """
     found = client.get_experiment_by_name(experiment)
     if found is None or "'" in name:

@@ -30,6 +30,7 @@ from pipelines.tracking.entries import (
     find_run,
     log_params,
     log_tags,
+    own_run,
     placed_run,
     reopen_run,
     upload_model,
@@ -56,30 +57,34 @@ def open_run(
     run_id: str = "",
     place: str = "",
     is_begun: bool = False,
+    id: str = "",
 ) -> str:
     """Create a run, or open one again after a restart, and return its id.
 
     A run that is opened again is RUNNING again and counts its restarts in the tag
     `num_restarts`. Its params stay, as MLflow wants; one that has changed since is
     kept as a tag `resumed.<param>`. A run that is no longer there is created anew.
-    `place` is the run's folder; where the training `is_begun` and no id was noted, its
-    driver may have been killed just before, so the place's run is looked for.
+    `place` is the run's folder and `id` its record's; where the training `is_begun` and
+    no run was noted, its driver may have been killed just before, so the record's run
+    is looked for. A run of another record is left alone.
 
     Where MLflow is away, warns once and returns the id that it was given: "" for a new
     run, which is then not recorded; the metrics of an old one wait for MLflow.
     """
 
     def open_it(client: MlflowClient) -> Run | None:
-        if found := find_run(client, run_id=run_id):
+        found = find_run(client, run_id=run_id, id=id)
+        if found is None and is_begun and not run_id:
+            found = (
+                own_run(client, id=id)
+                if id
+                else placed_run(client, experiment=experiment, name=name, place=place)
+            )
+        if found is not None:
             reopen_run(client, run=found)
             return found
-        if is_begun and not run_id:
-            found = placed_run(client, experiment=experiment, name=name, place=place)
-            if found is not None:
-                reopen_run(client, run=found)
-                return found
         return create_run(
-            client, uri=uri, experiment=experiment, name=name, place=place
+            client, uri=uri, experiment=experiment, name=name, place=place, id=id
         )
 
     def describe(client: MlflowClient) -> None:

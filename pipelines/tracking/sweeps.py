@@ -51,6 +51,7 @@ def open_sweep(
     params: Mapping[str, object],
     tags: Mapping[str, str],
     run_id: str = "",
+    id: str = "",
 ) -> str:
     """Create a sweep's run, or open the one that it had; return its id.
 
@@ -65,7 +66,7 @@ def open_sweep(
             reopen_run(client, run=run)
         else:
             run = create_run(
-                client, uri=uri, experiment=experiment, name=name, place=name
+                client, uri=uri, experiment=experiment, name=name, place=name, id=id
             )
         log_params(client, run=run, params=params)
         kind = {KIND_TAG: SWEEP_KIND, SWEEP_TAG: name}

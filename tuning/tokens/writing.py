@@ -23,7 +23,8 @@ from pipelines.config import Run
 from pipelines.files import Place
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.loop import check_bad_share
-from pipelines.preflight import absolute, with_absolute_paths
+from pipelines.places import absolute
+from pipelines.preflight import with_absolute_paths
 from pipelines.retries import answering, retrying
 from pipelines.supply import reading_of
 from tuning.tokens.backbone import Backbone, load_backbone
