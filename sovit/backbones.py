@@ -15,6 +15,7 @@ from sovit.pooling import Pooling, as_pooling
 from sovit.shapes import Float, Number, Tensor
 from sovit.trunks import (
     check_conv_size,
+    check_trunk,
     embed_by_convolutions,
     inspect_features,
     strip,
@@ -64,11 +65,13 @@ class SecondOrderNet(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        check_trunk(backbone)
         if hasattr(backbone, "reset_classifier"):
             self.backbone.reset_classifier(0)
         size = None if img_size is None else check_conv_size(img_size)
         self.features = inspect_features(backbone, img_size=size)
-        strip(backbone, unused=self.features.unused)
+        strip(backbone, unused=self.features.unused, detached=self.features.detached)
+        self._check_positions(pooling)
         has_class = self.features.has_class_token
         fusion = fusion or ("sum" if has_class else "visual")
         if fusion != "visual" and (not has_class or hidden_dims):
@@ -95,6 +98,17 @@ class SecondOrderNet(nn.Module):
         self.reset_classifier(num_classes)
         self.head_hidden_size = self.head.num_features
         self.pretrained_cfg = self.default_cfg = _adapted(self)
+
+    def _check_positions(self, pooling: Pooling) -> None:
+        """Refuse one position: its covariance is 0, whatever the image."""
+        centred = pooling.type not in ("avg", "gaussian")
+        if self.features.num_tokens < 2 and centred and pooling.centering == "channel":
+            raise ValueError(
+                f"expected at least two positions to pool, got one from "
+                f"{type(self.backbone).__name__}: the covariance of one is 0 for every "
+                "image; give larger images (img_size), drop_last_stride=True, or "
+                "another backbone."
+            )
 
     def no_weight_decay(self) -> set[str]:
         """Return names without weight decay besides vectors and biases."""

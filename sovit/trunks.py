@@ -12,8 +12,10 @@ import torch
 from timm.models import VGG, ResNet
 from torch import nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from sovit.attention import stages_of
+from sovit.layouts import read_layout
 from sovit.shapes import Tensor
 from sovit.tokens import TOKEN_STRIDES, ConvEmbed
 
@@ -101,15 +103,19 @@ def embed_by_convolutions(model: nn.Module, *, kind: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Say what `forward_features` of a model returns."""
+    """What `forward_features` of a model returns, and which layers that needs."""
 
     embed_dim: int
     channels_last: bool
     """Whether channels are the last dimension: of tokens, and of Swin's maps."""
+    num_tokens: int
+    """Positions of the image, of the size that was looked at."""
     num_prefix_tokens: int = 0
     has_class_token: bool = False
     unused: tuple[str, ...] = ()
     """Parameters that the features do not depend on: the model's own head."""
+    detached: tuple[str, ...] = ()
+    """Parameters that the features do depend on and that get no gradient."""
 
 
 class _Features(nn.Module):
@@ -121,20 +127,51 @@ class _Features(nn.Module):
         return self.model.forward_features(x)  # pyright: ignore[reportCallIssue]
 
 
+class _Seen(TorchFunctionMode):
+    """Record the tensors that functions of torch are computed from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids = set[int]()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if _tensors(out):  # Not where a shape or a dtype was asked for.
+            self.ids.update(id(tensor) for tensor in _tensors((args, kwargs)))
+        return out
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value
+    nested = parts if isinstance(value, list | tuple | dict) else ()
+    return [tensor for part in nested for tensor in _tensors(part)]
+
+
 def image_shape(
     model: nn.Module, *, img_size: tuple[int, int] | None = None
 ) -> tuple[int, int, int]:
     """Return the shape (channels, height, width) of a model's images.
 
-    Without `img_size` it is what the patch embedding or timm's configuration says.
+    Channels are those that the model says it takes, else its first convolution. Without
+    `img_size` the sides are what it was built for, or timm's configuration says.
     """
     config = getattr(model, "pretrained_cfg", {}) or {}
+    built = getattr(model, "_model_args", {})  # As timm's create_model was called.
+    convs = (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    usual = config.get("input_size") or (next(convs, 3), 224, 224)
+    channels = getattr(model, "in_chans", None) or built.get("in_chans") or usual[0]
     embedded = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    usual = config.get("input_size", (3, 224, 224))[-2:]
-    height, width = img_size or embedded or usual
-    convs = (m for m in model.modules() if isinstance(m, nn.Conv2d))
-    first = next(convs, None)
-    return 3 if first is None else first.in_channels, height, width
+    height, width = img_size or embedded or _pair(built.get("img_size")) or usual[1:]
+    return channels, height, width
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size
 
 
 def inspect_features(
@@ -142,7 +179,8 @@ def inspect_features(
 ) -> Features:
     """Find what `forward_features` returns, by shapes alone: nothing is computed.
 
-    Raises ValueError where that is not one map or sequence of tokens.
+    Raises ValueError where that is not one map or sequence of tokens of the image's
+    positions, and where image or most of the weights get no gradient through them.
     """
     params = dict(model.named_parameters())
     state = {
@@ -150,38 +188,92 @@ def inspect_features(
         for name, tensor in (*params.items(), *model.named_buffers())
     }
     leaves = [state[f"model.{name}"].requires_grad_() for name in params]
-    with torch.enable_grad():
-        image = torch.zeros(2, *image_shape(model, img_size=img_size), device="meta")
-        image = image.to(next(iter(params.values())).dtype)
-        out = functional_call(_Features(model), state, (image,))
-        if not isinstance(out, Tensor) or out.ndim not in (3, 4):
-            raise ValueError(
-                "backbone.forward_features must return tokens (B, N, C) or a map "
-                f"(B, C, H, W), {type(model).__name__} gives "
-                f"{tuple(out.shape) if isinstance(out, Tensor) else type(out)}: choose "
-                "another backbone."
-            )
-        grads = torch.autograd.grad(out.sum(), leaves, allow_unused=True)
-    tokens = out.ndim == 3
-    last = tokens or getattr(model, "output_fmt", "NCHW") == "NHWC"
-    prefix = int(getattr(model, "num_prefix_tokens", 0)) if tokens else 0
+    shape = image_shape(model, img_size=img_size)
+    image = torch.zeros(2, *shape, device="meta")
+    if leaves:
+        image = image.to(leaves[0].dtype)
+    image.requires_grad_()
+    with torch.enable_grad(), _Seen() as seen:
+        out = _run(model, state, image=image)
+    layout = read_layout(model, shape=tuple(out.shape), image=shape[1:])
+    by_image, *grads = _gradients(out, image, *leaves)
+    by_name = dict(zip(params, grads, strict=True))
+    idle = [name for name, grad in by_name.items() if grad is None]
+    detached = tuple(n for n in idle if id(state[f"model.{n}"]) in seen.ids)
+    trained = sum(params[n].numel() for n in params if by_name[n] is not None)
+    lost = sum(params[name].numel() for name in detached)
+    if by_image is None or lost > trained:
+        what = "the image" if by_image is None else "most of the weights in use"
+        raise ValueError(
+            f"expected features with a gradient to the image and the trunk, got "
+            f"{type(model).__name__}.forward_features without one to {what} "
+            f"({trained} weights get one, {lost} do not); take out no_grad and "
+            "detach, or choose another backbone."
+        )
     return Features(
-        embed_dim=out.shape[-1 if last else 1],
-        channels_last=last,
-        num_prefix_tokens=prefix,
-        has_class_token=bool(prefix and getattr(model, "has_class_token", True)),
-        unused=tuple(n for n, grad in zip(params, grads, strict=True) if grad is None),
+        embed_dim=out.shape[-1 if layout.channels_last else 1],
+        channels_last=layout.channels_last,
+        num_tokens=layout.num_tokens,
+        num_prefix_tokens=layout.num_prefix_tokens,
+        has_class_token=layout.has_class_token,
+        unused=tuple(name for name in idle if name not in detached),
+        detached=detached,
     )
 
 
-def strip(model: nn.Module, *, unused: tuple[str, ...]) -> None:
+def check_trunk(model: Any) -> None:
+    """Raise ValueError for what is no classification model of timm's kind."""
+    if callable(getattr(model, "forward_features", None)):
+        return
+    kind = type(model)
+    what = f"{kind.__module__}.{kind.__qualname__}"
+    if hasattr(model, "feature_info"):
+        what += ", as features_only=True makes"
+    raise ValueError(
+        "backbone must be a timm model with forward_features, or the name of one, got "
+        f"{what}: build it by timm.create_model(name), without features_only, or add a "
+        "method forward_features that returns tokens (B, N, C) or a map (B, C, H, W)."
+    )
+
+
+def _run(model: nn.Module, state: dict[str, Tensor], *, image: Tensor) -> Tensor:
+    """Return the features of an image, which must be one tensor."""
+    name = type(model).__name__
+    try:
+        # A copy, since some models change the image that they are given in place.
+        out = functional_call(_Features(model), state, (image.clone(),))
+    except Exception as error:  # Whatever foreign code raises for images it can't take.
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"expected a backbone that takes images {tuple(image.shape[1:])}, got "
+            f"{type(error).__name__} from {name}.forward_features ({said}); set "
+            "img_size to the size that it takes, or choose another backbone."
+        ) from error
+    if not isinstance(out, Tensor) or out.ndim not in (3, 4):
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            "backbone.forward_features must return tokens (B, N, C) or a map "
+            f"(B, C, H, W), {name} gives {got}: choose another backbone."
+        )
+    return out
+
+
+def _gradients(out: Tensor, *leaves: Tensor) -> tuple[Tensor | None, ...]:
+    if not out.requires_grad:
+        return (None,) * len(leaves)
+    return torch.autograd.grad(out.sum(), leaves, allow_unused=True)
+
+
+def strip(
+    model: nn.Module, *, unused: tuple[str, ...], detached: tuple[str, ...] = ()
+) -> None:
     """Take out the layers that the features do not need: no parameter lies idle.
 
     The largest layer goes of which nothing is used. A single parameter beside used ones
-    stays, frozen.
+    stays, frozen, and so does what the features need but gets no gradient.
     """
     idle, gone = set(unused), set[str]()
-    for name in unused:
+    for name in (*unused, *detached):
         parts = name.split(".")
         above = [".".join(parts[:i]) for i in range(1, len(parts))]
         if gone.intersection(above):
