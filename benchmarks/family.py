@@ -12,6 +12,7 @@ pooling. Seeds change weights and the order of images. One process, without Ray.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -123,9 +124,11 @@ def build(head: str, *, num_classes: int) -> nn.Module:
     return sovit.second_order(trunk, pooling=pooling, num_classes=num_classes)
 
 
-def train_once(head: str, *, seed: int, options: Options) -> Trained:
-    """Train with one head and seed, and evaluate."""
-    run = describe_run(seed=seed, num_epochs=options.num_epochs)
+def train_once(
+    build: Callable[..., nn.Module], *, seed: int, num_epochs: int
+) -> Trained:
+    """Train what `build` makes for `num_classes` with one seed, and evaluate."""
+    run = describe_run(seed=seed, num_epochs=num_epochs)
     shards = {
         name: read_shard_set(getattr(run.data, name)) for name in ("train", "val")
     }
@@ -138,7 +141,7 @@ def train_once(head: str, *, seed: int, options: Options) -> Trained:
         device=torch.device("cpu"),
     )
     torch.manual_seed(seed)
-    model = build(head, num_classes=settings.num_classes)
+    model = build(num_classes=settings.num_classes)
     model.to(memory_format=torch.channels_last)
     state = TrainState(
         model=model,
@@ -186,14 +189,14 @@ def table(results: Mapping[str, Sequence[Trained]]) -> str:
     for head, found in results.items():
         lines.append(
             f"{head:<14}{found[0].num_params:>9,}"
-            f"{_mean_spread([one.top1 for one in found]):>18}"
-            f"{_mean_spread([one.ema_top1 for one in found]):>18}"
+            f"{mean_spread([one.top1 for one in found]):>18}"
+            f"{mean_spread([one.ema_top1 for one in found]):>18}"
             f"{statistics.mean(one.seconds for one in found):>9.0f}"
         )
     return "\n".join(lines)
 
 
-def _mean_spread(values: Sequence[float]) -> str:
+def mean_spread(values: Sequence[float]) -> str:
     """Show mean and sample deviation."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.2f} +- {spread:.2f}"
@@ -206,7 +209,8 @@ def _main(arguments: Sequence[str]) -> None:
     # Heads take turns, so that a machine's drift meets all of them.
     work = [(head, seed) for seed in range(options.num_seeds) for head in options.heads]
     for head, seed in tqdm(work, unit="training", disable=None):
-        results[head].append(train_once(head, seed=seed, options=options))
+        make = functools.partial(build, head)
+        results[head].append(train_once(make, seed=seed, num_epochs=options.num_epochs))
     print(table(results))
     if options.json:
         content: dict[str, Any] = {

@@ -13,7 +13,8 @@ import dataclasses
 import json
 import pickle
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,20 @@ class Manifest:
     """Size in bytes and CRC-32 of each file."""
 
 
-def build_model(settings: Model, *, num_classes: int) -> nn.Module:
+def build_model(
+    settings: Model,
+    *,
+    num_classes: int,
+    tell: Callable[[str], object] = lambda line: None,
+) -> nn.Module:
     """Build the timm model that the settings name, with fresh weights.
 
     `img_size` goes to our own models; others take theirs from `kwargs`, since timm's
     convolutional networks have no such argument.
+
+    Args:
+        tell: Gets the line on tokens that are too few for the pooling. By default
+            nobody does: who checks a run passes it on once, not each of its workers.
     """
     if not timm.is_model(settings.name):
         raise ValueError(
@@ -95,7 +105,15 @@ def build_model(settings: Model, *, num_classes: int) -> nn.Module:
         arguments["drop_path_rate"] = settings.drop_path_rate
     if timm.model_entrypoint(settings.name).__module__.startswith(sovit.__name__):
         arguments["img_size"] = settings.img_size
-    return timm.create_model(settings.name, num_classes=num_classes, **arguments)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", sovit.FewTokensWarning)
+        model = timm.create_model(settings.name, num_classes=num_classes, **arguments)
+    for one in found:
+        if issubclass(one.category, sovit.FewTokensWarning):
+            tell(f"{settings.name}: {one.message}")
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return model
 
 
 def without_weights(settings: Model) -> Model:

@@ -32,6 +32,8 @@ class CheckedRun:
     train_shards: ShardSet
     val_shards: ShardSet
     held_out: tuple[HeldOut, ...]
+    few_tokens: str
+    """A line on tokens that are too few for the model's pooling; "" where they do."""
 
     @property
     def digests(self) -> dict[str, str]:
@@ -59,7 +61,7 @@ def check_run(run: Run) -> CheckedRun:
     held_out = held_out_of(run.validation, val=val_shards, classes=train_shards.classes)
     for shards in (train_shards, *(one.shards for one in held_out)):
         spot_check(shards)
-    model = _check_model(run, classes=train_shards.classes)
+    model, few_tokens = _check_model(run, classes=train_shards.classes)
     if short := reserves_too_few(run):
         logger.warning(short)
     if run.probe.every_steps:
@@ -70,6 +72,7 @@ def check_run(run: Run) -> CheckedRun:
         train_shards=train_shards,
         val_shards=val_shards,
         held_out=held_out,
+        few_tokens=few_tokens,
     )
 
 
@@ -91,13 +94,15 @@ def reserves_too_few(run: Run) -> str:
     )
 
 
-def _check_model(run: Run, *, classes: tuple[str, ...]) -> nn.Module:
+def _check_model(run: Run, *, classes: tuple[str, ...]) -> tuple[nn.Module, str]:
     """Build the model without memory, and once more where weights are loaded into it.
 
-    Raises ValueError where it does not take such images, or the weights do not fit it.
+    Returns it with what there is to say of its tokens. Raises ValueError where it does
+    not take such images, or the weights do not fit it.
     """
+    few_tokens: list[str] = []
     with torch.device("meta"):
-        model = build_model(run.model, num_classes=len(classes))
+        model = build_model(run.model, num_classes=len(classes), tell=few_tokens.append)
     _check_size(model, settings=run.model)
     if run.scale.grad_checkpointing:
         checkpoint_gradients(model, name=run.model.name)
@@ -108,7 +113,7 @@ def _check_model(run: Run, *, classes: tuple[str, ...]) -> nn.Module:
             classes=classes,
             tell=logger.info,
         )
-    return model
+    return model, "".join(few_tokens)
 
 
 def _check_size(model: nn.Module, *, settings: Model) -> None:

@@ -106,6 +106,8 @@ def fit(
     if record is not None:
         check_shards(record, now=run, digests=checked.digests)
     logger.info("run %s: %s", name, checked.summary)
+    if checked.few_tokens:
+        logger.warning(checked.few_tokens)
     uri = tracking_uri or tracking.default_uri(run.storage)
     folder, here = Place(run.storage).within(name), contextlib.nullcontext()
     patience_s = _TRIAL_PATIENCE_S if sweep_id else 0.0

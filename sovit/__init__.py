@@ -26,12 +26,13 @@ from sovit.newton_schulz import (
     newton_schulz_sqrt,
 )
 from sovit.official import load_official
-from sovit.pooling import Pooling, build_pooling
+from sovit.pooling import FewTokensWarning, Pooling, build_pooling
 from sovit.powers import covariance_power, matrix_log, matrix_power, sv_power
 from sovit.svpn import svpn
 from sovit.vit import SoViT
 
 __all__ = [
+    "FewTokensWarning",
     "Gsop",
     "Pooling",
     "SecondOrderHead",

@@ -14,6 +14,7 @@ from sovit.head import SecondOrderHead
 from sovit.pooling import Pooling, as_pooling
 from sovit.shapes import Float, Number, Tensor
 from sovit.trunks import (
+    built_size,
     check_conv_size,
     check_trunk,
     embed_by_convolutions,
@@ -70,6 +71,8 @@ class SecondOrderNet(nn.Module):
             self.backbone.reset_classifier(0)
         size = None if img_size is None else check_conv_size(img_size)
         self.features = inspect_features(backbone, img_size=size)
+        # Else it is the usual size that was looked at, and others come as well.
+        is_sized = size is not None or built_size(backbone) is not None
         strip(backbone, unused=self.features.unused, detached=self.features.detached)
         self._check_positions(pooling)
         has_class = self.features.has_class_token
@@ -88,6 +91,7 @@ class SecondOrderNet(nn.Module):
             fusion=fusion,
             drop_rate=0.0 if hidden_dims else drop_rate,
             num_prefix_tokens=self.features.num_prefix_tokens,
+            num_tokens=self.features.num_tokens if is_sized else None,
         )
         self.hidden = nn.Sequential()
         for dim in hidden_dims:

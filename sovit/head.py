@@ -34,7 +34,7 @@ class SecondOrderHead(nn.Module):
     The tokens' first `num_prefix_tokens` are not visual; the very first is the class
     token. `drop_rate` is the dropout on the pooled visual tokens, and on the class
     token where there is nothing else. `num_features` is the length of what `pre_logits`
-    returns.
+    returns. Of `num_tokens` visual tokens, where that is known, too few are warned of.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class SecondOrderHead(nn.Module):
         fusion: str = "sum",
         drop_rate: Number = 0.0,
         num_prefix_tokens: int = 1,
+        num_tokens: int | None = None,
     ) -> None:
         super().__init__()
         if fusion != "visual" and not num_prefix_tokens:
@@ -58,7 +59,9 @@ class SecondOrderHead(nn.Module):
         self.class_dim = 0 if fusion == "visual" else embed_dim
         self.pool = None
         if fusion != "class":
-            self.pool = build_pooling(pooling, embed_dim=embed_dim)
+            self.pool = build_pooling(
+                pooling, embed_dim=embed_dim, num_tokens=num_tokens
+            )
         self.visual_dim = self.pool.num_features if self.pool else 0
         self.num_features = self.class_dim + self.visual_dim
         self.drop = nn.Dropout(drop_rate)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 from torch import nn
 
 from sovit.moments import append_one, cross_covariance, upper_triangle
 from sovit.normalize import Normalize
-from sovit.pooling_settings import METHODS, Pooling, as_pooling
+from sovit.pooling_settings import METHODS, SYMMETRIC_TYPES, Pooling, as_pooling
 from sovit.shapes import Float, Tensor
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "AvgPool",
     "CovPool",
     "CrossCovPool",
+    "FewTokensWarning",
     "MultiHeadPool",
     "Pooling",
     "as_pooling",
@@ -176,10 +178,19 @@ class MultiHeadPool(nn.Module):
         return self.normalize(matrix).flatten(1).to(x.dtype)
 
 
+class FewTokensWarning(UserWarning):
+    """Warn of a pooling with fewer tokens than its smaller dimension."""
+
+
 def build_pooling(
-    pooling: Pooling, *, embed_dim: int
+    pooling: Pooling, *, embed_dim: int, num_tokens: int | None = None
 ) -> AvgPool | CovPool | CrossCovPool | MultiHeadPool:
-    """Build the module of some settings for tokens of `embed_dim` channels."""
+    """Build the module of some settings for tokens of `embed_dim` channels.
+
+    Warns with `FewTokensWarning` where `num_tokens`, if known, are too few.
+    """
+    if num_tokens is not None:
+        warn_of_few_tokens(pooling, embed_dim=embed_dim, num_tokens=num_tokens)
     if pooling.type == "avg":
         return AvgPool(embed_dim)
     if pooling.type == "multi_head":
@@ -187,3 +198,29 @@ def build_pooling(
     if pooling.type == "cross_cov":
         return CrossCovPool(embed_dim, pooling=pooling)
     return CovPool(embed_dim, pooling=pooling)
+
+
+def warn_of_few_tokens(pooling: Pooling, *, embed_dim: int, num_tokens: int) -> None:
+    """Warn where `num_tokens` make a matrix singular, whatever is in them."""
+    dim = smaller_dim(pooling, embed_dim=embed_dim)
+    if num_tokens >= dim:
+        return
+    warnings.warn(
+        f"the covariance of {num_tokens} tokens is pooled, and its smaller dimension "
+        f"is {dim}: fewer tokens leave it without full rank, and the head may do worse "
+        "than the class token or a mean. Take larger images, a smaller token_stride "
+        "(8 or 4) where the model has one, or a smaller reduced_dim.",
+        FewTokensWarning,
+        stacklevel=2,
+    )
+
+
+def smaller_dim(pooling: Pooling, *, embed_dim: int) -> int:
+    """Return the smaller side of the matrices that are made of tokens; 1 of a mean."""
+    if pooling.type == "avg":
+        return 1
+    if pooling.type not in SYMMETRIC_TYPES:
+        return min(pooling.reduced_dims)
+    dims = (embed_dim, *pooling.progressive_dims, pooling.reduced_dim)
+    width = [dim for dim in dims if isinstance(dim, int)][-1]
+    return width // pooling.num_groups

@@ -165,9 +165,14 @@ def image_shape(
     convs = (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
     usual = config.get("input_size") or (next(convs, 3), 224, 224)
     channels = getattr(model, "in_chans", None) or built.get("in_chans") or usual[0]
-    embedded = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = img_size or embedded or _pair(built.get("img_size")) or usual[1:]
+    height, width = img_size or built_size(model) or usual[1:]
     return channels, height, width
+
+
+def built_size(model: nn.Module) -> tuple[int, int] | None:
+    """Return the height and width of images that a model was made for, if for one."""
+    embedded = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return embedded or _pair(getattr(model, "_model_args", {}).get("img_size"))
 
 
 def _pair(size: Any) -> tuple[int, int] | None:

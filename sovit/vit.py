@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -105,6 +106,7 @@ class SoViT(nn.Module):
             pooling=pooling or Pooling(),
             fusion=fusion,
             drop_rate=drop_rate,
+            num_tokens=math.prod(self.grid_size),
         )
         self.head_hidden_size = self.head.num_features
         self.register_load_state_dict_pre_hook(_fit_positions)

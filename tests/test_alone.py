@@ -83,7 +83,10 @@ def weights_of(run: Run, name: str) -> dict[str, torch.Tensor]:
 
 
 def test_it_trains_keeps_and_records_as_workers_do(
-    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reports, had_ray = Reports(), ray.is_initialized()
     settings = {"deterministic": True, "matmul_precision": "high"}
@@ -110,6 +113,7 @@ def test_it_trains_keeps_and_records_as_workers_do(
     assert trained.metrics["val/num_images"] == 101
 
     assert [seen["epoch"] for seen in reports.seen if "epoch" in seen] == [1, 2, 3]
+    assert [r.message for r in caplog.records if "of 4 tokens is pooled" in r.message]
     said = capsys.readouterr().out
     assert "steps are not compiled: --scale.compile auto" in said
     assert "steps compute in float32 on 1 x pretended" in said

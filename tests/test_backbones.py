@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,31 @@ def test_image_sizes_are_the_backbone_s() -> None:
     assert convolutional(torch.zeros(2, 3, 64, 48)).shape == (2, 5)
     with pytest.raises(ValueError, match="at least 32"):
         build(img_size=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "num_tokens"),
+    [
+        ("resnet18", {}, 16),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}, 4),
+        ("vit_tiny_patch16_224", {"depth": 1}, 16),
+    ],
+)
+def test_few_tokens_are_warned_of_where_the_size_is_known(
+    name: str, settings: dict[str, Any], num_tokens: int
+) -> None:
+    with pytest.warns(
+        sovit.FewTokensWarning, match=f"of {num_tokens} tokens .* is 17:"
+    ) as found:
+        model = build(name, img_size=64, pooling={"reduced_dim": 17}, **settings)
+    assert len(found) == 1
+    assert model.features.num_tokens == num_tokens
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images())
+        build(name, img_size=64, pooling={"reduced_dim": 4}, **settings)
+        # 49 positions at the usual size, but it may be made for any.
+        build("mobilenetv3_small_050", pooling={"reduced_dim": 64})
 
 
 @pytest.mark.parametrize(

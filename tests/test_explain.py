@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sovit
 from pipelines import train
 from pipelines.checkpoint import Position
 from pipelines.config import Scale, Validation
@@ -81,6 +82,20 @@ def test_a_dry_run_prints_all_and_leaves_nothing(
     assert "100.0 images/s here" in said
     assert sorted(tmp_path.rglob("*")) == before
     assert not ray.is_initialized()
+
+
+@pytest.mark.usefixtures("quick")
+def test_few_tokens_are_one_line(
+    recipe: str, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    wide = ["--model.pooling.reduced-dim", "6", "7", "--name", "mine"]
+    train._main([recipe, "--dry-run", *wide])
+    said = capfd.readouterr()
+    few = "so_vit_7: the covariance of 4 tokens is pooled, and its smaller dimension is"
+    assert " ".join(said.out.split()).count(f"warnings {few} 6:") == 1
+    assert said.out.count("of 4 tokens") == 1
+    assert "tokens" not in said.err
+    assert not [one for one in recwarn if one.category is sovit.FewTokensWarning]
 
 
 def shard_bytes(address: str) -> int:

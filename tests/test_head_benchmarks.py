@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from benchmarks import heads, step_share
-from benchmarks.family import HEADS, Trained, build, table
+import sovit
+from benchmarks import heads, step_share, token_gain
+from benchmarks.family import HEADS, Trained, build, describe_run, table
 from benchmarks.head_cases import Case, cases, curves
 from benchmarks.heads import kept
+from sovit.tokens import TOKEN_STRIDES
 
 
 @pytest.mark.parametrize("case", cases(1), ids=lambda case: case.name)
@@ -127,6 +129,9 @@ def test_a_share_is_of_the_step_that_a_run_makes(
 @pytest.mark.parametrize("head", HEADS)
 def test_the_small_backbone_takes_every_head(head: str) -> None:
     model = build(head, num_classes=10)
+    assert isinstance(model, sovit.SecondOrderNet)
+    tokens = model.to_tokens(model.forward_features(torch.zeros(1, 3, 32, 32)))
+    assert tokens.shape[1] >= 49
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert model.get_submodule("backbone.layer4")(torch.randn(1, 64, 8, 8)).shape == (
@@ -135,6 +140,42 @@ def test_the_small_backbone_takes_every_head(head: str) -> None:
         8,
         8,
     )
+
+
+@pytest.mark.parametrize("stride", TOKEN_STRIDES)
+def test_few_and_many_tokens_are_trained_with_both_heads(stride: int) -> None:
+    run = describe_run(seed=0, num_epochs=1)
+    count = token_gain.num_tokens(run, stride=stride)
+    both, alone = (
+        token_gain.build(run, stride=stride, fusion=fusion, num_classes=10)
+        for fusion in ("sum", "class")
+    )
+    assert isinstance(both, sovit.SoViT)
+    assert both.forward_features(torch.zeros(1, 3, 32, 32)).shape[1] == 1 + count
+    assert set(both.state_dict()) > set(alone.state_dict())
+
+
+def test_a_gain_is_of_the_same_seed(tmp_path: Path) -> None:
+    def reached(*top1s: float) -> list[Trained]:
+        return [
+            Trained(top1=top1, ema_top1=0.0, num_params=1, seconds=1.0)
+            for top1 in top1s
+        ]
+
+    results = {
+        4: {"class": reached(80, 90), "sum": reached(83, 95)},
+        16: {"class": reached(60, 70), "sum": reached(59)},  # stopped before its end
+    }
+    assert token_gain.gains(results) == {4: [3, 5], 16: [-1]}
+    run = describe_run(seed=0, num_epochs=1)
+    many, few = token_gain.table(results, run=run).splitlines()[1:]
+    wanted = "64 85.00 +- 7.07 89.00 +- 8.49 4.00 +- 1.41"
+    assert " ".join(many.split()) == wanted
+    assert few.split()[0] == "4"
+    token_gain.plot(tmp_path / "gain.png", results=results, run=run)
+    assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="strides of"):
+        token_gain.Options(strides=(5,))
 
 
 def test_the_comparison_gives_mean_and_sample_deviation() -> None:

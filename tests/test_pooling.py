@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from sovit.pooling import (
     AvgPool,
     CovPool,
     CrossCovPool,
+    FewTokensWarning,
     MultiHeadPool,
     Pooling,
     Reduction,
@@ -322,6 +324,29 @@ def test_every_setting_trains_and_tells_its_length(
     assert learned == (start == "learned" and type_ != "avg")
     # A fixed start is the same everywhere, so no checkpoint holds it.
     assert ("normalize.start" in pool.state_dict()) == learned
+
+
+@pytest.mark.parametrize(
+    ("settings", "dim"),
+    [
+        ({"type": "cross_cov", "reduced_dim": (12, 8)}, 8),
+        ({"type": "multi_head", "reduced_dim": 6, "num_heads": 3}, 6),
+        ({"type": "cov", "reduced_dim": 12, "num_groups": 2}, 6),
+        ({"type": "cov", "reduced_dim": None, "progressive_dims": (20, 10)}, 10),
+        ({"type": "gaussian", "reduced_dim": None}, 16),
+    ],
+)
+def test_fewer_tokens_than_the_smaller_dimension_are_warned_of(
+    settings: dict[str, Any], dim: int
+) -> None:
+    pooling = Pooling(**settings)
+    with pytest.warns(FewTokensWarning, match=rf"{dim - 1} tokens .* is {dim}:"):
+        build_pooling(pooling, embed_dim=16, num_tokens=dim - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_pooling(pooling, embed_dim=16, num_tokens=dim)
+        build_pooling(pooling, embed_dim=16)
+        build_pooling(Pooling(type="avg"), embed_dim=16, num_tokens=1)
 
 
 @pytest.mark.parametrize("type_", ["cross_cov", "multi_head"])

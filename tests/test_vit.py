@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -127,6 +128,18 @@ def test_small_images_have_many_tokens_at_a_small_stride(kind: str) -> None:
     assert model(images(size=(32, 16))).shape == (2, 5)
     with pytest.raises(ValueError, match="multiple of 4 from 8 up"):
         model.set_input_size(30)
+
+
+def test_a_model_of_few_tokens_warns_once_and_others_do_not() -> None:
+    with pytest.warns(sovit.FewTokensWarning, match="of 4 tokens .* is 24:") as found:
+        build(img_size=32)
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(img_size=32, token_stride=4)
+        build(img_size=32, fusion="class")
+        model = build(img_size=32, pooling={"reduced_dim": (4, 8)})
+        model(images())
 
 
 def test_bad_arguments_are_refused() -> None:

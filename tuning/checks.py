@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 from pipelines.config import Run
@@ -11,12 +12,14 @@ from pipelines.retries import answering
 from pipelines.runs import check_name
 from tuning.options import Search
 
+logger = logging.getLogger(__name__)
 _NUM_SHOWN = 3
 
 
 def check_sweep(run: Run, *, search: Search) -> None:
     """Raise ValueError for what can't be searched so, and as `check_run`."""
-    check_run(run)
+    if few_tokens := check_run(run).few_tokens:
+        logger.warning(few_tokens)
     if run.validation.beside or run.validation.every_epochs > 1:
         raise ValueError(
             "wanted trials that are evaluated after each epoch, by which they are "

@@ -129,13 +129,14 @@ def explain_run(run: Run, *, name: str, record: Record | None = None) -> Explana
         why_no_memory=why,
         timed=timed,
         places=places,
-        warnings=tuple(
-            warnings_of(
+        warnings=(
+            *filter(None, [checked.few_tokens]),
+            *warnings_of(
                 run,
                 machine=this_machine(run.storage),
                 worker_bytes=memory.total if memory else 0,
                 checkpoints_bytes=places.num_checkpoints * places.checkpoint_bytes,
-            )
+            ),
         ),
     )
 
