@@ -10,6 +10,7 @@ from __future__ import annotations
 from sovit.attention import Gsop
 from sovit.backbones import SecondOrderNet, second_order
 from sovit.head import SecondOrderHead
+from sovit.minimax import minimax_coefficients
 from sovit.moments import (
     covariance,
     cross_covariance,
@@ -48,6 +49,7 @@ __all__ = [
     "load_official",
     "matrix_log",
     "matrix_power",
+    "minimax_coefficients",
     "newton_schulz_inverse_sqrt",
     "newton_schulz_sqrt",
     "second_order",

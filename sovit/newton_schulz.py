@@ -7,37 +7,48 @@ iterations allows. `sovit.powers.matrix_power` is the exact root.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from sovit.derivatives import is_recorded
+from sovit.minimax import Coefficients, find_coefficients
 from sovit.moments import by_smaller_side
 from sovit.precision import TINY, at_least_float32, autocast_off
-from sovit.shapes import Float, Tensor
+from sovit.shapes import Float, Number, Tensor
 
-PRE_NORMS = ("trace", "frobenius")
+Step: TypeAlias = tuple[float, float]
+PRE_NORMS = ("trace", "frobenius", "s4")
 # On a CPU so many bytes of matrices go through all iterations together: they stay in
 # the cache, and their memory is used again instead of being asked for.
 CHUNK_BYTES = 2**20
 
 
 def newton_schulz_sqrt(
-    x: Float[Tensor, "*batch d d"], *, num_iterations: int = 5, pre_norm: str = "trace"
+    x: Float[Tensor, "*batch d d"],
+    *,
+    num_iterations: int = 5,
+    pre_norm: str = "trace",
+    coefficients: str | Coefficients = "newton_schulz",
+    max_gain: Number | None = None,
 ) -> Float[Tensor, "*batch d d"]:
     """Approximate the square root of positive semi-definite matrices.
 
-    With A = x / t, where t is the trace of x or its Frobenius norm, the coupled
-    iteration
+    With A = x / t, where t is the trace of x, its Frobenius norm or its Schatten norm
+    of order 4, the coupled iteration
 
-        Y_0 = A,  Z_0 = I,  T = (3 I - Z Y) / 2,  Y <- Y T,  Z <- T Z
+        Y_0 = A,  Z_0 = I,  T = a I + b Z Y,  Y <- Y T,  Z <- T Z
 
     tends to Y = A^(1/2), and the result is sqrt(t) Y_N. iSQRT-COV (arXiv 1712.01034)
-    takes the trace and N = 3 to 5, where small eigenvalues come out smaller than their
-    root: that is the method, not an error of it. N = 1 is A (3 I - A) / 2.
+    takes a = 3/2, b = -1/2, the trace and N = 3 to 5, where small eigenvalues come out
+    smaller than their root: that is the method, not an error of it. N = 1 is
+    A (3 I - A) / 2. With coefficients="minimax" each step has a pair of its own, the
+    best for its part of an interval: see `sovit.minimax`, also for steps of one's own
+    and for `max_gain`. "s4" is (tr x^4)^(1/4), between the largest eigenvalue and the
+    Frobenius norm, and needs one product more for the gradient.
 
-    Computed is the same polynomial with W = Z Y in Z's place, which has 3 N - 3
-    products as well. Its gradient uses that all factors are polynomials of one
+    Computed is the same polynomial with W = Z Y in Z's place, W <- W T^2, which has
+    3 N - 3 products as well. Its gradient uses that all factors are polynomials of one
     symmetric matrix: 4 N - 3 products instead of autograd's two for each one of the
     forward pass, and 2 N - 2 matrices kept. Where the gradient is differentiated
     itself, it is computed anew from A. NaN and infinity give NaN.
@@ -47,18 +58,30 @@ def newton_schulz_sqrt(
     float64 input; the result keeps that precision. Raises ValueError for settings out
     of range.
     """
-    return _iterate(x, num_iterations, pre_norm, inverse=False)
+    steps = find_coefficients(
+        num_iterations, coefficients=coefficients, max_gain=max_gain
+    )
+    return _iterate(x, steps, pre_norm, inverse=False)
 
 
 def newton_schulz_inverse_sqrt(
-    x: Float[Tensor, "*batch d d"], *, num_iterations: int = 5, pre_norm: str = "trace"
+    x: Float[Tensor, "*batch d d"],
+    *,
+    num_iterations: int = 5,
+    pre_norm: str = "trace",
+    coefficients: str | Coefficients = "newton_schulz",
+    max_gain: Number | None = None,
 ) -> Float[Tensor, "*batch d d"]:
     """Approximate the inverse square root of positive semi-definite matrices.
 
     Z_N / sqrt(t) of the iteration that `newton_schulz_sqrt` describes, so that
-    x times this is that root. Eigenvalues of zero become 1.5^N / sqrt(t).
+    x times this is that root. Eigenvalues of zero become `sovit.minimax.gain` of the
+    steps, 1.5^N by default, divided by sqrt(t).
     """
-    return _iterate(x, num_iterations, pre_norm, inverse=True)
+    steps = find_coefficients(
+        num_iterations, coefficients=coefficients, max_gain=max_gain
+    )
+    return _iterate(x, steps, pre_norm, inverse=True)
 
 
 def covariance_sqrt(
@@ -66,6 +89,8 @@ def covariance_sqrt(
     *,
     num_iterations: int = 5,
     pre_norm: str = "trace",
+    coefficients: str | Coefficients = "newton_schulz",
+    max_gain: Number | None = None,
     centering: str = "channel",
 ) -> Float[Tensor, "*batch channels channels"]:
     """Approximate the square root of the covariance of a token map.
@@ -76,7 +101,12 @@ def covariance_sqrt(
     zeros, so the root is X^T Z X / N with Z the inverse root of the latter. With the 49
     positions of a 7x7 map and 256 channels the iteration is a hundredth of the work.
     """
-    settings = {"num_iterations": num_iterations, "pre_norm": pre_norm}
+    settings = {
+        "num_iterations": num_iterations,
+        "pre_norm": pre_norm,
+        "coefficients": coefficients,
+        "max_gain": max_gain,
+    }
     return by_smaller_side(
         x,
         of_covariance=partial(newton_schulz_sqrt, **settings),
@@ -86,13 +116,8 @@ def covariance_sqrt(
 
 
 def _iterate(
-    x: Tensor, num_iterations: int, pre_norm: str, *, inverse: bool
+    x: Tensor, steps: Coefficients, pre_norm: str, *, inverse: bool
 ) -> Float[Tensor, "*batch d d"]:
-    if num_iterations < 1:
-        raise ValueError(
-            f"num_iterations must be at least 1, got {num_iterations}: "
-            "the papers take 3 to 5."
-        )
     if pre_norm not in PRE_NORMS:
         raise ValueError(
             f"pre_norm must be one of {PRE_NORMS}, got {pre_norm!r}: "
@@ -105,7 +130,7 @@ def _iterate(
             num_bytes = x.shape[-1] * x.shape[-2] * flat.element_size()
             parts = flat.split(max(CHUNK_BYTES // max(num_bytes, 1), 1))
         roots = [
-            _Root.apply(part, num_iterations, pre_norm, inverse)[0]  # pyright: ignore
+            _Root.apply(part, steps, pre_norm, inverse)[0]  # pyright: ignore
             for part in parts
         ]
         return torch.cat(roots).reshape(x.shape)
@@ -123,16 +148,15 @@ class _Root(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Float[Tensor, "b d d"], num_iterations: int, pre_norm: str, inverse: bool
+        x: Float[Tensor, "b d d"], steps: Coefficients, pre_norm: str, inverse: bool
     ) -> tuple[Tensor, ...]:
-        size = _size(x, pre_norm)
-        a = (x + x.mT) * (0.5 / torch.where(size == 0, 1.0, size))
-        y, *kept = _polynomial(a, num_iterations, inverse)
+        a, size, square = _normalized(x, pre_norm)
+        y, *kept = _polynomial(a, steps, inverse, square)
         return y * _scale(size, inverse), a, size, *kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, ctx.num_iterations, ctx.pre_norm, ctx.inverse = inputs
+        _, ctx.steps, ctx.pre_norm, ctx.inverse = inputs
         ctx.mark_non_differentiable(*output[3:])
         ctx.save_for_backward(*output[1:])
         ctx.set_materialize_grads(False)
@@ -150,9 +174,11 @@ class _Root(torch.autograd.Function):
             of_a = None if of_a is None else _symmetric(of_a)
             if grad is not None:
                 if is_recorded():
-                    kept = _polynomial(a, ctx.num_iterations, ctx.inverse)[1:]
+                    kept = _polynomial(a, ctx.steps, ctx.inverse)[1:]
                 grad = grad * _scale(size, ctx.inverse)
-                through_a, pairing = _polynomial_grad(grad, a, kept, ctx.inverse)
+                through_a, pairing = _polynomial_grad(
+                    grad, a, kept, ctx.steps, ctx.inverse
+                )
                 of_a = through_a if of_a is None else of_a + through_a
                 power = -0.5 if ctx.inverse else 0.5
                 through_size = power * pairing / torch.where(size == 0, 1.0, size)
@@ -176,7 +202,7 @@ def _normalization_grad(
     if pre_norm == "trace":
         towards = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     else:
-        towards = a
+        towards = a if pre_norm == "frobenius" else torch.bmm(torch.bmm(a, a), a)
     factor = 0.0 if of_size is None else of_size
     if of_a is None:
         of_x = factor * towards
@@ -185,12 +211,27 @@ def _normalization_grad(
     return torch.where(is_empty, 0.0, of_x)
 
 
-def _size(x: Tensor, pre_norm: str) -> Tensor:
-    """Return t (..., 1, 1), and 0 for a matrix that counts as zero."""
-    if pre_norm == "trace":
-        t = x.diagonal(dim1=-2, dim2=-1).sum(-1)
+def _normalized(x: Tensor, pre_norm: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return A, t (..., 1, 1), and A^2 where t needed it.
+
+    t is 0 for a matrix that counts as zero.
+    """
+    if pre_norm == "frobenius":
+        size = _positive(torch.linalg.matrix_norm((x + x.mT) / 2))
     else:
-        t = torch.linalg.matrix_norm((x + x.mT) / 2)
+        size = _positive(x.diagonal(dim1=-2, dim2=-1).sum(-1))
+    a = (x + x.mT) * (0.5 / torch.where(size == 0, 1.0, size))
+    if pre_norm != "s4":
+        return a, size, None
+    # By the trace first: small matrices would vanish when they are squared.
+    square = torch.bmm(a, a)
+    share = torch.linalg.matrix_norm(square).sqrt()[..., None, None]
+    inverse = torch.where(size == 0, 1.0, share).reciprocal()
+    return a * inverse, size * share, square * inverse.square()
+
+
+def _positive(t: Tensor) -> Tensor:
+    """Return sizes (..., 1, 1) with 0 for what counts as zero."""
     t = torch.where(t.isfinite(), t, torch.nan)
     # So written, what is no number stays none.
     return torch.where(t <= TINY, 0.0, t)[..., None, None]
@@ -204,80 +245,98 @@ def _scale(size: Tensor, inverse: bool) -> Tensor:
     return torch.where(is_empty, 0.0, scale)
 
 
-def _first(a: Tensor) -> Tensor:
-    """Return (3 I - a) / 2."""
-    return 1.5 * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) - 0.5 * a
+def _first(a: Tensor, step: Step) -> Tensor:
+    """Return a I + b A."""
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    return step[0] * eye + step[1] * a
 
 
-def _step(x: Tensor, w: Tensor) -> Tensor:
-    """Return x (3 I - w) / 2."""
-    return torch.baddbmm(x, x, w, beta=1.5, alpha=-0.5)
+def _step(x: Tensor, w: Tensor, step: Step) -> Tensor:
+    """Return x (a I + b w)."""
+    return torch.baddbmm(x, x, w, beta=step[0], alpha=step[1])
 
 
-def _polynomial(a: Tensor, num_iterations: int, inverse: bool) -> list[Tensor]:
+def _sum(x: Tensor, square: Tensor, step: Step) -> Tensor:
+    """Return x (a I + b x) of what is squared already."""
+    return step[0] * x + step[1] * square
+
+
+def _polynomial(
+    a: Tensor, steps: Coefficients, inverse: bool, square: Tensor | None = None
+) -> list[Tensor]:
     """Return Y_N and what came before, as `_Root` lists it."""
-    y = first = _first(a) if inverse else _step(a, a)
-    if num_iterations == 1:
+    start, *rest = steps
+    if inverse and not rest:
+        return [_first(a, start)]
+    product = _step(a, a, start) if square is None else _sum(a, square, start)
+    y = first = _first(a, start) if inverse else product
+    if not rest:
         return [y]
-    w = _step(_step(a, a) if inverse else first, a)
+    w = _step(product, a, start)
     kept = [w if inverse else first]
-    for _ in range(num_iterations - 2):
-        y = _step(y, w)
-        w = _step(_step(w, w), w)
+    for step in rest[:-1]:
+        y = _step(y, w, step)
+        w = _step(_step(w, w, step), w, step)
         kept += [y, w]
-    return [_step(y, w), *kept]
+    return [_step(y, w, rest[-1]), *kept]
 
 
 def _polynomial_grad(
-    grad: Tensor, a: Tensor, kept: list[Tensor], inverse: bool
+    grad: Tensor, a: Tensor, kept: list[Tensor], steps: Coefficients, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of a -> Y_N, symmetric, and the product <grad, Y_N>.
 
-    Y_(k+1) = Y_k T_k and W_(k+1) = W_k T_k^2 with T_k = (3 I - W_k) / 2. All of them
+    Y_(k+1) = Y_k T_k and W_(k+1) = W_k T_k^2 with T_k = a_k I + b_k W_k. All of them
     are polynomials of `a`, so they commute, and gradients may be made symmetric,
     or not, wherever that saves a product. For the inverse Y_1 is T_0 instead of a T_0.
     All of this holds for every symmetric `a`, so the gradient of it is the second one.
     """
+    start, *rest = steps
     ys, ws = kept[1::2], kept[2::2]
     if kept and inverse:
-        ys, ws = [_first(a), *ys], [kept[0], *ws]
+        ys, ws = [_first(a, start), *ys], [kept[0], *ws]
     elif kept:
-        ys, ws = [kept[0], *ys], [_step(kept[0], a), *ws]
+        ys, ws = [kept[0], *ys], [_step(kept[0], a, start), *ws]
     of_w = None
-    for y, w in zip(reversed(ys), reversed(ws), strict=True):
+    for y, w, step in zip(reversed(ys), reversed(ws), reversed(rest), strict=True):
         if of_w is None:
-            of_w = torch.bmm(y, grad) * -0.5
+            of_w = torch.bmm(y, grad) * step[1]
         else:
-            of_w = torch.baddbmm(_cubic_grad(w, of_w), y, grad, alpha=-0.5)
+            through_w = _cubic_grad(w, of_w, step)
+            of_w = torch.baddbmm(through_w, y, grad, alpha=step[1])
         of_w = _symmetric(of_w)
-        grad = _step(grad, w)
-    first = ys[0] if ys else (_first(a) if inverse else _step(a, a))
-    pairing = _inner(grad, first)
+        grad = _step(grad, w, step)
+    one_step = _first if inverse else lambda a, step: _step(a, a, step)
+    pairing = _inner(grad, ys[0] if ys else one_step(a, start))
     grad = _symmetric(grad)
     if inverse:
-        of_a = grad * -0.5
+        of_a = grad * start[1]
         if of_w is not None:
-            of_a = of_a + _symmetric(_cubic_grad(a, of_w))
+            of_a = of_a + _symmetric(_cubic_grad(a, of_w, start))
         return of_a, pairing
     if of_w is None:
-        of_a = torch.baddbmm(grad, a, grad, beta=1.5, alpha=-1)
+        of_a = torch.baddbmm(grad, a, grad, beta=start[0], alpha=2 * start[1])
     else:
-        of_a = _cubic_grad(a, of_w, less=grad) + grad * 1.5
+        of_a = _cubic_grad(a, of_w, start, beside=grad) + grad * start[0]
     return _symmetric(of_a), pairing
 
 
-def _cubic_grad(w: Tensor, grad: Tensor, *, less: Tensor | None = None) -> Tensor:
-    """Return the gradient of w -> w (3 I - w)^2 / 4, up to its antisymmetric part.
+def _cubic_grad(
+    w: Tensor, grad: Tensor, step: Step, *, beside: Tensor | None = None
+) -> Tensor:
+    """Return the gradient of w -> w (a I + b w)^2, up to its antisymmetric part.
 
-    For symmetric `grad` G it is the symmetric part of w ((M + M^T / 2) / 2 - 3 G) +
-    9 G / 4 with M = w G: two products. `less` is taken off beside 3 G.
+    For symmetric `grad` G it is the symmetric part of
+    w (2 b^2 M + b^2 M^T + 4 a b G) + a^2 G with M = w G: two products. With `beside`
+    2 b w times it is added, in the same product.
     """
+    a, b = step
     product = torch.bmm(w, grad)
-    inner = torch.sub(product, grad, alpha=6)
+    inner = torch.add(product, grad, alpha=2 * a / b)
     inner = inner.add(product.mT, alpha=0.5)
-    if less is not None:
-        inner = inner.sub(less, alpha=2)
-    return torch.baddbmm(grad, w, inner, beta=2.25, alpha=0.5)
+    if beside is not None:
+        inner = inner.add(beside, alpha=1 / b)
+    return torch.baddbmm(grad, w, inner, beta=a * a, alpha=2 * b * b)
 
 
 def _symmetric(x: Tensor) -> Tensor:

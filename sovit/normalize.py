@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -69,9 +71,7 @@ class Normalize(nn.Module):
                 num_singular_values=pooling.num_singular_values,
             )
         if name == "newton_schulz":
-            return newton_schulz_sqrt(
-                x, num_iterations=pooling.num_iterations, pre_norm=pooling.pre_norm
-            )
+            return newton_schulz_sqrt(x, **self._root_settings())
         if name == "eigen":
             return matrix_power(x, power=pooling.power)
         if name == "svd":
@@ -92,12 +92,12 @@ class Normalize(nn.Module):
         """Return the normalised covariance of tokens, by the short way if there is."""
         pooling = self.pooling
         if pooling.normalizer == "newton_schulz":
-            return covariance_sqrt(
-                x,
-                num_iterations=pooling.num_iterations,
-                pre_norm=pooling.pre_norm,
-                centering=centering,
-            )
+            return covariance_sqrt(x, **self._root_settings(), centering=centering)
         if pooling.normalizer == "eigen":
             return covariance_power(x, power=pooling.power, centering=centering)
         return self.forward(covariance(x, centering=centering))
+
+    def _root_settings(self) -> dict[str, Any]:
+        """Return the settings of the iterated root."""
+        names = ("num_iterations", "pre_norm", "coefficients", "max_gain")
+        return {name: getattr(self.pooling, name) for name in names}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_args, no_type_check
 
+from sovit.minimax import COEFFICIENTS, find_coefficients
 from sovit.moments import CENTERINGS
 from sovit.newton_schulz import PRE_NORMS
 from sovit.shapes import Number
@@ -75,8 +76,14 @@ class Pooling:
     num_iterations: int = 1
     """Iterations of "svpn" and "newton_schulz"."""
 
-    pre_norm: Literal["trace", "frobenius"] = "trace"
+    pre_norm: Literal["trace", "frobenius", "s4"] = "trace"
     """What "newton_schulz" divides by before it iterates."""
+
+    coefficients: Literal["newton_schulz", "minimax"] = "newton_schulz"
+    """Of the steps of "newton_schulz": the papers', or the best for as many steps."""
+
+    max_gain: Number | None = None
+    """Bound on what "minimax" multiplies small eigenvalues and their gradients by."""
 
     num_singular_values: int | None = 1
     """Singular values that "svpn" looks for; None takes all of them."""
@@ -95,6 +102,16 @@ class Pooling:
         for name in ("num_heads", "num_iterations", "num_groups"):
             _check(self, name, _is_count(getattr(self, name)), "a positive integer")
         _check(self, "power", 0 < self.power <= 1, "over 0 and at most 1")
+        # Raises ValueError for what the steps can't be.
+        find_coefficients(
+            self.num_iterations, coefficients=self.coefficients, max_gain=self.max_gain
+        )
+        fits = (
+            self.coefficients == COEFFICIENTS[0] or self.normalizer == "newton_schulz"
+        )
+        _check(
+            self, "coefficients", fits, f"{COEFFICIENTS[0]!r} for {self.normalizer!r}"
+        )
         if self.type in SYMMETRIC_TYPES:
             self._check_symmetric()
         elif self.type != "avg":
@@ -175,6 +192,7 @@ _CHOICES = {
     "normalizer": get_args(Normalizer),
     "start": get_args(Start),
     "pre_norm": PRE_NORMS,
+    "coefficients": COEFFICIENTS,
     "act_layer": ("relu", "relu6"),
 }
 

@@ -76,8 +76,11 @@ from sovit.pooling import Pooling, build_pooling
 
 SMALL = {"cov": 6, "mpn_cov": 6, "isqrt_cov": 6, "gaussian": 6, "svpn": (6, 4),
          "multi_head_svpn": 4, "avg": 6}
-for name, reduced_dim in SMALL.items():
-    pool = build_pooling(Pooling.named(name, reduced_dim=reduced_dim), embed_dim=8)
+poolings = [(name, Pooling.named(name, reduced_dim=dim)) for name, dim in SMALL.items()]
+minimax = {"coefficients": "minimax", "num_iterations": 3, "pre_norm": "s4"}
+poolings.append(("isqrt_cov", Pooling.named("isqrt_cov", reduced_dim=6, **minimax)))
+for name, settings in poolings:
+    pool = build_pooling(settings, embed_dim=8)
     pool.eval()
     # Fewer tokens than channels, and for one method more.
     for num_tokens in (5, 9) if name == "isqrt_cov" else (5,):

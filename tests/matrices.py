@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,13 +24,24 @@ def semidefinite(
 
 def polynomial(x: Tensor, *, num_iterations: int, pre_norm: str = "trace") -> Tensor:
     """Return the Newton-Schulz root of one matrix, word by word as it is defined."""
-    size = x.trace() if pre_norm == "trace" else torch.linalg.matrix_norm(x)
+    return coupled(x, steps=((1.5, -0.5),) * num_iterations, pre_norm=pre_norm)[0]
+
+
+def coupled(
+    x: Tensor, *, steps: Sequence[tuple[float, float]], pre_norm: str = "trace"
+) -> tuple[Tensor, Tensor]:
+    """Return the root of one matrix and its inverse by the coupled iteration."""
+    size = {
+        "trace": torch.trace,
+        "frobenius": torch.linalg.matrix_norm,
+        "s4": lambda x: torch.trace(x @ x @ x @ x) ** 0.25,
+    }[pre_norm](x)
     eye = torch.eye(len(x), dtype=x.dtype)
     y, z = x / size, eye
-    for _ in range(num_iterations):
-        t = (3 * eye - z @ y) / 2
+    for a, b in steps:
+        t = a * eye + b * z @ y
         y, z = y @ t, t @ z
-    return y * size.sqrt()
+    return y * size.sqrt(), z / size.sqrt()
 
 
 def spectral(x: Tensor, *, power: float) -> Tensor:

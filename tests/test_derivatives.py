@@ -81,6 +81,18 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
         ),
         MANY,
     ),
+    "minimax, N=4, s4": (
+        of_covariance(
+            partial(
+                newton_schulz_sqrt,
+                num_iterations=4,
+                coefficients="minimax",
+                pre_norm="s4",
+            )
+        ),
+        MANY,
+    ),
+    "minimax, few tokens": (partial(covariance_sqrt, coefficients="minimax"), FEW),
     "Newton-Schulz, inverse": (of_covariance(newton_schulz_inverse_sqrt), MANY),
     "Newton-Schulz, few tokens": (covariance_sqrt, FEW),
     "Newton-Schulz, not symmetric": (

@@ -20,7 +20,7 @@ from sovit.newton_schulz import (
 )
 from tests.matrices import check_autocast, normal, polynomial, semidefinite, spectral
 
-BOTH = pytest.mark.parametrize("pre_norm", ["trace", "frobenius"])
+BOTH = pytest.mark.parametrize("pre_norm", ["trace", "frobenius", "s4"])
 COUNTS = pytest.mark.parametrize("num_iterations", [1, 2, 3, 5])
 
 

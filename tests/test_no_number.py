@@ -31,6 +31,9 @@ OF_MATRICES: dict[str, Callable[[Tensor], Tensor]] = {
     "Newton-Schulz": newton_schulz_sqrt,
     "Newton-Schulz, N=1": partial(newton_schulz_sqrt, num_iterations=1),
     "Newton-Schulz, frobenius": partial(newton_schulz_sqrt, pre_norm="frobenius"),
+    "minimax, s4": partial(
+        newton_schulz_sqrt, num_iterations=3, coefficients="minimax", pre_norm="s4"
+    ),
     "svPN": svpn_from_ones,
     "svPN, iterations": partial(svpn_from_ones, num_iterations=2),
     "svPN, values": partial(svpn_from_ones, num_iterations=2, num_singular_values=2),
