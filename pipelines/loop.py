@@ -24,7 +24,7 @@ from pipelines.hashing import Purpose, key
 from pipelines.ingest.batch import Batch
 from pipelines.metrics import Sums
 from pipelines.mixing import draw_mix, mix, smooth_targets, soft_cross_entropy
-from pipelines.optim import learning_rate, set_learning_rate
+from pipelines.optim import current_learning_rate, learning_rate, set_learning_rate
 from pipelines.sharding import update_average
 from pipelines.step_errors import step_errors
 
@@ -160,7 +160,7 @@ def train(
             is_due = metrics.pop("is_time") > 0 or is_due or is_last
             epoch_bad += round(metrics.pop("num_bad"))
             settings.check_bad_share(epoch_bad)
-            lr = state.optimizer.param_groups[0]["lr"]
+            lr = current_learning_rate(state.optimizer)
             rates = clock.rates(metrics.pop("num_images"))
             metrics |= rates | {"lr": lr, "bad_images": epoch_bad}
             on_log(metrics, position)

@@ -7,7 +7,10 @@ from bisect import bisect_right
 from typing import Any
 
 import torch
-from timm.optim import param_groups_weight_decay  # pyright: ignore
+from timm.optim import (  # pyright: ignore
+    param_groups_layer_decay,  # pyright: ignore
+    param_groups_weight_decay,  # pyright: ignore
+)
 from torch import nn
 
 from pipelines.config import Optim
@@ -19,8 +22,9 @@ _LR_SCALE = "lr_scale"
 def build_optimizer(model: nn.Module, *, optim: Optim) -> torch.optim.Optimizer:
     """Build AdamW or SGD with the groups of parameters that the settings ask for.
 
-    Unless all are, parameters of one dimension and biases are not decayed. The
-    classifier's have groups of their own where its rate is scaled.
+    Unless all are, parameters of one dimension and biases are not decayed. Layers have
+    groups of their own where the rate falls by layer, and the classifier has where its
+    rate is scaled. Layers are those of timm's `group_matcher`.
     """
     groups = _groups(model, optim=optim)
     # Fused: one pass over the memory, and a step can be left out without asking the
@@ -41,11 +45,19 @@ def build_optimizer(model: nn.Module, *, optim: Optim) -> torch.optim.Optimizer:
 
 def _groups(model: nn.Module, *, optim: Optim) -> list[dict[str, Any]]:
     decay = optim.weight_decay
-    if optim.decay_all:
+    free = () if optim.decay_all else getattr(model, "no_weight_decay", tuple)()
+    if optim.layer_decay < 1:
+        groups = param_groups_layer_decay(
+            model,
+            weight_decay=decay,
+            no_weight_decay_list=tuple(free),
+            weight_decay_exclude_1d=not optim.decay_all,
+            layer_decay=optim.layer_decay,
+        )
+    elif optim.decay_all:
         trained = [p for p in model.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": trained, "weight_decay": decay}]
     else:
-        free = getattr(model, "no_weight_decay", tuple)()
         groups = param_groups_weight_decay(
             model, weight_decay=decay, no_weight_decay_list=tuple(free)
         )
@@ -54,11 +66,11 @@ def _groups(model: nn.Module, *, optim: Optim) -> list[dict[str, Any]]:
         return groups
     own = {id(p) for layer in classifiers(model) for p in layer.parameters()}
     split = []
-    # The classifier's come last: the rate that is logged is the first group's.
     for inside, factor in ((False, 1.0), (True, scale)):
         for group in groups:
             params = [p for p in group["params"] if (id(p) in own) == inside]
-            split.append({**group, "params": params, _LR_SCALE: factor})
+            factor_of_both = factor * group.get(_LR_SCALE, 1.0)
+            split.append({**group, "params": params, _LR_SCALE: factor_of_both})
     return [group for group in split if group["params"]]
 
 
@@ -117,6 +129,12 @@ def _piecewise(epoch: float, *, optim: Optim) -> float:
         return rates[-1]
     share = (epoch - ends[i - 1]) / (ends[i] - ends[i - 1])
     return rates[i - 1] + share * (rates[i] - rates[i - 1])
+
+
+def current_learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the rate that was set last, without the factors of groups."""
+    first = optimizer.param_groups[0]
+    return first["lr"] / first.get(_LR_SCALE, 1.0)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, *, lr: float) -> None:

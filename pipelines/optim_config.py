@@ -73,6 +73,9 @@ class Optim:
     """Where the cosine ends; other schedules have their own end."""
     classifier_lr_scale: float = 1.0
     """Multiplies the rate of the classifier: more than 1 for a fresh one."""
+    layer_decay: float = 1.0
+    """Multiplies the rate of each layer below the last, once for every layer between:
+    0.65 to 0.85 to fine-tune a transformer; 1 gives all layers the same rate."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.05
     decay_all: bool = False
@@ -127,6 +130,7 @@ class Optim:
             betas=(min(self.betas) >= 0 and max(self.betas) < 1, "0 <= beta < 1"),
             eps=(self.eps > 0, "above 0"),
             momentum=(0 <= self.momentum < 1, "0 <= momentum < 1"),
+            layer_decay=(0 < self.layer_decay <= 1, "0 < decay <= 1"),
             classifier_lr_scale=(self.classifier_lr_scale > 0, "above 0"),
         )
 

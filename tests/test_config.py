@@ -75,6 +75,8 @@ BAD = [
     (OPTIM, "clip_grad_norm", -1.0),
     (OPTIM, "momentum", 1.0),
     (OPTIM, "classifier_lr_scale", 0.0),
+    (OPTIM, "layer_decay", 0.0),
+    (OPTIM, "layer_decay", 1.1),
     (Probe(), "every_steps", -1),
     (Probe(), "min_step_size", 76.0),
     (Probe(), "num_step_sizes", 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, cast
 
 import pytest
@@ -12,7 +13,12 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
 from pipelines.config import Optim, Schedule
-from pipelines.optim import build_optimizer, learning_rate, set_learning_rate
+from pipelines.optim import (
+    build_optimizer,
+    current_learning_rate,
+    learning_rate,
+    set_learning_rate,
+)
 
 OPTIM = Optim(lr=1e-3, num_epochs=6, warmup_epochs=1.5, cooldown_epochs=2)
 STEPS = 10
@@ -171,3 +177,39 @@ def test_the_classifier_has_its_own_rate(name: str, decay_all: bool) -> None:
         decays = decay_all or parameter.ndim > 1 or parameter_name == "cls_token"
         assert decay[id(parameter)] == (optim.weight_decay if decays else 0.0)
     assert not rate
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+@pytest.mark.parametrize("name", ["so_vit_7", "deit_tiny_so", "test_vit"])
+def test_layers_below_learn_more_slowly(name: str, decay_all: bool) -> None:
+    """By powers of the factor: embedding, blocks one by one, head."""
+    settings: dict[str, Any] = (
+        {} if name == "test_vit" else {"depth": 3, "img_size": 64}
+    )
+    model = timm.create_model(name, num_classes=5, **settings)
+    optim = dataclasses.replace(
+        OPTIM, layer_decay=0.5, classifier_lr_scale=3.0, decay_all=decay_all
+    )
+    optimizer = build_optimizer(model, optim=optim)
+    set_learning_rate(optimizer, lr=0.2)
+    assert current_learning_rate(optimizer) == pytest.approx(0.2)
+    groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    num_blocks = 6 if name == "test_vit" else 3
+    free = () if decay_all else cast(Any, model).no_weight_decay()
+    for parameter_name, parameter in model.named_parameters():
+        group = groups.pop(id(parameter))
+        layer = re.search(r"blocks\.(\d+)", parameter_name)
+        if re.search(
+            r"(^|\.)(patch_embed|cls_token|pos_embed|reg_token)", parameter_name
+        ):
+            above = num_blocks + 1
+        elif layer:
+            above = num_blocks - int(layer[1])
+        else:  # timm puts the last norm with the last block
+            above = 1 if re.search(r"^(backbone\.)?norm\.", parameter_name) else 0
+        fresh = parameter_name.startswith(("head.fc", "head.weight", "head.bias"))
+        factor = 0.5**above * (3.0 if fresh else 1.0)
+        assert group["lr"] == pytest.approx(0.2 * factor), parameter_name
+        decays = decay_all or (parameter.ndim > 1 and parameter_name not in free)
+        assert bool(group["weight_decay"]) == decays, parameter_name
+    assert not groups
