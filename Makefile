@@ -11,7 +11,7 @@ NAME ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
 help:
 	@echo "make demo     train a So-ViT on 12,000 photographs for a few minutes"
-	@echo "make sweep    search its pooling: 12 trials in some 7 minutes, half stopped early"
+	@echo "make sweep    search its pooling: 12 trials in less than 10 minutes, most stopped early"
 	@echo "make test     lint, types, import rules and tests"
 	@echo "make test-slow  what takes minutes: rehearsals, sweeps over all of timm"
 	@echo "make install  prepare .venv alone"
@@ -35,7 +35,7 @@ demo: $(READY)
 
 sweep: $(READY)
 	$(BIN)/sovit-tune demo pooling --name $(NAME:demo-%=sweep-%) --num-trials 12 \
-	  --scale.num-workers 0 --optim.num-epochs 3 --optim.warmup-epochs 0.5 \
+	  --scale.num-workers 0 --optim.num-epochs 2 --optim.warmup-epochs 0.5 \
 	  --optim.ema-decay 0
 
 test: $(READY)

@@ -47,7 +47,7 @@ class Options:
     num_epochs: int = 4
     num_threads: int = 2
     json: Path | None = None
-    """File for all figures, written after each training."""
+    """File for all figures, written after each training, and gone on with."""
     plot: Path | None = None
     """Picture of the gains."""
 
@@ -132,15 +132,18 @@ def _main(arguments: Sequence[str]) -> None:
     options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
     torch.set_num_threads(options.num_threads)
     run = describe_run(seed=0, num_epochs=options.num_epochs)
-    results: dict[int, dict[str, list[Trained]]] = {
-        stride: {fusion: [] for fusion in _FUSIONS} for stride in options.strides
-    }
+    results = _known(options)
     # They take turns, so that what was measured when it is stopped is of all kinds.
     work = [
         (seed, stride, fusion)
         for seed in range(options.num_seeds)
         for stride in options.strides
         for fusion in _FUSIONS
+    ]
+    work = [
+        (seed, stride, fusion)
+        for seed, stride, fusion in work
+        if len(results[stride][fusion]) <= seed
     ]
     for seed, stride, fusion in tqdm(work, unit="training", disable=None):
         make = functools.partial(build, run, stride=stride, fusion=fusion)
@@ -153,10 +156,35 @@ def _main(arguments: Sequence[str]) -> None:
         plot(options.plot, results=results, run=run)
 
 
+def _known(options: Options) -> dict[int, dict[str, list[Trained]]]:
+    """Read what was measured before; nothing where there is no file."""
+    empty = {stride: {fusion: [] for fusion in _FUSIONS} for stride in options.strides}
+    if options.json is None or not options.json.exists():
+        return empty
+    content = json.loads(options.json.read_text())
+    if content["options"] != _words(options):
+        raise ValueError(
+            f"expected figures of {_words(options)} in {options.json}, got those of "
+            f"{content['options']}; choose another --json"
+        )
+    return {
+        stride: {
+            fusion: [Trained(**one) for one in content["strides"][str(stride)][fusion]]
+            for fusion in _FUSIONS
+        }
+        for stride in options.strides
+    }
+
+
+def _words(options: Options) -> str:
+    plain = dataclasses.replace(options, json=None, plot=None, num_threads=1)
+    return str(plain)
+
+
 def _as_json(results: Results, *, options: Options) -> str:
     content: dict[str, Any] = {
         "machine": machine(),
-        "options": str(dataclasses.replace(options, json=None, plot=None)),
+        "options": _words(options),
         "strides": {
             stride: {
                 fusion: [asdict(one) for one in found] for fusion, found in of.items()

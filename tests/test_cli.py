@@ -45,14 +45,14 @@ def parsed(*arguments: str) -> Run:
 
 def test_overrides_are_typed_and_nested() -> None:
     run = parsed(
-        *("--data.batch-size", "64", "--optim.lr", "3e-4", "--seed", "3"),
-        *("--model.pooling.power", "0.25", "--model.kwargs.depth", "2"),
+        *("--data.batch-size", "32", "--optim.lr", "3e-4", "--seed", "3"),
+        *("--model.pooling.power", "0.25", "--model.kwargs.depth", "3"),
         *("--augment.crop-scale", "0.1", "0.9", "--scale.use-gpu"),
     )
-    assert (run.data.batch_size, run.optim.lr, run.seed) == (64, 3e-4, 3)
+    assert (run.data.batch_size, run.optim.lr, run.seed) == (32, 3e-4, 3)
     assert run.model.pooling is not None
     assert run.model.pooling.power == 0.25
-    assert run.model.kwargs["depth"] == 2
+    assert run.model.kwargs["depth"] == 3
     assert run.augment.crop_scale == (0.1, 0.9)
     assert run.scale.use_gpu
     assert parsed() == load_recipe("demo")

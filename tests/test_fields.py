@@ -13,7 +13,7 @@ from recipes.demo import demo
 def test_fields_change_together_and_nothing_else_does() -> None:
     # Alone either would be refused: two singular values need a reduced_dim of two.
     setting = {"pooling.num_singular_values": 30, "pooling.reduced_dim": (64, 32)}
-    fields = {**setting, "optim.lr": 1, "model.kwargs.depth": 2, "seed": 7}
+    fields = {**setting, "optim.lr": 1, "model.kwargs.depth": 3, "seed": 7}
     run = change_fields(demo(), fields)
     assert differing(demo(), run) == fields
     assert change_fields(demo(), {}) == demo()

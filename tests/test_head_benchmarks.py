@@ -159,6 +159,28 @@ def test_few_and_many_tokens_are_trained_with_both_heads(stride: int) -> None:
     assert set(both.state_dict()) > set(alone.state_dict())
 
 
+def test_trainings_that_were_measured_are_not_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def train(build: Any, *, seed: int, num_epochs: int) -> Trained:
+        made.append(seed)
+        if len(made) == 3:
+            raise ValueError("stopped here")
+        return Trained(top1=70 + seed, ema_top1=0.0, num_params=1, seconds=1.0)
+
+    monkeypatch.setattr(token_gain, "train_once", train)
+    arguments = ["--strides", "4", "--num-seeds", "2", "--json", str(tmp_path / "it")]
+    with pytest.raises(ValueError, match="stopped here"):
+        token_gain._main(arguments)
+    token_gain._main(arguments)
+    assert made == [0, 0, 1, 1, 1]
+    assert "70.50 +- 0.71" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="choose another --json"):
+        token_gain._main([*arguments, "--num-epochs", "2"])
+
+
 def test_a_gain_is_of_the_same_seed(tmp_path: Path) -> None:
     def reached(*top1s: float) -> list[Trained]:
         return [

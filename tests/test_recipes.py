@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipelines.config import Model, Run
 from pipelines.optim import learning_rate
 from pipelines.recipe import load_recipe, recipes_of
 from pipelines.runfile import from_json, to_json
+from sovit import SoViT
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,6 +65,14 @@ def test_a_recipe_builds_its_network_with_the_networks_own_pooling(name: str) ->
     if run.model.pooling is not None:
         assert run.model.pooling == model.get_submodule("head.pool").pooling
     assert from_json(to_json(run)) == run
+
+
+def test_the_demo_pools_as_many_tokens_as_a_covariance_needs() -> None:
+    said: list[str] = []
+    model = build_model(load_recipe("demo").model, num_classes=10, tell=said.append)
+    assert isinstance(model, SoViT)
+    assert math.prod(model.grid_size) >= 49
+    assert not said
 
 
 @pytest.mark.parametrize("name", [n for n in names() if n != "demo.demo"])

@@ -175,8 +175,8 @@ def test_without_a_store_the_column_is_empty_and_nothing_is_made(
         "demo",
         "so_vit_7",
         "32",
-        "0.93",
-        "0.0138",
+        "0.54",
+        "0.0379",
     ]
     assert list(tmp_path.iterdir()) == []
 

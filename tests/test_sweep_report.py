@@ -125,7 +125,7 @@ def test_importance_finds_the_field_that_decides() -> None:
     [
         {},
         {"optim.num_epochs": 3, "optim.warmup_epochs": 0.5, "scale.num_workers": 1},
-        {"model.kwargs.depth": 2, "optim.schedule.kind": "constant"},
+        {"model.kwargs.depth": 3, "optim.schedule.kind": "constant"},
     ],
 )
 def test_the_winner_is_a_recipe(tmp_path: Path, changes: dict[str, Any]) -> None:
