@@ -4,9 +4,10 @@
     python -m benchmarks.family --num-seeds 1 --num-epochs 2 --json result.json
 
 The demo's photographs, its way of training and its schedule; a ResNet of one block a
-stage for 32x32 pixels, whose last three stages have 8x8 positions: 64 tokens, and no
-head has more channels on its smaller side. First order is average pooling; ECA and GSoP gate the channels within the blocks and end in average
-pooling. Seeds change weights and the order of images. One process, without Ray.
+stage for 32x32 pixels, whose last three stages have 8x8 positions: 64 tokens, as many
+as the widest head has channels. First order is average pooling; ECA and GSoP gate the
+channels within the blocks and end in average pooling. Seeds change weights and the
+order of images. One process, without Ray.
 """
 
 from __future__ import annotations
