@@ -8,6 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from sovit.approximants import (
+    APPROXIMANTS,
+    approximate_covariance_sqrt,
+    approximate_sqrt,
+)
 from sovit.moments import covariance
 from sovit.newton_schulz import covariance_sqrt, newton_schulz_sqrt
 from sovit.pooling_settings import Pooling
@@ -72,6 +77,8 @@ class Normalize(nn.Module):
             )
         if name == "newton_schulz":
             return newton_schulz_sqrt(x, **self._root_settings())
+        if name in APPROXIMANTS:
+            return approximate_sqrt(x, approximant=name)
         if name == "eigen":
             return matrix_power(x, power=pooling.power)
         if name == "svd":
@@ -93,6 +100,10 @@ class Normalize(nn.Module):
         pooling = self.pooling
         if pooling.normalizer == "newton_schulz":
             return covariance_sqrt(x, **self._root_settings(), centering=centering)
+        if pooling.normalizer in APPROXIMANTS:
+            return approximate_covariance_sqrt(
+                x, approximant=pooling.normalizer, centering=centering
+            )
         if pooling.normalizer == "eigen":
             return covariance_power(x, power=pooling.power, centering=centering)
         return self.forward(covariance(x, centering=centering))

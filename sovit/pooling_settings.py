@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_args, no_type_check
 
+from sovit.approximants import APPROXIMANTS
 from sovit.minimax import COEFFICIENTS, find_coefficients
 from sovit.moments import CENTERINGS
 from sovit.newton_schulz import PRE_NORMS
@@ -17,6 +18,8 @@ PoolingType = Literal["cross_cov", "multi_head", "cov", "gaussian", "avg"]
 Normalizer = Literal[
     "svpn",
     "newton_schulz",
+    "mpa",
+    "mtp",
     "eigen",
     "log",
     "svd",
@@ -29,7 +32,7 @@ Normalizer = Literal[
 Start = Literal["learned", "ones"]
 SYMMETRIC_TYPES = ("cov", "gaussian")
 # Normalisers that only symmetric matrices have.
-SYMMETRIC_NORMALIZERS = ("newton_schulz", "eigen", "log")
+SYMMETRIC_NORMALIZERS = ("newton_schulz", *APPROXIMANTS, "eigen", "log")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +69,10 @@ class Pooling:
 
     normalizer: Normalizer = "svpn"
     """"svpn" takes a power of the singular values fast (`sovit.svpn`), "svd" exactly;
-    of symmetric matrices "newton_schulz" takes the root fast, "eigen" a power exactly,
-    "log" the logarithm. "signed_sqrt" (of each element, with `power`), "layer_norm",
-    "scale" (by 1 / sqrt of the width) and "learned_scale" are those to compare with."""
+    of symmetric matrices "newton_schulz" takes the root fast, "mpa" and "mtp" by one
+    rational function or polynomial, "eigen" a power exactly, "log" the logarithm.
+    "signed_sqrt" (of each element, with `power`), "layer_norm", "scale" (by 1 / sqrt of
+    the width) and "learned_scale" are those to compare with."""
 
     power: Number = 0.5
     """Exponent of "svpn", "svd", "eigen" and "signed_sqrt"."""

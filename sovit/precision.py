@@ -65,3 +65,35 @@ def matmul(
     """
     product: Tensor = _Matmul.apply(a, b)  # pyright: ignore[reportAssignmentType]
     return product
+
+
+class _Solve(torch.autograd.Function):
+    """Solve outside autocast, also where `backward()` is called inside it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        # The one that raises asks the device, and no number is no reason to.
+        return torch.linalg.solve_ex(a, b).result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        a, x = ctx.saved_tensors
+        of_b = solve(a.mT, grad_outputs[0])
+        return -matmul(of_b, x.mT), of_b
+
+
+def solve(
+    a: Float[Tensor, "*batch m m"], b: Float[Tensor, "*batch m k"]
+) -> Float[Tensor, "*batch m k"]:
+    """Solve a x = b in its own precision, forward and backward: see `matmul`.
+
+    Where `a` has no inverse the result has NaN or infinity in it.
+    """
+    x: Tensor = _Solve.apply(a, b)  # pyright: ignore[reportAssignmentType]
+    return x

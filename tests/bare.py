@@ -79,6 +79,8 @@ SMALL = {"cov": 6, "mpn_cov": 6, "isqrt_cov": 6, "gaussian": 6, "svpn": (6, 4),
 poolings = [(name, Pooling.named(name, reduced_dim=dim)) for name, dim in SMALL.items()]
 minimax = {"coefficients": "minimax", "num_iterations": 3, "pre_norm": "s4"}
 poolings.append(("isqrt_cov", Pooling.named("isqrt_cov", reduced_dim=6, **minimax)))
+for name in ("mpa", "mtp"):
+    poolings.append((name, Pooling.named("mpn_cov", reduced_dim=6, normalizer=name)))
 for name, settings in poolings:
     pool = build_pooling(settings, embed_dim=8)
     pool.eval()

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sovit
+from sovit.approximants import approximate_covariance_sqrt, approximate_sqrt
 from sovit.moments import covariance
 from sovit.newton_schulz import (
     covariance_sqrt,
@@ -93,6 +94,12 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
         MANY,
     ),
     "minimax, few tokens": (partial(covariance_sqrt, coefficients="minimax"), FEW),
+    "MPA": (of_covariance(approximate_sqrt), MANY),
+    "MPA, few tokens": (approximate_covariance_sqrt, FEW),
+    "MTP, few tokens": (
+        partial(approximate_covariance_sqrt, approximant="mtp"),
+        FEW,
+    ),
     "Newton-Schulz, inverse": (of_covariance(newton_schulz_inverse_sqrt), MANY),
     "Newton-Schulz, few tokens": (covariance_sqrt, FEW),
     "Newton-Schulz, not symmetric": (

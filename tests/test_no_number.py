@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sovit.approximants import approximate_sqrt
 from sovit.moments import covariance
 from sovit.newton_schulz import covariance_sqrt, newton_schulz_sqrt
 from sovit.powers import covariance_power, matrix_log, matrix_power, sv_power
@@ -31,6 +32,8 @@ OF_MATRICES: dict[str, Callable[[Tensor], Tensor]] = {
     "Newton-Schulz": newton_schulz_sqrt,
     "Newton-Schulz, N=1": partial(newton_schulz_sqrt, num_iterations=1),
     "Newton-Schulz, frobenius": partial(newton_schulz_sqrt, pre_norm="frobenius"),
+    "MPA": approximate_sqrt,
+    "MTP": partial(approximate_sqrt, approximant="mtp"),
     "minimax, s4": partial(
         newton_schulz_sqrt, num_iterations=3, coefficients="minimax", pre_norm="s4"
     ),
