@@ -39,7 +39,7 @@ KEYS = "keys"
 # Epochs of some ten seconds, more than there is time for. Two workers do not fit one
 # host of two CPUs, and half a CPU is left to read.
 SMALLER = (
-    "--model.img-size 64 --optim.num-epochs 1000 --data.batch-size 20 "
+    "--optim.num-epochs 1000 --data.batch-size 20 "
     "--data.eval-batch-size 40 --data.shuffle-rows 200 --log-every-steps 5 "
     "--checkpoint-every-steps 20 --scale.cpus-per-worker 1.5 "
     f"--scale.resize-every-s 10 --key-log {HOME}/{KEYS}"
