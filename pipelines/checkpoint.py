@@ -50,6 +50,7 @@ __all__ = [
     "Manifest",
     "Position",
     "build_model",
+    "is_ours",
     "load_model",
     "load_optimizer",
     "load_weights",
@@ -96,14 +97,15 @@ def build_model(
     if not timm.is_model(settings.name):
         raise ValueError(
             f"model.name: wanted a model that timm knows, came {settings.name!r}; "
-            "see timm.list_models()"
+            "see timm.list_models(), or name the recipe file that registers it "
+            "(sovit-eval, sovit-predict, sovit-export: --code FILE)"
         )
     arguments: dict[str, Any] = dict(settings.kwargs)
     if settings.pooling is not None:
         arguments["pooling"] = settings.pooling
     if settings.drop_path_rate:
         arguments["drop_path_rate"] = settings.drop_path_rate
-    if timm.model_entrypoint(settings.name).__module__.startswith(sovit.__name__):
+    if is_ours(timm.model_entrypoint(settings.name)):
         arguments["img_size"] = settings.img_size
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", sovit.FewTokensWarning)
@@ -114,6 +116,11 @@ def build_model(
         else:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     return model
+
+
+def is_ours(entry: Callable[..., Any]) -> bool:
+    """Whether a function that builds a model is one of `sovit`, not of timm itself."""
+    return entry.__module__.partition(".")[0] == sovit.__name__
 
 
 def without_weights(settings: Model) -> Model:

@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 import tyro
 
 from pipelines.credentials import holds_secret, without_credentials
-from pipelines.errors import RunFailedError
+from pipelines.errors import InterruptedRun, RunFailedError
 
 T = TypeVar("T")
 _BROKEN_PIPE = 141
@@ -39,6 +39,10 @@ def parse(
     Raises ValueError, in one line, where a field is not known or a value is no such
     thing.
     """
+    if any(word.partition("=")[0] == "--recipe" for word in arguments):
+        raise ValueError(
+            f"expected a recipe's name in front, got --recipe; write `{prog} NAME ...`"
+        )
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -74,7 +78,8 @@ def run_command(command: Callable[[Sequence[str]], None], *, prog: str) -> NoRet
     """Run a command; what the user can mend becomes one line and exit status 2.
 
     So does an argument that holds a secret: the command does not begin. A run whose
-    workers failed too often becomes one line and exit status 1.
+    workers failed too often becomes one line and exit status 1. One that was asked to
+    end becomes one line and 75 after a checkpoint, 128 and the signal's number else.
     """
     _show_progress_of_ours()
     try:
@@ -84,8 +89,11 @@ def run_command(command: Callable[[Sequence[str]], None], *, prog: str) -> NoRet
         fail(f"{prog}: {error}", status=2)
     except RunFailedError as error:
         fail(f"{prog}: {error}; its checkpoints are kept, see --resume", status=1)
-    except KeyboardInterrupt:
-        fail(f"{prog}: interrupted", status=130)
+    except InterruptedRun as error:
+        fail(f"{prog}: {error}", status=int(error.code or 0))
+    except KeyboardInterrupt as error:
+        hint = f"; {error}" if str(error) else ""
+        fail(f"{prog}: interrupted{hint}", status=130)
     except BrokenPipeError:  # who reads has seen enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(_BROKEN_PIPE)

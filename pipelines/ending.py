@@ -1,38 +1,129 @@
-"""Answer SIGTERM, the word of schedulers and spot markets, with an orderly end."""
+"""Answer Ctrl-C, SIGTERM and SIGHUP with an orderly end.
+
+The words of a person, of schedulers and spot markets, and of a terminal that is closed:
+all three ask for the same. While a run trains, the first one asks for a checkpoint and
+an end, the second ends it at once. Where there is nothing to keep the first one ends
+it, and while a record is being written it waits until that is whole.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Literal
 
-logger = logging.getLogger(__name__)
+from pipelines.errors import InterruptedRun
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+Answer = Literal["end", "note", "wait"]
+
+
+class StopRequest:
+    """What signals ask of this process, and how it answers them now."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        """Set once the process is asked to end."""
+        self._number = signal.SIGTERM
+        self._answer: Answer = "end"
+        self._terminals = [fd for fd in (0, 1, 2) if _is_terminal(fd)]
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[threading.Event]:
+        """Within this block only set the event; the second signal ends it at once."""
+        with self._answering("note"):
+            yield self.event
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Let signals wait until the block is done; see `check`."""
+        with self._answering("wait"):
+            yield
+
+    def finish(self) -> None:
+        """Let signals wait for ever: all is done but for leaving."""
+        self._answer = "wait"
+
+    def check(self) -> None:
+        """Raise as the signal would have where one has come in the meantime."""
+        if self.event.is_set():
+            raise self._interruption()
+
+    @property
+    def name(self) -> str:
+        """Name of the signal that came last."""
+        return signal.Signals(self._number).name
+
+    @contextlib.contextmanager
+    def _answering(self, answer: Answer) -> Iterator[None]:
+        before, self._answer = self._answer, answer
+        try:
+            yield
+        finally:
+            self._answer = before
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Answer a signal: the handler, in the main thread."""
+        if number == signal.SIGHUP:
+            self._leave_terminals()
+        is_again = self.event.is_set()
+        self._number = signal.Signals(number)
+        self.event.set()
+        if self._answer == "end" or (self._answer == "note" and is_again):
+            raise self._interruption()
+        if self._answer == "note":
+            _say(f"{self.name}: writing a checkpoint, then ending; again: at once")
+
+    def _interruption(self) -> BaseException:
+        if self._number == signal.SIGINT:
+            return KeyboardInterrupt()
+        return InterruptedRun(f"ended by {self.name}", status=128 + self._number)
+
+    def _leave_terminals(self) -> None:
+        """Write to nowhere what goes to a terminal: it is gone, and writing fails."""
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for terminal in self._terminals:
+            os.dup2(nowhere, terminal)
+        os.close(nowhere)
 
 
 @contextlib.contextmanager
-def noted_sigterm(*, is_wanted: bool = True) -> Iterator[threading.Event]:
-    """Give an event that SIGTERM sets, instead of ending the process.
+def stop_requests(*, is_wanted: bool = True) -> Iterator[StopRequest]:
+    """Answer signals while a block runs.
 
-    The second one ends it. Where that is not wanted, and in other threads than the main
-    one, for which Python can't do this, the event is never set.
+    Signals that are ignored, as under nohup, stay so. Where it is not wanted, and in
+    other threads than the main one, for which Python can't do this, all are left alone.
     """
-    is_over = threading.Event()
+    stop = StopRequest()
     if not is_wanted or threading.current_thread() is not threading.main_thread():
-        yield is_over
+        yield stop
         return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if is_over.is_set():
-            sys.exit(128 + number)
-        logger.info("asked to end: writing a checkpoint first")
-        is_over.set()
-
-    before = signal.signal(signal.SIGTERM, note)
+    before = {
+        number: signal.getsignal(number)
+        for number in SIGNALS
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
+    for number in before:
+        signal.signal(number, stop.handle)
     try:
-        yield is_over
+        yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_terminal(descriptor: int) -> bool:
+    try:
+        return os.isatty(descriptor)
+    except OSError:
+        return False
+
+
+def _say(line: str) -> None:
+    # Not through a stream, which the signal may have interrupted in the middle.
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())

@@ -30,8 +30,26 @@ class RewindError(RuntimeError):
         return self.args[0]
 
 
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same again goes on.
+CHECKPOINTED = 75
+
+
 class InterruptedRun(SystemExit):
-    """Say that a run was asked to end, and did so after a checkpoint."""
+    """A run that ended because it was asked to.
+
+    Args:
+        line: What to tell the user.
+        status: Exit status: `CHECKPOINTED` after a checkpoint, else 128 and the
+            signal's number.
+    """
+
+    def __init__(self, line: str, *, status: int = CHECKPOINTED) -> None:
+        super().__init__(status)
+        self.line = line
+
+    def __str__(self) -> str:
+        """Return the line."""
+        return self.line
 
 
 class StoppedEarly(SystemExit):

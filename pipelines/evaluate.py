@@ -36,6 +36,7 @@ from pipelines.credentials import without_credentials
 from pipelines.device import Wanted, find_device
 from pipelines.ingest.footers import read_shard_set
 from pipelines.loop import LoopSettings
+from pipelines.model_code import load_model_code
 from pipelines.pixels.rows import BadImage
 from pipelines.robustness import report
 from pipelines.robustness.measure import Subject, measure
@@ -72,6 +73,9 @@ class Options:
     batch_size: int = 256
     decoder: Literal["auto", "dali", "torch"] = "auto"
     num_decode_threads: int = max((os.cpu_count() or 2) // 2, 1)
+    code: str = ""
+    """Recipe file that registers the checkpoint's model, where that is your own and the
+    run is none that you trained here; it is run."""
     device: Wanted = "auto"
     json: str = ""
     """File that the result is also written to."""
@@ -92,6 +96,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     """
     options.robustness.check()
     also = named_addresses(options.also, option="--also")
+    load_model_code(options.checkpoint, given=options.code)
     with opened(options.checkpoint) as folder:
         models, manifest = _models(folder, options=options)
     # What can't be used is said before the work begins.

@@ -90,6 +90,26 @@ def fits(value: object, hint: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
+def wrong_fields(owner: Any, *, prefix: str = "") -> list[str]:
+    """Describe the fields of a dataclass, and of those in it, with values of no type.
+
+    Python checks no annotation, and a wrong value would fail much later.
+    """
+    found: list[str] = []
+    hints = typing.get_type_hints(type(owner))
+    for field in dataclasses.fields(owner):
+        if not hasattr(owner, field.name):
+            continue
+        value, hint = getattr(owner, field.name), hints[field.name]
+        name = f"{prefix}{field.name}"
+        if not fits(value, hint):
+            shown = getattr(hint, "__name__", None) if not typing.get_args(hint) else ""
+            found.append(f"{name}: expected {shown or hint}, got {value!r}; mend it")
+        elif dataclasses.is_dataclass(value):
+            found += wrong_fields(value, prefix=f"{name}.")
+    return found
+
+
 def _items_fit(value: tuple[object, ...], hints: tuple[Any, ...]) -> bool:
     if len(hints) == 2 and hints[1] is Ellipsis:
         return all(fits(item, hints[0]) for item in value)

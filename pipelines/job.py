@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipelines.config import Run
 from pipelines.files import Place
 from pipelines.ingest.footers import ShardSet
+from pipelines.own_code import OwnCode
 from pipelines.store import CheckpointStore
 from pipelines.validation.labels import HeldOut
 
@@ -25,6 +26,8 @@ class Job:
     mlflow_run_id: str
     keeps_model: bool = True
     """Whether its model, and pictures of what it gets wrong, go to MLflow."""
+    code: OwnCode | None = None
+    """The user's own recipe file, which may register the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

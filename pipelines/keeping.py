@@ -81,7 +81,9 @@ def log_model(trained: Trained, *, job: Job) -> None:
     example = next(filter(is_whole, images), b"")
     uri, run_id = job.tracking_uri, job.mlflow_run_id
     with opened(trained.checkpoint) as folder:
-        address = tracking.log_model(uri, run_id, checkpoint=folder, example=example)
+        address = tracking.log_model(
+            uri, run_id, checkpoint=folder, example=example, code=job.code
+        )
     register_model(
         uri,
         address,

@@ -138,6 +138,14 @@ def _open_fsspec(address: str, *, scheme: str) -> tuple[pafs.FileSystem, str]:
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 
+def parent_address(address: str) -> str:
+    """Give the address of the folder that a folder lies in."""
+    if "://" not in address:
+        return os.path.dirname(os.path.abspath(address))
+    path, mark, options = address.partition("?")
+    return f"{path.rstrip('/').rpartition('/')[0]}{mark}{options}"
+
+
 def _unusable(address: str, *, reason: str) -> ValueError:
     return ValueError(
         "wanted a path or an address such as s3://bucket/folder, came "

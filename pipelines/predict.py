@@ -29,6 +29,7 @@ from pipelines.export.images import Encoded, decode, read_images
 from pipelines.export.names import readable_names
 from pipelines.export.subject import Subject, Weights, from_checkpoint
 from pipelines.export.timm_folder import CONFIG, read_timm
+from pipelines.model_code import load_model_code
 from pipelines.pixels.headers import BadImageError
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,9 @@ class Options:
     """auto takes the moving average where the checkpoint has one."""
     num_top: int = 5
     """Classes that are named for each image."""
+    code: str = ""
+    """Recipe file that registers the checkpoint's model, where that is your own and the
+    run is none that you trained here; it is run."""
     device: Wanted = "auto"
     json: str = ""
     """File that the answers are also written to; - prints them alone."""
@@ -164,6 +168,7 @@ def _main(arguments: Sequence[str]) -> None:
             f"wanted images and num_top of at least 1, came {len(options.images)} "
             f"and {options.num_top}; name files, folders or shards"
         )
+    load_model_code(options.checkpoint, given=options.code)
     subject = load_subject(options.checkpoint, weights=options.weights)
     names = readable_names(subject.classes)
     answers: list[Answer] = []

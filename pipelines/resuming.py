@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 
 from pipelines.config import Run
 from pipelines.credentials import without_credentials
@@ -12,10 +16,13 @@ from pipelines.not_learnt import (
     NOT_LEARNT_GROUPS,
     READING,
 )
+from pipelines.own_code import OwnCode, read_code
 from pipelines.places import absolute
-from pipelines.recipe import load_recipe
+from pipelines.recipe import load_code, load_recipe
 from pipelines.runfile import flat_params
 from pipelines.runs import Record, find_record, read_record
+
+logger = logging.getLogger(__name__)
 
 
 def record_to_resume(name: str, *, storage: str, recipe: str) -> Record | None:
@@ -27,6 +34,28 @@ def record_to_resume(name: str, *, storage: str, recipe: str) -> Record | None:
     if recipe and find_record(storage, name=name) is None:
         return None
     return read_record(storage, name=name)
+
+
+def resume_command(run: Run, *, name: str) -> str:
+    """Write the command that goes on with a run, ready to paste."""
+    storage = "" if run.storage == os.path.abspath("runs") else run.storage
+    words = ["sovit-train", "--resume", name]
+    return shlex.join(words + (["--storage", storage] if storage else []))
+
+
+def load_recorded(code: OwnCode) -> None:
+    """Run the recipe file that a run began with; log where it is now another."""
+    load_code(code)
+    try:
+        now = read_code(Path(code.origin))
+    except ValueError:
+        return  # it lay on another machine, or is gone: the record has it
+    if now.digest != code.digest:
+        logger.warning(
+            "%s has changed since this run began, which goes on with what it was; for "
+            "what it is now start a new run",
+            code.origin,
+        )
 
 
 def run_and_storage(resume: str, *, storage: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from pipelines.config import Run
 from pipelines.credentials import error_summary
 from pipelines.files import Place
 from pipelines.lease import OWNER_FILE
+from pipelines.own_code import OwnCode
 from pipelines.places import absolute
 from pipelines.retries import answering
 from pipelines.runfile import from_json, to_json
@@ -40,6 +41,8 @@ class Record:
     """Of the sweep that the run is a trial of."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """Of the shard sets that it trains and is evaluated on, wherever they lie."""
+    code: OwnCode | None = None
+    """The recipe file that it began with, where that is none of ours."""
 
 
 def check_name(storage: str, *, name: str) -> None:
@@ -76,6 +79,7 @@ def new_record(
     name: str,
     sweep_id: str = "",
     digests: Mapping[str, str] = MappingProxyType({}),
+    code: OwnCode | None = None,
 ) -> Record:
     """Make a new run's folder; ValueError as `check_name`."""
     check_name(run.storage, name=name)
@@ -85,6 +89,7 @@ def new_record(
         id=uuid.uuid4().hex,
         sweep_id=sweep_id,
         digests=dict(digests),
+        code=code,
     )
     place = Place(run.storage).within(name)
     try:
@@ -145,6 +150,7 @@ def find_record(storage: str, *, name: str) -> Record | None:
             id=raw.get("id", ""),
             sweep_id=raw.get("sweep_id", ""),
             digests=dict(raw.get("digests", {})),
+            code=OwnCode(**code) if (code := raw.get("code")) else None,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -8,7 +8,8 @@
 A new run gets a new name; `--resume` goes on with a run that did not finish, from its
 last checkpoint and with its own configuration. With a recipe, `--resume NAME` begins
 the run where there is none of that name, so the same command may be given again and
-again. SIGTERM is answered with a checkpoint and an end. `--dry-run` starts nothing: it
+again. Ctrl-C, SIGTERM and SIGHUP are answered with a checkpoint and an end, with exit
+status 75. `--dry-run` starts nothing: it
 prints model, data, steps, rate, memory, time and places, and `--plot` draws the rate.
 """
 
@@ -20,8 +21,9 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import Literal
 
 from ray.train import UserCallback
 
@@ -29,22 +31,27 @@ from pipelines import tracking
 from pipelines.alone import train_alone
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
-from pipelines.ending import noted_sigterm
+from pipelines.ending import StopRequest, stop_requests
 from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
 from pipelines.explain.show import show_dry_run
 from pipelines.files import Place
 from pipelines.hardware import tags_of, without_bfloat16
+from pipelines.help_text import COMMON, help_text, wants_help
 from pipelines.ingest.stream import Plans
 from pipelines.job import Job, Trained
 from pipelines.keeping import log_model, log_shards, open_tracking
 from pipelines.lease import claimed
+from pipelines.model_code import trust
+from pipelines.own_code import OwnCode
 from pipelines.preflight import CheckedRun, check_run, with_absolute_paths
 from pipelines.ray_trainer import train_on_ray
-from pipelines.recipe import load_recipe
+from pipelines.recipe import load_code, load_recipe, own_code_of
 from pipelines.resuming import (
     check_same,
     check_shards,
+    load_recorded,
     record_to_resume,
+    resume_command,
     run_and_storage,
 )
 from pipelines.runs import (
@@ -63,6 +70,15 @@ from pipelines.telling.progress import Display
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-train"
+_OWN_OPTIONS = {
+    "--name NAME": "Name of a new run; by default the recipe's and the time.",
+    "--resume NAME": "Go on with this run, or begin it where a recipe is named too.",
+    "--storage FOLDER": "Folder or bucket that holds the runs (default: the recipe's).",
+    "--dry-run": "Show what the run will do; start and write nothing.",
+    "--plot FILE": "With --dry-run, draw the learning rate.",
+    "-h, --help": "Show this help, with the recipe's defaults where one is named.",
+    "--help-all": "Show every field of a run.",
+}
 # A trial that is tried again may come before Ray has ended its last process.
 _TRIAL_PATIENCE_S = 60.0
 
@@ -78,6 +94,7 @@ def fit(
     keep_model: bool = True,
     ends_on_sigterm: bool = True,
     sweep_id: str = "",
+    code: OwnCode | None = None,
 ) -> Trained:
     """Train a run to its end, on Ray's workers or in this process.
 
@@ -91,64 +108,103 @@ def fit(
         tags: Further tags of the MLflow run.
         keep_model: Whether the final model and pictures of what it gets wrong go to
             MLflow; its checkpoint stays anyway.
-        ends_on_sigterm: Whether SIGTERM is answered with a checkpoint and
-            InterruptedRun. Ray's own processes leave it to Ray.
+        ends_on_sigterm: Whether SIGTERM, SIGHUP and Ctrl-C are answered with a
+            checkpoint and InterruptedRun. Ray's own processes leave them to Ray.
         sweep_id: Of the sweep that a new run is a trial of.
+        code: The user's own recipe file of a new run; one that goes on has its own.
 
     Raises ValueError for what the user can mend, before or while it trains, and
     RunFailedError where workers failed more often than the run allows. The MLflow run
     is marked FAILED with the reason.
     """
-    run = with_absolute_paths(run)
-    if record is None:
-        check_name(run.storage, name=name)
-    checked = check_run(run)
-    if record is not None:
-        check_shards(record, now=run, digests=checked.digests)
-    logger.info("run %s: %s", name, checked.summary)
-    if checked.few_tokens:
-        logger.warning(checked.few_tokens)
-    uri = tracking_uri or tracking.default_uri(run.storage)
-    folder, here = Place(run.storage).within(name), contextlib.nullcontext()
-    patience_s = _TRIAL_PATIENCE_S if sweep_id else 0.0
-    with (
-        claimed(folder, patience_s=patience_s),
-        here if run.scale.is_alone else ray_session(run.scale),
-    ):
-        # Only now: a run that there is no room for leaves nothing behind.
-        is_begun = record is not None
+    with stop_requests(is_wanted=ends_on_sigterm) as stop:
+        run = with_absolute_paths(run)
         if record is None:
-            record = new_record(run, name=name, sweep_id=sweep_id)
-        record = dataclasses.replace(record, run=run, digests=checked.digests)
-        job = _begun(record, checked=checked, uri=uri, tags=tags, is_begun=is_begun)
-        job = dataclasses.replace(job, keeps_model=keep_model)
-        run_id = job.mlflow_run_id
-        record = dataclasses.replace(record, mlflow_run_id=run_id)
-        write_record(record)
-        try:
-            train = train_alone if run.scale.is_alone else train_on_ray
-            with noted_sigterm(is_wanted=ends_on_sigterm) as is_over:
-                listener = _listener(job, name=name, is_over=is_over)
-                trained = train(job, name=name, callbacks=callbacks, listener=listener)
-            if is_over.is_set() and not _is_complete(trained, run=run):
-                raise InterruptedRun(f"{_PROG}: ended; go on with --resume {name}")
-            if keep_model:
-                log_model(trained, job=job)
-        except (ValueError, RunFailedError) as error:
-            tracking.end_run(uri, run_id, status="FAILED", reason=str(error))
-            raise
-        except StoppedEarly:
-            tracking.end_run(uri, run_id, status="FINISHED")
-            raise
-        except (KeyboardInterrupt, SystemExit):  # Ray Train answers Ctrl-C with these
-            tracking.end_run(uri, run_id, status="KILLED", reason="interrupted")
-            raise
-        except Exception as error:
-            tracking.end_run(uri, run_id, status="FAILED", reason=repr(error))
-            raise
-    tracking.end_run(uri, run_id, status="FINISHED")
-    write_record(dataclasses.replace(record, status="finished"))
+            check_name(run.storage, name=name)
+        elif record.code:
+            load_code(record.code)
+        checked = check_run(run)
+        if record is not None:
+            check_shards(record, now=run, digests=checked.digests)
+        logger.info("run %s: %s", name, checked.summary)
+        if checked.few_tokens:
+            logger.warning(checked.few_tokens)
+        uri = tracking_uri or tracking.default_uri(run.storage)
+        folder, here = Place(run.storage).within(name), contextlib.nullcontext()
+        patience_s = _TRIAL_PATIENCE_S if sweep_id else 0.0
+        with (
+            claimed(folder, patience_s=patience_s),
+            here if run.scale.is_alone else ray_session(run.scale),
+        ):
+            # Only now: a run that there is no room for leaves nothing behind. And
+            # whole: between its folder and its id in MLflow no signal is answered.
+            with stop.waiting():
+                is_begun = record is not None
+                if code and not is_begun:
+                    trust(code)
+                if record is None:
+                    record = new_record(run, name=name, sweep_id=sweep_id, code=code)
+                record = dataclasses.replace(record, run=run, digests=checked.digests)
+                job = _begun(
+                    record, checked=checked, uri=uri, tags=tags, is_begun=is_begun
+                )
+                job = dataclasses.replace(job, keeps_model=keep_model)
+                record = dataclasses.replace(record, mlflow_run_id=job.mlflow_run_id)
+                write_record(record)
+            with _ended_in_mlflow(job, name=name, stop=stop):
+                trained = _trained(job, name=name, callbacks=callbacks, stop=stop)
+                if keep_model:
+                    log_model(trained, job=job)
+            with stop.waiting():
+                tracking.end_run(uri, job.mlflow_run_id, status="FINISHED")
+                write_record(dataclasses.replace(record, status="finished"))
+            stop.finish()
     return trained
+
+
+def _trained(
+    job: Job, *, name: str, callbacks: Sequence[UserCallback], stop: StopRequest
+) -> Trained:
+    """Train to the end; InterruptedRun where a signal ended it after a checkpoint."""
+    stop.check()
+    run = job.run
+    train = train_alone if run.scale.is_alone else train_on_ray
+    with stop.noted() as is_over:
+        listener = _listener(job, name=name, is_over=is_over)
+        trained = train(job, name=name, callbacks=callbacks, listener=listener)
+        if is_over.is_set() and not _is_complete(trained, run=run):
+            raise InterruptedRun(f"ended by {stop.name} after a checkpoint")
+    return trained
+
+
+@contextlib.contextmanager
+def _ended_in_mlflow(job: Job, *, name: str, stop: StopRequest) -> Iterator[None]:
+    """Mark the MLflow run by how a block ends, where it does so early."""
+
+    def end(status: Literal["FINISHED", "FAILED", "KILLED"], reason: str = "") -> None:
+        with stop.waiting():
+            uri, run_id = job.tracking_uri, job.mlflow_run_id
+            tracking.end_run(uri, run_id, status=status, reason=reason)
+
+    go_on = f"go on with {resume_command(job.run, name=name)}"
+    try:
+        yield
+    except (ValueError, RunFailedError) as error:
+        end("FAILED", str(error))
+        raise
+    except StoppedEarly:
+        end("FINISHED")
+        raise
+    except KeyboardInterrupt as error:
+        end("KILLED", "interrupted")
+        raise KeyboardInterrupt(f"{error}; {go_on}".removeprefix("; ")) from error
+    except SystemExit as error:
+        end("KILLED", str(error))
+        status = error.code if isinstance(error.code, int) else 1
+        raise InterruptedRun(f"{error}; {go_on}", status=status) from error
+    except Exception as error:
+        end("FAILED", repr(error))
+        raise
 
 
 def _begun(
@@ -177,6 +233,7 @@ def _begun(
         held_out=checked.held_out,
         tracking_uri=uri,
         mlflow_run_id=run_id,
+        code=record.code,
     )
 
 
@@ -227,6 +284,18 @@ def _main(arguments: Sequence[str]) -> None:
     recipe = ""
     if arguments and not arguments[0].startswith("-"):
         recipe, *arguments = arguments
+    if wants_help(arguments):
+        default = load_recipe(recipe or "demo")
+        print(
+            help_text(
+                lambda rest: parse(Run, default=default, arguments=rest, prog=_PROG),
+                text=__doc__ or "",
+                own=_OWN_OPTIONS,
+                common=COMMON,
+                arguments=arguments,
+            )
+        )
+        return
     parser = argparse.ArgumentParser(_PROG, add_help=False, allow_abbrev=False)
     for option in ("--name", "--resume", "--storage", "--plot"):
         parser.add_argument(option, default="")
@@ -245,19 +314,22 @@ def _main(arguments: Sequence[str]) -> None:
                 f"--name {chosen.name} and --resume {chosen.resume}; leave one out"
             )
         record = record_to_resume(chosen.resume, storage=chosen.storage, recipe=recipe)
-    if record is None and not recipe and "--help" not in rest and "-h" not in rest:
+    if record is None and not recipe:
         raise ValueError(
             "wanted a recipe, such as demo or imagenet.so_vit_14, or --resume NAME; "
             "came neither"
         )
-    default = record.run if record else load_recipe(recipe or "demo")
+    default = record.run if record else load_recipe(recipe)
     run = parse(Run, default=default, arguments=rest, prog=_PROG, text=__doc__)
+    code = record.code if record else own_code_of(recipe)
     if record is not None:
         check_same(record.run, run)
     if record is not None and recipe:
         named = parse(Run, default=load_recipe(recipe), arguments=rest, prog=_PROG)
         advice = f"leave out {recipe} to go on with what it began with"
         check_same(record.run, with_absolute_paths(named), advice=advice)
+    if record and record.code:
+        load_recorded(record.code)  # after the file as it is now: the last one counts
     name = chosen.resume or chosen.name or _new_name(run)
     if chosen.plot and not chosen.dry_run:
         raise ValueError("wanted --dry-run with --plot, came --plot alone; give both")
@@ -265,7 +337,7 @@ def _main(arguments: Sequence[str]) -> None:
         show_dry_run(run, name=name, record=record, plot=chosen.plot)
         return
     start_s = time.monotonic()
-    trained = fit(run, name=name, record=record)
+    trained = fit(run, name=name, record=record, code=code)
     print_summary(trained, run=run, seconds=time.monotonic() - start_s)
 
 

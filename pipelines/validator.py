@@ -158,10 +158,13 @@ def measure(job: Job, place: Place) -> tuple[Found, list[NamedBadImage]]:
 
     from pipelines.checkpoint import opened
     from pipelines.device import device_of
+    from pipelines.recipe import load_code
     from pipelines.validation.beside import measure_checkpoint
 
     num_threads = max(int(job.run.validation.num_cpus), 1)
     torch.set_num_threads(num_threads)
+    if job.code:
+        load_code(job.code)
     bad: list[NamedBadImage] = []
     with opened(place) as folder:
         found = measure_checkpoint(

@@ -22,6 +22,7 @@ from pipelines.keeper import Keeper
 from pipelines.key_log import KeyLog
 from pipelines.loop import LoopSettings, TrainState, guard_of, share_buffers, train
 from pipelines.probing import Prober
+from pipelines.recipe import load_code
 from pipelines.supply import Supply, reading_of
 from pipelines.telling.bad_images import BadImageTeller
 from pipelines.telling.bands import draw_bands
@@ -36,6 +37,8 @@ class Worker:
 
     def __init__(self, job: Job, *, group: Group) -> None:
         run = job.run
+        if job.code:
+            load_code(job.code)
         self.job, self.run, self.group, self.rank = job, run, group, group.rank
         self.device = group.device
         if not is_gpu(self.device):

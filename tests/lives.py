@@ -27,11 +27,17 @@ for name in (
     importlib.import_module(name)
 
 
-def begin(arguments: Sequence[str], *, log: Path) -> BaseProcess:
-    """Start `sovit-train` in a process of its own, which writes into a log."""
+def begin(
+    arguments: Sequence[str], *, log: Path, keeps_model: bool = False
+) -> BaseProcess:
+    """Start `sovit-train` in a process of its own, which writes into a log.
+
+    It leads a session, by which all that it starts can be found, and no signal is
+    ignored in it, as in what a shell starts in the background.
+    """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
-    process = processes.Process(target=_live, args=(arguments, log))
+    process = processes.Process(target=_live, args=(arguments, log, keeps_model))
     process.start()
     return process
 
@@ -57,11 +63,16 @@ def last_step(key_log: Path) -> int:
     return int(lines[-1].partition(",")[0]) if lines else -1
 
 
-def _live(arguments: Sequence[str], log: Path) -> None:
+def _live(arguments: Sequence[str], log: Path, keeps_model: bool) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
     sys.argv = ["sovit-train", *arguments]
-    # To keep the model in MLflow takes seconds, and is shown elsewhere.
-    with mock.patch("pipelines.train.fit", functools.partial(fit, keep_model=False)):
+    # To keep the model in MLflow takes seconds.
+    kept = functools.partial(fit, keep_model=keeps_model)
+    with mock.patch("pipelines.train.fit", kept):
         main()

@@ -24,6 +24,7 @@ import tyro
 
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
+from pipelines.help_text import COMMON, help_text, wants_help
 from pipelines.places import absolute
 from pipelines.preflight import with_absolute_paths
 from pipelines.recipe import load_recipe
@@ -34,6 +35,18 @@ from tuning.options import Search
 from tuning.spaces import Space, load_space, words_of
 
 _PROG = "sovit-tune"
+_OWN_OPTIONS = {
+    "--name NAME": "Name of a new sweep; by default the recipe's and the time.",
+    "--resume NAME": "Go on with this sweep.",
+    "--storage FOLDER": "Folder or bucket that holds the sweeps.",
+    "--retry-failed": "With --resume, try those once more that failed.",
+    "-h, --help": "Show this help, with the recipe's defaults where one is named.",
+    "--help-all": "Show every field of the search and of a run.",
+}
+_SEARCH = (
+    *("method", "num-trials", "num-concurrent", "scheduler", "metrics", "modes"),
+    *("max-gpu-hours", "head-from"),
+)
 # What may differ when a sweep goes on: what was tried stays what it was.
 _FREE = ("num_trials", "num_concurrent", "max_gpu_hours", "num_retries")
 
@@ -55,6 +68,20 @@ def _main(arguments: Sequence[str]) -> None:
     from tuning.sweep import carry_out
 
     chosen, rest = _split(arguments)
+    if wants_help(rest):
+        default = Options(run=load_recipe((*chosen.names, "demo")[0]))
+        print(
+            help_text(
+                lambda rest: parse(
+                    Options, default=default, arguments=rest, prog=_PROG
+                ),
+                text=__doc__ or "",
+                own=_OWN_OPTIONS,
+                common=(*_SEARCH, *COMMON),
+                arguments=rest,
+            )
+        )
+        return
     if chosen.resume:
         sweep, space = _resumed(chosen, rest)
     else:
@@ -79,15 +106,12 @@ def _split(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _begun(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]:
     """Make a new sweep; everything that can be wrong with it is found here."""
-    wants_help = "--help" in rest or "-h" in rest
-    if len(chosen.names) < 2 and not wants_help:
+    if len(chosen.names) < 2:
         raise ValueError(
             "wanted a recipe and a space, as in `sovit-tune demo pooling`, or --resume "
             f"NAME; came {' '.join(chosen.names) or 'neither'}"
         )
-    recipe, space_name = (
-        [*chosen.names, "demo", "pooling"][:2] if wants_help else (chosen.names)
-    )
+    recipe, space_name = chosen.names
     default = load_recipe(recipe)
     if chosen.storage:
         rest += ["--storage", chosen.storage]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ray
 from ray.tune.schedulers import TrialScheduler
 
 from pipelines import tracking
+from pipelines.ending import StopRequest, stop_requests
+from pipelines.errors import InterruptedRun
 from pipelines.fields import change_fields
 from pipelines.lease import claimed
+from pipelines.own_code import OwnCode
+from pipelines.recipe import own_code_of
 from pipelines.runfile import flat_params, to_json
 from pipelines.runs import find_record
 from pipelines.session import needed, per_worker, ray_session, room
@@ -54,6 +59,8 @@ class _Carried:
     uri: str
     num_concurrent: int
     retries_failed: bool
+    code: OwnCode | None
+    """The recipe file, where that is the user's own."""
 
     def ledger(self, stage: StageName, settings: Sequence[Entry]) -> Ledger:
         """Open a stage's ledger, with further trials to make."""
@@ -81,6 +88,7 @@ class _Carried:
             is_local=not os.environ.get("RAY_ADDRESS"),
             is_alone=self.sweep.run.scale.is_alone,
             node_id=ray.get_runtime_context().get_node_id(),
+            code=self.code,
             told={
                 entry.number: entry.told_again(metrics=metrics)
                 for entry in ledger.entries
@@ -104,30 +112,65 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
     settings = [] if search.method == "optuna" else list_settings(space, search=search)
     listed = [Entry(number=n, setting=setting) for n, setting in enumerate(settings)]
     uri = tracking.default_uri(run.storage)
+    code = own_code_of(sweep.recipe)
     num_runs = max(search.num_concurrent, 1)
-    with claimed(sweep.folder):
+    with stop_requests() as stop, claimed(sweep.folder):
         with ray_session(run.scale, num_runs=num_runs, dashboard=True):
             if not sweep.mlflow_run_id:  # another may have begun and ended meanwhile
                 check_sweep_name(run.storage, name=sweep.name)
             check_state_api()
-            carried = _Carried(
-                sweep=_opened(sweep, uri=uri),
-                space=space,
-                uri=uri,
-                num_concurrent=search.num_concurrent or room(run.scale),
-                retries_failed=retries_failed,
-            )
-            heads = None
-            if search.head_from:
-                heads = _try_heads(carried, listed)
-                chosen = promoted(list(heads.entries), search=search)
-                listed = [
-                    Entry(number=one.number, setting=one.setting) for one in chosen
-                ]
-            ledger = _train(carried, listed)
+            with stop.waiting():
+                carried = _Carried(
+                    sweep=_opened(sweep, uri=uri),
+                    space=space,
+                    uri=uri,
+                    num_concurrent=search.num_concurrent or room(run.scale),
+                    retries_failed=retries_failed,
+                    code=code,
+                )
+            with _ended_early(carried, stop=stop):
+                stop.check()
+                heads = None
+                if search.head_from:
+                    heads = _try_heads(carried, listed)
+                    chosen = promoted(list(heads.entries), search=search)
+                    listed = [
+                        Entry(number=one.number, setting=one.setting) for one in chosen
+                    ]
+                ledger = _train(carried, listed)
+            stop.finish()
         conclude(carried.sweep, ledger=ledger, heads=heads, uri=uri)
     check_something_came(ledger)
     return ledger
+
+
+@contextlib.contextmanager
+def _ended_early(carried: _Carried, *, stop: StopRequest) -> Iterator[None]:
+    """Mark a sweep that is ended by a signal KILLED in MLflow, and its running trials.
+
+    These end with the Ray that they run on, so they can't do it themselves.
+    """
+    sweep = carried.sweep
+    go_on = f"go on with sovit-tune --resume {sweep.name}"
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        with stop.waiting():
+            for entry in Ledger(sweep, stage="full").entries:
+                record = find_record(
+                    sweep.run.storage, name=sweep.trial_name(entry.number)
+                )
+                if record is not None and not entry.has_ended:
+                    _kill(record.mlflow_run_id, uri=carried.uri)
+            _kill(sweep.mlflow_run_id, uri=carried.uri)
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(go_on) from error
+        status = error.code if isinstance(error.code, int) else 1
+        raise InterruptedRun(f"{error}; {go_on}", status=status) from error
+
+
+def _kill(run_id: str, *, uri: str) -> None:
+    tracking.end_run(uri, run_id, status="KILLED", reason="the sweep was interrupted")
 
 
 def _scheduler(sweep: Sweep) -> TrialScheduler:

@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.errors import NonFiniteLossError, RunFailedError, StoppedEarly
 from pipelines.failures import causes, first_line
+from pipelines.own_code import OwnCode
 
 # Settings that are known before lie one level deeper, in a list for Tune.
 NUMBER, SETTING, LISTED = "number", "setting", "listed"
@@ -59,6 +60,8 @@ class Known:
     """Ray's name of the machine that the sweep's driver runs on."""
     told: Mapping[int, Sequence[Mapping[str, Any]]]
     """What trials of an earlier start reported, by number, where they have ended."""
+    code: OwnCode | None = None
+    """The user's own recipe file, which may register the model."""
 
 
 def trial_name(sweep: str, number: int, *, kind: str = "") -> str:
@@ -199,11 +202,14 @@ class Trainer:
         They may have been reported just when the sweep was killed.
         """
         from pipelines.fields import change_fields
+        from pipelines.recipe import load_code
         from pipelines.runfile import from_json
         from pipelines.runs import find_record
         from pipelines.tracking.sweeps import child_tags
         from pipelines.train import fit
 
+        if known.code:
+            load_code(known.code)
         run = change_fields(from_json(known.run), setting)
         record = find_record(run.storage, name=name)
         if record is not None and record.sweep_id != known.sweep_id:
@@ -220,6 +226,7 @@ class Trainer:
             tags=child_tags(known.sweep, parent_id=known.parent_id),
             keep_model=False,
             ends_on_sigterm=False,
+            code=known.code,
             sweep_id=known.sweep_id,
         )
         return None if record is None else dict(trained.metrics)

@@ -26,6 +26,7 @@ from pipelines.export import checks, onnx_file, program, timm_folder
 from pipelines.export.folder import mark, whole_folder
 from pipelines.export.images import decode, read_images
 from pipelines.export.subject import Subject, Weights, card, from_checkpoint
+from pipelines.model_code import load_model_code
 from pipelines.pixels.headers import BadImageError
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ class Options:
     formats: tuple[Format, ...] = ("timm", "torch", "onnx")
     weights: Weights = "auto"
     """auto takes the moving average where the checkpoint has one."""
+    code: str = ""
+    """Recipe file that registers the checkpoint's model, where that is your own and the
+    run is none that you trained here; it is run."""
     images: tuple[str, ...] = ()
     """Files, folders or shards whose pixels the exported model is tried on too."""
     num_images: int = 32
@@ -86,6 +90,7 @@ def export_checkpoint(options: Options) -> dict[str, dict[str, Any]]:
     """
     options.check()
     with whole_folder(Path(options.out)) as folder:
+        load_model_code(options.checkpoint, given=options.code)
         subject = from_checkpoint(options.checkpoint, weights=options.weights)
         images = _pixels(subject, options=options)
         cases = checks.make_cases(

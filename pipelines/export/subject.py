@@ -10,8 +10,7 @@ from typing import Any, Literal
 import timm
 from torch import nn
 
-import sovit
-from pipelines.checkpoint import EMA_FILE, load_model, opened, without_weights
+from pipelines.checkpoint import EMA_FILE, is_ours, load_model, opened, without_weights
 from pipelines.config import Data, Model
 from pipelines.export.names import readable_names
 
@@ -38,7 +37,7 @@ class Subject:
     def is_ours(self) -> bool:
         """Tell whether the network is one of `sovit`, not of timm itself."""
         entry = timm.model_entrypoint(self.settings.name)
-        return entry.__module__.startswith(sovit.__name__)
+        return is_ours(entry)
 
 
 def from_checkpoint(address: str, *, weights: Weights = "auto") -> Subject:

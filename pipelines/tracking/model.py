@@ -11,6 +11,8 @@ or `{"dataframe_records": [{"image": "<base64>"}, ...]}`.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,13 +31,15 @@ from pipelines import checkpoint as checkpoints
 from pipelines import runfile
 from pipelines.credentials import without_credentials
 from pipelines.device import find_device
+from pipelines.own_code import OwnCode
 from pipelines.pixels.decode_eval import decode_eval
 from pipelines.pixels.headers import BadImageError
 from pipelines.pixels.pillow_decode import is_whole
+from pipelines.recipe import load_code
 
 NUM_TOP = 5
 _BATCH_SIZE = 32
-_CHECKPOINT = "checkpoint"
+_CHECKPOINT, _CODE = "checkpoint", "code"
 _PACKAGES = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "timm", "torch")
 
 
@@ -49,6 +53,9 @@ class ImageClassifier(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Build the model on a GPU where there is one."""
+        if _CODE in context.artifacts:
+            text = Path(context.artifacts[_CODE]).read_text()
+            load_code(OwnCode(**json.loads(text)))
         folder = Path(context.artifacts[_CHECKPOINT])
         model, self._manifest = checkpoints.load_model(folder)
         self._device = find_device("auto")
@@ -98,6 +105,7 @@ def write_model(
     checkpoint: Path,
     example: bytes,
     mlflow_model: Model | None = None,
+    code: OwnCode | None = None,
 ) -> None:
     """Write a checkpoint's model (its average, if kept) as an MLflow model folder.
 
@@ -107,10 +115,15 @@ def write_model(
         reduced = Path(scratch) / _CHECKPOINT
         reduced.mkdir()
         _reduce(checkpoint, reduced)
+        artifacts = {_CHECKPOINT: str(reduced)}
+        if code is not None:  # an MLflow model brings all that it needs
+            file = Path(scratch) / f"{_CODE}.json"
+            file.write_text(without_credentials(json.dumps(dataclasses.asdict(code))))
+            artifacts[_CODE] = str(file)
         save_model(
             folder,
             python_model=__file__,
-            artifacts={_CHECKPOINT: str(reduced)},
+            artifacts=artifacts,
             code_paths=[_package_folder(sovit), _package_folder(checkpoints)],
             signature=signature(),
             input_example=pd.DataFrame({"image": [example]}),

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.credentials import without_credentials
+from pipelines.own_code import OwnCode
 from pipelines.tracking.client import (
     NO_PROGRESS_BAR,
     attempt,
@@ -197,12 +198,20 @@ def log_file(
         )
 
 
-def log_model(uri: str, run_id: str, *, checkpoint: Path, example: bytes) -> str:
+def log_model(
+    uri: str,
+    run_id: str,
+    *,
+    checkpoint: Path,
+    example: bytes,
+    code: OwnCode | None = None,
+) -> str:
     """Log a checkpoint's model (its moving average, if kept) as an MLflow model.
 
     `pipelines.tracking.model` says what it takes and gives. `example` is one encoded
-    image. Weights of hundreds of megabytes take their time, so this alone may wait for
-    a server, ten minutes at most.
+    image, `code` the recipe file that registers the model, if any. Weights of hundreds
+    of megabytes take their time, so this alone may wait for a server, ten minutes at
+    most.
 
     Returns the model's address (`models:/m-...`), or "" where MLflow is away. Raises
     ValueError where the checkpoint is damaged.
@@ -222,7 +231,11 @@ def log_model(uri: str, run_id: str, *, checkpoint: Path, example: bytes) -> str
         described = Model(run_id=run_id)
         with environment(NO_PROGRESS_BAR):
             write_model(
-                folder, checkpoint=checkpoint, example=example, mlflow_model=described
+                folder,
+                checkpoint=checkpoint,
+                example=example,
+                mlflow_model=described,
+                code=code,
             )
         return attempt(
             lambda client: upload_model(

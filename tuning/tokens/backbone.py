@@ -20,6 +20,7 @@ from pipelines.checkpoint import (
 from pipelines.config import Model, Run
 from pipelines.files import Place
 from pipelines.initial import load_initial
+from pipelines.model_code import load_model_code
 from pipelines.released import find_manifest
 from sovit.trunks import image_shape
 
@@ -74,6 +75,7 @@ def load_backbone(run: Run, *, checkpoint: str, num_classes: int) -> Backbone:
     """
     source = checkpoint or run.model.init_from
     if source and find_manifest(Place(source)) is not None:
+        load_model_code(source)
         with opened(source) as folder:
             model, manifest = load_model(folder)
         settings, num_classes = manifest.run.model, len(manifest.classes)

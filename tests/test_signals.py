@@ -1,0 +1,36 @@
+"""A run that a signal ends, whenever it comes, is recorded so and goes on as one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.signalled import KINDS, rehearse
+
+SEED = 20261130
+NUM = int(os.environ.get("SOVIT_NUM_SIGNALS", "30"))
+
+
+def test_signals_at_moments_drawn_at_random(tmp_path: Path) -> None:
+    """One of each kind: a run takes some two seconds once its process is there."""
+    ends = rehearse(
+        tmp_path, num=len(KINDS), seed=SEED, longest_s=2.5, keeps_model=False
+    )
+    assert sum(ends.values()) == len(KINDS)
+
+
+@pytest.mark.slow
+def test_signals_at_many_moments(tmp_path: Path) -> None:
+    """Some of them while the model is kept in MLflow, at the run's end."""
+    ends = rehearse(tmp_path, num=NUM, seed=SEED, longest_s=8)
+    print(dict(ends))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_signals_at_many_moments_on_ray(tmp_path: Path) -> None:
+    """Each run starts a Ray of its own, which takes most of it."""
+    ends = rehearse(tmp_path, num=NUM, seed=SEED, longest_s=25, num_workers=1)
+    print(dict(ends))
