@@ -12,14 +12,15 @@ from typing import cast
 import ray
 import ray.train
 import ray.train.torch
-from ray.actor import ActorHandle
+from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import RayError
 from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.config import Scale
 from pipelines.entry import work
-from pipelines.failures import StopOnValueError, end_of
+from pipelines.errors import RunFailedError
+from pipelines.failures import StopOnValueError, end_of, first_line
 from pipelines.files import Place
 from pipelines.job import Job, Trained, outcome
 from pipelines.places import open_place
@@ -27,12 +28,14 @@ from pipelines.retries import is_remote
 from pipelines.session import per_worker
 from pipelines.telling.board import Board, Item, wait_until_heard
 from pipelines.telling.listener import Listener
-from pipelines.tracking.client import environment
 from pipelines.validator import Validator
 
 logger = logging.getLogger(__name__)
 _LISTEN_EVERY_S = 0.5
 _LEAST_HEALTH_CHECK_S = 60.0
+_FIT = "fit"
+# What Ray Train takes from the environment of who starts it.
+_PASSED_ON = ("RAY_TRAIN_", "NCCL_RAS_", "TORCHFT_")
 
 
 def train_on_ray(
@@ -45,7 +48,7 @@ def train_on_ray(
     """
     run = job.run
     logger.info("starting %s workers", _num_text(run.scale))
-    board, folder = _begin_board(), Place(run.storage).within(name)
+    board, folder = _begin_board(run.scale), Place(run.storage).within(name)
     filesystem, path = open_place(run.storage)
     trainer = ray.train.torch.TorchTrainer(
         work,
@@ -74,14 +77,17 @@ def train_on_ray(
             ],
         ),
     )
-    try:
-        with (
-            environment(_settings(run.scale)),
-            _listening(job, folder=folder, listener=listener, board=board),
-        ):
-            trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise end_of(error) from error
+    with _listening(job, folder=folder, listener=listener, board=board):
+        ended = board.fit.options(concurrency_group=_FIT).remote(trainer)
+        # In short waits: within one Ray would answer signals first.
+        while not ray.wait([ended], timeout=_LISTEN_EVERY_S)[0]:
+            pass
+        try:
+            error = ray.get(ended)
+        except RayError as lost:  # its process is gone, or what it said can't be read
+            raise RunFailedError(f"{type(lost).__name__}: {first_line(lost)}") from lost
+    if error is not None:
+        raise error
     return outcome(run, folder=folder)
 
 
@@ -114,8 +120,16 @@ def _listening(
 
 
 def _settings(scale: Scale) -> dict[str, str]:
-    """Give Ray Train's settings for where it runs."""
-    settings = {}
+    """Make the environment of the actor that runs Ray Train, and of all below it.
+
+    Ray Train looks for its own Ray by RAY_ADDRESS. Without it, another Ray with a
+    dashboard on this machine would answer, know nothing of the run, and have its
+    workers' places removed.
+    """
+    settings = {
+        name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)
+    }
+    settings["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     if scale.hang_timeout_s:
         # A process that answers nothing at all, its watchdog included. Later than the
         # watchdogs, which say where their threads stand.
@@ -143,12 +157,27 @@ def _num_text(scale: Scale) -> str:
     return f"{least}{scale.num_workers}"
 
 
-def _begin_board() -> ActorHandle:
+class _RunBoard(Board):
+    """Board whose process also runs Ray Train, in a thread of its own."""
+
+    def fit(self, trainer: ray.train.torch.TorchTrainer) -> Exception | None:
+        """Train; return how that failed, None where it did not."""
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            return end_of(error)
+        return None
+
+
+def _begin_board(scale: Scale) -> ActorHandle:
     """Start the board beside the driver; it needs no CPU of its own."""
     here = NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
-    actor = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here)
+    board = ray.remote(num_cpus=0, concurrency_groups={_FIT: 1})(_RunBoard)
+    actor = cast(ActorClass, board).options(
+        scheduling_strategy=here, runtime_env={"env_vars": _settings(scale)}
+    )
     return cast(ActorHandle, actor.remote())
 
 

@@ -6,19 +6,34 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
+import socket
 import time
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import ray
+import ray.util
 from ray.autoscaler.sdk import request_resources
 
 from pipelines.config import Scale
+from pipelines.credentials import error_summary, without_credentials
 from pipelines.data_config import CPUS_PER_READ
+from pipelines.tracking.client import environment
 
 logger = logging.getLogger(__name__)
 _POLL_S = 1.0
 # Readers need CPUs beside the workers'; they mostly wait, so these do not exist.
 _NUM_READER_CPUS = 2
+_HERE = ("127.0.0.1", "localhost")
+# The first worker process of a cluster takes seconds to start, however big the hurry.
+_LEAST_JOIN_S = 30.0
+_MAX_REASON_CHARS = 300
+_START_HINT = (
+    "see that HOME and the folder for Ray's files can be written, and set RAY_TMPDIR "
+    "to one with a short path"
+)
+_JOIN_HINT = "see that it runs with the same Python and the same Ray as this command"
 
 
 @contextlib.contextmanager
@@ -31,7 +46,8 @@ def ray_session(
     left running. Else one is started here, with its dashboard if that is wanted, and
     shut down at the end.
 
-    Raises ValueError where the machine, or the cluster after a while, is too small.
+    Raises ValueError where Ray does not start or answer, or the machine, or the cluster
+    after a while, is too small.
     """
     if ray.is_initialized():
         _wait_for_room(scale, num_runs=num_runs)
@@ -41,18 +57,112 @@ def ray_session(
     if not on_cluster:
         _check_machine(scale, num_runs=num_runs)
     try:
-        logger.info("joining Ray" if on_cluster else "starting Ray on this machine")
+        with environment({} if on_cluster else _without_proxy()):
+            if on_cluster:
+                _join(scale)
+            else:
+                _start(dashboard=dashboard)
+            _wait_for_room(scale, num_runs=num_runs)
+            yield
+    finally:
+        ray.shutdown()
+
+
+def _start(*, dashboard: bool) -> None:
+    logger.info("starting Ray on this machine")
+    with _refused("this machine's own Ray", hint=_START_HINT), _shielded():
         ray.init(
-            address=None if on_cluster else "local",
-            num_cpus=None if on_cluster else (os.cpu_count() or 1) + _NUM_READER_CPUS,
-            include_dashboard=None if on_cluster else dashboard,
+            address="local",
+            num_cpus=(os.cpu_count() or 1) + _NUM_READER_CPUS,
+            include_dashboard=dashboard,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-        _wait_for_room(scale, num_runs=num_runs)
+
+
+def _join(scale: Scale) -> None:
+    """Join the Ray that RAY_ADDRESS names, and see that it has this project."""
+    address, timeout_s = os.environ["RAY_ADDRESS"], scale.start_timeout_s
+    logger.info("joining Ray at %s", address)
+    wait_for_address(address, timeout_s=timeout_s)
+    with _refused(f"a Ray at RAY_ADDRESS={address}", hint=_JOIN_HINT):
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    versions = ray.remote(num_cpus=0)(_project)
+    hint = (
+        "give it this project: `ray job submit --working-dir .`, or install its wheel "
+        "on all machines"
+    )
+    with _refused(f"a Ray that has this project at RAY_ADDRESS={address}", hint=hint):
+        ray.get(versions.remote(), timeout=max(timeout_s, _LEAST_JOIN_S))
+
+
+def _project() -> str:
+    return __name__
+
+
+def wait_for_address(address: str, *, timeout_s: float) -> None:
+    """Wait until a host answers at a Ray's address; ray.init would try for 14 minutes.
+
+    Raises ValueError once time is up. What names no host and port is left to Ray.
+    """
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return
+    if host is None or port is None:
+        return
+    deadline_s, why = time.monotonic() + timeout_s, ""
+    while True:
+        try:
+            left_s = max(deadline_s - time.monotonic(), _POLL_S)
+            socket.create_connection((host, port), timeout=left_s).close()
+        except OSError as error:
+            why = error_summary(error)
+        else:
+            return
+        if time.monotonic() > deadline_s:
+            raise ValueError(
+                f"expected a Ray at RAY_ADDRESS={address}, got none in {timeout_s:g} s "
+                f"({why}); start it, mend RAY_ADDRESS, unset it to train on this "
+                "machine, or raise --scale.start-timeout-s"
+            )
+        time.sleep(_POLL_S)
+
+
+@contextlib.contextmanager
+def _refused(wanted: str, *, hint: str) -> Iterator[None]:
+    """Turn whatever Ray raises when it is started or joined into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(without_credentials(str(error)).split())
+        raise ValueError(
+            f"expected {wanted}, got {type(error).__name__}: "
+            f"{reason[:_MAX_REASON_CHARS]}; {hint}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _shielded() -> Iterator[None]:
+    """Start processes that a closed terminal does not end: the driver ends them.
+
+    They inherit which signals are blocked.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
         yield
     finally:
-        ray.shutdown()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _without_proxy() -> dict[str, str]:
+    """Reach this machine's own Ray directly, wherever a proxy is set."""
+    settings = {}
+    for name in ("no_proxy", "NO_PROXY"):
+        parts = [os.environ.get(name, ""), *_HERE, ray.util.get_node_ip_address()]
+        settings[name] = ",".join(filter(None, parts))
+    return settings
 
 
 def needed(scale: Scale) -> dict[str, float]:
