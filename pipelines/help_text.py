@@ -52,12 +52,14 @@ def help_text(
         own: The command's own options, and what they do.
         common: Typed fields of the short help, without `--`.
     """
-    said = io.StringIO()
+    # Of an encoding that has the boxes' lines, which tyro leaves out elsewhere.
+    said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     columns = mock.patch.dict(os.environ, {"COLUMNS": str(_WIDTH), "NO_COLOR": "1"})
     with columns, contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         ask(["--help"])
-    lines = said.getvalue().splitlines()
-    parts = [text.strip(), "", "options:", *_wrapped(own)]
+    said.seek(0)
+    lines = said.read().splitlines()
+    parts = [*_paragraphs(text), "options:", *_wrapped(own)]
     if _ALL in arguments:
         boxes = next(at for at, line in enumerate(lines) if line.startswith("╭"))
         return "\n".join([*parts, "", *_without(lines[boxes:], hidden=_HIDDEN)])
@@ -67,13 +69,22 @@ def help_text(
     return "\n".join([*parts, "", "fields that are most often set:", *_wrapped(named)])
 
 
+def _paragraphs(text: str) -> list[str]:
+    """Fit a module's description to the width; its indented examples stay."""
+    found: list[str] = []
+    for paragraph in text.strip().split("\n\n"):
+        is_example = paragraph.startswith(" ")
+        found += [paragraph if is_example else textwrap.fill(paragraph, _WIDTH), ""]
+    return found
+
+
 def _described(lines: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Find each option's kind of value, and the first sentence and default."""
     found: dict[str, tuple[str, list[str]]] = {}
     words: list[str] = []
     for line in lines:
         if option := _OPTION.fullmatch(line):
-            name, _, kind = option[1].partition(",")[0].partition(" ")
+            name, _, kind = option[1].partition(", --")[0].partition(" ")
             words = []
             found[name] = kind, words
         elif more := _LINE.fullmatch(line):
@@ -83,7 +94,7 @@ def _described(lines: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def _short(words: str) -> str:
     sentence, mark, default = words.rpartition("(default: ")
-    first = re.split(r"(?<=[.;:])\s", sentence.strip())[0].rstrip(".;:")
+    first = re.split(r"(?<=[.;])\s", sentence.strip())[0].rstrip(".;")
     return f"{first} {mark}{default}".strip()
 
 

@@ -1,7 +1,7 @@
 """Train a recipe: `sovit-train RECIPE [--typed.overrides]`.
 
     sovit-train demo
-    sovit-train imagenet.so_vit_14 --data.train /shards/train --scale.num-workers 8
+    sovit-train imagenet.so_vit_14 --data.train shards --scale.num-workers 8
     sovit-train --resume NAME
     sovit-train imagenet.so_vit_14 --dry-run --plot rate.png
 
@@ -9,8 +9,8 @@ A new run gets a new name; `--resume` goes on with a run that did not finish, fr
 last checkpoint and with its own configuration. With a recipe, `--resume NAME` begins
 the run where there is none of that name, so the same command may be given again and
 again. Ctrl-C, SIGTERM and SIGHUP are answered with a checkpoint and an end, with exit
-status 75. `--dry-run` starts nothing: it
-prints model, data, steps, rate, memory, time and places, and `--plot` draws the rate.
+status 75. `--dry-run` starts nothing: it prints model, data, steps, rate, memory, time
+and places, and `--plot` draws the rate.
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ import pytest
 
 from pipelines.cli import fail, parse, run_command
 from pipelines.config import Run
-from pipelines.errors import RunFailedError
+from pipelines.errors import InterruptedRun, RunFailedError
+from pipelines.help_text import COMMON
 from pipelines.recipe import load_recipe, recipes_of
+from pipelines.train import _main
 
 RECIPE_FILE = """
 from __future__ import annotations
@@ -92,6 +94,34 @@ def test_help_is_printed_and_is_no_error(capsys: pytest.CaptureFixture[str]) -> 
     assert "--data.batch-size" in capsys.readouterr().out
 
 
+def helped(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    _main(arguments)
+    return capsys.readouterr().out
+
+
+def test_help_shows_the_commands_own_options_first_on_two_screens(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    short = helped("demo", "--help", capsys=capsys)
+    lines = short.splitlines()
+    assert len(lines) <= 100
+    assert max(map(len, lines)) <= 80
+    places = [
+        short.index(f"\n  {option}")
+        for option in ("--name", "--resume", "--dry-run", "--plot", "--data.batch-size")
+    ]
+    assert places == sorted(places)
+    for field in COMMON:
+        assert f"\n  --{field} " in short
+    assert "workers (default: 128)" in " ".join(short.split())  # the recipe's batch size
+    assert "--recipe" not in short
+    everything = helped("--help-all", capsys=capsys)
+    assert everything.index("--plot") < everything.index("--augment.re-mode")
+    assert "--recipe" not in everything
+    with pytest.raises(ValueError, match="a recipe's name in front, got --recipe"):
+        _main(["demo", "--recipe", "nonsense"])
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
@@ -102,6 +132,9 @@ def test_help_is_printed_and_is_no_error(capsys: pytest.CaptureFixture[str]) -> 
             "tool: a, b; its checkpoints are kept, see --resume\n",
         ),
         (KeyboardInterrupt(), 130, "tool: interrupted\n"),
+        (KeyboardInterrupt("go on so"), 130, "tool: interrupted; go on so\n"),
+        (InterruptedRun("ended"), 75, "tool: ended\n"),
+        (InterruptedRun("ended by SIGHUP", status=129), 129, "tool: ended by SIGHUP\n"),
         (None, 0, ""),
     ],
 )
