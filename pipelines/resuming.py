@@ -36,10 +36,10 @@ def record_to_resume(name: str, *, storage: str, recipe: str) -> Record | None:
     return read_record(storage, name=name)
 
 
-def resume_command(run: Run, *, name: str) -> str:
-    """Write the command that goes on with a run, ready to paste."""
+def resume_command(run: Run, *, name: str, prog: str = "sovit-train") -> str:
+    """Write the command that goes on with a run or a sweep, ready to paste."""
     storage = "" if run.storage == os.path.abspath("runs") else run.storage
-    words = ["sovit-train", "--resume", name]
+    words = [prog, "--resume", name]
     return shlex.join(words + (["--storage", storage] if storage else []))
 
 

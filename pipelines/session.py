@@ -105,8 +105,8 @@ def wait_for_address(address: str, *, timeout_s: float) -> None:
 
     Raises ValueError once time is up. What names no host and port is left to Ray.
     """
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
     try:
+        parts = urlsplit(address if "://" in address else f"ray://{address}")
         host, port = parts.hostname, parts.port
     except ValueError:
         return

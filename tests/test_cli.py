@@ -113,7 +113,8 @@ def test_help_shows_the_commands_own_options_first_on_two_screens(
     assert places == sorted(places)
     for field in COMMON:
         assert f"\n  --{field} " in short
-    assert "workers (default: 128)" in " ".join(short.split())  # the recipe's batch size
+    # The recipe's batch size.
+    assert "workers (default: 128)" in " ".join(short.split())
     assert "--recipe" not in short
     everything = helped("--help-all", capsys=capsys)
     assert everything.index("--plot") < everything.index("--augment.re-mode")

@@ -24,6 +24,7 @@ from pipelines.runs import find_record
 from pipelines.train import _main, fit
 from tests.demo_runs import small_demo
 from tests.mlflow_stores import prepare_store
+from tests.seen_environment import SeenEnvironment
 
 HEAD = """
 from pipelines.config import Data, Model, Optim, Run
@@ -364,12 +365,24 @@ def test_code_of_a_stranger_runs_only_where_it_is_named(
 def test_rays_workers_and_evaluation_know_a_model_of_ones_own(
     ray_local: None, own: tuple[Run, str], tmp_path: Path
 ) -> None:
-    run, name = own
+    """And Ray Train's controller, with all that it starts, knows which Ray is its own.
+
+    Its helpers ask the Ray that RAY_ADDRESS names, and any other without it.
+    """
+    _, name = own
     run = load_recipe(name)
     scale = dataclasses.replace(run.scale, num_workers=1)
     beside = dataclasses.replace(run.validation, beside=True)
     run = dataclasses.replace(run, scale=scale, validation=beside)
+    code, seen = read_code(tmp_path / "mine.py"), tmp_path / "seen.json"
     trained = fit(
-        run, name="on-ray", keep_model=False, code=read_code(tmp_path / "mine.py")
+        run,
+        name="on-ray",
+        keep_model=False,
+        code=code,
+        callbacks=[SeenEnvironment(seen)],
     )
     assert trained.metrics["epoch"] == 2
+    assert trained.best is not None
+    found = json.loads(seen.read_text())
+    assert found["told"] == found["own"]

@@ -19,6 +19,7 @@ from pipelines.fields import change_fields
 from pipelines.lease import claimed
 from pipelines.own_code import OwnCode
 from pipelines.recipe import own_code_of
+from pipelines.resuming import resume_command
 from pipelines.runfile import flat_params, to_json
 from pipelines.runs import find_record
 from pipelines.session import needed, per_worker, ray_session, room
@@ -48,6 +49,7 @@ from tuning.trial import Known, run_trial
 from tuning.watch import Watch
 
 logger = logging.getLogger(__name__)
+_PROG = "sovit-tune"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,7 @@ def _ended_early(carried: _Carried, *, stop: StopRequest) -> Iterator[None]:
     These end with the Ray that they run on, so they can't do it themselves.
     """
     sweep = carried.sweep
-    go_on = f"go on with sovit-tune --resume {sweep.name}"
+    go_on = f"go on with {resume_command(sweep.run, name=sweep.name, prog=_PROG)}"
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
@@ -160,7 +162,8 @@ def _ended_early(carried: _Carried, *, stop: StopRequest) -> Iterator[None]:
                 record = find_record(
                     sweep.run.storage, name=sweep.trial_name(entry.number)
                 )
-                if record is not None and not entry.has_ended:
+                is_ours = record is not None and record.sweep_id == sweep.id
+                if record is not None and is_ours and not entry.has_ended:
                     _kill(record.mlflow_run_id, uri=carried.uri)
             _kill(sweep.mlflow_run_id, uri=carried.uri)
         if isinstance(error, KeyboardInterrupt):

@@ -1,0 +1,138 @@
+"""Ray that does not start or answer is one line, in the time that the user gave."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipelines.config import Scale
+from pipelines.session import ray_session, wait_for_address
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be a process that has joined no Ray, whatever other tests share."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def init(**settings: object) -> None:
+        raise error
+
+    return init
+
+
+def closed_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_that_leads_nowhere_is_said_once_time_is_up(
+    scheme: str, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"{scheme}127.0.0.1:{closed_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "init", raising(AssertionError("it would try for ever")))
+    said = rf"RAY_ADDRESS={address}, got none in 0\.2 s .*--scale\.start-timeout-s"
+    with pytest.raises(ValueError, match=said), ray_session(Scale(start_timeout_s=0.2)):
+        pass
+
+
+def test_an_address_that_comes_later_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    port, sockets = closed_port(), list[socket.socket]()
+
+    def sleep(seconds: float) -> None:
+        sockets.append(socket.create_server(("127.0.0.1", port)))
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    wait_for_address(f"127.0.0.1:{port}", timeout_s=60)
+    assert len(sockets) == 1
+    sockets[0].close()
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "[", "host:port"])
+def test_what_names_no_host_and_port_is_rays_to_judge(address: str) -> None:
+    wait_for_address(address, timeout_s=0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied", "/nonexistent/.ray"),
+        OSError("AF_UNIX path length cannot exceed 107 bytes:\n /tmp/aaa"),
+        RuntimeError("Version mismatch: The cluster was started with:\n Python: 3.11"),
+        ConnectionError("ray client connection timeout"),
+    ],
+)
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_what_ray_raises_is_one_line(
+    error: Exception,
+    is_joined: bool,
+    no_ray: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "init", raising(error))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if is_joined:
+        monkeypatch.setenv("RAY_ADDRESS", "auto")
+    name = type(error).__name__
+    with pytest.raises(ValueError, match=name) as caught, ray_session(Scale()):
+        pass
+    assert "\n" not in str(caught.value)
+    advice = "the same Python" if is_joined else "HOME"
+    assert advice in str(caught.value)
+
+
+def test_a_cluster_without_this_project_is_said(
+    no_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray itself is joined; what its processes can't import shows in the first task."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "init", lambda **settings: None)
+
+    def get(task: object, *, timeout: float) -> None:
+        assert timeout >= 30
+        raise ModuleNotFoundError("No module named 'pipelines'")
+
+    class Task:
+        def remote(self) -> str:
+            return "task"
+
+    monkeypatch.setattr(ray, "remote", lambda **settings: lambda function: Task())
+    monkeypatch.setattr(ray, "get", get)
+    said = r"'pipelines'; give it this project: `ray job submit --working-dir \.`"
+    with pytest.raises(ValueError, match=said), ray_session(Scale()):
+        pass
+
+
+def test_a_proxy_does_not_stand_before_this_machines_own_ray(
+    no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, str]] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "example.org")
+
+    def init(**settings: object) -> None:
+        seen.append(dict(os.environ))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ValueError, match="enough"), ray_session(Scale()):
+        pass
+    (environment,) = seen
+    for name in ("no_proxy", "NO_PROXY"):
+        assert "127.0.0.1" in environment[name].split(",")
+    assert environment["no_proxy"].startswith("example.org,")
+    assert os.environ["no_proxy"] == "example.org"
