@@ -16,6 +16,7 @@ import tyro
 
 from pipelines.credentials import holds_secret, without_credentials
 from pipelines.errors import InterruptedRun, RunFailedError
+from pipelines.own_packages import look_here_last
 
 T = TypeVar("T")
 _BROKEN_PIPE = 141
@@ -82,6 +83,7 @@ def run_command(command: Callable[[Sequence[str]], None], *, prog: str) -> NoRet
     end becomes one line and 75 after a checkpoint, 128 and the signal's number else.
     """
     _show_progress_of_ours()
+    look_here_last()
     try:
         refuse_secrets(sys.argv[1:])
         command(sys.argv[1:])

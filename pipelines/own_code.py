@@ -23,7 +23,9 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-_OURS = frozenset({"sovit", "pipelines", "tuning", "recipes"})
+from pipelines.own_packages import PACKAGES
+
+_OURS = frozenset(PACKAGES)
 _PREFIX = "own_recipe"
 # A package beside a recipe is kept whole; a whole project tree is no helper.
 _MAX_FILES, _MAX_BYTES = 200, 2 << 20

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import ray
 import ray.train
@@ -83,7 +83,7 @@ def train_on_ray(
         while not ray.wait([ended], timeout=_LISTEN_EVERY_S)[0]:
             pass
         try:
-            error = ray.get(ended)
+            error = cast(Exception | None, ray.get(ended))
         except RayError as lost:  # its process is gone, or what it said can't be read
             raise RunFailedError(f"{type(lost).__name__}: {first_line(lost)}") from lost
     if error is not None:
@@ -174,8 +174,9 @@ def _begin_board(scale: Scale) -> ActorHandle:
     here = NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
-    board = ray.remote(num_cpus=0, concurrency_groups={_FIT: 1})(_RunBoard)
-    actor = cast(ActorClass, board).options(
+    # Ray's annotations know no concurrency groups.
+    remote = cast(Any, ray.remote)(num_cpus=0, concurrency_groups={_FIT: 1})
+    actor = cast(ActorClass, remote(_RunBoard)).options(
         scheduling_strategy=here, runtime_env={"env_vars": _settings(scale)}
     )
     return cast(ActorHandle, actor.remote())

@@ -19,6 +19,7 @@ from ray.autoscaler.sdk import request_resources
 from pipelines.config import Scale
 from pipelines.credentials import error_summary, without_credentials
 from pipelines.data_config import CPUS_PER_READ
+from pipelines.own_packages import away_from_clashes
 from pipelines.tracking.client import environment
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,11 @@ def ray_session(
 
 def _start(*, dashboard: bool) -> None:
     logger.info("starting Ray on this machine")
-    with _refused("this machine's own Ray", hint=_START_HINT), _shielded():
+    with (
+        _refused("this machine's own Ray", hint=_START_HINT),
+        _shielded(),
+        away_from_clashes(),
+    ):
         ray.init(
             address="local",
             num_cpus=(os.cpu_count() or 1) + _NUM_READER_CPUS,
@@ -85,7 +90,10 @@ def _join(scale: Scale) -> None:
     address, timeout_s = os.environ["RAY_ADDRESS"], scale.start_timeout_s
     logger.info("joining Ray at %s", address)
     wait_for_address(address, timeout_s=timeout_s)
-    with _refused(f"a Ray at RAY_ADDRESS={address}", hint=_JOIN_HINT):
+    with (
+        _refused(f"a Ray at RAY_ADDRESS={address}", hint=_JOIN_HINT),
+        away_from_clashes(),
+    ):
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     versions = ray.remote(num_cpus=0)(_project)
     hint = (
