@@ -61,6 +61,16 @@ def test_the_same_seed_draws_the_same_and_more_begin_with_the_same() -> None:
     assert len({repr(setting) for setting in draws(12, 1)}) == 12
 
 
+def test_each_setting_of_a_grid_is_tried_with_three_seeds() -> None:
+    space = load_space("reduced_dim,seeds", run=demo())
+    grid = list_settings(space, search=Search(method="grid"))
+    by_dims: dict[Any, list[int]] = {}
+    for setting in grid:
+        by_dims.setdefault(setting["pooling.reduced_dim"], []).append(setting["seed"])
+    assert len(by_dims) == 4
+    assert set(map(tuple, by_dims.values())) == {(42, 43, 44)}
+
+
 def test_a_grid_has_all_combinations_and_a_space_can_be_used_up() -> None:
     space = {
         "pooling.power": tune.grid_search([0.3, 0.5]),

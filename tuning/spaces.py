@@ -34,6 +34,7 @@ Space = dict[str, Any]
 # Where, and on how many workers, a trial runs is the sweep's to say.
 _RESERVED = ("scale.", "storage", "experiment", "recipe", "key_log", "data.")
 _NUM_PROBES = 32
+_NUM_SEEDS = 3
 _GRID = "grid_search"
 
 
@@ -129,6 +130,11 @@ def optim(run: Run) -> Space:
         ),
         "optim.label_smoothing": tune.choice([0.0, 0.1, 0.2]),
     }
+
+
+def seeds(run: Run) -> Space:
+    """Search nothing: try what else is searched with three seeds, to see chance."""
+    return {"seed": tune.choice(list(range(run.seed, run.seed + _NUM_SEEDS)))}
 
 
 def pooling_of(run: Run) -> Pooling:
