@@ -126,7 +126,9 @@ def is_ours(entry: Callable[..., Any]) -> bool:
 def without_weights(settings: Model) -> Model:
     """Take out of a model's settings what would load weights from elsewhere."""
     kwargs = {k: v for k, v in settings.kwargs.items() if k not in PRETRAINED}
-    return dataclasses.replace(settings, kwargs=kwargs, init_from="")
+    return dataclasses.replace(
+        settings, kwargs=kwargs, init_from="", init_triangle="auto"
+    )
 
 
 def read_manifest(folder: Path) -> Manifest:

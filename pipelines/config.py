@@ -46,9 +46,13 @@ class Model:
     pooling: Pooling | None = None
     """Second-order head; None leaves the model's own."""
     init_from: str = ""
-    """Address of weights that training starts from: a checkpoint of ours, a file of the
-    So-ViT or SoT release, a file or folder of timm's for the same model. The moving
+    """Address of weights that training starts from: a checkpoint of ours, a file that a
+    paper's authors released, a file or folder of timm's for the same model. The moving
     average is taken where there is one; other classes get a fresh classifier."""
+    init_triangle: Literal["auto", "upper", "lower"] = "auto"
+    """Which triangle of the covariance the classifier in such a released file sees.
+    auto: lower for GSoP, upper for the others; fast-MPN-COV before 2018-12-26 has the
+    lower one too, which nothing in the file tells."""
     kwargs: dict[str, int | float | str] = field(default_factory=dict)
     """Further keyword arguments for `timm.create_model`, such as depth."""
 
@@ -58,7 +62,16 @@ class Model:
             "model.",
             img_size=(self.img_size >= 1, "at least 1 pixel"),
             drop_path_rate=(0 <= self.drop_path_rate < 1, "0 <= rate < 1"),
+            init_triangle=(
+                self.init_triangle == "auto" or self.init_from != "",
+                "auto without model.init_from",
+            ),
         )
+
+    @property
+    def triangle(self) -> str | None:
+        """Return `init_triangle` as `sovit.load_official` takes it."""
+        return None if self.init_triangle == "auto" else self.init_triangle
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from pipelines.files import Place
 from pipelines.optim import classifiers
 from pipelines.released import Start, read_start
 from sovit import SecondOrderNet, SoViT
-from sovit.official import MisfitError, checkpoint_filter_fn, is_official
+from sovit.official import MisfitError, checkpoint_filter_fn, convert
+from sovit.releases import plain_names, recognise, release_of
 
 _MAX_NAMES = 5
 _TRUNK = "backbone."
@@ -36,6 +37,7 @@ def load_initial(
     address: str,
     *,
     classes: tuple[str, ...],
+    triangle: str | None = None,
     tell: Callable[[str], object] = lambda line: None,
 ) -> bool:
     """Load weights that `read_start` finds into a fresh model, whatever classes it had.
@@ -46,13 +48,15 @@ def load_initial(
     where the model can. Returns whether the classifier came with the weights.
 
     Args:
+        triangle: Which triangle of the covariance the classifier of a file that authors
+            released was trained on: see `sovit.load_official`.
         tell: Called with a line on what was loaded, and why the classifier or not.
 
     Raises ValueError naming tensors that are missing, unexpected or of another shape,
     and where there are no weights.
     """
     start, name = read_start(address), str(Place(address))
-    weights = _adapted(start.weights, model, name=name)
+    weights, report = _adapted(start.weights, model, name=name, triangle=triangle)
     own, classifier = model.state_dict(), _classifier_names(model)
     theirs = [weights[key] for key in classifier & set(weights)]
     num_rows = min((len(weight) for weight in theirs if weight.ndim), default=0)
@@ -67,6 +71,8 @@ def load_initial(
     what = "the moving average" if start.is_average else "the weights"
     comes = "comes with them" if is_taken else "starts fresh"
     tell(f"starting from {what} of {name}; the classifier {comes}: {why}")
+    if report:
+        tell(f"{name} holds {report}")
     return is_taken
 
 
@@ -90,35 +96,66 @@ def _choose(
 
 
 def _adapted(
-    weights: dict[str, Tensor], model: nn.Module, *, name: str
-) -> dict[str, Tensor]:
-    """Give weights the model's names, and position tables its image size."""
-    if is_official(weights) and not isinstance(model, SoViT):
+    weights: dict[str, Tensor], model: nn.Module, *, name: str, triangle: str | None
+) -> tuple[dict[str, Tensor], str]:
+    """Give weights the model's names, and position tables its image size.
+
+    Returns them, and of a file that authors released what it is.
+    """
+    named = plain_names(weights)
+    if recognise(named) and not weights.keys() <= model.state_dict().keys():
+        return _of_authors(named, model, name=name, triangle=triangle)
+    if triangle is not None:
         raise ValueError(
-            f"model.init_from: wanted a checkpoint of {type(model).__name__}, came "
-            f"{name!r} of the So-ViT or SoT release; set --model.name to so_vit_7, "
-            "so_vit_10, so_vit_14, so_vit_19, sot_tiny, sot_small or sot_base"
+            f"model.init_triangle: wanted a file that authors released, came {name!r}, "
+            "whose classifier has the model's own order; leave --model.init-triangle"
         )
     try:
-        if isinstance(model, SoViT):
-            return checkpoint_filter_fn(weights, model)
-        if isinstance(model, SecondOrderNet):
-            trunk = {
-                key.removeprefix(_TRUNK): weight
-                for key, weight in weights.items()
-                if key.startswith(_TRUNK)
-            }
-            fitted = _filtered(trunk, model.backbone, classifier=set())
-            rest = {k: w for k, w in weights.items() if not k.startswith(_TRUNK)}
-            return rest | {f"{_TRUNK}{key}": weight for key, weight in fitted.items()}
-        return _filtered(weights, model, classifier=_classifier_names(model))
-    except MisfitError as error:
-        raise ValueError(_text(error.kind, error.names, name=name)) from error
+        return _fitted(weights, model), ""
     except ValueError as error:
+        raise _misfit(error, name=name) from error
+
+
+def _of_authors(
+    weights: dict[str, Tensor], model: nn.Module, *, name: str, triangle: str | None
+) -> tuple[dict[str, Tensor], str]:
+    release = recognise(weights)
+    if release is not None and release is not release_of(model):
         raise ValueError(
-            f"model.init_from: wanted a checkpoint of this model, came {name!r}, which "
-            f"does not fit it ({error_summary(error)}); {_ADVICE}"
-        ) from error
+            f"model.init_from: wanted a checkpoint of {type(model).__name__}, came "
+            f"{name!r}, {release.title}; set --model.name to {release.example} or "
+            "another of its kind"
+        )
+    try:
+        found = convert(weights, model, triangle=triangle, classifier="any")
+    except MisfitError as error:
+        text = _text(error.kind, error.names, name=name, hint=error.hint)
+        raise ValueError(text) from error
+    except ValueError as error:
+        raise _misfit(error, name=name) from error
+    return found.weights, found.report
+
+
+def _misfit(error: ValueError, *, name: str) -> ValueError:
+    return ValueError(
+        f"model.init_from: wanted a checkpoint of this model, came {name!r}, which "
+        f"does not fit it ({error_summary(error)}); {_ADVICE}"
+    )
+
+
+def _fitted(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    if isinstance(model, SoViT):
+        return checkpoint_filter_fn(weights, model)
+    if not isinstance(model, SecondOrderNet):
+        return _filtered(weights, model, classifier=_classifier_names(model))
+    trunk = {
+        key.removeprefix(_TRUNK): weight
+        for key, weight in weights.items()
+        if key.startswith(_TRUNK)
+    }
+    fitted = _filtered(trunk, model.backbone, classifier=set())
+    rest = {k: w for k, w in weights.items() if not k.startswith(_TRUNK)}
+    return rest | {f"{_TRUNK}{key}": weight for key, weight in fitted.items()}
 
 
 def _filtered(
@@ -162,10 +199,10 @@ def _refuse(kind: str, names: set[str], *, name: str) -> None:
         raise ValueError(_text(kind, sorted(names), name=name))
 
 
-def _text(kind: str, names: list[str], *, name: str) -> str:
+def _text(kind: str, names: list[str], *, name: str, hint: str = "") -> str:
     shown = ", ".join(names[:_MAX_NAMES])
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return (
         f"model.init_from: wanted a checkpoint of this model, came {name!r} with "
-        f"tensors {kind}: {shown}{more}; {_ADVICE}"
+        f"tensors {kind}: {shown}{more}; {hint}{_ADVICE}"
     )

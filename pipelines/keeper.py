@@ -116,8 +116,14 @@ class Keeper:
 
     def _start(self, model: nn.Module) -> None:
         """Put the weights of another training into a fresh model, if so wanted."""
-        if address := self._run.model.init_from:
-            load_initial(model, address, classes=self._classes)
+        settings = self._run.model
+        if settings.init_from:
+            load_initial(
+                model,
+                settings.init_from,
+                classes=self._classes,
+                triangle=settings.triangle,
+            )
 
     def _snapshot(self, state: TrainState, *, metrics: Mapping[str, float]) -> Snapshot:
         return take_snapshot(

@@ -111,6 +111,7 @@ def _check_model(run: Run, *, classes: tuple[str, ...]) -> tuple[nn.Module, str]
             build_model(run.model, num_classes=len(classes)),
             run.model.init_from,
             classes=classes,
+            triangle=run.model.triangle,
             tell=logger.info,
         )
     return model, "".join(few_tokens)

@@ -10,13 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipelines.checkpoint import EMA_FILE, MANIFEST, MODEL_FILE, Manifest, peek
@@ -90,7 +87,7 @@ def _of_checkpoint(place: Place, *, manifest: Manifest) -> Start:
         came = fingerprint(path)
         if came == wanted:
             return Start(
-                weights=dict(_read(path, shown=str(file))),
+                weights=dict(read_tensors(path, shown=str(file))),
                 is_average=name == EMA_FILE,
                 classes=manifest.classes,
             )
@@ -121,25 +118,13 @@ def _of_folder(place: Place) -> Start:
 
 def _of_file(place: Place, *, classes: tuple[str, ...] | None = None) -> Start:
     with _at_hand(place) as path:
-        found = _read(path, shown=str(place))
+        found = read_tensors(path, shown=str(place))
     is_average = bool(average_keys(found))
     try:
         weights = find_weights(found, ema=is_average)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     return Start(weights=weights, is_average=is_average, classes=classes)
-
-
-def _read(path: Path, *, shown: str) -> Mapping[str, Any]:
-    if not path.name.endswith(_SAFETENSORS):
-        return read_tensors(path, shown=shown)
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{shown}: wanted safetensors, came a file of something else ({error}); "
-            "take it from where it was published"
-        ) from error
 
 
 @contextlib.contextmanager

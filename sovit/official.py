@@ -1,138 +1,347 @@
 """Load the papers' released checkpoints into our models.
 
-Their names are those of the So-ViT and SoT releases; ours follow timm. Each of our
-tensors knows the one or two of theirs it is made of, so that what is wrong with a file
-is told in the file's own names.
+Their names are those of the authors' code; ours follow timm. Each of our tensors knows
+the one or two of theirs it is made of, so that what is wrong with a file is told in the
+file's own names. `sovit.releases` has the names.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from sovit.pooling import CrossCovPool, MultiHeadPool
+from sovit.backbones import SecondOrderNet
+from sovit.pooling import CovPool, CrossCovPool, MultiHeadPool
 from sovit.positions import resize_table
-from sovit.shapes import Tensor
+from sovit.releases import (
+    COUNTER,
+    COV_MOBILENET,
+    ECA_MOBILENET,
+    SO_VIT,
+    Names,
+    Release,
+    names_by_order,
+    names_by_rules,
+    plain_names,
+    read_settings,
+    recognise,
+    release_of,
+    side_of_triangle,
+)
+from sovit.shapes import Float, Tensor
+from sovit.strangers import describe_stranger, refuse_folder, tried
 from sovit.tokens import ConvEmbed
 from sovit.vit import SoViT
 from sovit.weight_files import find_weights, read_tensors
 
+logger = logging.getLogger(__name__)
+
 MAX_NAMES = 5
-CLASSIFIERS = {
-    "head.fc_class.": "classifier.cls_fc.",
-    "head.fc_visual.": "classifier.visual_fc.",
-}
 EMBED = "visual_tokens.tokens."
+TRIANGLES = ("upper", "lower")
 
 
 class MisfitError(ValueError):
     """Name the tensors of a checkpoint that do not fit a model."""
 
-    def __init__(self, kind: str, names: list[str]) -> None:
+    def __init__(self, kind: str, names: list[str], *, hint: str = "") -> None:
         more = "" if len(names) <= MAX_NAMES else ", ..."
         super().__init__(
             f"The checkpoint does not fit the model, {len(names)} tensors are {kind}: "
-            f"{'; '.join(names[:MAX_NAMES])}{more}. Create the model that the weights "
-            "were trained as; for another number of classes give skip_classifier=True."
+            f"{'; '.join(names[:MAX_NAMES])}{more}. {hint}Create the model that the "
+            "weights were trained as; for another number of classes give "
+            "skip_classifier=True."
         )
-        self.kind, self.names = kind, names
+        self.kind, self.names, self.hint = kind, names, hint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """Released weights by our names, and what they are."""
+
+    weights: dict[str, Tensor]
+    report: str
+    """One line: the family, the triangle, how many tensors, what was left out."""
 
 
 def load_official(
     model: nn.Module,
     source: str | os.PathLike[str] | Mapping[str, Any],
     *,
+    triangle: str | None = None,
     ema: bool = False,
     skip_classifier: bool = False,
 ) -> nn.Module:
-    """Load a checkpoint of the So-ViT or SoT release and return the model.
+    """Load a checkpoint that a paper's authors released and return the model.
 
-    `model` is one of ours, made with the checkpoint's sizes. `source` is a file or what
-    it holds: the weights themselves, or a training checkpoint with them under
-    "state_dict", "model" or "state_dict_ema", names with or without "module.". `ema`
-    takes the averaged weights. `skip_classifier` leaves the model's own classifiers,
-    for another number of classes. Position tables of another image size are fitted.
-    Files are read without running any code in them.
+    So-ViT, SoT, MPN-COV and iSQRT-COV (fast-MPN-COV: ResNet, VGG), the optimisation
+    study (ResNet, MobileNetV2), GSoP-Net 1 and 2, ECA-Net (ResNet, MobileNetV2), by the
+    names of their authors' code. `model` is one of ours, made with the checkpoint's
+    sizes. `source` is a file (`torch.save`'s or safetensors) or what it holds: the
+    weights themselves, or a training checkpoint with them under "state_dict", "model"
+    or "state_dict_ema", names with or without "module.". What was taken is logged.
 
-    Raises ValueError naming the tensors that are missing, unexpected or of another
-    shape, and leaves the model as it was then.
+    Args:
+        triangle: Which triangle of the covariance, "upper" or "lower", the file's
+            classifier was trained on; its columns are put into our order. Shapes don't
+            tell. By default lower for GSoP, upper for the others; fast-MPN-COV before
+            its commit e68a5ee (2018-12-26) has the lower one too.
+        ema: Take the averaged weights.
+        skip_classifier: Leave the model's own classifiers, for another number of
+            classes.
+
+    Position tables of another image size are fitted. BatchNorm counters, which files
+    of PyTorch 0.4 lack, are 0 then. Files are read without running any code in them.
+
+    Raises ValueError saying what the file is instead, or naming the tensors that are
+    missing, unexpected or of another shape and the settings that differ; it leaves the
+    model as it was then.
     """
-    if not isinstance(model, SoViT):
-        raise ValueError(
-            f"A So-ViT or SoT model was wanted, got {type(model).__name__}: create it "
-            "with timm.create_model('so_vit_7') after importing sovit."
-        )
+    if not isinstance(source, Mapping):
+        refuse_folder(source)
     found = source if isinstance(source, Mapping) else read_tensors(source)
-    weights = find_weights(found, ema=ema)
-    model.load_state_dict(
-        convert_state_dict(weights, model, skip_classifier=skip_classifier)
+    converted = convert(
+        find_weights(found, ema=ema),
+        model,
+        triangle=triangle,
+        classifier="skip" if skip_classifier else "same",
     )
+    model.load_state_dict({**model.state_dict(), **converted.weights})
+    logger.info("Loaded %s", converted.report)
     return model
 
 
 def is_official(weights: Mapping[str, Any]) -> bool:
-    """Tell the So-ViT and SoT release's weights by their names."""
-    return any(name.startswith("visual_tokens.") for name in weights)
+    """Tell the authors' released weights by their names."""
+    return recognise(plain_names(weights)) is not None
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: SoViT) -> dict[str, Any]:
+def checkpoint_filter_fn(
+    state_dict: dict[str, Any], model: nn.Module
+) -> dict[str, Any]:
     """Convert released weights for timm's loader; of our own fit the positions alone.
 
     Classifiers keep the file's number of classes: the loader drops them where the
     model has another.
     """
-    if not is_official(state_dict):
-        if "pos_embed" not in state_dict:
-            return state_dict
+    if is_official(state_dict):
+        return convert(state_dict, model, classifier="any").weights
+    if isinstance(model, SoViT) and "pos_embed" in state_dict:
         table = _fitted_table(state_dict["pos_embed"], model)
         return {**state_dict, "pos_embed": table}
-    converted = convert_state_dict(state_dict, model, skip_classifier=True)
-    for ours, theirs in CLASSIFIERS.items():
-        for name in [name for name in converted if name.startswith(ours)]:
-            del converted[name]
-            its = state_dict.get(name.replace(ours, theirs))
-            if its is not None:
-                converted[name] = its
-    return converted
+    return state_dict
 
 
-def convert_state_dict(
-    weights: Mapping[str, Tensor], model: SoViT, *, skip_classifier: bool = False
-) -> dict[str, Tensor]:
-    """Rename and join released weights into a state dict that fits `model` exactly.
+def convert(
+    weights: Mapping[str, Tensor],
+    model: nn.Module,
+    *,
+    triangle: str | None = None,
+    classifier: Literal["same", "skip", "any"] = "same",
+) -> Converted:
+    """Rename and join released weights into tensors that fit `model`.
 
-    Raises ValueError where they do not fit.
+    `classifier` "skip" leaves it out; with "any" it has the file's number of classes,
+    or is missing where the file has none. Raises ValueError where they do not fit.
     """
-    own = model.state_dict()
-    names = {name: official_names(name, model=model) for name in own}
-    if skip_classifier:
-        names = {n: parts for n, parts in names.items() if not n.startswith("head.fc")}
-        prefixes = tuple(CLASSIFIERS.values())
-        weights = {n: w for n, w in weights.items() if not n.startswith(prefixes)}
-    wanted = {part for parts in names.values() for part in parts}
-    _raise_if_any("missing", sorted(wanted - set(weights)))
-    _raise_if_any("unexpected", sorted(set(weights) - wanted))
+    weights = plain_names(weights)
+    release = _release(weights, model)
+    order = _triangle(triangle, release=release, model=model)
+    names = _names(release, model=model, weights=weights)
+    heads = {
+        name: part
+        for name, (part, *_) in names.parts.items()
+        if name.startswith(tuple(ours for ours, _ in names.classifier))
+    }
+    body, parts = weights, names.parts
+    if classifier != "same":
+        theirs = tuple(prefix for _, prefix in names.classifier)
+        parts = {name: part for name, part in parts.items() if name not in heads}
+        body = {n: w for n, w in weights.items() if not n.startswith(theirs)}
+    counters = _missing_counters(parts, weights=body)
+    known = {part for found in names.parts.values() for part in found}
+    is_strange = len(known & weights.keys()) < len(weights) / 2
+    hint = tried(weights) if is_strange and not recognise(weights) else ""
+    converted = _joined({**body, **counters}, parts=parts, model=model, hint=hint)
+    if classifier == "any":
+        converted |= {n: weights[part] for n, part in heads.items() if part in weights}
+    if order == "lower":
+        _reorder_triangle(converted, model=model)
+    report = [f"{len(body) if classifier == 'skip' else len(weights)} tensors of "]
+    report.append(release.title)
+    if order:
+        report.append(f", {order} triangle{'' if triangle else ' (the default)'}")
+    if classifier == "skip":
+        report.append(f", without the classifier ({len(weights) - len(body)} tensors)")
+    if counters:
+        report.append(f"; {len(counters)} BatchNorm counters are not in it and are 0")
+    report.append(_other_root(model, release=release))
+    return Converted(weights=converted, report="".join(report))
 
+
+def _release(weights: Mapping[str, Tensor], model: nn.Module) -> Release:
+    """Return the release that a file is of and the model takes, or raise ValueError."""
+    found, wanted = recognise(weights), release_of(model)
+    if found is not None and found is not wanted:
+        raise ValueError(
+            f"{found.wanted} was wanted for this file, which holds {found.title}, got "
+            f"{type(model).__name__}: create it with timm.create_model("
+            f"{found.example!r}) after importing sovit."
+        )
+    if found is None and (said := describe_stranger(weights, model)):
+        raise ValueError(said)
+    if wanted is None:
+        raise ValueError(
+            "A network of the papers was wanted (So-ViT, SoT, or one of "
+            f"timm.list_models('*isqrt*'), '*gsop*', '*eca_*'), got "
+            f"{type(model).__name__}: create it by its name after importing sovit."
+        )
+    if found is None and wanted in (COV_MOBILENET, ECA_MOBILENET):
+        raise ValueError(
+            f"{tried(weights)}This model takes {wanted.title}: see where it is from."
+        )
+    return wanted
+
+
+def _names(
+    release: Release, *, model: nn.Module, weights: Mapping[str, Tensor]
+) -> Names:
+    own = model.state_dict()
+    if isinstance(model, SoViT):
+        parts = {name: official_names(name, model=model) for name in own}
+        return Names(parts=parts, classifier=release.classifier)
+    if not release.rules:
+        return names_by_order(model, own, weights)
+    return names_by_rules(release, own)
+
+
+def _missing_counters(
+    parts: Mapping[str, tuple[str, ...]], *, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return zeros for counters that a file of an old PyTorch lacks."""
+    wanted = {part for names in parts.values() for part in names}
+    return {
+        name: torch.tensor(0)
+        for name in wanted - set(weights)
+        if name.endswith(COUNTER)
+        and f"{name.removesuffix(COUNTER)}running_mean" in weights
+    }
+
+
+def _joined(
+    weights: Mapping[str, Tensor],
+    *,
+    parts: Mapping[str, tuple[str, ...]],
+    model: nn.Module,
+    hint: str,
+) -> dict[str, Tensor]:
+    """Return our tensors of the file's; raise MisfitError where one doesn't fit."""
+    own = model.state_dict()
+    hint = hint or _settings_that_differ(weights, parts=parts, own=own)
+    wanted = {part for names in parts.values() for part in names}
+    _raise_if_any("missing", sorted(wanted - set(weights)), hint=hint)
+    _raise_if_any("unexpected", sorted(set(weights) - wanted), hint=hint)
     wrong, converted = [], {}
-    for name, parts in names.items():
-        tensors = [weights[part] for part in parts]
-        if name == "pos_embed":
+    for name, names in parts.items():
+        tensors = [weights[part] for part in names]
+        if name == "pos_embed" and isinstance(model, SoViT):
             tensors = [_fitted_table(tensors[0], model)]
-        shapes = _part_shapes(own[name], num_parts=len(parts), model=model)
-        for part, tensor, shape in zip(parts, tensors, shapes, strict=True):
+        shapes = _part_shapes(own[name], num_parts=len(names), model=model)
+        for part, tensor, shape in zip(names, tensors, shapes, strict=True):
             # A 1x1 convolution of theirs is a linear map of ours.
             if tensor.shape not in (shape, (*shape, 1, 1)):
                 wrong.append(f"{part} {tuple(tensor.shape)}, the model has {shape}")
         if not wrong:
             converted[name] = _join(tensors).reshape(own[name].shape)
-    _raise_if_any("of another shape", wrong)
-    return {**own, **converted}
+    _raise_if_any("of another shape", wrong, hint=hint)
+    return converted
+
+
+def _settings_that_differ(
+    weights: Mapping[str, Tensor],
+    *,
+    parts: Mapping[str, tuple[str, ...]],
+    own: Mapping[str, Tensor],
+) -> str:
+    """Name what a file and a model were built with where they differ."""
+    ours = {part: tuple(own[name].shape) for name, (part, *_) in parts.items()}
+    model = read_settings(ours)
+    file = read_settings({name: tuple(w.shape) for name, w in weights.items()})
+    differ = [
+        f"{name} {file.get(name)!r}, the model {model.get(name)!r}"
+        for name in {**file, **model}
+        if file.get(name) != model.get(name)
+    ]
+    return f"The file has {'; '.join(differ)}. " if differ else ""
+
+
+def _triangle(
+    triangle: str | None, *, release: Release, model: nn.Module
+) -> str | None:
+    """Return which triangle a file's classifier sees; None where there is none."""
+    if triangle is not None and triangle not in TRIANGLES:
+        raise ValueError(
+            f"triangle must be one of {TRIANGLES} or None, got {triangle!r}: None "
+            "takes what the authors' code has."
+        )
+    pool = model.head.pool if isinstance(model, SecondOrderNet) else None
+    if isinstance(pool, CovPool) and release.triangle:
+        return triangle or release.triangle
+    if triangle is not None:
+        raise ValueError(
+            f"triangle={triangle!r} is for a classifier on the triangle of a "
+            f"covariance, and {release.title} has none: leave it out."
+        )
+    return None
+
+
+def _reorder_triangle(weights: dict[str, Tensor], *, model: nn.Module) -> None:
+    """Put the columns of the layer that sees the lower triangle into our order.
+
+    Row by row, the lower triangle has element (i, j) at i (i + 1) / 2 + j. The matrix
+    is symmetric: our element (j, i) is the same.
+    """
+    assert isinstance(model, SecondOrderNet)
+    pool = model.head.pool
+    assert isinstance(pool, CovPool)
+    name = "hidden.0.weight" if len(model.hidden) else "head.fc_visual.weight"
+    weight = weights.get(name)
+    if weight is not None and weight.shape[1:] == (pool.num_features,):
+        num_groups = pool.pooling.num_groups
+        weights[name] = _from_lower(weight, num_groups=num_groups)
+
+
+def _from_lower(
+    weight: Float[Tensor, "k f"], *, num_groups: int
+) -> Float[Tensor, "k f"]:
+    by_group = weight.unflatten(1, (num_groups, -1))
+    side = side_of_triangle(by_group.shape[-1])
+    assert side is not None
+    rows, columns = torch.triu_indices(side, side, device=weight.device)
+    return by_group[..., columns * (columns + 1) // 2 + rows].flatten(1)
+
+
+def _other_root(model: nn.Module, *, release: Release) -> str:
+    """Name a normalisation that isn't the release's: no tensor shows it."""
+    if release.num_iterations is None or not isinstance(model, SecondOrderNet):
+        return ""
+    pool = model.head.pool
+    assert isinstance(pool, CovPool)
+    ours = (pool.pooling.normalizer, pool.pooling.num_iterations)
+    if ours == ("newton_schulz", release.num_iterations):
+        return ""
+    return (
+        f"; the release normalises by newton_schulz with {release.num_iterations} "
+        f"iterations, the model by {ours[0]} with {ours[1]}"
+    )
 
 
 def official_names(name: str, *, model: SoViT) -> tuple[str, ...]:
@@ -144,7 +353,7 @@ def official_names(name: str, *, model: SoViT) -> tuple[str, ...]:
         return (name,)
     if name.startswith("patch_embed.") and isinstance(model.patch_embed, ConvEmbed):
         return (EMBED + _official_embed_name(name.removeprefix("patch_embed.")),)
-    for ours, theirs in CLASSIFIERS.items():
+    for ours, theirs in SO_VIT.classifier:
         if name.startswith(ours):
             return (theirs + name.removeprefix(ours),)
     pool_names = _OFFICIAL_POOL.get(type(model.head.pool), {})
@@ -194,10 +403,13 @@ _OFFICIAL_POOL: Mapping[type, Mapping[str, tuple[str, ...]]] = MappingProxyType(
 )
 
 
-def _part_shapes(own: Tensor, *, num_parts: int, model: SoViT) -> list[tuple[int, ...]]:
+def _part_shapes(
+    own: Tensor, *, num_parts: int, model: nn.Module
+) -> list[tuple[int, ...]]:
     """Return the shapes of the parts that one of our tensors is made of."""
     if num_parts == 1 or own.ndim == 0:
         return [tuple(own.shape)] * num_parts
+    assert isinstance(model, SoViT)
     assert isinstance(model.head.pool, CrossCovPool)
     pooling = model.head.pool.pooling
     dims = [pooling.num_heads * dim for dim in pooling.reduced_dims]
@@ -217,6 +429,6 @@ def _fitted_table(table: Tensor, model: SoViT) -> Tensor:
     return table
 
 
-def _raise_if_any(kind: str, names: list[str]) -> None:
+def _raise_if_any(kind: str, names: list[str], *, hint: str) -> None:
     if names:
-        raise MisfitError(kind, names)
+        raise MisfitError(kind, names, hint=hint)

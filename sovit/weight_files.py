@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import pickle
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.models import clean_state_dict
+from timm.models import clean_state_dict, load_state_dict
 
 from sovit.shapes import Tensor
 
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 EMA_KEYS = ("state_dict_ema", "model_ema")
 WEIGHT_KEYS = ("state_dict", "model", *EMA_KEYS)
 _MAX_NAMES = 5
+_SAFETENSORS = ".safetensors"
+# Programs with their weights inside, which sovit-export writes too.
+_GRAPHS = (".pt2", ".onnx")
 # What torch.load raises for files that are cut off or of something else: tried with
 # 12,000 that were damaged at random.
 _UNREADABLE = (
@@ -41,9 +45,17 @@ def read_tensors(
 ) -> Mapping[str, Any]:
     """Read a file of tensors and plain values; anything else in it is refused.
 
-    Raises ValueError that calls the file `shown`, if given.
+    A file is safetensors by its name, else what `torch.save` wrote. Raises ValueError
+    that calls the file `shown`, if given.
     """
     shown = shown or os.fspath(source)
+    if shown.endswith(_GRAPHS):
+        raise ValueError(
+            f"A file of weights was wanted, got {shown!r}, an exported graph: take the "
+            "model.safetensors beside it."
+        )
+    if os.fspath(source).endswith(_SAFETENSORS):
+        return _read_safetensors(source, shown=shown)
     try:
         # The release's training script keeps its arguments beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -60,6 +72,21 @@ def read_tensors(
             f"{shown!r}: take the file that the authors published."
         )
     return found
+
+
+def _read_safetensors(
+    source: str | os.PathLike[str], *, shown: str
+) -> Mapping[str, Any]:
+    if not os.path.isfile(source):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown)
+    try:
+        return load_state_dict(os.fspath(source), use_ema=False)
+    # The library's own error derives from Exception alone, and the library is timm's.
+    except Exception as error:
+        raise ValueError(
+            f"{shown}: wanted safetensors, came a file of something else ({error}); "
+            "take it from where it was published"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -19,7 +19,12 @@ _ALSO = frozenset({"data.batch_size", "data.crop_pct", "data.eval_interpolation"
 _KWARGS = "model.kwargs."
 # Where the weights lie that a training starts from, and how it bears bad steps.
 _FREE = frozenset(
-    {"model.init_from", "optim.on_nonfinite", "optim.max_nonfinite_steps"}
+    {
+        "model.init_from",
+        "model.init_triangle",
+        "optim.on_nonfinite",
+        "optim.max_nonfinite_steps",
+    }
 )
 
 

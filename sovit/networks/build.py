@@ -9,6 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import nn
 
+from sovit.official import checkpoint_filter_fn
 from sovit.pooling import as_pooling
 
 
@@ -67,5 +68,6 @@ def create(
         build,  # pyright: ignore[reportArgumentType]
         name,
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
         **{**defaults, **kwargs},
     )

@@ -42,7 +42,7 @@ class Backbone:
     def made_of(self) -> dict[str, Any]:
         """Say what the tokens depend on: architecture and weights, not the head."""
         model = dataclasses.asdict(self.model)
-        for name in ("pooling", "drop_path_rate", "init_from"):
+        for name in ("pooling", "drop_path_rate", "init_from", "init_triangle"):
             del model[name]
         return {"model": model, "weights": self._digest}
 
@@ -81,7 +81,7 @@ def load_backbone(run: Run, *, checkpoint: str, num_classes: int) -> Backbone:
         settings, num_classes = manifest.run.model, len(manifest.classes)
     elif source:
         model = build_model(without_weights(run.model), num_classes=num_classes)
-        load_initial(model, source, classes=())
+        load_initial(model, source, classes=(), triangle=run.model.triangle)
         settings = run.model
     elif any(run.model.kwargs.get(name) for name in PRETRAINED):
         model = build_model(run.model, num_classes=num_classes)

@@ -1,0 +1,92 @@
+"""Files as the papers' authors wrote them, for tests: names, wrappers, fixed images."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.test_official import filled, golden, noise
+
+RESNET = {
+    "head.pool.reduction.0.linear.": "layer_reduce.",
+    "head.pool.reduction.0.norm.": "layer_reduce_bn.",
+    "head.fc_visual.": "fc.",
+    "backbone.": "",
+}
+VGG = {
+    "head.pool.reduction.0.linear.": "representation.conv_dr_block.0.",
+    "head.pool.reduction.0.norm.": "representation.conv_dr_block.1.",
+    "hidden.": "classifier.",
+    "head.fc_visual.": "classifier.6.",
+    "backbone.features.": "features.module.",
+}
+ECA = {".se.conv.": ".eca.conv."}
+# In the order of replacement: of one that another begins with, the longer first.
+GSOP = {
+    ".se.channel.rows.norm.": ".row_bn.",
+    ".se.channel.rows.conv_rows.": ".row_conv_group.",
+    ".se.channel.rows.fc.": ".fc_adapt_channels.",
+    ".se.channel.conv.": ".conv_for_DR.",
+    ".se.channel.norm.": ".bn_for_DR.",
+    ".se.spatial.rows.norm.": ".row_bn_for_spatial.",
+    ".se.spatial.rows.conv_rows.": ".row_conv_group_for_spatial.",
+    ".se.spatial.rows.fc.": ".fc_adapt_channels_for_spatial.",
+    ".se.spatial.conv.": ".conv_for_DR_spatial.",
+    ".se.spatial.norm.": ".bn_for_DR_spatial.",
+    ".se.fusion.conv_channel.": ".dilate_conv_for_concat1.",
+    ".se.fusion.conv_spatial.": ".dilate_conv_for_concat2.",
+    ".se.fusion.norm.": ".bn_for_concat.",
+}
+
+
+def as_authors(own: Mapping[str, Tensor], rules: Mapping[str, str]) -> dict[str, Any]:
+    """Give our tensors an authors' names; linear maps before a norm are convolutions.
+
+    A classifier that sees a triangle keeps our order of its columns, the upper.
+    """
+    found = {}
+    for name, tensor in own.items():
+        theirs = name
+        for ours, other in rules.items():
+            theirs = theirs.replace(ours, other)
+        is_conv = "reduction.0.linear" in name
+        found[theirs] = tensor[..., None, None] if is_conv else tensor
+    return found
+
+
+def in_lower_order(weight: Tensor, *, side: int) -> Tensor:
+    """Reorder columns from the upper triangle row by row to the lower row by row."""
+    places = torch.zeros(side, side, dtype=torch.long)
+    rows, columns = torch.triu_indices(side, side)
+    places[rows, columns] = places[columns, rows] = torch.arange(len(rows))
+    lower = [places[i, j] for i in range(side) for j in range(i + 1)]
+    return weight[:, torch.stack(lower)]
+
+
+def as_pytorch_0_4(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out what BatchNorm has counted only since PyTorch 0.4.1."""
+    return {n: w for n, w in weights.items() if not n.endswith("num_batches_tracked")}
+
+
+def mobilenet_layer(name: str) -> tuple[int, ...]:
+    """Return the numbers in a name of torchvision's MobileNetV2."""
+    return tuple(int(number) for number in re.findall(r"\d+", name))
+
+
+@functools.cache
+def golden_weights(name: str) -> dict[str, Tensor]:
+    """Return the fixed weights of an authors' network; no test changes them."""
+    return {key: filled(key, shape=shape) for key, shape in golden(name)["tensors"]}
+
+
+def golden_images(name: str) -> Tensor:
+    """Return the two fixed images that an authors' network was asked about."""
+    side = golden(name)["image_size"] // 8
+    values = 1.5 * noise("image", num_values=2 * 3 * side * side)
+    image = torch.tensor(values.reshape(2, 3, side, side), dtype=torch.float32)
+    return image.repeat_interleave(8, 2).repeat_interleave(8, 3)
