@@ -19,6 +19,10 @@ from sovit.moments import covariance
 from sovit.precision import at_least_float32, autocast_off, matmul
 from sovit.shapes import Float, Tensor
 
+# Calls in a graph of torch.fx, which sees neither shapes nor devices.
+for _name in ("covariance", "spatial_covariance"):
+    torch.fx.wrap(_name)
+
 ATTENTIONS = ("channel", "spatial", "avg", "max", "concat")
 DIVISORS = ("positions", "channels")
 

@@ -11,6 +11,7 @@ from timm.models import VGG, ResNet
 from torch import nn
 
 from sovit.head import SecondOrderHead
+from sovit.intermediates import TrunkIntermediates
 from sovit.pooling import Pooling, as_pooling
 from sovit.shapes import Float, Number, Tensor
 from sovit.trunks import (
@@ -34,7 +35,7 @@ _DATA_KEYS = (
 )
 
 
-class SecondOrderNet(nn.Module):
+class SecondOrderNet(TrunkIntermediates):
     """Classify by a second-order head on the features of a timm model.
 
     The trunk may give a map (B, C, H, W) or (B, H, W, C), whose positions are the

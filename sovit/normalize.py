@@ -21,6 +21,20 @@ from sovit.precision import at_least_float32, autocast_off
 from sovit.shapes import Float, Number, Tensor
 from sovit.svpn import svpn
 
+# Calls in a graph of torch.fx, which sees neither shapes nor devices.
+for _name in (
+    "covariance",
+    "covariance_power",
+    "covariance_sqrt",
+    "matrix_log",
+    "matrix_power",
+    "newton_schulz_sqrt",
+    "signed_sqrt",
+    "sv_power",
+    "svpn",
+):
+    torch.fx.wrap(_name)
+
 # Added to the size of an element before its root is taken, as in the papers' code.
 SIGNED_SQRT_EPS = 1e-8
 

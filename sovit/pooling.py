@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 import warnings
 
+import torch
 from torch import nn
 
 from sovit.moments import append_one, cross_covariance, upper_triangle
 from sovit.normalize import Normalize
 from sovit.pooling_settings import METHODS, SYMMETRIC_TYPES, Pooling, as_pooling
 from sovit.shapes import Float, Tensor
+
+# Calls in a graph of torch.fx, which sees neither shapes nor devices.
+for _name in ("cross_covariance", "upper_triangle"):
+    torch.fx.wrap(_name)
 
 __all__ = [
     "METHODS",
@@ -110,8 +115,10 @@ def split_views(
     """
     num_heads = pooling.num_heads
     views = x.split([num_heads * dim for dim in pooling.reduced_dims], dim=-1)
-    first, second = (view.unflatten(-1, (num_heads, -1)) for view in views)
-    return first.transpose(1, 2), second.transpose(1, 2)
+    # Not by iterating: torch.fx sees no length.
+    first, second = views[0], views[1]
+    first = first.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return first, second.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 class CrossCovPool(nn.Module):

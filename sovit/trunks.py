@@ -47,6 +47,10 @@ def unstride_last_stage(model: nn.Module) -> None:
         _unstride(cast(nn.Module, stages_of(model)[-1][0]))
     elif isinstance(model, VGG):
         model.features = model.features[:-1]
+        # What is left at the end has an entry of its own among the features.
+        for entries in (model.feature_info, getattr(model, "feature_ends", [])):
+            del entries[-1:]
+        return
     else:
         raise ValueError(
             "drop_last_stride=True needs a ResNet or a VGG of timm, got "

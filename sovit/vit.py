@@ -12,13 +12,14 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from sovit.head import SecondOrderHead
+from sovit.intermediates import BlockIntermediates
 from sovit.pooling import Pooling
 from sovit.positions import resize_table, sinusoid_table
 from sovit.shapes import Float, Number, Tensor
 from sovit.tokens import TOKEN_STRIDE, build_token_embed, check_img_size
 
 
-class SoViT(nn.Module):
+class SoViT(BlockIntermediates):
     """Classify images by a transformer whose head is of second order.
 
     So-ViT (arXiv 2104.10935) and its second version, SoT: convolutional token
@@ -165,18 +166,20 @@ class SoViT(nn.Module):
         self.img_size = check_img_size(img_size, token_stride=self.token_stride)
         self.pos_embed = resize_table(self.pos_embed, grid_size=self.grid_size)
 
-    def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        """Return normalised tokens (B, 1 + tokens, embed_dim), class token first."""
-        if tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
-            raise ValueError(
-                f"Images of {(self.in_chans, *self.img_size)} were wanted, got "
-                f"{tuple(x.shape[1:])}: resize them, or create the model with "
-                "img_size=... and in_chans=... of the images."
-            )
+    def embed(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """Return what the first block sees: class token, tokens, and their positions.
+
+        Raises ValueError for images of another shape.
+        """
+        x = check_images(x, (self.in_chans, *self.img_size))
         x = self.patch_embed(x)
         cls_token = self.cls_token.expand(x.shape[0], -1, -1)
         x = torch.cat([cls_token, x], dim=1)
-        x = x + self.pos_embed
+        return x + self.pos_embed
+
+    def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """Return normalised tokens (B, 1 + tokens, embed_dim), class token first."""
+        x = self.embed(x)
         if self.grad_checkpointing:
             x = checkpoint_seq(self.blocks, x)
         else:
@@ -195,6 +198,22 @@ class SoViT(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """Return logits (B, num_classes) of images."""
         return self.forward_head(self.forward_features(x))
+
+
+def check_images(
+    x: Float[Tensor, "b c h w"], wanted: tuple[int, int, int]
+) -> Float[Tensor, "b c h w"]:
+    """Return images of a shape (channels, height, width); ValueError for others."""
+    if tuple(x.shape[1:]) != wanted:
+        raise ValueError(
+            f"Images of {wanted} were wanted, got {tuple(x.shape[1:])}: resize them, "
+            "or create the model with img_size=... and in_chans=... of the images."
+        )
+    return x
+
+
+# torch.fx knows no shapes: there the check stays one call in the graph.
+torch.fx.wrap("check_images")
 
 
 def _fit_positions(

@@ -13,6 +13,8 @@ sys.modules["jaxtyping"] = sys.modules["beartype"] = None
 import timm, torch, sovit
 
 torch.set_num_threads(1)
+from timm.models._features_fx import create_feature_extractor, get_graph_node_names
+
 images = torch.randn(3, 3, 64, 64)
 batch = torch.export.Dim("batch", min=1, max=64)
 SHORT = {"layers": (1, 1, 1, 1)}
@@ -38,6 +40,10 @@ for name, settings in FAMILIES.items():
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
         torch.testing.assert_close(program.module()(images[:2]), model(images[:2]))
+        assert torch.equal(torch.fx.symbolic_trace(model)(images), wanted), name
+        last = get_graph_node_names(model)[1][-1]
+        (got,) = create_feature_extractor(model, [last])(images).values()
+        assert torch.equal(got, wanted), name
     print(name)
 """
 POOLINGS = """
@@ -62,6 +68,19 @@ for name, token_embed in (("so_vit_7", "resnet"), ("sot_tiny", "linear")):
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
     torch.testing.assert_close(program.module()(images[:3]), model(images[:3]))
+    assert torch.equal(torch.fx.symbolic_trace(model)(images), wanted)
+    kwargs = {**settings, "depth": 1, "features_only": True, "out_indices": (0,)}
+    model.set_grad_checkpointing(False)
+    graph = timm.create_model(name, feature_cls="fx", **kwargs)
+    graph.graph_module.load_state_dict(model.state_dict(), strict=False)
+    tokens = graph.eval()(images)[0]
+    assert torch.equal(model.norm(tokens), model.forward_features(images))
+    try:
+        torch.fx.symbolic_trace(model)(images[..., :16])
+    except ValueError as error:
+        assert "were wanted" in str(error)
+    else:
+        raise AssertionError("the check of images is not in the graph")
 
 x, start = torch.randn(3, 4, 6, requires_grad=True), torch.randn(6)
 for settings in ({}, {"num_iterations": 2, "num_singular_values": None}):

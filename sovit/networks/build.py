@@ -41,15 +41,29 @@ def paper_cfg(
     }
 
 
+def feature_cfg(num_features: int | None) -> dict[str, Any]:
+    """Return how timm's builder extracts features: see `create`.
+
+    New for each network, since the builder changes it.
+    """
+    if num_features is None:
+        return {}
+    return {"feature_cls": "getter", "out_indices": num_features}
+
+
 def create(
     build: Callable[..., nn.Module],
     *,
     name: str,
     pretrained: bool,
     defaults: Mapping[str, Any],
+    feature_indices: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Build a registered network: its own settings, and the caller's over them.
+
+    With `features_only` it gives its last `feature_indices` features, where that is
+    set, by `forward_intermediates`; else timm takes the network apart.
 
     `pooling` may be a mapping of the fields to change, or a method's name. Raises
     ValueError where weights are asked for that nobody publishes at an address that can
@@ -69,5 +83,6 @@ def create(
         name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=feature_cfg(feature_indices),
         **{**defaults, **kwargs},
     )

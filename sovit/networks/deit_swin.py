@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models import register_model
+from torch import nn
 
-from sovit.backbones import SecondOrderNet, second_order
+from sovit.backbones import second_order
 from sovit.networks.build import create, paper_cfg
 from sovit.pooling import Pooling
 from sovit.shapes import Number
@@ -50,7 +51,7 @@ def _create(
     usual_drop_rate: Number,
     pretrained: bool,
     **kwargs: Any,
-) -> SecondOrderNet:
+) -> nn.Module:
     pooling = Pooling.named("multi_head_svpn", reduced_dim=reduced_dim)
     return create(
         second_order,
@@ -62,12 +63,14 @@ def _create(
             "token_embed": "densenet",
             "drop_rate": usual_drop_rate,
         },
+        # As timm has it for either: three blocks of a DeiT, four stages of a Swin.
+        feature_indices=3 if backbone.startswith("deit") else 4,
         **kwargs,
     )
 
 
 @register_model
-def deit_tiny_so(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def deit_tiny_so(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build DeiT-Ti with SoT's head of 6 x 14 x 14: 7.05 M parameters, 7.0 printed."""
     return _create(
         "deit_tiny_so",
@@ -80,7 +83,7 @@ def deit_tiny_so(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
 
 
 @register_model
-def deit_base_so(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def deit_base_so(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build DeiT-B with SoT's head of 6 x 37 x 37: 94.88 M parameters, 94.9 printed."""
     return _create(
         "deit_base_so",
@@ -93,7 +96,7 @@ def deit_base_so(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
 
 
 @register_model
-def swin_tiny_so(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def swin_tiny_so(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build Swin-T with SoT's head of 6 x 24 x 24: 31.45 M parameters, 31.6 printed."""
     return _create(
         "swin_tiny_so",
@@ -106,7 +109,7 @@ def swin_tiny_so(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
 
 
 @register_model
-def swin_base_so(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def swin_base_so(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build Swin-B with SoT's head of 6 x 37 x 37: 95.67 M parameters, 95.9 printed."""
     return _create(
         "swin_base_so",

@@ -154,7 +154,7 @@ default_cfgs = {
 
 def _create_eca(
     depth: int, *, usual: tuple[int, ...], pretrained: bool, **kwargs: Any
-) -> ResNet:
+) -> nn.Module:
     return create(
         _eca_resnet,
         name=f"eca_resnet{depth}",
@@ -169,19 +169,19 @@ def _create_eca(
 
 
 @register_model
-def eca_resnet18(pretrained: bool = False, **kwargs: Any) -> ResNet:
+def eca_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build ECA-ResNet-18, kernels of 3, 5, 7 and 7 as released."""
     return _create_eca(18, usual=(3, 5, 7, 7), pretrained=pretrained, **kwargs)
 
 
 @register_model
-def eca_resnet34(pretrained: bool = False, **kwargs: Any) -> ResNet:
+def eca_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build ECA-ResNet-34, kernels of 3, 3, 5 and 7 as released."""
     return _create_eca(34, usual=(3, 3, 5, 7), pretrained=pretrained, **kwargs)
 
 
 @register_model
-def eca_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
+def eca_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build ECA-ResNet-50, kernels of 3, 5, 5 and 7 as released.
 
     They add the paper's 80 parameters. Its formula gives (5, 5, 5, 7) for the widths of
@@ -191,31 +191,32 @@ def eca_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
 
 
 @register_model
-def eca_resnet101(pretrained: bool = False, **kwargs: Any) -> ResNet:
+def eca_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build ECA-ResNet-101, kernels of 3, 3, 5 and 7 as released."""
     return _create_eca(101, usual=(3, 3, 5, 7), pretrained=pretrained, **kwargs)
 
 
 @register_model
-def eca_resnet152(pretrained: bool = False, **kwargs: Any) -> ResNet:
+def eca_resnet152(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build ECA-ResNet-152, kernels of 3, 3, 5 and 7 as released."""
     return _create_eca(152, usual=(3, 3, 5, 7), pretrained=pretrained, **kwargs)
 
 
 @register_model
-def eca_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
+def eca_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build ECA-MobileNetV2 as released, with dropout 0.25 before the classifier."""
     return create(
         _eca_mobilenet,
         name="eca_mobilenetv2",
         pretrained=pretrained,
         defaults={"backbone": "mobilenetv2_100", "drop_rate": 0.25},
+        feature_indices=5,
         **kwargs,
     )
 
 
 @register_model
-def gsop_resnet50_1(pretrained: bool = False, **kwargs: Any) -> ResNet:
+def gsop_resnet50_1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build GSoP-Net1: a block at the end of every stage, average pooling at the end.
 
     The last stage has no stride. `attention` is "channel", "spatial", "avg", "max" or
@@ -237,7 +238,7 @@ def gsop_resnet50_1(pretrained: bool = False, **kwargs: Any) -> ResNet:
 
 
 @register_model
-def gsop_resnet50_2(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def gsop_resnet50_2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build GSoP-Net2: blocks at the end of stages 1 to 3, iSQRT-COV of 256 at the end.
 
     Three Newton-Schulz iterations, as in its released code. Arguments are those of
@@ -254,5 +255,6 @@ def gsop_resnet50_2(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
             "pooling": Pooling.named("isqrt_cov", num_iterations=3),
             "zero_init_last": False,
         },
+        feature_indices=5,
         **kwargs,
     )

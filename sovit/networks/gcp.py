@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models import register_model
+from torch import nn
 
-from sovit.backbones import SecondOrderNet, second_order
+from sovit.backbones import second_order
 from sovit.networks.build import create, paper_cfg
 from sovit.pooling import Pooling
 
@@ -65,7 +66,7 @@ default_cfgs = {
 
 def _resnet(
     name: str, *, depth: int, usual: Pooling, pretrained: bool, **kwargs: Any
-) -> SecondOrderNet:
+) -> nn.Module:
     return create(
         second_order,
         name=name,
@@ -77,18 +78,19 @@ def _resnet(
             "drop_last_stride": True,
             "zero_init_last": False,
         },
+        feature_indices=5,
         **kwargs,
     )
 
 
-def _mpncov(depth: int, *, pretrained: bool, **kwargs: Any) -> SecondOrderNet:
+def _mpncov(depth: int, *, pretrained: bool, **kwargs: Any) -> nn.Module:
     usual, name = Pooling.named("mpn_cov"), f"mpncov_resnet{depth}"
     return _resnet(name, depth=depth, usual=usual, pretrained=pretrained, **kwargs)
 
 
 def _isqrt(
     depth: int, *, reduced_dim: int = 256, pretrained: bool, **kwargs: Any
-) -> SecondOrderNet:
+) -> nn.Module:
     width = "" if reduced_dim == 256 else f"_{reduced_dim}"
     return _resnet(
         f"isqrt_resnet{depth}{width}",
@@ -100,91 +102,91 @@ def _isqrt(
 
 
 @register_model
-def mpncov_resnet50(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def mpncov_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build MPN-COV on ResNet-50: covariance of 256, square root by eigenvalues."""
     return _mpncov(50, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def mpncov_resnet101(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def mpncov_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build MPN-COV on ResNet-101: covariance of 256, square root by eigenvalues."""
     return _mpncov(101, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def isqrt_resnet18(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def isqrt_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build iSQRT-COV on ResNet-18, covariance of 256 channels."""
     return _isqrt(18, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def isqrt_resnet18_128(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def isqrt_resnet18_128(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build iSQRT-COV on ResNet-18, covariance of 128 channels."""
     return _isqrt(18, reduced_dim=128, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def isqrt_resnet18_64(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def isqrt_resnet18_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build iSQRT-COV on ResNet-18, covariance of 64 channels."""
     return _isqrt(18, reduced_dim=64, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def isqrt_resnet34(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def isqrt_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build iSQRT-COV on ResNet-34, covariance of 256 channels."""
     return _isqrt(34, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def isqrt_resnet34_128(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def isqrt_resnet34_128(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build iSQRT-COV on ResNet-34, covariance of 128 channels."""
     return _isqrt(34, reduced_dim=128, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def isqrt_resnet34_64(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def isqrt_resnet34_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build iSQRT-COV on ResNet-34, covariance of 64 channels."""
     return _isqrt(34, reduced_dim=64, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def isqrt_resnet50(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def isqrt_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build iSQRT-COV on ResNet-50, covariance of 256 channels."""
     return _isqrt(50, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def isqrt_resnet50_128(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def isqrt_resnet50_128(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build iSQRT-COV on ResNet-50, covariance of 128 channels."""
     return _isqrt(50, reduced_dim=128, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def isqrt_resnet50_64(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def isqrt_resnet50_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build iSQRT-COV on ResNet-50, covariance of 64 channels."""
     return _isqrt(50, reduced_dim=64, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def isqrt_resnet101(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def isqrt_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build iSQRT-COV on ResNet-101, covariance of 256 channels."""
     return _isqrt(101, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def isqrt_resnet101_128(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def isqrt_resnet101_128(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build iSQRT-COV on ResNet-101, covariance of 128 channels."""
     return _isqrt(101, reduced_dim=128, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def isqrt_resnet101_64(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def isqrt_resnet101_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build iSQRT-COV on ResNet-101, covariance of 64 channels."""
     return _isqrt(101, reduced_dim=64, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def isqrt_vgg16(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def isqrt_vgg16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build iSQRT-COV on VGG-16 with BatchNorm, without its last pooling.
 
     Two layers of 4096 with dropout 0.5 precede the classifier, as released: 170,479,144
@@ -201,12 +203,13 @@ def isqrt_vgg16(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
             "hidden_dims": (4096, 4096),
             "drop_rate": 0.5,
         },
+        feature_indices=5,
         **kwargs,
     )
 
 
 @register_model
-def isqrt_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def isqrt_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build iSQRT-COV on MobileNetV2, which keeps its stride: 7x7 positions.
 
     As released: the last convolution's 1280 channels reduced to 256, with ReLU6, and
@@ -222,12 +225,13 @@ def isqrt_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet
             "fusion": "visual",
             "drop_rate": 0.2,
         },
+        feature_indices=5,
         **kwargs,
     )
 
 
 @register_model
-def gaussian_resnet50(pretrained: bool = False, **kwargs: Any) -> SecondOrderNet:
+def gaussian_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build the Gaussian embedding on ResNet-50: mean and covariance of 256 channels.
 
     The square root of the 257x257 embedding by five Newton-Schulz iterations.

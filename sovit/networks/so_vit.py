@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
+from torch import nn
 
 from sovit.head import classifier_names
+from sovit.networks.build import feature_cfg
 from sovit.official import checkpoint_filter_fn
 from sovit.pooling import Pooling, as_pooling
 from sovit.shapes import Number
@@ -111,7 +113,15 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 # What timm's builder takes besides the arguments of the model itself.
-BUILDER_KEYWORDS = ("pretrained_cfg", "pretrained_model_args", "cache_dir")
+BUILDER_KEYWORDS = (
+    "pretrained_cfg",
+    "pretrained_model_args",
+    "cache_dir",
+    "features_only",
+    "out_indices",
+    "feature_cls",
+)
+NUM_FEATURES = 3
 
 
 def _default_cfg() -> dict[str, Any]:
@@ -146,7 +156,7 @@ def default_pooling(name: str) -> Pooling:
     return ARCHITECTURES[name]["pooling"]
 
 
-def _create(name: str, *, pretrained: bool, **kwargs: Any) -> SoViT:
+def _create(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Build a model: the named architecture, with whatever arguments override it."""
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     if pretrained and not (overlay or kwargs.get("pretrained_cfg")):
@@ -167,15 +177,15 @@ def _create(name: str, *, pretrained: bool, **kwargs: Any) -> SoViT:
             f"head.{fc}" for fc in classifier_names(arguments["fusion"])
         ),
     }
-    model = build_model_with_cfg(
+    return build_model_with_cfg(
         SoViT,
         name,
         pretrained,
         pretrained_cfg_overlay={**names, **(overlay or {})},
         pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=feature_cfg(NUM_FEATURES),
         **arguments,
     )
-    return cast(SoViT, model)
 
 
 def _check_keywords(name: str, kwargs: Mapping[str, Any]) -> None:
@@ -188,42 +198,42 @@ def _check_keywords(name: str, kwargs: Mapping[str, Any]) -> None:
 
 
 @register_model
-def so_vit_7(pretrained: bool = False, **kwargs: Any) -> SoViT:
+def so_vit_7(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build So-ViT-7: 7 blocks of width 256, cross-covariance of 48 x 24."""
     return _create("so_vit_7", pretrained=pretrained, **kwargs)
 
 
 @register_model
-def so_vit_10(pretrained: bool = False, **kwargs: Any) -> SoViT:
+def so_vit_10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build So-ViT-10: 10 blocks of width 256, cross-covariance of 48 x 24."""
     return _create("so_vit_10", pretrained=pretrained, **kwargs)
 
 
 @register_model
-def so_vit_14(pretrained: bool = False, **kwargs: Any) -> SoViT:
+def so_vit_14(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build So-ViT-14: 14 blocks of width 384, cross-covariance of 64 x 48."""
     return _create("so_vit_14", pretrained=pretrained, **kwargs)
 
 
 @register_model
-def so_vit_19(pretrained: bool = False, **kwargs: Any) -> SoViT:
+def so_vit_19(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build So-ViT-19: 19 blocks of width 448, cross-covariance of 96 x 48."""
     return _create("so_vit_19", pretrained=pretrained, **kwargs)
 
 
 @register_model
-def sot_tiny(pretrained: bool = False, **kwargs: Any) -> SoViT:
+def sot_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build SoT-Tiny: 12 blocks of width 240, six cross-covariances of 14 x 14."""
     return _create("sot_tiny", pretrained=pretrained, **kwargs)
 
 
 @register_model
-def sot_small(pretrained: bool = False, **kwargs: Any) -> SoViT:
+def sot_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build SoT-Small: 14 blocks of width 384, six cross-covariances of 24 x 24."""
     return _create("sot_small", pretrained=pretrained, **kwargs)
 
 
 @register_model
-def sot_base(pretrained: bool = False, **kwargs: Any) -> SoViT:
+def sot_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build SoT-Base: 24 blocks of width 528, six cross-covariances of 38 x 38."""
     return _create("sot_base", pretrained=pretrained, **kwargs)
