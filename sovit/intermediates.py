@@ -41,7 +41,7 @@ class BlockIntermediates(nn.Module):
     embed_dim: int
     head_hidden_size: int
     num_classes: int
-    grid_size: tuple[int, int]
+    img_size: tuple[int, int]
     token_stride: int
     grad_checkpointing: bool
     embed: Callable[[Tensor], Tensor]
@@ -97,7 +97,8 @@ class BlockIntermediates(nn.Module):
                 found.append(self.norm(x) if norm else x)
         prefix, maps = [y[:, :1] for y in found], [y[:, 1:] for y in found]
         if output_fmt == "NCHW":
-            maps = [y.mT.unflatten(2, self.grid_size).contiguous() for y in maps]
+            grid = [side // self.token_stride for side in self.img_size]
+            maps = [y.mT.unflatten(2, grid).contiguous() for y in maps]
         if output_dict:
             named: dict[str, Any] = {"image_intermediates": maps}
             if return_prefix_tokens:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from sovit.backbones import SecondOrderNet
-from sovit.pooling import CovPool, CrossCovPool, MultiHeadPool
+from sovit.pooling import CovPool, CrossCovPool, MultiHeadPool, Pooling
 from sovit.positions import resize_table
 from sovit.releases import (
     COUNTER,
@@ -183,7 +183,7 @@ def convert(
         report.append(f", without the classifier ({len(weights) - len(body)} tensors)")
     if counters:
         report.append(f"; {len(counters)} BatchNorm counters are not in it and are 0")
-    report.append(_other_root(model, release=release))
+    report.append(_unseen(model, release=release))
     return Converted(weights=converted, report="".join(report))
 
 
@@ -329,19 +329,20 @@ def _from_lower(
     return by_group[..., columns * (columns + 1) // 2 + rows].flatten(1)
 
 
-def _other_root(model: nn.Module, *, release: Release) -> str:
-    """Name a normalisation that isn't the release's: no tensor shows it."""
+# Of a pooling, what no tensor shows.
+_UNSEEN = ("normalizer", "num_iterations", "coefficients", "pre_norm", "centering")
+
+
+def _unseen(model: nn.Module, *, release: Release) -> str:
+    """Name what no tensor shows and the model has otherwise than the release."""
     if release.num_iterations is None or not isinstance(model, SecondOrderNet):
         return ""
     pool = model.head.pool
     assert isinstance(pool, CovPool)
-    ours = (pool.pooling.normalizer, pool.pooling.num_iterations)
-    if ours == ("newton_schulz", release.num_iterations):
-        return ""
-    return (
-        f"; the release normalises by newton_schulz with {release.num_iterations} "
-        f"iterations, the model by {ours[0]} with {ours[1]}"
-    )
+    theirs = Pooling.named("isqrt_cov", num_iterations=release.num_iterations)
+    pairs = {n: (getattr(theirs, n), getattr(pool.pooling, n)) for n in _UNSEEN}
+    differ = [f"{n} {a!r}, the model {b!r}" for n, (a, b) in pairs.items() if a != b]
+    return f"; the release has {'; '.join(differ)}" if differ else ""
 
 
 def official_names(name: str, *, model: SoViT) -> tuple[str, ...]:
