@@ -22,6 +22,7 @@ from pipelines.explain.counting import (
 )
 from pipelines.explain.report import as_text, hours_text, size_text
 from pipelines.explain.timing import Timed
+from pipelines.fields import change_fields
 from pipelines.recipe import load_recipe
 from pipelines.runfile import to_json
 from pipelines.runs import new_record
@@ -30,6 +31,8 @@ from pipelines.store import CheckpointStore
 from tests.demo_runs import RECIPE
 from tests.small_runs import SO_VIT, small_run, state_of
 from tests.small_sets import write_set
+from tuning.checks import check_sweep
+from tuning.options import Search
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,15 @@ def test_few_tokens_are_one_line(
     assert said.out.count("of 4 tokens") == 1
     assert "tokens" not in said.err
     assert not [one for one in recwarn if one.category is sovit.FewTokensWarning]
+
+
+def test_a_sweep_says_it_once_before_its_trials(
+    recipe: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    wide = {"pooling.reduced_dim": (6, 7)}
+    check_sweep(change_fields(load_recipe(recipe), wide), search=Search())
+    (said,) = (r.message for r in caplog.records if "of 4 tokens" in r.message)
+    assert "\n" not in said
 
 
 def shard_bytes(address: str) -> int:
