@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping
@@ -15,8 +16,9 @@ from pipelines.ingest.reading import read_rows
 from pipelines.job import Job, Trained
 from pipelines.pixels.pillow_decode import is_whole
 from pipelines.runfile import flat_params
-from pipelines.runs import Record
+from pipelines.runs import Record, write_record
 from pipelines.supply import reading_of
+from pipelines.tracking.late_run import LateRun
 from pipelines.tracking.provenance import provenance_tags
 from pipelines.tracking.registry import register_model
 from pipelines.tracking.sweeps import NUM_PARAMS, log_metrics
@@ -32,24 +34,37 @@ def open_tracking(
     num_params: int,
     tags: Mapping[str, str],
     is_begun: bool,
-) -> str:
-    """Open the MLflow run of a record, new or not; return its id."""
-    run_id = tracking.open_run(
+    is_demanded: bool,
+) -> LateRun:
+    """Open the MLflow run of a record, new or not, now or once MLflow is back.
+
+    Raises ValueError, where that `is_demanded`, for what waiting won't mend.
+    """
+
+    def note(run_id: str) -> None:
+        write_record(dataclasses.replace(record, mlflow_run_id=run_id))
+
+    tracked = LateRun(
         uri,
-        experiment=record.run.experiment,
-        name=record.name,
         params=flat_params(record.run) | {NUM_PARAMS: num_params},
         tags=provenance_tags() | dict(tags),
-        run_id=record.mlflow_run_id,
-        place=str(Place(record.run.storage).within(record.name)),
-        is_begun=is_begun,
-        id=record.id,
+        run={
+            "experiment": record.run.experiment,
+            "name": record.name,
+            "run_id": record.mlflow_run_id,
+            "place": str(Place(record.run.storage).within(record.name)),
+            "is_begun": is_begun,
+            "id": record.id,
+        },
+        on_open=note,
     )
+    tracked.open(is_demanded=is_demanded)
     if not record.mlflow_run_id:
         # MLflow's compare page shows the first metric that all runs have had. No value
         # yet, but one that failed early must not take the accuracy off the page.
-        log_metrics(uri, run_id, metrics={_FIRST_METRIC: math.nan})
-    return run_id
+        first = {_FIRST_METRIC: math.nan}
+        tracked.do(lambda run_id: log_metrics(uri, run_id, metrics=first))
+    return tracked
 
 
 def log_shards(shards: ShardSet, *, uri: str, run_id: str, context: str) -> None:

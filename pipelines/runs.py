@@ -165,3 +165,9 @@ def write_record(record: Record) -> None:
     file = Place(record.run.storage).within(record.name).within(_RECORD)
     with answering():
         file.write(json.dumps(content, indent=2).encode())
+
+
+def delete_record(record: Record) -> None:
+    """Take back a new run's record, before anything else is in its folder."""
+    with answering():
+        Place(record.run.storage).within(record.name).within(_RECORD).delete()

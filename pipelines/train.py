@@ -31,6 +31,7 @@ from pipelines import tracking
 from pipelines.alone import train_alone
 from pipelines.cli import parse, run_command
 from pipelines.config import Run
+from pipelines.credentials import without_credentials
 from pipelines.ending import StopRequest, stop_requests
 from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
 from pipelines.explain.show import show_dry_run
@@ -57,6 +58,7 @@ from pipelines.resuming import (
 from pipelines.runs import (
     Record,
     check_name,
+    delete_record,
     new_record,
     write_record,
 )
@@ -67,6 +69,7 @@ from pipelines.telling.board import Began
 from pipelines.telling.gauges import Gauges
 from pipelines.telling.listener import Listener
 from pipelines.telling.progress import Display
+from pipelines.tracking import LateRun
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-train"
@@ -81,6 +84,7 @@ _OWN_OPTIONS = {
 }
 # A trial that is tried again may come before Ray has ended its last process.
 _TRIAL_PATIENCE_S = 60.0
+_UNSENT = "unsent.json"
 
 
 def fit(
@@ -130,6 +134,9 @@ def fit(
         if checked.few_tokens:
             logger.warning(checked.few_tokens)
         uri = tracking_uri or tracking.default_uri(run.storage)
+        # A sweep has asked for MLflow, and once its trials run nothing of it stops them.
+        if is_demanded := not sweep_id:
+            tracking.check_usable(uri, experiment=run.experiment)
         folder, here = Place(run.storage).within(name), contextlib.nullcontext()
         patience_s = _TRIAL_PATIENCE_S if sweep_id else 0.0
         with (
@@ -145,32 +152,48 @@ def fit(
                 if record is None:
                     record = new_record(run, name=name, sweep_id=sweep_id, code=code)
                 record = dataclasses.replace(record, run=run, digests=checked.digests)
-                job = _begun(
-                    record, checked=checked, uri=uri, tags=tags, is_begun=is_begun
+                write_record(record)
+                job, tracked = _begun(
+                    record,
+                    checked=checked,
+                    uri=uri,
+                    tags=tags,
+                    is_begun=is_begun,
+                    is_demanded=is_demanded,
                 )
                 job = dataclasses.replace(job, keeps_model=keep_model)
-                record = dataclasses.replace(record, mlflow_run_id=job.mlflow_run_id)
-                write_record(record)
-            with _ended_in_mlflow(job, name=name, stop=stop):
-                trained = _trained(job, name=name, callbacks=callbacks, stop=stop)
+            with _ended_in_mlflow(job, tracked=tracked, name=name, stop=stop):
+                trained = _trained(
+                    job, tracked=tracked, name=name, callbacks=callbacks, stop=stop
+                )
+                if is_demanded:
+                    _check_recorded(tracked, job=job, name=name)
+                job = dataclasses.replace(job, mlflow_run_id=tracked.run_id)
                 if keep_model:
                     log_model(trained, job=job)
             with stop.waiting():
-                tracking.end_run(uri, job.mlflow_run_id, status="FINISHED")
+                tracked.end(status="FINISHED")
+                run_id = tracked.run_id or record.mlflow_run_id
+                record = dataclasses.replace(record, mlflow_run_id=run_id)
                 write_record(dataclasses.replace(record, status="finished"))
             stop.finish()
     return trained
 
 
 def _trained(
-    job: Job, *, name: str, callbacks: Sequence[UserCallback], stop: StopRequest
+    job: Job,
+    *,
+    tracked: LateRun,
+    name: str,
+    callbacks: Sequence[UserCallback],
+    stop: StopRequest,
 ) -> Trained:
     """Train to the end; InterruptedRun where a signal ended it after a checkpoint."""
     stop.check()
     run = job.run
     train = train_alone if run.scale.is_alone else train_on_ray
     with stop.noted() as is_over:
-        listener = _listener(job, name=name, is_over=is_over)
+        listener = _listener(job, tracked=tracked, name=name, is_over=is_over)
         trained = train(job, name=name, callbacks=callbacks, listener=listener)
         if is_over.is_set() and not _is_complete(trained, run=run):
             raise InterruptedRun(f"ended by {stop.name} after a checkpoint")
@@ -178,13 +201,14 @@ def _trained(
 
 
 @contextlib.contextmanager
-def _ended_in_mlflow(job: Job, *, name: str, stop: StopRequest) -> Iterator[None]:
+def _ended_in_mlflow(
+    job: Job, *, tracked: LateRun, name: str, stop: StopRequest
+) -> Iterator[None]:
     """Mark the MLflow run by how a block ends, where it does so early."""
 
     def end(status: Literal["FINISHED", "FAILED", "KILLED"], reason: str = "") -> None:
         with stop.waiting():
-            uri, run_id = job.tracking_uri, job.mlflow_run_id
-            tracking.end_run(uri, run_id, status=status, reason=reason)
+            tracked.end(status=status, reason=reason)
 
     go_on = f"go on with {resume_command(job.run, name=name)}"
     try:
@@ -214,57 +238,92 @@ def _begun(
     uri: str,
     tags: Mapping[str, str],
     is_begun: bool,
-) -> Job:
-    """Open a run in MLflow with its shard sets, and describe it to the workers."""
-    run_id = open_tracking(
-        record,
-        uri=uri,
-        num_params=checked.num_params,
-        tags=tags,
-        is_begun=is_begun,
-    )
+    is_demanded: bool,
+) -> tuple[Job, LateRun]:
+    """Open a run in MLflow with its shard sets, and describe it to the workers.
+
+    A new run that MLflow refuses leaves no folder.
+    """
+    try:
+        tracked = open_tracking(
+            record,
+            uri=uri,
+            num_params=checked.num_params,
+            tags=tags,
+            is_begun=is_begun,
+            is_demanded=is_demanded,
+        )
+    except ValueError:
+        if not is_begun:
+            delete_record(record)
+        raise
+
     train_shards, val_shards = checked.train_shards, checked.val_shards
-    for context, shards in (("train", train_shards), ("val", val_shards)):
-        log_shards(shards, uri=uri, run_id=run_id, context=context)
-    return Job(
+
+    def log_sets(run_id: str) -> None:
+        for context, shards in (("train", train_shards), ("val", val_shards)):
+            log_shards(shards, uri=uri, run_id=run_id, context=context)
+
+    tracked.do(log_sets)
+    job = Job(
         run=record.run,
         train_shards=train_shards,
         val_shards=val_shards,
         held_out=checked.held_out,
         tracking_uri=uri,
-        mlflow_run_id=run_id,
+        mlflow_run_id=tracked.run_id,
         code=record.code,
     )
+    return job, tracked
+
+
+def _check_recorded(tracked: LateRun, *, job: Job, name: str) -> None:
+    """Raise RunFailedError where a training has ended that MLflow knows nothing of."""
+    if not tracked.is_open:
+        raise RunFailedError(
+            f"{name} is trained, but MLflow at {without_credentials(job.tracking_uri)} "
+            "has been away all along; see that it can be reached, then record it with "
+            f"{resume_command(job.run, name=name)}"
+        )
 
 
 def _is_complete(trained: Trained, *, run: Run) -> bool:
     return trained.metrics.get("epoch") == run.optim.total_epochs
 
 
-def _listener(job: Job, *, name: str, is_over: threading.Event) -> Listener:
+def _listener(
+    job: Job, *, tracked: LateRun, name: str, is_over: threading.Event
+) -> Listener:
     """Make what hears the workers: progress, MLflow, and on Ray the gauges."""
+    uri, folder = job.tracking_uri, Place(job.run.storage).within(name)
     return Listener(
-        display=_display(job),
-        writer=tracking.MetricWriter(job.tracking_uri, job.mlflow_run_id),
-        figures=tracking.FigureWriter(job.tracking_uri, job.mlflow_run_id),
+        display=_display(job, tracked=tracked),
+        writer=tracking.MetricWriter(
+            uri, tracked.needed_id, unsent=folder.within(_UNSENT)
+        ),
+        figures=tracking.FigureWriter(uri, tracked.awaited_id),
         is_over=is_over,
         gauges=None if job.run.scale.is_alone else Gauges(name),
+        wait_for_run=tracked.wait,
     )
 
 
-def _display(job: Job) -> Display:
+def _display(job: Job, *, tracked: LateRun) -> Display:
     """Make what shows a run's progress; its bad images and hardware go to MLflow."""
-    uri, run_id = job.tracking_uri, job.mlflow_run_id
+    uri = job.tracking_uri
     plans = Plans(shards=job.train_shards, run=job.run, train=True)
     num_epochs = job.run.optim.total_epochs
     bad_images = BadImageLog(
-        keep=lambda text: tracking.log_text(uri, run_id, text=text, path=FILE),
-        before=tracking.read_text(uri, run_id, path=FILE),
+        keep=lambda text: tracked.do(
+            lambda run_id: tracking.log_text(uri, run_id, text=text, path=FILE)
+        ),
+        before=tracking.read_text(uri, job.mlflow_run_id, path=FILE),
     )
 
     def note(begun: Sequence[Began]) -> str:
         workers = [item.hardware for item in begun]
-        tracking.tag_run(uri, run_id, tags=tags_of(workers))
+        tags = tags_of(workers)
+        tracked.do(lambda run_id: tracking.tag_run(uri, run_id, tags=tags))
         return without_bfloat16(workers) if job.run.scale.amp == "auto" else ""
 
     return Display(

@@ -20,6 +20,8 @@ from pipelines.telling.progress import Display
 from pipelines.tracking import FigureWriter, MetricWriter
 
 _FLUSH_S = 15.0
+# For an MLflow that has been away since the run began, when that has ended well.
+_OPEN_PATIENCE_S = 120.0
 
 
 class Listener:
@@ -28,6 +30,8 @@ class Listener:
     Args:
         is_over: Once it is set, the workers are asked to end.
         gauges: None where no Ray is there to export them.
+        wait_for_run: Waits so many seconds at most for MLflow to have the run, or
+            `until` an event.
     """
 
     def __init__(
@@ -38,12 +42,14 @@ class Listener:
         figures: FigureWriter,
         is_over: threading.Event,
         gauges: Gauges | None,
+        wait_for_run: Callable[..., object] = lambda timeout_s, until: None,
     ) -> None:
         self._display = display
         self._writer = writer
         self._figures = figures
         self._is_over = is_over
         self._gauges = gauges
+        self._wait_for_run = wait_for_run
 
     @contextlib.contextmanager
     def listening(
@@ -80,6 +86,7 @@ class Listener:
                 on_look=look,
             ):
                 yield
+            self._wait_for_run(_OPEN_PATIENCE_S, until=self._is_over)
         finally:
             self._display.close()
             self._figures.close(_FLUSH_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipelines.tracking.client import default_uri
 from pipelines.tracking.figures import FigureWriter
+from pipelines.tracking.late_run import LateRun
 from pipelines.tracking.metric_writer import MetricWriter
 from pipelines.tracking.runs import (
     end_run,
@@ -15,10 +16,13 @@ from pipelines.tracking.runs import (
     read_text,
     tag_run,
 )
+from pipelines.tracking.usable import check_usable
 
 __all__ = [
     "FigureWriter",
+    "LateRun",
     "MetricWriter",
+    "check_usable",
     "default_uri",
     "end_run",
     "log_dataset",

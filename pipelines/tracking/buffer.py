@@ -54,7 +54,7 @@ class MetricBuffer:
         self._max_points = max_points
         self._points: deque[Point] = deque()
         self._num_lost = 0
-        self._num_in_flight = 0
+        self._in_flight: list[Point] = []
         self._deadline_s: float | None = None
         self._changed = threading.Condition()
         # A daemon: a store that hangs must not keep the process from ending.
@@ -77,7 +77,12 @@ class MetricBuffer:
             self._changed.notify()
         self._thread.join(timeout_s)
         with self._changed:
-            return self._num_lost + self._num_in_flight + len(self._points)
+            return self._num_lost + len(self._in_flight) + len(self._points)
+
+    def left(self) -> list[Point]:
+        """List the points that wait, once it is closed."""
+        with self._changed:
+            return [*self._in_flight, *self._points]
 
     def _run(self) -> None:
         retry_s, is_away = _FIRST_RETRY_S, False
@@ -115,17 +120,17 @@ class MetricBuffer:
             if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
                 return []
             num_taken = min(len(self._points), MAX_POINTS_PER_SEND)
-            self._num_in_flight = num_taken
-            return [self._points.popleft() for _ in range(num_taken)]
+            self._in_flight = [self._points.popleft() for _ in range(num_taken)]
+            return self._in_flight
 
     def _settle(self, batch: list[Point], *, num_lost: int) -> None:
         with self._changed:
-            self._num_in_flight -= len(batch)
+            self._in_flight = []
             self._num_lost += num_lost
 
     def _put_back(self, batch: list[Point]) -> None:
         with self._changed:
-            self._num_in_flight -= len(batch)
+            self._in_flight = []
             self._points.extendleft(reversed(batch))
             self._trim()
 

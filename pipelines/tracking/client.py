@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -11,9 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import unquote
 
 from pipelines.credentials import error_summary, without_credentials
-from pipelines.tracking.sqlite_file import check_writable, sole_creator
+from pipelines.places import open_place
+from pipelines.tracking.sqlite_file import (
+    check_writable,
+    is_made,
+    put_in_place,
+    sole_creator,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,8 +56,13 @@ def default_uri(storage: str) -> str:
             f"{without_credentials(storage)!r}; set {ADDRESS_VARIABLE} to a server or "
             f"to {_SQLITE}/a/folder/{_DATABASE}"
         )
-    folder = Path(storage.removeprefix("file://")).expanduser().absolute()
-    return f"{_SQLITE}{folder / _DATABASE}"
+    folder = Path(open_place(storage)[1]).expanduser().absolute()
+    return sqlite_uri(folder / _DATABASE)
+
+
+def sqlite_uri(path: Path) -> str:
+    """Name an SQLite file so that SQLAlchemy finds it, whatever stands in its path."""
+    return _SQLITE + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def artifact_location(uri: str) -> str | None:
@@ -57,7 +70,7 @@ def artifact_location(uri: str) -> str | None:
 
     Left alone, a client of an SQLite file puts them in the working directory.
     """
-    path = _sqlite_path(uri)
+    path = sqlite_path(uri)
     return (path.parent / _ARTIFACTS).as_uri() if path else None
 
 
@@ -83,7 +96,7 @@ def attempt(
 
     is_file = uri.startswith(_SQLITE)
     try:
-        return _within(None if is_file else timeout_s, call=connect_and_call)
+        return within(None if is_file else timeout_s, call=connect_and_call)
     except Exception as error:  # MLflow lets requests', SQLAlchemy's and others through
         logger.warning(
             "MLflow at %s failed (%s); training goes on, %s",
@@ -94,7 +107,7 @@ def attempt(
         return otherwise
 
 
-def _within(timeout_s: float | None, *, call: Callable[[], Result]) -> Result:
+def within(timeout_s: float | None, *, call: Callable[[], Result]) -> Result:
     """Call on a thread that is left behind, with TimeoutError, where it takes longer.
 
     Not every wait has a setting: names that don't resolve, databases that don't answer.
@@ -143,7 +156,7 @@ def connect(uri: str, *, create: bool) -> MlflowClient:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     from mlflow import MlflowClient
 
-    path = _sqlite_path(uri)
+    path = sqlite_path(uri)
     if path is None:
         return MlflowClient(tracking_uri=uri)
     if create:
@@ -153,12 +166,31 @@ def connect(uri: str, *, create: bool) -> MlflowClient:
             f"wanted {path} on this machine, came none; workers on several machines "
             f"need a shared storage folder or a server in {ADDRESS_VARIABLE}"
         )
-    check_writable(path)
-    with sole_creator(path):
+    with sole_creator(path), _no_other_folders(uri, path=path):
+        if not is_made(path):
+            # Elsewhere first: MLflow can't go on with tables that a kill cut off.
+            with put_in_place(path) as partial:
+                MlflowClient(tracking_uri=sqlite_uri(partial))
+        check_writable(path)
         return MlflowClient(tracking_uri=uri)
 
 
-def _sqlite_path(uri: str) -> Path | None:
+@contextmanager
+def _no_other_folders(uri: str, *, path: Path) -> Iterator[None]:
+    """Delete the folder that MLflow makes where it takes an address for a path."""
+    taken = Path(uri.removeprefix(_SQLITE)).absolute().parent
+    folders = [] if taken == path.parent else [taken, *taken.parents]
+    made = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Give the file of an SQLite store, None for a store of another kind."""
     if not uri.startswith(_SQLITE):
         return None
-    return Path(uri.removeprefix(_SQLITE).partition("?")[0]).absolute()
+    return Path(unquote(uri.removeprefix(_SQLITE).partition("?")[0])).absolute()

@@ -23,16 +23,20 @@ class FigureWriter:
 
     One is drawn at a time, in turn: a figure that comes while a few wait, since MLflow
     is slow, is left out, with a warning. An empty run id keeps none.
+
+    Args:
+        run_id: May be a call that waits for the run.
     """
 
-    def __init__(self, uri: str, run_id: str) -> None:
-        self._uri, self._run_id = uri, run_id
+    def __init__(self, uri: str, run_id: str | Callable[[], str]) -> None:
+        self._uri, self._is_recorded = uri, bool(run_id)
+        self._run_id = run_id if callable(run_id) else lambda: run_id
         self._waiting: queue.Queue[tuple[Draw, str] | None] = queue.Queue(_MAX_WAITING)
         self._thread: threading.Thread | None = None
 
     def log(self, draw: Draw, *, path: str) -> None:
         """Let `draw` write a file or a folder, and keep it as `path`; never raises."""
-        if not self._run_id:
+        if not self._is_recorded:
             return
         try:
             self._waiting.put_nowait((draw, path))
@@ -62,8 +66,7 @@ class FigureWriter:
                 file = Path(scratch) / path.name
                 draw(file)
                 folder = "" if path.parent == PurePosixPath() else str(path.parent)
-                log_file(
-                    self._uri, self._run_id, file=file, folder=folder, create=False
-                )
+                run_id = self._run_id()
+                log_file(self._uri, run_id, file=file, folder=folder, create=False)
         except Exception as error:  # whatever drawing raises
             logger.warning("%s is left out: %s", path, error_summary(error))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from pipelines.credentials import without_credentials
+from pipelines.credentials import error_summary, without_credentials
+from pipelines.files import Place
 from pipelines.tracking.buffer import MetricBuffer, Point, RefusedError
 from pipelines.tracking.client import PATIENCE, connect, environment
 from pipelines.tracking.entries import name_text
@@ -23,13 +25,27 @@ class MetricWriter:
     such a step shows two values, and a metric's last value is that of the highest step,
     the later point where two have it: right as soon as training has passed the point it
     had come to before. `num_restarts` says that it happened.
+
+    Args:
+        run_id: May be a call that raises while there is no run yet; "" writes nothing.
+        unsent: A file for the points that MLflow has not taken at the end: the next
+            writer sends them first.
     """
 
-    def __init__(self, uri: str, run_id: str) -> None:
+    def __init__(
+        self,
+        uri: str,
+        run_id: str | Callable[[], str],
+        *,
+        unsent: Place | None = None,
+    ) -> None:
         self._uri = uri
-        self._run_id = run_id
+        self._is_recorded = bool(run_id)
+        self._run_id = run_id if callable(run_id) else lambda: run_id
         self._warned = False
         self._buffer = MetricBuffer(self._send, place=f"MLflow at {uri}")
+        self._unsent = unsent
+        self._buffer.add(self._sent_late())
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Queue one value of each metric at a step; never raises, never waits.
@@ -37,7 +53,7 @@ class MetricWriter:
         Characters that MLflow refuses in a name become `_`. What is no number is left
         out, with one warning.
         """
-        if not self._run_id:
+        if not self._is_recorded:
             return
         now_ms = int(time.time() * 1000)
         points = []
@@ -53,13 +69,44 @@ class MetricWriter:
     def close(self, timeout_s: float) -> int:
         """Flush for at most `timeout_s`; return how many points were not written."""
         num_lost = self._buffer.close(timeout_s)
+        kept = f", kept in {self._unsent}" if self._keep_unsent() else ""
         if num_lost:
             place = without_credentials(self._uri)
-            logger.warning("MLflow at %s: %d points not written", place, num_lost)
+            logger.warning(
+                "MLflow at %s: %d points not written%s", place, num_lost, kept
+            )
         return num_lost
+
+    def _sent_late(self) -> list[Point]:
+        """Read the points that an earlier life of the run could not send."""
+        if self._unsent is None:
+            return []
+        try:
+            return [Point(*fields) for fields in json.loads(self._unsent.read())]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("%s is left out: %s", self._unsent, error_summary(error))
+            return []
+
+    def _keep_unsent(self) -> bool:
+        """Write the points that wait still, or delete the file of those sent."""
+        if self._unsent is None:
+            return False
+        left = self._buffer.left()
+        try:
+            if left:
+                self._unsent.write(json.dumps(left).encode())
+            else:
+                self._unsent.delete()
+        except (OSError, ValueError) as error:
+            logger.warning("%s is not written: %s", self._unsent, error_summary(error))
+            return False
+        return bool(left)
 
     def _send(self, points: Sequence[Point]) -> None:
         with environment(PATIENCE):
+            run_id = self._run_id()
             from mlflow.entities import Metric
             from mlflow.exceptions import MlflowException
 
@@ -69,7 +116,7 @@ class MetricWriter:
                 for point in points
             ]
             try:
-                client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+                client.log_batch(run_id, metrics=metrics, synchronous=True)
             except MlflowException as error:
                 if error.error_code == "INVALID_PARAMETER_VALUE":
                     raise RefusedError(str(error)) from error

@@ -21,7 +21,13 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from pipelines.credentials import error_summary, without_credentials
-from pipelines.tracking.client import ADDRESS_VARIABLE, PATIENCE, connect, environment
+from pipelines.tracking.client import (
+    ADDRESS_VARIABLE,
+    PATIENCE,
+    connect,
+    environment,
+    sqlite_path,
+)
 from pipelines.tracking.sweeps import KIND_TAG, PARENT_TAG, SWEEP_KIND
 
 logger = logging.getLogger(__name__)
@@ -287,7 +293,8 @@ def _check_there(uri: str) -> None:
         raise ValueError(f"wanted an MLflow store, came {uri}, no folder; {remedy}")
     if not uri.startswith(_SQLITE):
         return
-    path = Path(uri.removeprefix(_SQLITE).partition("?")[0]).absolute()
+    path = sqlite_path(uri)
+    assert path is not None
     if not path.is_file():
         raise ValueError(f"wanted an MLflow store, came {path}, no file; {remedy}")
     try:

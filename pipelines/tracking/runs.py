@@ -74,18 +74,15 @@ def open_run(
     """
 
     def open_it(client: MlflowClient) -> Run | None:
-        found = find_run(client, run_id=run_id, id=id)
-        if found is None and is_begun and not run_id:
-            found = (
-                own_run(client, id=id)
-                if id
-                else placed_run(client, experiment=experiment, name=name, place=place)
-            )
-        if found is not None:
-            reopen_run(client, run=found)
-            return found
-        return create_run(
-            client, uri=uri, experiment=experiment, name=name, place=place, id=id
+        return find_or_create(
+            client,
+            uri=uri,
+            experiment=experiment,
+            name=name,
+            run_id=run_id,
+            place=place,
+            is_begun=is_begun,
+            id=id,
         )
 
     def describe(client: MlflowClient) -> None:
@@ -100,6 +97,33 @@ def open_run(
     loss = "some of the run's params and tags are missing"
     attempt(describe, uri=uri, otherwise=None, loss=loss)
     return run.info.run_id
+
+
+def find_or_create(
+    client: MlflowClient,
+    *,
+    uri: str,
+    experiment: str,
+    name: str,
+    run_id: str,
+    place: str,
+    is_begun: bool,
+    id: str,
+) -> Run:
+    """Open a run again, or create it: see `open_run`."""
+    found = find_run(client, run_id=run_id, id=id)
+    if found is None and is_begun and not run_id:
+        found = (
+            own_run(client, id=id)
+            if id
+            else placed_run(client, experiment=experiment, name=name, place=place)
+        )
+    if found is not None:
+        reopen_run(client, run=found)
+        return found
+    return create_run(
+        client, uri=uri, experiment=experiment, name=name, place=place, id=id
+    )
 
 
 def log_dataset(

@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import glob
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from pipelines.files import PARTIAL_SUFFIX, partial_name
+
 _BUSY_TIMEOUT_S = 6
 _CREATION_TIMEOUT_S = 60
 _POLL_S = 0.1
+
+
+def is_made(path: Path) -> bool:
+    """Tell whether a database is there: an empty file is none yet."""
+    return path.exists() and path.stat().st_size > 0
+
+
+@contextmanager
+def put_in_place(path: Path) -> Iterator[Path]:
+    """Make a database under another name, and give it its own once it is whole.
+
+    One that someone else has made meanwhile stays. What a killed maker left is deleted.
+    For who is the `sole_creator`.
+    """
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL_SUFFIX}*"):
+        left.unlink(missing_ok=True)
+    partial = Path(partial_name(str(path)))
+    try:
+        yield partial
+        if path.exists() and not is_made(path):
+            os.replace(partial, path)
+        elif not path.exists():
+            _move_to_nothing(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _move_to_nothing(partial: Path, path: Path) -> None:
+    with contextlib.suppress(FileExistsError):
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            os.replace(partial, path)
 
 
 def check_writable(path: Path) -> None:

@@ -29,6 +29,7 @@ from pipelines.tracking.entries import (
     reopen_run,
 )
 from pipelines.tracking.sweep_view import view_state
+from pipelines.tracking.usable import check_experiment, refuse_unless_passing
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,7 +61,7 @@ def open_sweep(
     """
 
     def open_it(client: MlflowClient) -> str:
-        _check_experiment(client, name=experiment)
+        check_experiment(client, name=experiment)
         if run_id:
             run = _old_run(client, run_id=run_id, uri=uri)
             reopen_run(client, run=run)
@@ -179,20 +180,11 @@ def _demanded(call: Callable[[MlflowClient], T], *, uri: str) -> T:
     except ValueError:
         raise
     except Exception as error:  # MLflow lets requests', SQLAlchemy's and others through
+        refuse_unless_passing(error, uri=uri)
         raise ValueError(
             f"wanted MLflow at {without_credentials(uri)} to keep the sweep in, came "
             f"{error_summary(error)}; start it, or set {ADDRESS_VARIABLE} to another"
         ) from error
-
-
-def _check_experiment(client: MlflowClient, *, name: str) -> None:
-    found = client.get_experiment_by_name(name)
-    if found is not None and found.lifecycle_stage != "active":
-        raise ValueError(
-            f"wanted an MLflow experiment to write to, came {name!r}, which was "
-            f"deleted; take it back with `mlflow experiments restore -x "
-            f"{found.experiment_id}`, or set another --experiment"
-        )
 
 
 def _old_run(client: MlflowClient, *, run_id: str, uri: str) -> Run:
