@@ -107,22 +107,34 @@ def _locked(folder: Path, *, owner: Owner) -> _Lock | None:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = _opened_and_locked(path)
         except FileNotFoundError:  # its last holder has just deleted the folder
             continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(descriptor)
             return None
-        except OSError:
-            os.close(descriptor)
-            raise
         if _is_at(descriptor, path=path):
-            os.truncate(descriptor, 0)
-            os.write(descriptor, _bytes(owner))
+            try:
+                path.write_bytes(_bytes(owner))
+            except OSError:
+                os.close(descriptor)
+                raise
             return _Lock(path, descriptor, made)
         os.close(descriptor)  # deleted between the two calls
+
+
+def _opened_and_locked(path: Path) -> int:
+    # Not for writing, else the disk can't be made read-only meanwhile. NFS wants it so.
+    for mode in (os.O_RDONLY, os.O_RDWR):
+        descriptor = os.open(path, mode | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno == errno.EBADF and mode == os.O_RDONLY:
+                continue
+            raise
+        return descriptor
+    raise AssertionError("unreachable")
 
 
 class _Lock(NamedTuple):
