@@ -134,7 +134,7 @@ def fit(
         if checked.few_tokens:
             logger.warning(checked.few_tokens)
         uri = tracking_uri or tracking.default_uri(run.storage)
-        # A sweep has asked for MLflow, and once its trials run nothing of it stops them.
+        # A sweep has asked for MLflow: once its trials run, nothing of it stops them.
         if is_demanded := not sweep_id:
             tracking.check_usable(uri, experiment=run.experiment)
         folder, here = Place(run.storage).within(name), contextlib.nullcontext()
