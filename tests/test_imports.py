@@ -31,8 +31,8 @@ HOMES = {
     "mlflow": {
         f"pipelines/tracking/{name}.py"
         for name in (
-            *("client", "entries", "metric_writer", "model", "registry", "runs"),
-            "sweeps",
+            *("client", "entries", "late_run", "metric_writer", "model", "registry"),
+            *("runs", "sweeps", "usable"),
         )
     },
 }
