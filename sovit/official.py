@@ -34,11 +34,11 @@ from sovit.releases import (
     read_settings,
     recognise,
     release_of,
-    side_of_triangle,
 )
-from sovit.shapes import Float, Tensor
+from sovit.shapes import Tensor
 from sovit.strangers import describe_stranger, refuse_folder, tried
 from sovit.tokens import ConvEmbed
+from sovit.triangles import find_triangle, reorder_triangle
 from sovit.vit import SoViT
 from sovit.weight_files import find_weights, read_tensors
 
@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 MAX_NAMES = 5
 EMBED = "visual_tokens.tokens."
-TRIANGLES = ("upper", "lower")
 
 
 class MisfitError(ValueError):
@@ -154,7 +153,7 @@ def convert(
     """
     weights = plain_names(weights)
     release = _release(weights, model)
-    order = _triangle(triangle, release=release, model=model)
+    order = find_triangle(triangle, release=release, model=model)
     names = _names(release, model=model, weights=weights)
     heads = {
         name: part
@@ -174,7 +173,7 @@ def convert(
     if classifier == "any":
         converted |= {n: weights[part] for n, part in heads.items() if part in weights}
     if order == "lower":
-        _reorder_triangle(converted, model=model)
+        reorder_triangle(converted, model=model)
     report = [f"{len(body) if classifier == 'skip' else len(weights)} tensors of "]
     report.append(release.title)
     if order:
@@ -203,6 +202,13 @@ def _release(weights: Mapping[str, Tensor], model: nn.Module) -> Release:
             "A network of the papers was wanted (So-ViT, SoT, or one of "
             f"timm.list_models('*isqrt*'), '*gsop*', '*eca_*'), got "
             f"{type(model).__name__}: create it by its name after importing sovit."
+        )
+    pool = model.head.pool if isinstance(model, SecondOrderNet) else None
+    if wanted.triangle and not isinstance(pool, CovPool):
+        raise ValueError(
+            f"{wanted.wanted} of the released kinds was wanted (pooling='isqrt_cov', "
+            f"fusion='visual'), got one with {type(pool).__name__}: create the model "
+            f"as the checkpoint's was, such as {wanted.example}."
         )
     if found is None and wanted in (COV_MOBILENET, ECA_MOBILENET):
         raise ValueError(
@@ -281,52 +287,6 @@ def _settings_that_differ(
         if file.get(name) != model.get(name)
     ]
     return f"The file has {'; '.join(differ)}. " if differ else ""
-
-
-def _triangle(
-    triangle: str | None, *, release: Release, model: nn.Module
-) -> str | None:
-    """Return which triangle a file's classifier sees; None where there is none."""
-    if triangle is not None and triangle not in TRIANGLES:
-        raise ValueError(
-            f"triangle must be one of {TRIANGLES} or None, got {triangle!r}: None "
-            "takes what the authors' code has."
-        )
-    pool = model.head.pool if isinstance(model, SecondOrderNet) else None
-    if isinstance(pool, CovPool) and release.triangle:
-        return triangle or release.triangle
-    if triangle is not None:
-        raise ValueError(
-            f"triangle={triangle!r} is for a classifier on the triangle of a "
-            f"covariance, and {release.title} has none: leave it out."
-        )
-    return None
-
-
-def _reorder_triangle(weights: dict[str, Tensor], *, model: nn.Module) -> None:
-    """Put the columns of the layer that sees the lower triangle into our order.
-
-    Row by row, the lower triangle has element (i, j) at i (i + 1) / 2 + j. The matrix
-    is symmetric: our element (j, i) is the same.
-    """
-    assert isinstance(model, SecondOrderNet)
-    pool = model.head.pool
-    assert isinstance(pool, CovPool)
-    name = "hidden.0.weight" if len(model.hidden) else "head.fc_visual.weight"
-    weight = weights.get(name)
-    if weight is not None and weight.shape[1:] == (pool.num_features,):
-        num_groups = pool.pooling.num_groups
-        weights[name] = _from_lower(weight, num_groups=num_groups)
-
-
-def _from_lower(
-    weight: Float[Tensor, "k f"], *, num_groups: int
-) -> Float[Tensor, "k f"]:
-    by_group = weight.unflatten(1, (num_groups, -1))
-    side = side_of_triangle(by_group.shape[-1])
-    assert side is not None
-    rows, columns = torch.triu_indices(side, side, device=weight.device)
-    return by_group[..., columns * (columns + 1) // 2 + rows].flatten(1)
 
 
 # Of a pooling, what no tensor shows.

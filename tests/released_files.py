@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.test_official import filled, golden, noise
 
@@ -90,3 +92,35 @@ def golden_images(name: str) -> Tensor:
     values = 1.5 * noise("image", num_values=2 * 3 * side * side)
     image = torch.tensor(values.reshape(2, 3, side, side), dtype=torch.float32)
     return image.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+def net(name: str = "isqrt_resnet18_64", *, seed: int = 0, **kwargs: Any) -> Any:
+    """Return a narrow network with random statistics, counters among them."""
+    torch.manual_seed(seed)
+    settings = {"num_classes": 3, **kwargs}
+    model = timm.create_model(name, **settings)
+    for key, value in model.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            value.fill_(5 + seed)
+        elif "running_" in key:
+            value.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@functools.cache
+def _pair() -> tuple[Any, Any]:
+    return net(), net(seed=1)
+
+
+def pair() -> tuple[Any, Any]:
+    """Return two networks of other numbers, made once."""
+    source, model = _pair()
+    return source, copy.deepcopy(model)
+
+
+def same(model: nn.Module, source: nn.Module) -> bool:
+    """Return whether two networks hold the same numbers."""
+    own, other = model.state_dict(), source.state_dict()
+    return own.keys() == other.keys() and all(
+        torch.equal(own[name], other[name]) for name in own
+    )

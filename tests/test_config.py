@@ -36,6 +36,7 @@ BAD = [
     (MODEL, "img_size", 0),
     (MODEL, "drop_path_rate", 1.0),
     (MODEL, "drop_path_rate", float("nan")),
+    (MODEL, "init_triangle", "lower"),
     *((DATA, name, 0) for name in ("batch_size", "eval_batch_size", "shuffle_rows")),
     (DATA, "num_decode_threads", 0),
     (DATA, "num_prefetch_batches", 0),

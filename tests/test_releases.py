@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 import sovit
 from pipelines.initial import load_initial
 from sovit.official import MisfitError, convert
-from sovit.releases import recognise
 from tests.released_files import (
     ECA,
     GSOP,
@@ -31,6 +28,9 @@ from tests.released_files import (
     golden_images,
     golden_weights,
     in_lower_order,
+    net,
+    pair,
+    same,
 )
 from tests.test_official import golden
 
@@ -84,38 +84,6 @@ def test_logits_are_those_of_the_authors_networks(name: str, tmp_path: Path) -> 
     model.load_state_dict({**model.state_dict(), **{n: loaded[n] for n in heads}})
     again, _ = logits_of(name, model)
     assert torch.equal(again, came)
-
-
-def net(name: str = "isqrt_resnet18_64", *, seed: int = 0, **kwargs: Any) -> Any:
-    """Return a narrow network with random statistics, counters among them."""
-    torch.manual_seed(seed)
-    settings = {"num_classes": 3, **kwargs}
-    model = timm.create_model(name, **settings)
-    for key, value in model.state_dict().items():
-        if key.endswith("num_batches_tracked"):
-            value.fill_(5 + seed)
-        elif "running_" in key:
-            value.uniform_(0.5, 1.5)
-    return model.eval()
-
-
-@functools.cache
-def _pair() -> tuple[Any, Any]:
-    return net(), net(seed=1)
-
-
-def pair() -> tuple[Any, Any]:
-    """Return two networks of other numbers, made once."""
-    source, model = _pair()
-    return source, copy.deepcopy(model)
-
-
-def same(model: nn.Module, source: nn.Module) -> bool:
-    """Return whether two networks hold the same numbers."""
-    own, other = model.state_dict(), source.state_dict()
-    return own.keys() == other.keys() and all(
-        torch.equal(own[name], other[name]) for name in own
-    )
 
 
 SMALL: dict[str, tuple[str, dict[str, Any], Mapping[str, str]]] = {
@@ -347,86 +315,3 @@ def test_a_training_starts_from_the_triangle_that_it_names(tmp_path: Path) -> No
         ValueError, match=r"an ECA-ResNet; set --model\.name to eca_res"
     ):
         load_initial(model, path, classes=classes)
-
-
-def test_what_differs_is_named_by_its_setting() -> None:
-    def refused(model: nn.Module, file: nn.Module, rules: Mapping[str, str]) -> str:
-        with pytest.raises(MisfitError) as caught:
-            sovit.load_official(model, as_authors(file.state_dict(), rules))
-        return str(caught.value)
-
-    eca, other = net("eca_resnet18"), net("eca_resnet18", kernel_sizes=(3, 3, 5, 7))
-    said = refused(eca, other, ECA)
-    assert "The file has kernel_sizes (3, 3, 5, 7), the model (3, 5, 7, 7). " in said
-    assert "layer2.0.eca.conv.weight (1, 1, 3), the model has (1, 1, 5)" in said
-    with torch.device("meta"):
-        deep = timm.create_model("eca_resnet101", num_classes=3)
-        block, both = (
-            timm.create_model("gsop_resnet50_1", backbone="resnet18", attention=name)
-            for name in ("channel", "max")
-        )
-    assert "network 'ResNet-101', the model 'ResNet-18'" in refused(eca, deep, ECA)
-    said = refused(net(pooling={"reduced_dim": 8}), pair()[0], RESNET)
-    assert "pooling['reduced_dim'] 64, the model 8" in said
-    said = refused(block, both, GSOP)
-    assert "attention 'avg or max', the model 'channel'" in said
-
-
-def test_a_file_that_is_no_release_is_said_to_be_what_it_is(tmp_path: Path) -> None:
-    cov, so_vit = pair()[0], timm.create_model("so_vit_7", depth=1, num_classes=3)
-    eca = net("eca_resnet18")
-    plain = timm.create_model("resnet18").state_dict()
-    cases: list[tuple[nn.Module, Mapping[str, Tensor], str]] = [
-        (cov, cov.state_dict(), "weights by this model's own names"),
-        (so_vit, so_vit.state_dict(), "weights by this model's own names"),
-        (eca, eca.state_dict(), "weights by this model's own names"),
-        (so_vit, cov.state_dict(), "of another network of sovit's own"),
-        (cov, so_vit.state_dict(), "of another network of sovit's own"),
-        (cov, plain, r"the plain backbone, .* load them into model\.backbone with"),
-        (eca, plain, "the plain backbone, .* load them into model with strict=False"),
-        (so_vit, plain, "a plain ResNet, by timm's or torchvision's names"),
-        (
-            eca,
-            as_authors(cov.state_dict(), RESNET),
-            "A ResNet with a covariance head w",
-        ),
-        (nn.Linear(2, 2), {"a": torch.ones(1)}, "A network of the papers was wanted"),
-    ]
-    for model, weights, message in cases:
-        with pytest.raises(ValueError, match=message) as caught:
-            sovit.load_official(model, weights)
-        assert len(str(caught.value)) < 500
-    with pytest.raises(
-        ValueError, match=r"such as x, y are of no .*tried: .*GSoP"
-    ) as caught:
-        sovit.load_official(cov, {"x": torch.ones(1), "y": torch.ones(1)})
-    assert "128 tensors are missing: bn1.bias; " in str(caught.value)
-    for file, message in (
-        ("checkpoint.json", "a checkpoint folder of sovit's own: start from it with"),
-        ("config.json", "a folder that sovit-export or timm wrote: timm.create_model"),
-        ("notes", "a folder: name the file of weights in it"),
-    ):
-        folder = tmp_path / file.partition(".")[0]
-        folder.mkdir()
-        (folder / file).write_text("{}")
-        with pytest.raises(ValueError, match=message):
-            sovit.load_official(cov, folder)
-    for name in ("model.pt2", "model.onnx"):
-        with pytest.raises(
-            ValueError, match=r"an exported graph: take the model\.safe"
-        ):
-            sovit.load_official(cov, tmp_path / name)
-    (tmp_path / "cut.safetensors").write_bytes(b"\0" * 20)
-    with pytest.raises(
-        ValueError, match="wanted safetensors, came a file of something"
-    ):
-        sovit.load_official(cov, tmp_path / "cut.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
-        sovit.load_official(cov, tmp_path / "none.safetensors")
-
-
-def test_plain_networks_are_no_release() -> None:
-    with torch.device("meta"):
-        for name in ("mobilenet_v2", "resnet50", "vgg11_bn", "densenet121"):
-            theirs = getattr(torchvision.models, name)()
-            assert recognise(theirs.state_dict()) is None, name
