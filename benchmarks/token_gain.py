@@ -44,7 +44,7 @@ class Options:
 
     strides: tuple[int, ...] = TOKEN_STRIDES
     num_seeds: int = 3
-    num_epochs: int = 4
+    num_epochs: int = 3
     num_threads: int = 2
     json: Path | None = None
     """File for all figures, written after each training, and gone on with."""
