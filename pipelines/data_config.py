@@ -73,8 +73,8 @@ class Data:
 
     train: str
     """Folder of training shards, as sovit-shards writes them."""
-    val: str
-    """Folder of held-out shards."""
+    val: str = ""
+    """Folder of held-out shards; not read with --validation.no-held-out."""
     batch_size: int
     """Images a step sees, over all workers."""
     eval_batch_size: int = 256

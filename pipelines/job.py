@@ -19,7 +19,7 @@ class Job:
 
     run: Run
     train_shards: ShardSet
-    val_shards: ShardSet
+    val_shards: ShardSet | None
     held_out: tuple[HeldOut, ...]
     """What the run is evaluated on: its own held-out set, and any further ones."""
     tracking_uri: str

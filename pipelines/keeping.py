@@ -82,14 +82,14 @@ def log_shards(shards: ShardSet, *, uri: str, run_id: str, context: str) -> None
 
 
 def log_model(trained: Trained, *, job: Job) -> None:
-    """Keep the final model in MLflow, with a held-out image as its example.
+    """Keep the final model in MLflow, with a held-out image, if any, as its example.
 
     It becomes a version of the model that is registered under the recipe's name.
     """
     if trained.checkpoint is None or not job.mlflow_run_id:
         return
     logger.info("keeping the model in MLflow")
-    shards = job.val_shards
+    shards = job.val_shards or job.train_shards
     plan = plan_epoch(shards.groups, batch_size=1, shuffle_rows=64, shuffle=False)
     rows = read_rows(plan.unit(0), reading=reading_of(shards, run=job.run))
     images = (image.as_py() or b"" for image in rows["image"])

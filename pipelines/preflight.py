@@ -30,7 +30,8 @@ class CheckedRun:
     model_name: str
     num_params: int
     train_shards: ShardSet
-    val_shards: ShardSet
+    val_shards: ShardSet | None
+    """None where the run is to do without."""
     held_out: tuple[HeldOut, ...]
     few_tokens: str
     """A line on tokens that are too few for the model's pooling; "" where they do."""
@@ -38,16 +39,18 @@ class CheckedRun:
     @property
     def digests(self) -> dict[str, str]:
         """Give what is in the two sets in short, by the field that names each."""
-        return {"train": self.train_shards.digest, "val": self.val_shards.digest}
+        found = {"train": self.train_shards, "val": self.val_shards}
+        return {name: shards.digest for name, shards in found.items() if shards}
 
     @property
     def summary(self) -> str:
         """Say in one line what is trained on what."""
+        held_out = self.val_shards.groups.total_rows if self.val_shards else 0
         return (
             f"{self.model_name}, {self.num_params:,} parameters, on "
             f"{self.train_shards.groups.total_rows:,} images of "
             f"{len(self.train_shards.classes):,} classes, "
-            f"{self.val_shards.groups.total_rows:,} held out"
+            f"{f'{held_out:,}' if held_out else 'none'} held out"
         )
 
 
@@ -137,8 +140,15 @@ def _check_size(model: nn.Module, *, settings: Model) -> None:
         ) from error
 
 
-def _read_shards(run: Run) -> tuple[ShardSet, ShardSet]:
+def _read_shards(run: Run) -> tuple[ShardSet, ShardSet | None]:
     train_shards = read_shard_set(run.data.train)
+    if not run.validation.held_out:
+        return train_shards, None
+    if not run.data.val:
+        raise ValueError(
+            "data.val: expected a folder of held-out shards, got none; set --data.val, "
+            "or --validation.no-held-out to train without"
+        )
     val_shards = read_shard_set(run.data.val)
     if train_shards.classes != val_shards.classes:
         raise ValueError(
@@ -152,7 +162,9 @@ def _read_shards(run: Run) -> tuple[ShardSet, ShardSet]:
 def with_absolute_paths(run: Run) -> Run:
     """Make local folders absolute: workers have another working directory."""
     data = dataclasses.replace(
-        run.data, train=absolute(run.data.train), val=absolute(run.data.val)
+        run.data,
+        train=absolute(run.data.train),
+        val=absolute(run.data.val) if run.data.val else "",
     )
     key_log = absolute(run.key_log) if run.key_log else ""
     start = run.model.init_from

@@ -17,16 +17,19 @@ from pipelines.preflight import with_absolute_paths
 def print_summary(trained: Trained, *, run: Run, seconds: float) -> None:
     metrics, folder = trained.metrics, trained.checkpoint
     uri = tracking.default_uri(with_absolute_paths(run).storage)
-    print(
-        f"trained {run.model.name} in {seconds:.0f} s: "
+    held_out = (
         f"held-out top-1 {metrics.get('val/top1', float('nan')):.2f} % of "
         f"{metrics.get('val/num_images', 0):,.0f} images"
     )
+    if not run.validation.held_out:
+        held_out = "nothing held out"
+    print(f"trained {run.model.name} in {seconds:.0f} s: {held_out}")
     if folder is not None:
         val = without_credentials(run.data.val)
         print(f"checkpoint  {folder}")
         if trained.best is not None and trained.best != folder:
             print(f"best        {trained.best}")
+        val = val or "SHARDS"
         print(f"evaluate    {_installed('sovit-eval')} {folder} {val}")
     address = without_credentials(uri)
     is_server = address.startswith("http")

@@ -262,7 +262,8 @@ def _begun(
 
     def log_sets(run_id: str) -> None:
         for context, shards in (("train", train_shards), ("val", val_shards)):
-            log_shards(shards, uri=uri, run_id=run_id, context=context)
+            if shards is not None:
+                log_shards(shards, uri=uri, run_id=run_id, context=context)
 
     tracked.do(log_sets)
     job = Job(

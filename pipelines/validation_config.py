@@ -20,6 +20,9 @@ MAX_WORST = 256
 class Validation:
     """Say how often, of which weights and on what else a run is evaluated."""
 
+    held_out: bool = True
+    """no-held-out trains on without any held-out set: nothing is evaluated, and no
+    checkpoint is the best."""
     every_epochs: int = 1
     """Epochs from one evaluation to the next; the last epoch is always evaluated."""
     weights: Literal["average", "both"] = "both"
@@ -48,6 +51,12 @@ class Validation:
             num_worst=(0 <= self.num_worst <= MAX_WORST, f"0 to {MAX_WORST}"),
         )
         named_addresses(self.also, option="--validation.also")
+        if not self.held_out and (self.also or self.real_labels or self.beside):
+            raise ValueError(
+                "validation.held_out: expected a held-out set for --validation.also, "
+                "--validation.real-labels or --validation.beside, got "
+                "--validation.no-held-out; leave out either"
+            )
 
     @property
     def also_at(self) -> dict[str, str]:
@@ -56,7 +65,8 @@ class Validation:
 
     def is_due(self, epoch: int, *, num_epochs: int) -> bool:
         """Tell whether to evaluate after so many of a run's epochs."""
-        return epoch % self.every_epochs == 0 or epoch == num_epochs
+        is_due = epoch % self.every_epochs == 0 or epoch == num_epochs
+        return self.held_out and is_due
 
     def moved(self, move: Callable[[str], str]) -> Validation:
         """Give the same with every path changed, to an absolute one say."""

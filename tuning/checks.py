@@ -20,6 +20,11 @@ def check_sweep(run: Run, *, search: Search) -> None:
     """Raise ValueError for what can't be searched so, and as `check_run`."""
     if few_tokens := check_run(run).few_tokens:
         logger.warning(few_tokens)
+    if not run.validation.held_out:
+        raise ValueError(
+            "expected a held-out set by which trials are compared, got "
+            "--validation.no-held-out; leave it out"
+        )
     if run.validation.beside or run.validation.every_epochs > 1:
         raise ValueError(
             "wanted trials that are evaluated after each epoch, by which they are "

@@ -89,6 +89,9 @@ def _set(facts: SetFacts) -> str:
 
 
 def _held_out(found: Explanation) -> Iterator[str]:
+    if not found.run.validation.held_out:
+        yield "none: nothing is evaluated (--validation.no-held-out)"
+        return
     for name, facts in found.held_out.items():
         yield f"{name}: {_set(facts)}" if name else _set(facts)
     every = found.run.validation.every_epochs

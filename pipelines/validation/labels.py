@@ -69,13 +69,15 @@ def held_out(
 
 
 def held_out_of(
-    validation: Validation, *, val: ShardSet, classes: Sequence[str]
+    validation: Validation, *, val: ShardSet | None, classes: Sequence[str]
 ) -> tuple[HeldOut, ...]:
     """Describe all sets that a run is evaluated on, its own first.
 
-    ReaL labels go with the run's own. Raises ValueError as `read_shard_set` and
-    `held_out`.
+    ReaL labels go with the run's own; without one there is none. Raises ValueError as
+    `read_shard_set` and `held_out`.
     """
+    if val is None:
+        return ()
     own = held_out(val, classes=classes, real_labels=validation.real_labels)
     others = [
         held_out(read_shard_set(address), classes=classes, name=name)
