@@ -5,13 +5,14 @@ These change the model they are given, in place.
 
 from __future__ import annotations
 
+import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from timm.models import VGG, ResNet
 from torch import nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from sovit.attention import stages_of
@@ -20,6 +21,11 @@ from sovit.shapes import Tensor
 from sovit.tokens import TOKEN_STRIDES, ConvEmbed
 
 MIN_SIZE = 32
+
+
+def placed(device: torch.device | str | None) -> AbstractContextManager[Any]:
+    """Build modules on a device; None leaves it to whoever builds them."""
+    return nullcontext() if device is None else torch.device(device)
 
 
 def check_conv_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -122,15 +128,6 @@ class Features:
     """Parameters that the features do depend on and that get no gradient."""
 
 
-class _Features(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Any:
-        return self.model.forward_features(x)  # pyright: ignore[reportCallIssue]
-
-
 class _Seen(TorchFunctionMode):
     """Record the tensors that functions of torch are computed from."""
 
@@ -191,25 +188,21 @@ def inspect_features(
     Raises ValueError where that is not one map or sequence of tokens of the image's
     positions, and where image or most of the weights get no gradient through them.
     """
-    params = dict(model.named_parameters())
-    state = {
-        f"model.{name}": torch.empty_like(tensor, device="meta")
-        for name, tensor in (*params.items(), *model.named_buffers())
-    }
-    leaves = [state[f"model.{name}"].requires_grad_() for name in params]
+    sketch = _on_meta(model)
+    params = {n: p for n, p in sketch.named_parameters() if p.requires_grad}
+    leaves = list(params.values())
     shape = image_shape(model, img_size=img_size)
     image = torch.zeros(2, *shape, device="meta")
     if leaves:
         image = image.to(leaves[0].dtype)
     image.requires_grad_()
     with torch.enable_grad(), _Seen() as seen:
-        out = _run(model, state, image=image)
+        out = _run(sketch, image=image)
     layout = read_layout(model, shape=tuple(out.shape), image=shape[1:])
     by_image, *grads = _gradients(out, image, *leaves)
-    by_name = dict(zip(params, grads, strict=True))
-    idle = [name for name, grad in by_name.items() if grad is None]
-    detached = tuple(n for n in idle if id(state[f"model.{n}"]) in seen.ids)
-    trained = sum(params[n].numel() for n in params if by_name[n] is not None)
+    idle = [n for n, grad in zip(params, grads, strict=True) if grad is None]
+    detached = tuple(name for name in idle if id(params[name]) in seen.ids)
+    trained = sum(p.numel() for name, p in params.items() if name not in idle)
     lost = sum(params[name].numel() for name in detached)
     if by_image is None or lost > trained:
         what = "the image" if by_image is None else "most of the weights in use"
@@ -245,12 +238,23 @@ def check_trunk(model: Any) -> None:
     )
 
 
-def _run(model: nn.Module, state: dict[str, Tensor], *, image: Tensor) -> Tensor:
+def _on_meta(model: nn.Module) -> nn.Module:
+    """Copy a model without its numbers, so that nothing it keeps of a call stays."""
+    memo: dict[int, Any] = {}
+    for param in model.parameters():
+        empty = torch.empty_like(param, device="meta")
+        memo[id(param)] = nn.Parameter(empty, requires_grad=empty.is_floating_point())
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _run(model: Any, *, image: Tensor) -> Tensor:
     """Return the features of an image, which must be one tensor."""
     name = type(model).__name__
     try:
         # A copy, since some models change the image that they are given in place.
-        out = functional_call(_Features(model), state, (image.clone(),))
+        out = model.forward_features(image.clone())
     except Exception as error:  # Whatever foreign code raises for images it can't take.
         said = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -183,6 +183,21 @@ def test_layers_without_gradient_stay_as_they_are() -> None:
     assert not trunk.patches.weight.requires_grad
 
 
+def test_looking_at_a_trunk_leaves_nothing_in_it() -> None:
+    def read(trunk: Trunk, x: Tensor) -> Tensor:
+        if not hasattr(trunk, "kept"):
+            trunk.kept = torch.ones(DIM, device=x.device)
+        again: Any = trunk.again
+        return again(trunk.mix(trunk.patches(x).flatten(2).mT)) * trunk.kept
+
+    trunk = Trunk(read)
+    trunk.again = trunk.mix  # Two names for one layer, as in CoaT.
+    model = sovit.second_order(trunk, pooling=SMALL, num_classes=5, img_size=SIZE)
+    model(torch.randn(2, 3, *SIZE)).sum().backward()
+    assert trunk.patches.weight.grad is not None
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
 def test_channels_are_what_the_model_takes() -> None:
     with torch.device("meta"):
         for name, size in (("tresnet_m", 64), ("csatv2", 128)):
