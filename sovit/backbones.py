@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import VGG, ResNet
+import torch
+from timm.models import VGG, ResNet, load_model_config_from_hf, parse_model_name
 from torch import nn
 
 from sovit.head import SecondOrderHead
 from sovit.intermediates import TrunkIntermediates
 from sovit.pooling import Pooling, as_pooling
+from sovit.resampling import fit_positions
 from sovit.shapes import Float, Number, Tensor
 from sovit.trunks import (
     built_size,
@@ -20,6 +24,7 @@ from sovit.trunks import (
     check_trunk,
     embed_by_convolutions,
     inspect_features,
+    placed,
     strip,
     unstride_last_stage,
 )
@@ -103,6 +108,7 @@ class SecondOrderNet(TrunkIntermediates):
         self.reset_classifier(num_classes)
         self.head_hidden_size = self.head.num_features
         self.pretrained_cfg = self.default_cfg = _adapted(self)
+        self.register_load_state_dict_pre_hook(_fit_positions)
 
     def _check_positions(self, pooling: Pooling) -> None:
         """Refuse one position: its covariance is 0, whatever the image."""
@@ -178,6 +184,21 @@ class SecondOrderNet(TrunkIntermediates):
         return self.forward_head(self.forward_features(x))
 
 
+def _fit_positions(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Fit positions of weights that another image size was trained with."""
+    assert isinstance(model, SecondOrderNet)
+    below = f"{prefix}backbone."
+    trunk = {
+        name.removeprefix(below): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith(below)
+    }
+    for name, table in fit_positions(model.backbone, trunk).items():
+        state_dict[below + name] = table
+
+
 def _nested(patterns: Any) -> Any:
     """Put timm's patterns of parameter names below `backbone.`."""
     if isinstance(patterns, str):
@@ -211,26 +232,38 @@ def second_order(
     token_embed: str | None = None,
     img_size: int | tuple[int, int] | None = None,
     pretrained_backbone: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> SecondOrderNet:
     """Put a second-order head on a timm backbone, by its name or as a model.
 
+    Names are those that `timm.create_model` takes, hf-hub: and local-dir: too.
+
     `drop_last_stride` takes the stride out of the last stage; by default for ResNet and
     VGG, as the papers do. `token_embed` ("resnet" or "densenet") gives a transformer
-    So-ViT's embedding. `pretrained_backbone` loads timm's weights; `drop_path_rate` and
-    the other `kwargs` go to `timm.create_model`. `pooling` is a `Pooling`, a mapping of
-    its fields, or a method's name (`Pooling.named`). See `SecondOrderNet` for the rest.
-    Raises ValueError for what does not fit.
+    So-ViT's embedding. `pretrained_backbone` loads timm's weights; the network is built
+    on `device` and then has `dtype`; `drop_path_rate` and the other `kwargs` go to
+    `timm.create_model`. `pooling` is a `Pooling`, a mapping of its fields, or a
+    method's name (`Pooling.named`). See `SecondOrderNet` for the rest. Raises
+    ValueError for what does not fit.
     """
     if isinstance(backbone, str):
         backbone = _trunk(
-            backbone, pretrained=pretrained_backbone, img_size=img_size, **kwargs
+            backbone,
+            pretrained=pretrained_backbone,
+            img_size=img_size,
+            device=device,
+            dtype=dtype,
+            **kwargs,
         )
-    elif kwargs or pretrained_backbone:
+    elif kwargs or pretrained_backbone or device or dtype:
+        given = {**kwargs, "device": device, "dtype": dtype}
+        names = sorted(name for name, value in given.items() if value is not None)
         raise ValueError(
             "Settings of the backbone go with its name, got a model and "
-            f"{sorted(kwargs) or 'pretrained_backbone=True'}: give the name, or build "
-            "the model with them."
+            f"{names or 'pretrained_backbone=True'}: give the name, or build the model "
+            "with them."
         )
     if drop_last_stride is None:
         drop_last_stride = isinstance(backbone, ResNet | VGG)
@@ -250,17 +283,54 @@ def second_order(
 
 
 def _trunk(
-    name: str, *, img_size: int | tuple[int, int] | None, **kwargs: Any
+    name: str,
+    *,
+    img_size: int | tuple[int, int] | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    **kwargs: Any,
 ) -> nn.Module:
     """Create a backbone without classifier; positions fix the image size of some."""
-    if not timm.is_model(name):
+    architecture, config = _described(name, cache_dir=kwargs.get("cache_dir"))
+    if not timm.is_model(architecture):
         raise ValueError(
-            f"backbone must be a model or a name that timm knows, got {name!r}: see "
-            "timm.list_models()."
+            f"backbone must be a model or a name that timm knows, got {architecture!r}"
+            f"{'' if architecture == name else f' in {name!r}'}: see "
+            "timm.list_models(), or give hf-hub:owner/name or local-dir:path."
         )
-    config = timm.get_pretrained_cfg(name)
-    if img_size is not None and config is not None and config.fixed_input_size:
+    try:
+        usual = timm.get_pretrained_cfg(architecture)
+    except RuntimeError as error:  # The name is known, its tag of weights isn't.
+        raise ValueError(f"backbone {name!r}: {error}: leave the tag out.") from error
+    fixed = usual is not None and usual.fixed_input_size
+    if img_size is not None and config.get("fixed_input_size", fixed):
         kwargs["img_size"] = img_size
     elif img_size is not None:
         check_conv_size(img_size)
-    return timm.create_model(name, num_classes=0, **kwargs)
+    with placed(device):
+        trunk = timm.create_model(name, num_classes=0, **kwargs)
+    return trunk if dtype is None else trunk.to(dtype=dtype)
+
+
+def _described(name: str, *, cache_dir: Any) -> tuple[str, Mapping[str, Any]]:
+    """Return architecture and configuration of a name that `timm.create_model` takes.
+
+    A folder's or a repository's stand in its config.json.
+    """
+    source, model_id = parse_model_name(name)
+    try:
+        if source == "hf-hub":
+            config, architecture, _ = load_model_config_from_hf(
+                model_id, cache_dir=cache_dir
+            )
+            return architecture, config or {}
+        if source == "local-dir":
+            found = json.loads((Path(model_id) / "config.json").read_text())
+            return found["architecture"], found.get("pretrained_cfg", {})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected a model that timm saved, with a config.json, got {name!r} "
+            f"({' '.join(f'{type(error).__name__}: {error}'.split())[:200]}); check "
+            "the name."
+        ) from error
+    return name, {}

@@ -78,6 +78,11 @@ class Normalize(nn.Module):
         elif pooling.normalizer == "layer_norm":
             self.norm = nn.LayerNorm(dim)
 
+    def init_non_persistent_buffers(self) -> None:
+        """Compute what no checkpoint holds, after `to_empty`; named as in timm."""
+        if self.start is not None and not isinstance(self.start, nn.Parameter):
+            self.start.fill_(1)
+
     def forward(self, x: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
         """Return the normalised matrices."""
         pooling, name = self.pooling, self.pooling.normalizer

@@ -9,8 +9,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import nn
 
+from sovit.head import classifier_names
 from sovit.official import checkpoint_filter_fn
 from sovit.pooling import as_pooling
+from sovit.trunks import placed
 
 
 def paper_cfg(
@@ -78,11 +80,21 @@ def create(
         )
     if "pooling" in kwargs and "pooling" in defaults:
         kwargs["pooling"] = as_pooling(kwargs["pooling"], default=defaults["pooling"])
-    return build_model_with_cfg(
-        build,  # pyright: ignore[reportArgumentType]
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=feature_cfg(feature_indices),
-        **{**defaults, **kwargs},
-    )
+    settings = {**defaults, **kwargs}
+    device, dtype = settings.pop("device", None), settings.pop("dtype", None)
+    if settings.get("fusion") is not None:
+        # Which layers weights of other classes are not loaded into.
+        layers = classifier_names(settings["fusion"])
+        overlay = {"classifier": tuple(f"head.{layer}" for layer in layers)}
+        given = settings.get("pretrained_cfg_overlay") or {}
+        settings["pretrained_cfg_overlay"] = {**overlay, **given}
+    with placed(device):
+        model = build_model_with_cfg(
+            build,  # pyright: ignore[reportArgumentType]
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=feature_cfg(feature_indices),
+            **settings,
+        )
+    return model if dtype is None else model.to(dtype=dtype)

@@ -20,6 +20,7 @@ from sovit.networks.build import feature_cfg
 from sovit.official import checkpoint_filter_fn
 from sovit.pooling import Pooling, as_pooling
 from sovit.shapes import Number
+from sovit.trunks import placed
 from sovit.vit import SoViT
 
 
@@ -165,6 +166,7 @@ def _create(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
             "with pretrained=False and load a file with sovit.load_official, or say "
             "where they are with pretrained_cfg_overlay={'file': ...}."
         )
+    device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
     _check_keywords(name, kwargs)
     arguments = {"fusion": "sum", **ARCHITECTURES[name], **kwargs}
     arguments["pooling"] = as_pooling(
@@ -177,19 +179,22 @@ def _create(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
             f"head.{fc}" for fc in classifier_names(arguments["fusion"])
         ),
     }
-    return build_model_with_cfg(
-        SoViT,
-        name,
-        pretrained,
-        pretrained_cfg_overlay={**names, **(overlay or {})},
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=feature_cfg(NUM_FEATURES),
-        **arguments,
-    )
+    with placed(device):
+        model = build_model_with_cfg(
+            SoViT,
+            name,
+            pretrained,
+            pretrained_cfg_overlay={**names, **(overlay or {})},
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=feature_cfg(NUM_FEATURES),
+            **arguments,
+        )
+    return model if dtype is None else model.to(dtype=dtype)
 
 
 def _check_keywords(name: str, kwargs: Mapping[str, Any]) -> None:
-    known = [*inspect.signature(SoViT).parameters, *BUILDER_KEYWORDS]
+    of_builder = (*BUILDER_KEYWORDS, "device", "dtype")
+    known = [*inspect.signature(SoViT).parameters, *of_builder]
     unknown = sorted(set(kwargs) - set(known))
     if unknown:
         raise TypeError(
