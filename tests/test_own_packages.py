@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -44,26 +42,3 @@ def test_in_our_own_folder_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> N
     assert sys.path == ["", "/installed"]
     with away_from_clashes():
         assert Path.cwd() == ROOT
-
-
-def test_a_module_run_by_its_name_finds_our_recipes(tmp_path: Path) -> None:
-    """As `python -m` does: the working directory stands before what is installed."""
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "__init__.py").write_text("")
-    code = (
-        f"import sys; sys.path[:0] = ['', {str(ROOT)!r}]\n"
-        "from pipelines.cli import run_command\n"
-        "def command(arguments):\n"
-        "    from pipelines.recipe import load_recipe\n"
-        "    print(load_recipe('demo').recipe)\n"
-        "run_command(command, prog='x')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": ""},
-    )
-    assert done.stdout == "demo\n", done.stderr
