@@ -105,7 +105,10 @@ def test_a_network_cut_short_learns_new_classes(name: str) -> None:
     assert model.prune_intermediate_layers([1], prune_norm=True) == [1]
     with torch.no_grad():
         vectors, final = model(x), model.forward_features(x)
-    pooled = final[:, 0] if final.ndim == 3 else features[1].mean((2, 3))
+    is_map = final.ndim == 4
+    last = final if is_map else final[:, 1:].mT.reshape(features[1].shape)
+    assert torch.equal(last, features[1])
+    pooled = final.mean((2, 3)) if is_map else final[:, 0]
     torch.testing.assert_close(vectors, pooled)
     assert model.num_classes == 0
     assert model.head_hidden_size == vectors.shape[1]
