@@ -35,7 +35,7 @@ demo: $(READY)
 
 sweep: $(READY)
 	$(BIN)/sovit-tune demo pooling --name $(NAME:demo-%=sweep-%) --num-trials 12 \
-	  --scale.num-workers 0 --optim.num-epochs 2 --optim.warmup-epochs 0.5 \
+	  --scale.num-workers 0 --optim.num-epochs 3 --optim.warmup-epochs 0.5 \
 	  --optim.ema-decay 0
 
 test: $(READY)
