@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,11 +18,13 @@ from pipelines.not_learnt import (
 )
 from pipelines.own_code import OwnCode, read_code
 from pipelines.places import absolute
+from pipelines.printed import command_line
 from pipelines.recipe import load_code, load_recipe
 from pipelines.runfile import flat_params
 from pipelines.runs import Record, find_record, read_record
 
 logger = logging.getLogger(__name__)
+_CHECKPOINT = re.compile(r"(epoch|step)_\d{4,}")
 
 
 def record_to_resume(name: str, *, storage: str, recipe: str) -> Record | None:
@@ -39,8 +41,9 @@ def record_to_resume(name: str, *, storage: str, recipe: str) -> Record | None:
 def resume_command(run: Run, *, name: str, prog: str = "sovit-train") -> str:
     """Write the command that goes on with a run or a sweep, ready to paste."""
     storage = "" if run.storage == os.path.abspath("runs") else run.storage
-    words = [prog, "--resume", name]
-    return shlex.join(words + (["--storage", storage] if storage else []))
+    return command_line(
+        prog, "--resume", name, *(["--storage", storage] if storage else [])
+    )
 
 
 def load_recorded(code: OwnCode) -> None:
@@ -71,9 +74,8 @@ def run_and_storage(resume: str, *, storage: str) -> tuple[str, str]:
             f"expected a run's name beside --storage {storage}, or its folder alone, "
             f"got --resume {resume}; leave one of the two out"
         )
-    above, slash, run = folder.rpartition("/")
-    is_run = not slash or find_record(folder, name=name) is not None
-    if not is_run and find_record(above or "/", name=run) is not None:
+    if _CHECKPOINT.fullmatch(name):
+        run = folder.rpartition("/")[2]
         raise ValueError(
             f"expected a run to resume, got {resume!r}, a checkpoint of {run!r}; give "
             f"--resume {folder}: the run goes on from its newest"

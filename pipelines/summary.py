@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-from pathlib import Path
-
 from pipelines import tracking
 from pipelines.config import Run
 from pipelines.credentials import without_credentials
 from pipelines.job import Trained
 from pipelines.preflight import with_absolute_paths
+from pipelines.printed import command_line
 
 
 def print_summary(trained: Trained, *, run: Run, seconds: float) -> None:
@@ -25,19 +21,12 @@ def print_summary(trained: Trained, *, run: Run, seconds: float) -> None:
         held_out = "nothing held out"
     print(f"trained {run.model.name} in {seconds:.0f} s: {held_out}")
     if folder is not None:
-        val = without_credentials(run.data.val)
         print(f"checkpoint  {folder}")
         if trained.best is not None and trained.best != folder:
             print(f"best        {trained.best}")
-        val = val or "SHARDS"
-        print(f"evaluate    {_installed('sovit-eval')} {folder} {val}")
+        val = run.data.val or "SHARDS"
+        print(f"evaluate    {command_line('sovit-eval', folder, val)}")
     address = without_credentials(uri)
     is_server = address.startswith("http")
-    ui = f"{_installed('mlflow')} ui --backend-store-uri {address}"
+    ui = command_line("mlflow", "ui", "--backend-store-uri", address)
     print(f"compare     {address if is_server else ui}")
-
-
-def _installed(command: str) -> str:
-    """Give a command as it can be typed here, with its folder if it is on no path."""
-    beside = Path(sys.executable).with_name(command)
-    return command if shutil.which(command) else os.path.relpath(beside)

@@ -9,13 +9,14 @@ import tempfile
 from pathlib import Path
 
 from pipelines.tracking import default_uri
-from pipelines.tracking.client import connect
+from pipelines.tracking.client import connect, sqlite_path
 
 
 def prepare_store(storage: str) -> str:
     """Lay a store where runs of a storage folder keep theirs; give its address."""
     uri = default_uri(storage)
-    path = Path(uri.removeprefix("sqlite:///"))
+    path = sqlite_path(uri)
+    assert path is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(_empty_store(), path)
     return uri

@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 ADDRESS_VARIABLE = "MLFLOW_TRACKING_URI"
 _SQLITE = "sqlite:///"
 _DATABASE = "mlflow.db"
-_ARTIFACTS = "mlartifacts"
+ARTIFACTS = "mlartifacts"
 PATIENCE = MappingProxyType(
     {"MLFLOW_HTTP_REQUEST_TIMEOUT": "6", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 )
 """What a training waits for; MLflow's own 120 s and 7 tries make over ten minutes."""
-NO_PROGRESS_BAR = MappingProxyType({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"})
+NO_PROGRESS_BAR = MappingProxyType({"MLFLOW_ENABLEARTIFACTS_PROGRESS_BAR": "false"})
 _TIMEOUT_S = 15.0
 
 Result = TypeVar("Result")
@@ -71,7 +71,7 @@ def artifact_location(uri: str) -> str | None:
     Left alone, a client of an SQLite file puts them in the working directory.
     """
     path = sqlite_path(uri)
-    return (path.parent / _ARTIFACTS).as_uri() if path else None
+    return (path.parent / ARTIFACTS).as_uri() if path else None
 
 
 def attempt(
@@ -91,7 +91,7 @@ def attempt(
     """
 
     def connect_and_call() -> Result:
-        with environment(settings):
+        with environment(settings), _no_other_folders(uri):
             return call(connect(uri, create=create))
 
     is_file = uri.startswith(_SQLITE)
@@ -166,7 +166,7 @@ def connect(uri: str, *, create: bool) -> MlflowClient:
             f"wanted {path} on this machine, came none; workers on several machines "
             f"need a shared storage folder or a server in {ADDRESS_VARIABLE}"
         )
-    with sole_creator(path), _no_other_folders(uri, path=path):
+    with sole_creator(path), _no_other_folders(uri):
         if not is_made(path):
             # Elsewhere first: MLflow can't go on with tables that a kill cut off.
             with put_in_place(path) as partial:
@@ -176,10 +176,11 @@ def connect(uri: str, *, create: bool) -> MlflowClient:
 
 
 @contextmanager
-def _no_other_folders(uri: str, *, path: Path) -> Iterator[None]:
+def _no_other_folders(uri: str) -> Iterator[None]:
     """Delete the folder that MLflow makes where it takes an address for a path."""
-    taken = Path(uri.removeprefix(_SQLITE)).absolute().parent
-    folders = [] if taken == path.parent else [taken, *taken.parents]
+    path, taken = sqlite_path(uri), Path(uri.removeprefix(_SQLITE)).absolute().parent
+    is_other = path is not None and taken != path.parent
+    folders = [taken, *taken.parents] if is_other else []
     made = [folder for folder in folders if not folder.exists()]
     try:
         yield

@@ -18,6 +18,7 @@ from pipelines.tracking.client import (
     within,
 )
 from pipelines.tracking.entries import log_params, log_tags
+from pipelines.tracking.moved_store import follow_move
 from pipelines.tracking.runs import end_run, find_or_create
 from pipelines.tracking.usable import check_experiment, refuse_unless_passing
 
@@ -169,6 +170,8 @@ class LateRun:
         with environment(PATIENCE):
             client = connect(self._uri, create=True)
             if self._run is None:
+                if (path := sqlite_path(self._uri)) is not None:
+                    follow_move(self._uri, path=path)
                 check_experiment(client, name=self._settings["experiment"])
                 self._run = find_or_create(client, uri=self._uri, **self._settings)
             log_params(client, run=self._run, params=self._params)

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from pipelines import tracking
 from pipelines.credentials import without_credentials
 from pipelines.errors import RunFailedError
+from pipelines.printed import command_line
 from pipelines.retries import answering
 from pipelines.tracking.sweeps import log_metrics, save_view
 from tuning.entries import Entry, Ledger, Sweep
@@ -153,16 +154,17 @@ def _print_next(
         file = report.within(WINNER_FILE)
         lines["winner"] = f"{file}, a recipe to keep"
         if not file.is_remote:
-            lines["winner"] = f"sovit-train {file}:best"
+            lines["winner"] = command_line("sovit-train", f"{file}:best")
     lines["report"] = str(report)
-    lines["compare"] = f"sovit-compare {sweep.name} --store {without_credentials(uri)}"
+    lines["compare"] = command_line("sovit-compare", sweep.name, "--store", uri)
     server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
     if view:
         lines["look"] = f"{without_credentials(server)}/{view}"
     if not uri.startswith("http"):
-        lines["after"] = f"mlflow ui --backend-store-uri {without_credentials(uri)}"
+        lines["after"] = command_line("mlflow", "ui", "--backend-store-uri", uri)
     if not is_whole:
-        lines["go on"] = f"sovit-tune --resume {sweep.name} --max-gpu-hours MORE"
+        more = ("--max-gpu-hours", "MORE")
+        lines["go on"] = command_line("sovit-tune", "--resume", sweep.folder, *more)
     for name, line in lines.items():
         print(f"{name:<10}  {line}")
 
