@@ -9,25 +9,22 @@ size and CRC-32, and its own. A folder whose files do not match it is refused.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import pickle
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import sovit
-from pipelines.config import Model, Run
+from pipelines.config import Run
 from pipelines.files import Place
+from pipelines.networks import PRETRAINED, build_model, without_weights
 from pipelines.retries import answering
 from pipelines.runfile import from_json
 from pipelines.snapshot import (
@@ -63,10 +60,6 @@ __all__ = [
 ]
 
 
-# What timm's builder, and ours of networks, take to load weights.
-PRETRAINED = ("pretrained", "pretrained_backbone", "checkpoint_path")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Say what a checkpoint holds."""
@@ -77,58 +70,6 @@ class Manifest:
     metrics: dict[str, float]
     files: dict[str, dict[str, int]]
     """Size in bytes and CRC-32 of each file."""
-
-
-def build_model(
-    settings: Model,
-    *,
-    num_classes: int,
-    tell: Callable[[str], object] = lambda line: None,
-) -> nn.Module:
-    """Build the timm model that the settings name, with fresh weights.
-
-    `img_size` goes to our own models; others take theirs from `kwargs`, since timm's
-    convolutional networks have no such argument.
-
-    Args:
-        tell: Gets the line on tokens that are too few for the pooling. By default
-            nobody does: who checks a run passes it on once, not each of its workers.
-    """
-    if not timm.is_model(settings.name):
-        raise ValueError(
-            f"model.name: wanted a model that timm knows, came {settings.name!r}; "
-            "see timm.list_models(), or name the recipe file that registers it "
-            "(sovit-eval, sovit-predict, sovit-export: --code FILE)"
-        )
-    arguments: dict[str, Any] = dict(settings.kwargs)
-    if settings.pooling is not None:
-        arguments["pooling"] = settings.pooling
-    if settings.drop_path_rate:
-        arguments["drop_path_rate"] = settings.drop_path_rate
-    if is_ours(timm.model_entrypoint(settings.name)):
-        arguments["img_size"] = settings.img_size
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always", sovit.FewTokensWarning)
-        model = timm.create_model(settings.name, num_classes=num_classes, **arguments)
-    for one in found:
-        if issubclass(one.category, sovit.FewTokensWarning):
-            tell(f"{settings.name}: {one.message}")
-        else:
-            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-    return model
-
-
-def is_ours(entry: Callable[..., Any]) -> bool:
-    """Whether a function that builds a model is one of `sovit`, not of timm itself."""
-    return entry.__module__.partition(".")[0] == sovit.__name__
-
-
-def without_weights(settings: Model) -> Model:
-    """Take out of a model's settings what would load weights from elsewhere."""
-    kwargs = {k: v for k, v in settings.kwargs.items() if k not in PRETRAINED}
-    return dataclasses.replace(
-        settings, kwargs=kwargs, init_from="", init_triangle="auto"
-    )
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -18,8 +18,8 @@ from sovit.moments import (
     upper_triangle,
 )
 
-# These three only register networks.
-from sovit.networks import deit_swin, eca_gsop, gcp  # noqa: F401
+# These only register networks.
+from sovit.networks import any_backbone, deit_swin, eca_gsop, gcp  # noqa: F401
 from sovit.networks.so_vit import default_pooling
 from sovit.newton_schulz import (
     covariance_sqrt,

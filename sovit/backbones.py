@@ -15,6 +15,7 @@ from torch import nn
 
 from sovit.head import SecondOrderHead
 from sovit.intermediates import TrunkIntermediates
+from sovit.model_args import KeepsArgs
 from sovit.pooling import Pooling, as_pooling
 from sovit.resampling import fit_positions
 from sovit.shapes import Float, Number, Tensor
@@ -29,8 +30,10 @@ from sovit.trunks import (
     unstride_last_stage,
 )
 
+# In timm's registry: `sovit.networks.any_backbone`.
+ARCHITECTURE = "sovit_second_order"
 # What a backbone's configuration says about images; not where its weights are.
-_DATA_KEYS = (
+DATA_KEYS = (
     "input_size",
     "fixed_input_size",
     "crop_pct",
@@ -39,8 +42,19 @@ _DATA_KEYS = (
     "std",
 )
 
+# What `timm.create_model` loads weights by: a model that is made again has its own.
+_OF_WEIGHTS = frozenset(
+    {
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_model_args",
+        "checkpoint_path",
+        "cache_dir",
+    }
+)
 
-class SecondOrderNet(TrunkIntermediates):
+
+class SecondOrderNet(KeepsArgs, TrunkIntermediates):
     """Classify by a second-order head on the features of a timm model.
 
     The trunk may give a map (B, C, H, W) or (B, H, W, C), whose positions are the
@@ -109,6 +123,8 @@ class SecondOrderNet(TrunkIntermediates):
         self.head_hidden_size = self.head.num_features
         self.pretrained_cfg = self.default_cfg = _adapted(self)
         self.register_load_state_dict_pre_hook(_fit_positions)
+        # What a model declares timm's builder leaves as it is.
+        self._traits: dict[str, Any] = {"first_conv": self.pretrained_cfg["first_conv"]}
 
     def _check_positions(self, pooling: Pooling) -> None:
         """Refuse one position: its covariance is 0, whatever the image."""
@@ -148,6 +164,15 @@ class SecondOrderNet(TrunkIntermediates):
         size = check_conv_size(img_size)
         if hasattr(self.backbone, "set_input_size"):
             self.backbone.set_input_size(size)
+            self._traits["img_size"] = size
+
+    def layer_names(self) -> dict[str, Any]:
+        """Return what timm's configurations call the first and the last layers."""
+        convs = (n for n, m in self.named_modules() if isinstance(m, nn.Conv2d))
+        return {
+            "first_conv": next(convs, None),
+            "classifier": tuple(f"head.{name}" for name in self.head.classifier_names),
+        }
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
         """Return the linear classifier, or the two whose logits are added."""
@@ -210,13 +235,11 @@ def _nested(patterns: Any) -> Any:
 def _adapted(model: SecondOrderNet) -> dict[str, Any]:
     """Return the trunk's configuration with this model's names and no weights."""
     config: dict[str, Any] = getattr(model.backbone, "pretrained_cfg", None) or {}
-    convs = (n for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
     return {
-        **{key: config[key] for key in _DATA_KEYS if key in config},
+        **{key: config[key] for key in DATA_KEYS if key in config},
         "url": "",
         "num_classes": model.num_classes,
-        "first_conv": next(convs, None),
-        "classifier": tuple(f"head.{name}" for name in model.head.classifier_names),
+        **model.layer_names(),
     }
 
 
@@ -247,8 +270,13 @@ def second_order(
     `timm.create_model`. `pooling` is a `Pooling`, a mapping of its fields, or a
     method's name (`Pooling.named`). See `SecondOrderNet` for the rest. Raises
     ValueError for what does not fit.
+
+    By name the model is `timm.create_model("sovit_second_order", backbone=...)`: timm's
+    `save_for_hf` keeps it, and loads it again where sovit is imported.
     """
+    name = None
     if isinstance(backbone, str):
+        name = backbone
         backbone = _trunk(
             backbone,
             pretrained=pretrained_backbone,
@@ -271,15 +299,29 @@ def second_order(
         unstride_last_stage(backbone)
     if token_embed is not None:
         embed_by_convolutions(backbone, kind=token_embed)
-    return SecondOrderNet(
+    pooling = as_pooling(pooling, default=Pooling())
+    model = SecondOrderNet(
         backbone,
-        pooling=as_pooling(pooling, default=Pooling()),
+        pooling=pooling,
         num_classes=num_classes,
         fusion=fusion,
         hidden_dims=hidden_dims,
         drop_rate=drop_rate,
         img_size=img_size,
     )
+    if name is not None:
+        model.pretrained_cfg["architecture"] = ARCHITECTURE
+        model._model_args = {
+            "backbone": name,
+            "pooling": pooling,
+            "fusion": model.head.fusion,
+            "hidden_dims": hidden_dims,
+            "drop_last_stride": drop_last_stride,
+            "token_embed": token_embed,
+            "img_size": img_size,
+            **{key: kwargs[key] for key in kwargs.keys() - _OF_WEIGHTS},
+        }
+    return model
 
 
 def _trunk(

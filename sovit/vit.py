@@ -13,13 +13,14 @@ from torch import nn
 
 from sovit.head import SecondOrderHead
 from sovit.intermediates import BlockIntermediates
+from sovit.model_args import KeepsArgs
 from sovit.pooling import Pooling
 from sovit.positions import resize_table, sinusoid_table
 from sovit.shapes import Float, Number, Tensor
 from sovit.tokens import TOKEN_STRIDE, build_token_embed, check_img_size
 
 
-class SoViT(BlockIntermediates):
+class SoViT(KeepsArgs, BlockIntermediates):
     """Classify images by a transformer whose head is of second order.
 
     So-ViT (arXiv 2104.10935) and its second version, SoT: convolutional token

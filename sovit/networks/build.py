@@ -71,13 +71,7 @@ def create(
     ValueError where weights are asked for that nobody publishes at an address that can
     be fetched.
     """
-    overlay = kwargs.get("pretrained_cfg_overlay")
-    if pretrained and not (overlay or kwargs.get("pretrained_cfg")):
-        raise ValueError(
-            f"pretrained=True needs published weights, and {name} has none: set "
-            "pretrained_backbone=True for timm's weights of the backbone, or say where "
-            "the network's own are with pretrained_cfg_overlay={'file': ...}."
-        )
+    check_weights(kwargs, name=name, pretrained=pretrained)
     if "pooling" in kwargs and "pooling" in defaults:
         kwargs["pooling"] = as_pooling(kwargs["pooling"], default=defaults["pooling"])
     settings = {**defaults, **kwargs}
@@ -98,3 +92,14 @@ def create(
             **settings,
         )
     return model if dtype is None else model.to(dtype=dtype)
+
+
+def check_weights(kwargs: Mapping[str, Any], *, name: str, pretrained: bool) -> None:
+    """Raise ValueError where weights are asked for, and nothing says where they are."""
+    overlay = kwargs.get("pretrained_cfg_overlay")
+    if pretrained and not (overlay or kwargs.get("pretrained_cfg")):
+        raise ValueError(
+            f"pretrained=True needs published weights, and {name} has none: set "
+            "pretrained_backbone=True for timm's weights of the backbone, or say where "
+            "the network's own are with pretrained_cfg_overlay={'file': ...}."
+        )
