@@ -37,6 +37,7 @@ from pipelines.ingest.footers import read_shard_set
 from pipelines.ingest.stream import Plans
 from pipelines.loop import LoopSettings, TrainState, train
 from pipelines.optim import build_optimizer
+from pipelines.outputs import check_file
 from pipelines.supply import opened_here
 from pipelines.validation.measure import validate
 from recipes.demo import demo
@@ -205,6 +206,7 @@ def mean_spread(values: Sequence[float]) -> str:
 
 def _main(arguments: Sequence[str]) -> None:
     options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
+    check_file(options.json, option="json")
     torch.set_num_threads(options.num_threads)
     results: dict[str, list[Trained]] = {head: [] for head in options.heads}
     # Heads take turns, so that a machine's drift meets all of them.

@@ -28,6 +28,7 @@ from benchmarks.report import machine
 from benchmarks.result_file import write_result
 from benchmarks.step_share import Share, measure_share
 from pipelines.cli import parse, run_command
+from pipelines.outputs import check_file, check_plot
 
 _PROG = "benchmarks.heads"
 _CURVE_DIMS = (32, 64, 128, 192, 256, 384, 512)
@@ -116,6 +117,8 @@ def plot(path: Path, *, options: Options, device: str) -> None:
 
 def _main(arguments: Sequence[str]) -> None:
     options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
+    check_file(options.json, option="json")
+    check_plot(options.plot)
     torch.set_num_threads(options.num_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.rounds:

@@ -41,6 +41,7 @@ from benchmarks.transforms import Pixels, Policy
 from benchmarks.waiting import train_and_wait
 from benchmarks.work import Loader, Work
 from pipelines.cli import parse, run_command
+from pipelines.outputs import check_file, check_plot
 
 _PROG = "benchmarks.ingest"
 
@@ -193,6 +194,8 @@ def _place(folder: Path | None) -> Iterator[Path]:
 
 def _main(arguments: Sequence[str]) -> None:
     options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
+    check_file(options.json, option="json")
+    check_plot(options.plot)
     loaders = choose(line_up(rand_augment=options.rand_augment), names=options.loaders)
     result: dict[str, Any] = {"machine": report.machine(), "options": str(options)}
     step = ["waiting"] if options.synthetic_step else []

@@ -46,6 +46,7 @@ from benchmarks.report import machine
 from benchmarks.result_file import write_result
 from pipelines.cli import parse, run_command
 from pipelines.device import has_bfloat16
+from pipelines.outputs import check_file
 
 _PROG = "benchmarks.model"
 _BATCH_SIZES = {"cpu": 8, "cuda": 128}
@@ -178,6 +179,7 @@ def measure(
 
 def _main(arguments: Sequence[str]) -> None:
     options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
+    check_file(options.json, option="json")
     torch.set_num_threads(options.num_threads)
     cases = [
         case for name in options.models for case in cases_of(name, options=options)

@@ -22,7 +22,10 @@ T = TypeVar("T")
 _BROKEN_PIPE = 141
 # Whose progress is shown; a module that Python runs by -m is called __main__.
 _OURS = ("pipelines", "tuning", "sovit", "__main__")
-_BOX = re.compile(r"[─-╿\s]+")
+# Boxes that tyro draws: their title repeats what is in them, lines part sentences.
+_TITLE = re.compile(r"^\u256d.*$", re.MULTILINE)
+_RULE = re.compile(r"\s*\u2502 \u2500+ \u2502\s*")
+_BOX = re.compile(r"[\u2500-\u257f\s]+")
 _COMPILE, _NO_COMPILE = "--scale.compile", "--scale.no-compile"
 _COMPILE_CHOICES = ("True", "False", "auto")
 
@@ -58,7 +61,13 @@ def parse(
     except SystemExit as error:
         if error.code in (0, None):  # --help was printed
             raise
-        raise ValueError(_BOX.sub(" ", said.getvalue()).strip()) from error
+        raise ValueError(_unboxed(said.getvalue())) from error
+
+
+def _unboxed(text: str) -> str:
+    """Set what tyro draws in a box as one line."""
+    parts = _RULE.split(_TITLE.sub("", text))
+    return "; ".join(_BOX.sub(" ", part).strip() for part in parts)
 
 
 def _with_choices(arguments: Sequence[str]) -> list[str]:

@@ -37,6 +37,7 @@ from pipelines.device import Wanted, find_device
 from pipelines.ingest.footers import read_shard_set
 from pipelines.loop import LoopSettings
 from pipelines.model_code import load_model_code
+from pipelines.outputs import check_file, check_folder
 from pipelines.pixels.rows import BadImage
 from pipelines.robustness import report
 from pipelines.robustness.measure import Subject, measure
@@ -81,6 +82,12 @@ class Options:
     """File that the result is also written to."""
     robustness: Flat = field(default_factory=Robustness)
 
+    def check(self) -> None:
+        """Raise ValueError for what can't be meant, before the work begins."""
+        check_file(self.json, option="json")
+        check_folder(self.report, option="report")
+        self.robustness.check()
+
 
 def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     """Evaluate a checkpoint on a shard set, and on further ones.
@@ -94,7 +101,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
 
     Raises ValueError where the checkpoint or the shards can't be used.
     """
-    options.robustness.check()
+    options.check()
     also = named_addresses(options.also, option="--also")
     load_model_code(options.checkpoint, given=options.code)
     with opened(options.checkpoint) as folder:

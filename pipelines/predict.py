@@ -5,15 +5,15 @@
     sovit-predict exported photo.jpg
 
 Images are files, folders of them or shards, prepared as in evaluation. CHECKPOINT may
-be the folder that sovit-export wrote. An image that does not decode costs that image,
-by name; the others are answered, and the exit status is 1.
+be a folder that sovit-export or timm's save_for_hf wrote. An image that does not decode
+costs that image, by name; the others are answered, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from pipelines.checkpoint import MANIFEST
 from pipelines.cli import fail, parse, run_command
 from pipelines.device import Wanted, find_device, upload
 from pipelines.export.images import Encoded, decode, read_images
-from pipelines.export.names import readable_names
 from pipelines.export.subject import Subject, Weights, from_checkpoint
 from pipelines.export.timm_folder import CONFIG, read_timm
 from pipelines.model_code import load_model_code
+from pipelines.outputs import check_file
 from pipelines.pixels.headers import BadImageError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ class Options:
     """Say who answers, on what, and how much."""
 
     checkpoint: tyro.conf.Positional[str]
-    """Folder or bucket address that sovit-train printed, or sovit-export's folder."""
+    """Folder or bucket address that sovit-train printed, or a folder of sovit-export
+    or of timm's save_for_hf."""
     images: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders or shards, here or in a bucket."""
     weights: Weights = "auto"
@@ -68,7 +69,7 @@ class Answer:
 
 
 def load_subject(address: str, *, weights: Weights = "auto") -> Subject:
-    """Load a checkpoint, or a folder that sovit-export wrote.
+    """Load a checkpoint, or a folder that sovit-export or timm's save_for_hf wrote.
 
     Raises ValueError where it is neither, or it is damaged.
     """
@@ -137,7 +138,7 @@ def _top(
     ]
 
 
-def _as_json(answers: Sequence[Answer], *, names: dict[str, str]) -> str:
+def _as_json(answers: Sequence[Answer], *, names: Mapping[str, str]) -> str:
     def row(answer: Answer) -> dict[str, Any]:
         if answer.reason:
             return {"image": answer.image, "reason": answer.reason}
@@ -154,7 +155,7 @@ def _as_json(answers: Sequence[Answer], *, names: dict[str, str]) -> str:
     return json.dumps([row(answer) for answer in answers], indent=2)
 
 
-def _print_answer(answer: Answer, *, names: dict[str, str]) -> None:
+def _print_answer(answer: Answer, *, names: Mapping[str, str]) -> None:
     print(answer.image)
     for label, score in answer.top:
         name = f"  {names[label]}" if names else ""
@@ -168,9 +169,11 @@ def _main(arguments: Sequence[str]) -> None:
             f"wanted images and num_top of at least 1, came {len(options.images)} "
             f"and {options.num_top}; name files, folders or shards"
         )
+    if options.json != "-":
+        check_file(options.json, option="json")
     load_model_code(options.checkpoint, given=options.code)
     subject = load_subject(options.checkpoint, weights=options.weights)
-    names = readable_names(subject.classes)
+    names = subject.names
     answers: list[Answer] = []
     for answer in predict(
         subject,

@@ -24,6 +24,7 @@ from pipelines.config import Run
 from pipelines.device import find_device
 from pipelines.ingest.footers import read_shard_set
 from pipelines.ingest.stream import LocalOpener, Plans
+from pipelines.outputs import check_plot
 from pipelines.pixels.decoder import BatchDecoder
 from pipelines.pixels.draws import PixelSettings, draw
 from pipelines.pixels.ops import Op
@@ -164,6 +165,7 @@ def _main(arguments: Sequence[str]) -> None:
             f"wanted at least 1 image and 1 epoch, came {chosen.num_images} and "
             f"{chosen.num_epochs}; set --num-images and --num-epochs"
         )
+    check_plot(chosen.out, option="out")
     run = parse(
         Run, default=load_recipe(recipe), arguments=rest, prog=_PROG, text=__doc__
     )

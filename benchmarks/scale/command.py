@@ -29,6 +29,7 @@ from benchmarks.scale.measure import costs_of, measure
 from benchmarks.scale.model import Case, Costs, Kept, run_at, shards_of
 from benchmarks.scale.options import Options
 from pipelines.cli import parse, run_command
+from pipelines.outputs import check_file, check_plot
 
 _PROG = "benchmarks.scale"
 _MAX_SHARDS = 50_000  # that a set is advised to have
@@ -172,6 +173,8 @@ def _plot(path: Path, *, options: Options, costs: Costs) -> None:
 
 def _main(arguments: Sequence[str]) -> None:
     options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
+    check_file(options.json, option="json")
+    check_plot(options.plot)
     costs, kept, figures = _costs(options)
     outlooks = [
         outlook_of(

@@ -9,7 +9,6 @@ from pipelines.config import Optim
 from pipelines.optim import learning_rate
 
 NUM_COLUMNS, NUM_ROWS = 72, 12
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 _BARS = " ▁▂▃▄▅▆▇█"
 _PLAIN_BARS = "     ####"
 _NUM_TICKS = 4
@@ -81,18 +80,3 @@ def draw_picture(optim: Optim, *, steps_per_epoch: int, title: str, path: Path) 
     axes.margins(x=0)
     axes.grid(alpha=0.2)
     figure.savefig(path, dpi=_DOTS_PER_INCH)
-
-
-def check_plot(plot: str) -> None:
-    """Raise ValueError where no picture can be written to a file of that name."""
-    path = Path(plot)
-    if path.suffix.lower() not in PLOT_SUFFIXES:
-        raise ValueError(
-            f"plot: wanted a file that ends in {', '.join(PLOT_SUFFIXES)}, came "
-            f"{plot!r}; set --plot"
-        )
-    if not path.absolute().parent.is_dir():
-        raise ValueError(
-            f"plot: wanted a file in a folder that is there, came {plot!r}; make "
-            f"{path.absolute().parent} first"
-        )

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from pipelines.config import Run
-from pipelines.explain.curve import check_plot, draw_picture
+from pipelines.explain.curve import draw_picture
 from pipelines.explain.explanation import explain_run
 from pipelines.explain.report import as_text
+from pipelines.outputs import check_plot
 from pipelines.runs import Record
 
 
@@ -23,8 +24,7 @@ def show_dry_run(
 
     Raises ValueError where the run would not start either, or nothing can be drawn.
     """
-    if plot:
-        check_plot(plot)
+    check_plot(plot)
     found = explain_run(run, name=name, record=record)
     text = as_text(found)
     try:

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _PROG = "sovit-export"
 Format = Literal["timm", "torch", "onnx"]
 _FILES = {
-    "timm": (timm_folder.WEIGHTS, timm_folder.CONFIG),
+    "timm": (timm_folder.WEIGHTS, timm_folder.CONFIG, timm_folder.README),
     "torch": (program.PROGRAM,),
     "onnx": (onnx_file.ONNX, f"{onnx_file.ONNX}.data"),
 }
@@ -97,6 +97,8 @@ def export_checkpoint(options: Options) -> dict[str, dict[str, Any]]:
             subject.model, img_size=subject.img_size, images=images
         )
         written = _write(folder, subject, cases=cases, options=options)
+        if "timm" in written and timm_folder.needs_sovit(subject):
+            written["timm"]["needs"] = "sovit"
         mark(folder, content={"card": card(subject), "formats": written})
     return written
 
@@ -161,6 +163,8 @@ def _print_summary(written: Mapping[str, Mapping[str, Any]], *, out: Path) -> No
         opset = f" (opset {of_format['opset']})" if "opset" in of_format else ""
         print(f"{name:6}{files}{opset}, {megabytes:,.1f} MB")
         print(f"{'':6}largest difference of logits {differences}")
+        if "needs" in of_format:
+            print(f"{'':6}`import {of_format['needs']}` before timm loads it")
         if checks.IMAGES not in of_format["difference"]:
             print(f"{'':6}not tried on real images: give some by --images")
     print(f"written {out}")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import timm
 from torch import nn
 
-from pipelines.checkpoint import EMA_FILE, is_ours, load_model, opened, without_weights
+from pipelines.checkpoint import EMA_FILE, load_model, opened, without_weights
 from pipelines.config import Data, Model
 from pipelines.export.names import readable_names
+from pipelines.networks import architecture_of
 
 Weights = Literal["auto", "ema", "raw"]
 
@@ -27,17 +27,18 @@ class Subject:
     classes: tuple[str, ...]
     origin: Mapping[str, Any]
     """Where it comes from: recipe, weights, epoch, step and metrics, if known."""
+    descriptions: Mapping[str, str] = field(default_factory=dict)
+    """What people call each class, where its folder says so."""
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Return what people call each class; empty where nobody knows."""
+        return self.descriptions or readable_names(self.classes)
 
     @property
     def img_size(self) -> int:
         """Give height and width of the images that it takes."""
         return self.settings.img_size
-
-    @property
-    def is_ours(self) -> bool:
-        """Tell whether the network is one of `sovit`, not of timm itself."""
-        entry = timm.model_entrypoint(self.settings.name)
-        return is_ours(entry)
 
 
 def from_checkpoint(address: str, *, weights: Weights = "auto") -> Subject:
@@ -74,10 +75,11 @@ def card(subject: Subject) -> dict[str, Any]:
 
     docs/using.md explains each of them; every exported file carries them all.
     """
-    data = subject.data
-    names = readable_names(subject.classes)
+    data, names = subject.data, subject.names
+    architecture, arguments = architecture_of(subject.settings)
     return {
-        "architecture": subject.settings.name,
+        "architecture": architecture,
+        **{key: arguments[key] for key in ("backbone",) if key in arguments},
         "img_size": subject.img_size,
         "crop_pct": data.crop_pct,
         "interpolation": data.eval_interpolation,

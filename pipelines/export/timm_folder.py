@@ -1,13 +1,14 @@
 """Write a model as timm and the Hugging Face hub keep one, and read such a folder.
 
 `model.safetensors` has the weights, `config.json` what `timm.create_model` needs to
-build the network around them and to prepare its images.
+build the network around them and to prepare its images, `README.md` what a person
+needs: a network of `sovit` is in timm's registry only where `sovit` is imported.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipelines.checkpoint import build_model, read_weights, without_weights
+from pipelines.checkpoint import read_weights
 from pipelines.config import Data, Model
 from pipelines.export.names import readable_names
 from pipelines.export.subject import Subject
+from pipelines.networks import architecture_of, build_model, is_ours, without_weights
 from pipelines.optim import classifiers
 from pipelines.runfile import tuples
-from sovit import Pooling
+from sovit.weight_files import find_weights, read_tensors
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+logger = logging.getLogger(__name__)
+WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"
+# What timm's save_for_hf writes unless it is told to write safetensors.
+_TORCH_WEIGHTS = "pytorch_model.bin"
+_INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 def write_timm(folder: Path, subject: Subject) -> None:
@@ -33,6 +39,7 @@ def write_timm(folder: Path, subject: Subject) -> None:
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     config = folder / CONFIG
     config.write_text(json.dumps(_config(subject), indent=2) + "\n")
+    (folder / README).write_text(_readme(subject))
     # safetensors lets its owner alone read a file; this one is there to be passed on.
     (folder / WEIGHTS).chmod(config.stat().st_mode)
 
@@ -55,47 +62,78 @@ def load_with_timm(folder: Path, *, wanted: nn.Module) -> nn.Module:
     return model
 
 
+def needs_sovit(subject: Subject) -> bool:
+    """Return whether timm can build the network only where `sovit` is imported."""
+    return is_ours(architecture_of(subject.settings)[0])
+
+
 def read_timm(folder: Path) -> Subject:
-    """Read a folder that `write_timm` wrote, or one of timm's own of the same kind.
+    """Read a folder that `write_timm` wrote, or timm's own `save_for_hf`.
 
     Raises ValueError where a file is missing, damaged, or is not for such a network.
     """
     path = folder / CONFIG
     try:
-        settings, data, classes = _read_config(json.loads(path.read_text()))
+        raw = json.loads(path.read_text())
+        settings, data, classes = _read_config(raw)
+        descriptions = _descriptions(raw, classes=classes)
     except (OSError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: wanted a model's configuration as sovit-export writes it, came "
-            f"one that can't be read ({error!r}); export the checkpoint again"
+            f"{path}: wanted a model's configuration as sovit-export and timm's "
+            f"save_for_hf write it, came one that can't be used ({error!r}); write it "
+            "again"
         ) from error
-    model = build_model(settings, num_classes=len(classes))
-    if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"wanted {WEIGHTS} in {folder}, came none; export it again")
     try:
-        model.load_state_dict(read_weights(folder / WEIGHTS))
+        model = build_model(settings, num_classes=len(classes))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    file, weights = _read_weights(folder)
+    try:
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
-            f"{folder / WEIGHTS}: wanted the weights of {settings.name} as {CONFIG} "
-            f"describes it, came others ({str(error)[:200]}); export it again"
+            f"{file}: wanted the weights of {settings.name} as {CONFIG} describes it, "
+            f"came others ({str(error)[:200]}); export it again"
         ) from error
     return Subject(
-        model=model.eval(), settings=settings, data=data, classes=classes, origin={}
+        model=model.eval(),
+        settings=settings,
+        data=data,
+        classes=classes,
+        origin={},
+        descriptions=descriptions,
+    )
+
+
+def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """Read the file of weights that is there; nothing in it is run."""
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS, read_weights(folder / WEIGHTS)
+    file = folder / _TORCH_WEIGHTS
+    if file.is_file():
+        return file, find_weights(read_tensors(file))
+    raise ValueError(
+        f"wanted {WEIGHTS} in {folder}, or {_TORCH_WEIGHTS}, came none; export it again"
     )
 
 
 def _config(subject: Subject) -> dict[str, Any]:
     num_classes = len(subject.classes)
     names = readable_names(subject.classes)
+    # Stochastic depth is a matter of training: no argument here.
+    architecture, model_args = architecture_of(subject.settings)
+    needs = {"needs": _hint(architecture)} if needs_sovit(subject) else {}
     return {
-        "architecture": subject.settings.name,
+        "architecture": architecture,
         "num_classes": num_classes,
         "num_features": getattr(subject.model, "num_features", None),
         "label_names": list(subject.classes),
         **({"label_descriptions": names} if names else {}),
         "pretrained_cfg": _pretrained_cfg(subject),
-        "model_args": _model_args(subject),
+        "model_args": model_args,
         # timm reads over what it does not know.
         "sovit": {
+            **needs,
             "eval_mirror": subject.data.eval_mirror,
             "exif": subject.data.exif,
             **subject.origin,
@@ -132,47 +170,101 @@ def _classifier_names(model: nn.Module) -> str | list[str]:
     return names[0] if len(names) == 1 else names
 
 
-def _model_args(subject: Subject) -> dict[str, Any]:
-    """Give what the network is built with; stochastic depth is a matter of training."""
-    settings = subject.settings
-    args: dict[str, Any] = dict(settings.kwargs)
-    if settings.pooling is not None:
-        args["pooling"] = dataclasses.asdict(settings.pooling)
-    if subject.is_ours:
-        args["img_size"] = settings.img_size
-    return args
+def _hint(architecture: str) -> str:
+    return (
+        f"`import sovit` before timm.create_model: timm alone says Unknown model "
+        f"({architecture})"
+    )
+
+
+def _readme(subject: Subject) -> str:
+    """Write a model card, the first that a person or the hub looks at."""
+    architecture, _ = architecture_of(subject.settings)
+    needs, first, tag = "", "import timm", ""
+    if needs_sovit(subject):
+        needs = (
+            f"**Needs the package `sovit`** beside timm: {_hint(architecture)}. "
+            "Without it there is no way to build this network. Install the package "
+            "from the repository that exported this folder (`pip install .`).\n\n"
+        )
+        first, tag = (
+            "import sovit, timm  # sovit puts its networks into timm",
+            "- sovit",
+        )
+    size = subject.img_size
+    return f"""---
+library_name: timm
+tags:
+- image-classification
+- timm
+{tag}
+---
+# {architecture}
+
+{len(subject.classes):,} classes, images of {size}x{size} pixels.
+
+{needs}```python
+{first}
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+"""
 
 
 def _read_config(raw: dict[str, Any]) -> tuple[Model, Data, tuple[str, ...]]:
-    config, args = raw["pretrained_cfg"], tuples(dict(raw.get("model_args") or {}))
+    # Older timm wrote the inner part alone.
+    config, args = raw.get("pretrained_cfg", raw), dict(raw.get("model_args") or {})
     num_chans, height, width = config["input_size"]
     if num_chans != 3 or height != width:
         raise ValueError(f"input_size {config['input_size']} is not 3 x a square")
+    args.pop("num_classes", None)
     num_classes = int(raw.get("num_classes") or config["num_classes"])
-    labels = raw.get("label_names") or config.get("label_names") or range(num_classes)
-    if len(labels) != num_classes:
-        raise ValueError(f"{len(labels)} label_names for {num_classes} classes")
-    pooling = args.pop("pooling", None)
-    settings = Model(
-        name=raw["architecture"],
-        img_size=height,
-        pooling=Pooling(**pooling) if pooling else None,
-        kwargs=args,
-    )
+    settings = Model(name=raw["architecture"], img_size=height, kwargs=tuples(args))
     ours = raw.get("sovit", {})
     data = Data(
         train="",
         val="",
         batch_size=1,
         crop_pct=config["crop_pct"],
-        eval_interpolation=config["interpolation"],
+        eval_interpolation=_one_of(_INTERPOLATIONS, config, "interpolation"),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         eval_mirror=bool(ours.get("eval_mirror", False)),
         exif="rotate" if ours.get("exif") == "rotate" else "ignore",
     )
+    _one_of(("center",), {"crop_mode": "center", **config}, "crop_mode")
     # Who wrote it does not choose what else is read here.
-    return without_weights(settings), data, tuple(str(label) for label in labels)
+    return without_weights(settings), data, _labels(raw, config, num=num_classes)
+
+
+def _one_of(known: tuple[str, ...], config: dict[str, Any], name: str) -> Any:
+    if config[name] not in known:
+        raise ValueError(f"{name} {config[name]!r}, and images are prepared by {known}")
+    return config[name]
+
+
+def _labels(
+    raw: dict[str, Any], config: dict[str, Any], *, num: int
+) -> tuple[str, ...]:
+    """Name the classes in the order of the logits; number them where nobody did."""
+    labels = raw.get("label_names") or config.get("label_names")
+    if labels is None:
+        logger.info("%s names no classes: they are numbered from 0", CONFIG)
+        labels = range(num)
+    if isinstance(labels, dict):  # by number, with gaps
+        labels = [labels.get(str(number), number) for number in range(num)]
+    if len(labels) != num or not num:
+        raise ValueError(f"{len(labels)} label_names for {num} classes")
+    return tuple(str(label) for label in labels)
+
+
+def _descriptions(raw: dict[str, Any], *, classes: tuple[str, ...]) -> dict[str, str]:
+    """Read what people call the classes, where that is there for each of them."""
+    config = raw.get("pretrained_cfg", raw)
+    found = raw.get("label_descriptions") or config.get("label_descriptions") or {}
+    known = {label: str(found[label]) for label in classes if label in found}
+    return known if len(known) == len(classes) else {}
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from pipelines.outputs import check_plot
 from pipelines.robustness.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from pipelines.robustness.perturbations import PERTURBATIONS, Perturbation
 
@@ -30,7 +31,7 @@ class Robustness:
     """Result of another checkpoint, by --json, whose flips are 100 %."""
     corruption_seed: int = 0
     plot: str = ""
-    """PNG file that errors and flips are drawn into."""
+    """PNG, SVG or PDF that errors and flips are drawn into."""
 
     def __post_init__(self) -> None:
         severities, num_frames = self.severities, self.num_frames
@@ -61,6 +62,7 @@ class Robustness:
 
     def check(self) -> None:
         """Raise ValueError, before the work begins, where a package or file lacks."""
+        check_plot(self.plot)
         needed = ["scipy"] if self.is_wanted else []
         if self.corruptions is not None and "frost" in (
             self.corruptions or CORRUPTIONS

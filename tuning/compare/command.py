@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from pipelines.cli import parse, run_command
 from pipelines.credentials import without_credentials
+from pipelines.outputs import check_file, check_plot
 from pipelines.tracking import default_uri
 from pipelines.tracking.query import RunStore, StoredRun
 from tuning.compare.columns import LOSS, TOP1, Column, columns_of, sort_rows
 from tuning.compare.page import page_of
-from tuning.compare.plots import PLOT_SUFFIXES, Chart, as_svg, charts_of, draw
+from tuning.compare.plots import Chart, as_svg, charts_of, draw
 from tuning.compare.rows import Measured, Mode, Row, group
 from tuning.compare.table import as_csv, as_text
 
@@ -74,18 +75,9 @@ class Options:
                 "wanted runs to compare, came none; name runs, a sweep or "
                 "experiment:NAME"
             )
-        for name in ("html", "csv", "plot"):
-            folder = Path(getattr(self, name)).absolute().parent
-            if not folder.is_dir():
-                raise ValueError(
-                    f"{name}: wanted a file in a folder that is there, came "
-                    f"{getattr(self, name)!r}; make {folder} first"
-                )
-        if self.plot and Path(self.plot).suffix.lower() not in PLOT_SUFFIXES:
-            raise ValueError(
-                f"plot: wanted a file that ends in {', '.join(PLOT_SUFFIXES)}, came "
-                f"{self.plot!r}; set --plot"
-            )
+        for name in ("html", "csv"):
+            check_file(getattr(self, name), option=name)
+        check_plot(self.plot)
 
     @property
     def direction(self) -> Mode:

@@ -17,7 +17,6 @@ from tuning.compare.table import printable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 _INCHES = (7.6, 4.0)
 _DOTS_PER_INCH = 110
 _NUM_COLORED = 10

@@ -1,0 +1,58 @@
+"""Check where a command is to write, before the work whose outcome it writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_file(
+    path: str | Path | None, *, option: str, suffixes: Sequence[str] = ()
+) -> None:
+    """Raise ValueError where no file can be written at a path; an empty one is none.
+
+    Args:
+        option: Name of the option that the path came by.
+        suffixes: What its name may end in; anything if empty.
+    """
+    if not path:
+        return
+    file = Path(path)
+    if suffixes and file.suffix.lower() not in suffixes:
+        raise ValueError(
+            f"{option}: wanted a file that ends in {', '.join(suffixes)}, came "
+            f"{str(path)!r}; set --{option}"
+        )
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(
+            f"{option}: wanted a file in a folder that is there, came {str(path)!r}; "
+            f"make {folder} first"
+        )
+    if file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        why = "a folder" if file.is_dir() else "where nothing may be written"
+        raise ValueError(
+            f"{option}: wanted a file that can be written, came {str(path)!r}, {why}; "
+            f"set --{option}"
+        )
+
+
+def check_plot(path: str | Path | None, *, option: str = "plot") -> None:
+    """Raise ValueError where no picture can be written at a path."""
+    check_file(path, option=option, suffixes=PLOT_SUFFIXES)
+
+
+def check_folder(path: str | Path | None, *, option: str) -> None:
+    """Raise ValueError where no folder can be made at a path, with those above it."""
+    if not path:
+        return
+    whole = Path(path).absolute()
+    there = next(part for part in (whole, *whole.parents) if part.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(
+            f"{option}: wanted a folder that can be made and written, came "
+            f"{str(path)!r}, and {there} can't be written into; set --{option}"
+        )
