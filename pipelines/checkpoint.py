@@ -47,7 +47,6 @@ __all__ = [
     "Manifest",
     "Position",
     "build_model",
-    "is_ours",
     "load_model",
     "load_optimizer",
     "load_weights",

@@ -31,7 +31,7 @@ def is_ours(name: str) -> bool:
 
 
 def takes_pooling(name: str) -> bool:
-    """Return whether a network has a pooling of its own: ours, and others that say so."""
+    """Return whether a network has a pooling: ours, and others whose makers say so."""
     entry = timm.model_entrypoint(name)
     return is_ours(name) or "pooling" in inspect.signature(entry).parameters
 
@@ -53,6 +53,13 @@ def architecture_of(settings: Model) -> tuple[str, dict[str, Any]]:
     if is_ours(name):
         arguments["img_size"] = settings.img_size
     return name, arguments
+
+
+def title_of(settings: Model) -> str:
+    """Return what people read of a network: its name, and a head that was put on it."""
+    if settings.pooling is None or is_ours(settings.name):
+        return settings.name
+    return f"{settings.name} with a second-order head ({settings.pooling.type})"
 
 
 def build_model(

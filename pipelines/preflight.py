@@ -16,6 +16,7 @@ from pipelines.credentials import error_summary
 from pipelines.ingest.footers import ShardSet, read_shard_set
 from pipelines.ingest.spot_check import spot_check
 from pipelines.initial import load_initial
+from pipelines.networks import title_of
 from pipelines.places import absolute
 from pipelines.validation.labels import HeldOut, held_out_of
 from sovit.probes import find_stem
@@ -70,7 +71,7 @@ def check_run(run: Run) -> CheckedRun:
     if run.probe.every_steps:
         find_stem(model, name=run.probe.stem)
     return CheckedRun(
-        model_name=run.model.name,
+        model_name=title_of(run.model),
         num_params=sum(parameter.numel() for parameter in model.parameters()),
         train_shards=train_shards,
         val_shards=val_shards,

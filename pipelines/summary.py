@@ -6,6 +6,7 @@ from pipelines import tracking
 from pipelines.config import Run
 from pipelines.credentials import without_credentials
 from pipelines.job import Trained
+from pipelines.networks import title_of
 from pipelines.preflight import with_absolute_paths
 from pipelines.printed import command_line
 
@@ -19,7 +20,7 @@ def print_summary(trained: Trained, *, run: Run, seconds: float) -> None:
     )
     if not run.validation.held_out:
         held_out = "nothing held out"
-    print(f"trained {run.model.name} in {seconds:.0f} s: {held_out}")
+    print(f"trained {title_of(run.model)} in {seconds:.0f} s: {held_out}")
     if folder is not None:
         print(f"checkpoint  {folder}")
         if trained.best is not None and trained.best != folder:

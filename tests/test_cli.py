@@ -83,6 +83,7 @@ def test_a_wrong_argument_is_one_line_that_names_it(
     assert "\n" not in message
     assert "  " not in message
     assert "│" not in message
+    assert message.count("Unrecognized options") <= 1
     for word in words:
         assert word in message
 

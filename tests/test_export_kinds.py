@@ -24,6 +24,7 @@ from sovit.pooling import build_pooling
 from tests.exports import TINY, Trained, blocks, refused, untrained
 from tests.small_sets import jpeg
 
+SMALL = sovit.Pooling.named("isqrt_cov", reduced_dim=8)
 BACKBONE = Model(
     name="isqrt_resnet18",
     img_size=64,
@@ -40,6 +41,10 @@ NETWORKS = {
         name="test_vit", img_size=32, kwargs={"img_size": 32}
     ),
     "timm's own of any size": Model(name="test_resnet", img_size=64),
+    "a head on a map": Model(name="test_convnext", img_size=64, pooling=SMALL),
+    "a head on tokens": Model(
+        name="test_vit", img_size=32, pooling=SMALL, kwargs={"fusion": "concat"}
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -266,3 +267,44 @@ def test_links_are_followed_once_and_never_in_a_circle(
         found = [image.name for image in read_images([str(photos)])]
     assert found == [*plain, str(photos / "zz" / "o.jpg")]
     assert caplog.text.count("is a link to a folder above it") == 2
+
+
+@pytest.mark.parametrize("is_safe", [True, False])
+def test_a_folder_that_timm_saved_answers_too(
+    is_safe: bool, tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: Any = timm.create_model("test_resnet", num_classes=3).eval()
+    plain, named = tmp_path / "plain", tmp_path / "named"
+    timm.models.save_for_hf(model, str(plain), safe_serialization=is_safe)
+    labels = {"x": "an ex", "y": "a why", "2": "two"}
+    about = {"label_names": {"0": "x", "1": "y"}, "label_descriptions": labels}
+    timm.models.save_for_hf(model, str(named), about, safe_serialization=is_safe)
+    image = Encoded(name="a", content=(photos / "a.jpg").read_bytes())
+    subject = load_subject(str(plain))
+    pixels = decode_eval([image.content], data=subject.data, img_size=160)
+    with torch.inference_mode():
+        odds = model(pixels).softmax(-1)[0].tolist()
+    (answer,) = predict(subject, [image])
+    assert dict(answer.top) == pytest.approx(dict(zip("012", odds, strict=True)))
+    _main([str(named), str(photos / "a.jpg")])
+    said = capsys.readouterr().out
+    for label, share in zip(labels, odds, strict=True):
+        assert f"{100 * share:6.2f} %  {label}  {labels[label]}" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"crop_mode": "squash"}, "crop_mode 'squash'"),
+        ({"interpolation": "lanczos"}, "interpolation 'lanczos'"),
+        ({"input_size": (3, 160, 96)}, "is not 3 x a square"),
+    ],
+)
+def test_images_that_are_prepared_otherwise_are_refused(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    model = timm.create_model("test_resnet", num_classes=3)
+    timm.models.save_for_hf(model, str(tmp_path), data_config=change)
+    with pytest.raises(ValueError, match=said) as caught:
+        load_subject(str(tmp_path))
+    assert str(tmp_path / "config.json") in str(caught.value)

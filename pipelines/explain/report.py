@@ -10,6 +10,7 @@ from pipelines.explain.course import SetFacts
 from pipelines.explain.curve import draw_text, rates
 from pipelines.explain.explanation import Explanation
 from pipelines.explain.timing import EXPECTED_SHARE, Timed
+from pipelines.networks import title_of
 from pipelines.optim import learning_rate
 
 _LABEL_CHARS = 11
@@ -68,7 +69,8 @@ def hours_text(hours: float) -> str:
 
 def _model(found: Explanation) -> Iterator[str]:
     parameters, size = found.parameters, found.run.model.img_size
-    yield f"{found.run.model.name}, {size}x{size} pixels, {found.num_classes:,} classes"
+    name = title_of(found.run.model)
+    yield f"{name}, {size}x{size} pixels, {found.num_classes:,} classes"
     is_all = parameters.num == parameters.num_trained
     trained = "all" if is_all else f"{parameters.num_trained:,}"
     yield f"{parameters.num:,} parameters, {trained} trained"

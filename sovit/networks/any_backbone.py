@@ -16,7 +16,7 @@ import timm
 from timm.models import build_model_with_cfg, load_pretrained, register_model
 
 from sovit.backbones import ARCHITECTURE, DATA_KEYS, SecondOrderNet, second_order
-from sovit.networks.build import check_weights
+from sovit.networks.build import check_weights, with_tuples
 
 
 @register_model
@@ -33,12 +33,13 @@ def sovit_second_order(pretrained: bool = False, **kwargs: Any) -> SecondOrderNe
             "see timm.list_models(), or give a model to sovit.second_order."
         )
     check_weights(kwargs, name=ARCHITECTURE, pretrained=pretrained)
+    config = kwargs.get("pretrained_cfg") or _data_config(backbone)
     # The layers' names depend on backbone and settings: weights go in after them.
     model = build_model_with_cfg(
         second_order,  # pyright: ignore[reportArgumentType]
         ARCHITECTURE,
         False,
-        **{"pretrained_cfg": _data_config(backbone), **_given(kwargs)},
+        **{**with_tuples(kwargs), "pretrained_cfg": config},
     )
     model.pretrained_cfg |= model.layer_names()
     if pretrained:
@@ -56,7 +57,3 @@ def _data_config(backbone: str) -> dict[str, Any]:
     config = timm.get_pretrained_cfg(backbone)
     known = {} if config is None else config.to_dict()
     return {"url": "", **{key: known[key] for key in DATA_KEYS if key in known}}
-
-
-def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if value is not None}

@@ -72,6 +72,7 @@ def create(
     be fetched.
     """
     check_weights(kwargs, name=name, pretrained=pretrained)
+    kwargs = with_tuples(kwargs)
     if "pooling" in kwargs and "pooling" in defaults:
         kwargs["pooling"] = as_pooling(kwargs["pooling"], default=defaults["pooling"])
     settings = {**defaults, **kwargs}
@@ -103,3 +104,8 @@ def check_weights(kwargs: Mapping[str, Any], *, name: str, pretrained: bool) -> 
             "pretrained_backbone=True for timm's weights of the backbone, or say where "
             "the network's own are with pretrained_cfg_overlay={'file': ...}."
         )
+
+
+def with_tuples(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments with tuples for lists, which timm's records have as JSON."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}

@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, register_model
 from torch import nn
 
 from sovit.head import classifier_names
-from sovit.networks.build import feature_cfg
+from sovit.networks.build import feature_cfg, with_tuples
 from sovit.official import checkpoint_filter_fn
 from sovit.pooling import Pooling, as_pooling
 from sovit.shapes import Number
@@ -168,7 +168,7 @@ def _create(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
         )
     device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
     _check_keywords(name, kwargs)
-    arguments = {"fusion": "sum", **ARCHITECTURES[name], **kwargs}
+    arguments = {"fusion": "sum", **ARCHITECTURES[name], **with_tuples(kwargs)}
     arguments["pooling"] = as_pooling(
         arguments["pooling"] or {}, default=default_pooling(name)
     )

@@ -75,6 +75,9 @@ class Options:
                 "wanted runs to compare, came none; name runs, a sweep or "
                 "experiment:NAME"
             )
+
+    def check(self) -> None:
+        """Raise ValueError where a file can't be written, before runs are read."""
         for name in ("html", "csv"):
             check_file(getattr(self, name), option=name)
         check_plot(self.plot)
@@ -143,6 +146,7 @@ def compare(options: Options) -> Comparison:
     Raises ValueError where MLflow does not answer, a run is not found, or none of them
     has the metric.
     """
+    options.check()
     uri = options.store or default_uri(options.storage)
     store = RunStore(uri)
     found = store.find(options.runs)
