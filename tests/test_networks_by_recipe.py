@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from tests.exports import Trained, untrained
 from tests.mlflow_stores import prepare_store
 from tests.test_alone import Reports
 
-POOLING = sovit.Pooling.named("isqrt_cov", reduced_dim=8)
-CONVNEXT = Model(name="test_convnext", img_size=32, pooling=POOLING)
+# Four positions of 64 pixels a side: as many as the covariance is wide.
+POOLING = sovit.Pooling.named("isqrt_cov", reduced_dim=4)
+CONVNEXT = Model(name="test_convnext", img_size=64, pooling=POOLING)
 VIT = Model(
     name="test_vit",
     img_size=32,
@@ -118,8 +120,9 @@ def test_the_dry_run_says_what_was_put_on_what(
     (tmp_path / "recipe.py").write_text(RECIPE)
     train._main([f"{tmp_path}/recipe.py:small", "--dry-run"])
     said = capsys.readouterr().out
-    assert "model       test_convnext with a second-order head (cov), 32x32" in said
-    assert f"{8 * 9 // 2 * 10 + 10 + 64 * 8 + 16:,}" in said  # the head's parameters
+    assert "model       test_convnext with a second-order head (cov), 64x64" in said
+    num_reduced, num_classified = 64 * 4 + 2 * 4, (4 * 5 // 2 + 1) * 10
+    assert re.search(rf"\n +head +{num_reduced + num_classified} ", said)
 
 
 @pytest.mark.parametrize(
