@@ -39,12 +39,13 @@ class Model:
     """Name a timm model and what to build it with."""
 
     name: str
-    """Any name that `timm.create_model` knows, ours included."""
+    """Any name that timm knows, ours included."""
     img_size: int = 224
     """Height and width of the input in pixels."""
     drop_path_rate: float = 0.0
     pooling: Pooling | None = None
-    """Second-order head; None leaves the model's own."""
+    """Second-order head, put on a model of timm as by `sovit.second_order`; None leaves
+    the model's own."""
     init_from: str = ""
     """Address of weights that training starts from: a checkpoint of ours, a file that a
     paper's authors released, a file or folder of timm's for the same model. The moving
@@ -53,8 +54,11 @@ class Model:
     """Which triangle of the covariance the classifier in such a released file sees.
     auto: lower for GSoP, upper for the others; fast-MPN-COV before 2018-12-26 has the
     lower one too, which nothing in the file tells."""
-    kwargs: dict[str, int | float | str] = field(default_factory=dict)
-    """Further keyword arguments for `timm.create_model`, such as depth."""
+    kwargs: dict[str, bool | int | float | str | tuple[int, ...]] = field(
+        default_factory=dict
+    )
+    """Further keyword arguments of the network, such as depth; with a pooling those of
+    `sovit.second_order` too, such as fusion."""
 
     def __post_init__(self) -> None:
         check_fields(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -86,6 +87,22 @@ def test_a_wrong_argument_is_one_line_that_names_it(
     assert message.count("Unrecognized options") <= 1
     for word in words:
         assert word in message
+
+
+def test_a_recipes_own_arguments_may_be_tuples() -> None:
+    run = load_recipe("demo")
+    model = dataclasses.replace(run.model, kwargs={"hidden_dims": (4,), "bias": True})
+    run = dataclasses.replace(run, model=model)
+
+    def given(*arguments: str) -> dict[str, object]:
+        kwargs = parse(Run, default=run, arguments=arguments, prog="a").model.kwargs
+        return dict(kwargs)
+
+    assert given("--seed", "2") == model.kwargs
+    changed = given("--model.kwargs.hidden-dims", "8", "9", "--model.kwargs.no-bias")
+    assert changed == {"hidden_dims": (8, 9), "bias": False}
+    with pytest.raises(ValueError, match=r"^Unrecognized options: --foo; For full"):
+        given("--foo")
 
 
 def test_help_is_printed_and_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
