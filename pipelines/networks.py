@@ -57,7 +57,7 @@ def architecture_of(settings: Model) -> tuple[str, dict[str, Any]]:
 
 def title_of(settings: Model) -> str:
     """Return what people read of a network: its name, and a head that was put on it."""
-    if settings.pooling is None or is_ours(settings.name):
+    if settings.pooling is None or takes_pooling(settings.name):
         return settings.name
     return f"{settings.name} with a second-order head ({settings.pooling.type})"
 
