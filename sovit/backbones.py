@@ -94,7 +94,6 @@ class SecondOrderNet(KeepsArgs, TrunkIntermediates):
         # Else it is the usual size that was looked at, and others come as well.
         is_sized = size is not None or built_size(backbone) is not None
         strip(backbone, unused=self.features.unused, detached=self.features.detached)
-        self._check_positions(pooling)
         has_class = self.features.has_class_token
         fusion = fusion or ("sum" if has_class else "visual")
         if fusion != "visual" and (not has_class or hidden_dims):
@@ -125,17 +124,6 @@ class SecondOrderNet(KeepsArgs, TrunkIntermediates):
         self.register_load_state_dict_pre_hook(_fit_positions)
         # What a model declares timm's builder leaves as it is.
         self._traits: dict[str, Any] = {"first_conv": self.pretrained_cfg["first_conv"]}
-
-    def _check_positions(self, pooling: Pooling) -> None:
-        """Refuse one position: its covariance is 0, whatever the image."""
-        centred = pooling.type not in ("avg", "gaussian")
-        if self.features.num_tokens < 2 and centred and pooling.centering == "channel":
-            raise ValueError(
-                f"expected at least two positions to pool, got one from "
-                f"{type(self.backbone).__name__}: the covariance of one is 0 for every "
-                "image; give larger images (img_size), drop_last_stride=True, or "
-                "another backbone."
-            )
 
     def no_weight_decay(self) -> set[str]:
         """Return names without weight decay besides vectors and biases."""

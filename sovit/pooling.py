@@ -212,11 +212,18 @@ def warn_of_few_tokens(pooling: Pooling, *, embed_dim: int, num_tokens: int) -> 
     dim = smaller_dim(pooling, embed_dim=embed_dim)
     if num_tokens >= dim:
         return
+    centred = pooling.type != "gaussian" and pooling.centering == "channel"
+    if num_tokens == 1 and centred:
+        harm = "that of one token is 0 for every image, so the head learns nothing"
+    else:
+        harm = (
+            "fewer tokens leave it without full rank, and the head may do worse than "
+            "the class token or a mean"
+        )
     warnings.warn(
-        f"the covariance of {num_tokens} tokens is pooled, and its smaller dimension "
-        f"is {dim}: fewer tokens leave it without full rank, and the head may do worse "
-        "than the class token or a mean. Take larger images, a smaller token_stride "
-        "(8 or 4) where the model has one, or a smaller reduced_dim.",
+        f"the covariance of {num_tokens} token{'s' * (num_tokens != 1)} is pooled, and "
+        f"its smaller dimension is {dim}: {harm}. Take larger images, a smaller "
+        "token_stride (8 or 4) where the model has one, or a smaller reduced_dim.",
         FewTokensWarning,
         stacklevel=2,
     )
