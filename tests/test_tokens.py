@@ -36,8 +36,19 @@ def test_a_square_of_pixels_is_a_token(
 
 
 @pytest.mark.parametrize("kind", ["resnet", "densenet", "linear"])
+def test_tokens_run_row_by_row(kind: str) -> None:
+    embed = build_token_embed(kind, embed_dim=8).eval()
+    image = torch.randn(1, 3, 64, 96)
+    changed = image.clone()
+    changed[:, :, 18:30, 34:46] += 1
+    moved = (embed(image) - embed(changed)).norm(dim=-1).view(4, 6)
+    # Of 4 x 6 tokens the one in the second row and third column has those pixels.
+    assert moved.argmax() == 1 * 6 + 2
+
+
+@pytest.mark.parametrize("kind", ["resnet", "densenet", "linear"])
 @pytest.mark.parametrize("stride", TOKEN_STRIDES)
-def test_tokens_run_row_by_row(kind: str, stride: int) -> None:
+def test_smaller_tokens_do_too(kind: str, stride: int) -> None:
     torch.manual_seed(0)
     embed = build_token_embed(kind, embed_dim=8, token_stride=stride).eval()
     image = torch.randn(1, 3, 10 * stride, 14 * stride)
