@@ -132,7 +132,8 @@ def test_help_shows_the_commands_own_options_first_on_two_screens(
     for field in COMMON:
         assert f"\n  --{field} " in short
     # The recipe's batch size.
-    assert "workers (default: 128)" in " ".join(short.split())
+    batch_size = load_recipe("demo").data.batch_size
+    assert f"workers (default: {batch_size})" in " ".join(short.split())
     assert "--recipe" not in short
     everything = helped("--help-all", capsys=capsys)
     assert everything.index("--plot") < everything.index("--augment.re-mode")

@@ -115,6 +115,8 @@ def test_what_is_told_a_terminal_that_is_gone_goes_nowhere() -> None:
     master, terminal = pty.openpty()
     code = (
         "import os, signal\nfrom pipelines.ending import stop_requests\n"
+        # Whoever starts the tests may ignore it, as nohup does.
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "with stop_requests() as stop, stop.noted() as is_over:\n"
         "    print('ready', flush=True)\n"
         "    is_over.wait()\n"
