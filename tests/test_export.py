@@ -161,12 +161,13 @@ def test_the_pages_lines_load_each_format(
     exported: Path, held_out: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(exported.parent)
-    for_all, by_name = blocks("### timm")
+    for_all, by_name, after_meta = blocks("### timm")
     found: dict[str, Any] = {}
     exec(for_all, found)
     assert found["model"].num_classes == 10
     exec(by_name, found)
     assert found["model"].num_classes == 1000
+    exec(after_meta, found)
     (of_program,) = blocks("### torch.export")
     found = {"images": held_out[:3]}
     for name in list(sys.modules):  # it needs PyTorch alone
