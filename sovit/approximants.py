@@ -117,8 +117,8 @@ def _rational(a: Tensor, *, is_slope: bool = False) -> Tensor:
     The denominator's eigenvalues are between 11 and 1024: it has an inverse.
     """
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    second = matmul(a, a)
-    third, fourth = matmul(second, a), matmul(second, second)
+    second = _square(a)
+    third, fourth = matmul(second, a), _square(second)
     powers = [eye, a, second, third, fourth, matmul(fourth, a)]
     above = _NUMERATOR
     if is_slope:
@@ -130,6 +130,12 @@ def _rational(a: Tensor, *, is_slope: bool = False) -> Tensor:
     denominator = _sum(powers, [scale * term for term in _DENOMINATOR])
     numerator = _sum(powers, [scale * term for term in above])
     return solve(denominator, numerator)
+
+
+def _square(x: Tensor) -> Tensor:
+    """Return the square of symmetric matrices."""
+    # The transpose, since torch.compile takes no tensor twice in one function of ours.
+    return matmul(x, x.mT)
 
 
 def _sum(powers: Sequence[Tensor], terms: Sequence[float]) -> Tensor:
@@ -156,7 +162,7 @@ def _taylor(a: Tensor, terms: Sequence[float]) -> Tensor:
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     eye = eye.expand_as(a)
     z = eye - a
-    second = matmul(z, z)
+    second = _square(z)
     third = matmul(second, z)
     parts = [terms[k : k + 3] for k in range(0, len(terms), 3)]
     value = _sum([eye, z, second], parts[-1])

@@ -166,7 +166,7 @@ def test_the_worker_is_killed_once_the_first_epoch_is_kept(
     assert module == "pipelines.train"
     assert "--scale.no-use-gpu" in arguments
     # The real command takes these flags, and makes of them what the stage waits for.
-    monkeypatch.setattr(train, "fit", lambda run, name, record: given.append(run))
+    monkeypatch.setattr(train, "fit", lambda run, **_: given.append(run))
     monkeypatch.setattr(train, "print_summary", lambda *_, **__: None)
     given: list[Run] = []
     train._main(arguments)

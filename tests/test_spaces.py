@@ -122,8 +122,12 @@ def test_a_space_of_a_file(tmp_path: Path) -> None:
     for name, said in [("empty", "came an empty one"), ("wrong", "returns a dict")]:
         with pytest.raises(ValueError, match=said):
             load_space(f"{file}:{name}", run=demo())
-    for name in ("nix", f"{file}:nix", f"{tmp_path}/nix.py:narrow"):
-        with pytest.raises(ValueError, match="wanted a"):
+    for name, said in [
+        ("nix", "wanted a"),
+        (f"{file}:nix", "wanted a"),
+        (f"{tmp_path}/nix.py:narrow", "expected a Python file"),
+    ]:
+        with pytest.raises(ValueError, match=said):
             load_space(name, run=demo())
 
 
