@@ -12,7 +12,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Literal
 
@@ -30,7 +30,21 @@ class StopRequest:
         """Set once the process is asked to end."""
         self._number = signal.SIGTERM
         self._answer: Answer = "end"
+        self._answered: tuple[int, ...] = ()
         self._terminals = [fd for fd in (0, 1, 2) if _is_terminal(fd)]
+
+    def arm(self) -> None:
+        """Answer signals again after a library took them: `ray.init` takes SIGTERM.
+
+        Those that `stop_requests` leaves alone stay so.
+        """
+        for number in self._answered:
+            signal.signal(number, self.handle)
+
+    def begin(self, numbers: Iterable[int]) -> None:
+        """Answer these signals from now on."""
+        self._answered = tuple(numbers)
+        self.arm()
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[threading.Event]:
@@ -107,8 +121,7 @@ def stop_requests(*, is_wanted: bool = True) -> Iterator[StopRequest]:
         for number in SIGNALS
         if signal.getsignal(number) != signal.SIG_IGN
     }
-    for number in before:
-        signal.signal(number, stop.handle)
+    stop.begin(before)
     try:
         yield stop
     finally:

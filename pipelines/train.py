@@ -143,6 +143,7 @@ def fit(
             claimed(folder, patience_s=patience_s),
             here if run.scale.is_alone else ray_session(run.scale),
         ):
+            stop.arm()
             # Only now: a run that there is no room for leaves nothing behind. And
             # whole: between its folder and its id in MLflow no signal is answered.
             with stop.waiting():

@@ -101,6 +101,7 @@ poolings.append(("isqrt_cov", Pooling.named("isqrt_cov", reduced_dim=6, **minima
 for name in ("mpa", "mtp"):
     poolings.append((name, Pooling.named("mpn_cov", reduced_dim=6, normalizer=name)))
 for name, settings in poolings:
+    torch._dynamo.reset()  # each is compiled anew: their number is not what is tested
     pool = build_pooling(settings, embed_dim=8)
     pool.eval()
     # Fewer tokens than channels, and for one method more.

@@ -184,7 +184,7 @@ class Job:
         stop = readme_command("ray job stop").replace("first-1", self.name)
         said = self.cluster.type(f"{export}; {stop}", timeout_s=200)
         assert "was stopped" in said
-        self.says(r"ended; go on with --resume first")
+        self.says(r"ended by SIGTERM after a checkpoint; go on with .*--resume first")
         steps = re.findall(r"^step (\d+)/", self.log.read_text(), flags=re.M)
         return int(steps[-1])
 

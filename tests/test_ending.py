@@ -59,6 +59,20 @@ def test_training_the_first_is_noted_and_the_second_ends(
     assert signal.getsignal(number) == before
 
 
+def test_signals_that_a_library_took_are_taken_back(default_handlers: None) -> None:
+    """As ray.init takes SIGTERM, after which a training would end without a word."""
+    with stop_requests() as stop:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
+        stop.arm()
+        with stop.noted() as is_over:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert is_over.wait(5)
+    with stop_requests(is_wanted=False) as stop:
+        before = signal.getsignal(signal.SIGTERM)
+        stop.arm()
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_before_there_is_anything_to_keep_the_first_ends(
     number: signal.Signals, default_handlers: None

@@ -118,6 +118,7 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
     num_runs = max(search.num_concurrent, 1)
     with stop_requests() as stop, claimed(sweep.folder):
         with ray_session(run.scale, num_runs=num_runs, dashboard=True):
+            stop.arm()
             if not sweep.mlflow_run_id:  # another may have begun and ended meanwhile
                 check_sweep_name(run.storage, name=sweep.name)
             check_state_api()
