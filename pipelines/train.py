@@ -172,13 +172,19 @@ def fit(
                 job = dataclasses.replace(job, mlflow_run_id=tracked.run_id)
                 if keep_model:
                     log_model(trained, job=job)
-            with stop.waiting():
-                tracked.end(status="FINISHED")
-                run_id = tracked.run_id or record.mlflow_run_id
-                record = dataclasses.replace(record, mlflow_run_id=run_id)
-                write_record(dataclasses.replace(record, status="finished"))
-            stop.finish()
+            _finish(record, tracked=tracked, stop=stop)
     return trained
+
+
+def _finish(record: Record, *, tracked: LateRun, stop: StopRequest) -> None:
+    """Note in MLflow and in the record that a run has ended as it should."""
+    with stop.waiting():
+        tracked.end(status="FINISHED")
+        run_id = tracked.run_id or record.mlflow_run_id
+        write_record(
+            dataclasses.replace(record, mlflow_run_id=run_id, status="finished")
+        )
+    stop.finish()
 
 
 def _trained(

@@ -94,9 +94,8 @@ def attempt(
         with environment(settings), _no_other_folders(uri):
             return call(connect(uri, create=create))
 
-    is_file = uri.startswith(_SQLITE)
     try:
-        return within(None if is_file else timeout_s, call=connect_and_call)
+        return within_time(connect_and_call, uri=uri, timeout_s=timeout_s)
     except Exception as error:  # MLflow lets requests', SQLAlchemy's and others through
         logger.warning(
             "MLflow at %s failed (%s); training goes on, %s",
@@ -107,12 +106,15 @@ def attempt(
         return otherwise
 
 
-def within(timeout_s: float | None, *, call: Callable[[], Result]) -> Result:
+def within_time(
+    call: Callable[[], Result], *, uri: str, timeout_s: float = _TIMEOUT_S
+) -> Result:
     """Call on a thread that is left behind, with TimeoutError, where it takes longer.
 
     Not every wait has a setting: names that don't resolve, databases that don't answer.
+    A SQLite file, whose creation takes its time, has all the time it needs.
     """
-    if timeout_s is None:
+    if uri.startswith(_SQLITE):
         return call()
     outcome: Future[Result] = Future()
 

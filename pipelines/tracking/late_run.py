@@ -15,7 +15,7 @@ from pipelines.tracking.client import (
     connect,
     environment,
     sqlite_path,
-    within,
+    within_time,
 )
 from pipelines.tracking.entries import log_params, log_tags
 from pipelines.tracking.moved_store import follow_move
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TIMEOUT_S = 15.0
 _FIRST_RETRY_S = 0.5
 _LAST_RETRY_S = 4.0
 _END_PATIENCE_S = 15.0
@@ -150,8 +149,7 @@ class LateRun:
                 return
 
     def _open_once(self) -> None:
-        is_file = sqlite_path(self._uri) is not None
-        within(None if is_file else _TIMEOUT_S, call=self._open)
+        within_time(self._open, uri=self._uri)
 
     def _settle(self) -> None:
         """Note the run's id, and do what waited for it."""

@@ -18,7 +18,7 @@ from pipelines.tracking.client import (
     connect,
     environment,
     sqlite_path,
-    within,
+    within_time,
 )
 from pipelines.tracking.sqlite_file import is_made
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TIMEOUT_S = 15.0
 # A server in a container of its own has its name a moment after it has started.
 _NAME_PATIENCE_S = 5.0
 _POLL_S = 1.0
@@ -107,9 +106,7 @@ def check_usable(uri: str, *, experiment: str) -> None:
     deadline_s = time.monotonic() + _NAME_PATIENCE_S
     while True:
         try:
-            is_file = sqlite_path(uri) is not None
-            timeout_s = None if is_file else _TIMEOUT_S
-            within(timeout_s, call=lambda: _look(uri, experiment=experiment))
+            within_time(lambda: _look(uri, experiment=experiment), uri=uri)
         except Exception as error:  # MLflow lets requests' and SQLAlchemy's through
             is_unknown = _UNKNOWN_NAME.search(str(error))
             if is_unknown and time.monotonic() < deadline_s:
