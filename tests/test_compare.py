@@ -21,7 +21,7 @@ from pipelines.tracking.sweeps import KIND_TAG, OUTCOME_TAG, PARENT_TAG, SWEEP_K
 from tests.browser import find_browser, open_page
 from tests.stored_runs import RUN, keep_run
 from tuning.compare.command import Comparison, Options, as_page, compare, main
-from tuning.compare.rows import Measured
+from tuning.compare.rows import ComparedRun
 
 # One process makes the store: MLflow takes seconds for it.
 
@@ -63,13 +63,12 @@ def _compare(store: str, *names: str, **options: Any) -> Comparison:
 
 
 def _cells(comparison: Comparison, name: str) -> list[str]:
-    (column,) = [one for one in comparison.columns if one.name == name]
-    return [cell.text for cell in column.cells]
+    return list(comparison.table.texts[name])
 
 
 def test_seeds_are_one_row_with_mean_and_sample_deviation(store: str) -> None:
     found = _compare(store, "seed-1", "seed-2", "seed-3", "trial-0")
-    assert [len(row.runs) for row in found.rows] == [3, 1]
+    assert [len(row.runs) for row in found.table.rows] == [3, 1]
     final = [top1[-1] for top1 in SEEDS.values()]
     mean, deviation = statistics.mean(final), statistics.stdev(final)
     expected = {
@@ -85,10 +84,10 @@ def test_seeds_are_one_row_with_mean_and_sample_deviation(store: str) -> None:
         "peak MB": "200",
     }
     assert {name: _cells(found, name)[0] for name in expected} == expected
-    row = found.rows[0]
+    row = found.table.rows[0]
     hours, of_devices = (
-        row.spread(Measured.hours),
-        row.spread(Measured.device_hours),
+        row.spread(ComparedRun.hours),
+        row.spread(ComparedRun.device_hours),
     )
     assert hours is not None
     assert of_devices is not None
@@ -98,13 +97,13 @@ def test_seeds_are_one_row_with_mean_and_sample_deviation(store: str) -> None:
 
 def test_each_gives_every_run_a_row_and_shows_its_seed(store: str) -> None:
     found = _compare(store, "seed-1", "seed-3", each=True)
-    assert len(found.rows) == 2
+    assert len(found.table.rows) == 2
     assert set(_cells(found, "seed")) == {"1", "3"}
 
 
 def test_settings_are_shown_only_where_they_differ(store: str) -> None:
     def params(*names: str) -> set[str]:
-        return {one.name for one in _compare(store, *names).columns if one.is_param}
+        return set(_compare(store, *names).table.params)
 
     assert params("seed-1", "seed-2") == set()
     assert params("sweep") == {"pooling.power"}
@@ -121,7 +120,7 @@ def test_what_ended_otherwise_is_another_row(store: str) -> None:
         "nothing-yet": "running",
     }
     assert _cells(found, "final") == ["69.00", "nan ± nan", "-"]
-    assert "state" not in {one.name for one in _compare(store, "seed-1").columns}
+    assert "state" not in _compare(store, "seed-1").table.texts
     assert _cells(_compare(store, "sweep"), "state") == ["finished", "stopped"]
 
 
@@ -253,7 +252,7 @@ def test_a_page_stands_alone_and_shows_foreign_text_as_text(store: str) -> None:
     found = _Elements(page)
     assert found.tags.count("script") == 1
     assert found.tags.count("svg") == 3
-    assert found.tags.count("tr") == 1 + len(comparison.rows)
+    assert found.tags.count("tr") == 1 + len(comparison.table.rows)
     assert EVIL in found.texts
     assert "<b>all" not in page
     assert "lost &lt;b&gt;all&lt;/b&gt; workers" in page

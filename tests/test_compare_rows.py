@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipelines.tracking.query import MetricPoint, StoredRun
 from tuning.compare.rows import (
-    Measured,
+    ComparedRun,
     Row,
     Spread,
     differences,
@@ -23,7 +23,7 @@ from tuning.compare.rows import (
 )
 
 
-def _measured(name: str, **params: str) -> Measured:
+def _measured(name: str, **params: str) -> ComparedRun:
     run = StoredRun(
         run_id=name,
         name=name,
@@ -34,7 +34,7 @@ def _measured(name: str, **params: str) -> Measured:
         start_s=0.0,
         end_s=1.0,
     )
-    return Measured(run=run, curve=(), losses=(), rates=(), epochs=())
+    return ComparedRun(run=run, curve=(), losses=(), rates=(), epochs=())
 
 
 @given(
@@ -125,7 +125,7 @@ def test_a_spread_leaves_out_what_is_missing(values: list[float | None]) -> None
 
 
 def test_a_curve_is_the_mean_where_all_seeds_have_come() -> None:
-    def seed(*values: float) -> Measured:
+    def seed(*values: float) -> ComparedRun:
         def points(of: Sequence[float]) -> tuple[MetricPoint, ...]:
             return tuple(
                 MetricPoint(10 * (at + 1), value, 0.0) for at, value in enumerate(of)

@@ -28,23 +28,23 @@ from pipelines.credentials import without_credentials
 from pipelines.outputs import check_file, check_plot
 from pipelines.tracking import default_uri
 from pipelines.tracking.query import RunStore, StoredRun
-from tuning.compare.columns import LOSS, TOP1, Column, columns_of, sort_rows
 from tuning.compare.page import page_of
 from tuning.compare.plots import Chart, as_svg, charts_of, draw
-from tuning.compare.rows import Measured, Mode, Row, group
-from tuning.compare.table import as_csv, as_text
+from tuning.compare.rows import ComparedRun, Mode, group
+from tuning.compare.table import LOSS, RATE, TOP1, Table, tabulate
 
 _PROG = "sovit-compare"
 _RATE = "train/images_per_s"
 _EPOCH = "epoch"
-_RISING = ("loss", "error")
+# Of such metrics less is better.
+_FALLING = ("loss", "error")
 # Into a pipe or a file: nobody scrolls sideways there.
 _WIDTH_WITHOUT_TERMINAL = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Say which runs are compared, by what, and where that is written."""
+    """Which runs are compared, by what, and where that is written."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Names, ids, sweeps or experiment:NAME."""
@@ -84,26 +84,26 @@ class Options:
 
     @property
     def direction(self) -> Mode:
-        """Tell whether more of the metric is better."""
+        """Whether more of the metric is better."""
         if self.mode != "auto":
             return self.mode
-        return "min" if any(word in self.metric for word in _RISING) else "max"
+        return "min" if any(word in self.metric for word in _FALLING) else "max"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Hold rows in their order, and the columns over them."""
+    """A table of runs, and where it came from."""
 
     options: Options
     place: str
     """MLflow's address, without a password."""
-    rows: tuple[Row, ...]
-    columns: tuple[Column, ...] = field(repr=False)
+    table: Table = field(repr=False)
 
     @property
     def summary(self) -> str:
-        """Say what is compared by what."""
-        num_runs, num_rows = sum(len(row.runs) for row in self.rows), len(self.rows)
+        """What is compared by what, in a line."""
+        rows = self.table.rows
+        num_runs, num_rows = sum(len(row.runs) for row in rows), len(rows)
         text = f"{num_runs:,} {'run' if num_runs == 1 else 'runs'}"
         if num_rows < num_runs:
             text += f" in {num_rows:,} {'row' if num_rows == 1 else 'rows'}"
@@ -114,30 +114,9 @@ class Comparison:
 
     @property
     def charts(self) -> list[Chart]:
-        """Name the charts that there is anything for."""
-        return charts_of(
-            self.rows,
-            self.columns,
-            metric=self.options.metric,
-            mode=self.options.direction,
-        )
-
-    @property
-    def best(self) -> list[tuple[str, int]]:
-        """Name the columns where one row is best, and its index."""
-        modes = {"final": self.options.direction, "best": self.options.direction}
-        found: list[tuple[str, int]] = []
-        for column in self.columns:
-            mode = "max" if column.name == "images/s" else modes.get(column.name)
-            there = [
-                (cell.sort_key, at)
-                for at, cell in enumerate(column.cells)
-                if not cell.is_missing
-            ]
-            if mode and len(there) > 1:
-                choose = max if mode == "max" else min
-                found.append((column.name, choose(there)[1]))
-        return found
+        """The charts that there is anything for."""
+        options = self.options
+        return charts_of(self.table, metric=options.metric, mode=options.direction)
 
 
 def compare(options: Options) -> Comparison:
@@ -151,51 +130,45 @@ def compare(options: Options) -> Comparison:
     store = RunStore(uri)
     found = store.find(options.runs)
     _check_metric(found, metric=options.metric)
-    measured = [
-        _measured(store, run, metric=options.metric)
-        for run in tqdm(found, unit="run", desc="reading", disable=None, leave=False)
-    ]
-    rows = group(measured, each=options.each)
-
-    def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
-        return columns_of(
-            rows, metric=options.metric, mode=options.direction, each=options.each
-        )
-
-    falling = options.sort in ("final", "best") and options.direction == "max"
-    rows = sort_rows(
-        rows, columns(rows), by=options.sort, falling=falling != options.reverse
+    histories = tqdm(found, unit="run", desc="reading", disable=None, leave=False)
+    table = tabulate(
+        group(
+            [_with_histories(store, run, metric=options.metric) for run in histories],
+            each=options.each,
+        ),
+        metric=options.metric,
+        mode=options.direction,
+        each=options.each,
     )
+    falling = options.sort in ("final", "best") and options.direction == "max"
     return Comparison(
         options=options,
         place=without_credentials(uri),
-        rows=tuple(rows),
-        columns=columns(rows),
+        table=table.sorted(options.sort, falling=falling != options.reverse),
     )
 
 
 def as_page(comparison: Comparison) -> str:
     """Write a comparison as one HTML page."""
-    when = time.strftime("%Y-%m-%d %H:%M")
+    mode = comparison.options.direction
+    best: dict[str, Mode] = {"final": mode, "best": mode, RATE: "max"}
     return page_of(
-        comparison.columns,
+        comparison.table.to_html(best=best),
         title=f"Runs compared: {', '.join(comparison.options.runs)}",
         notes=(
-            f"{comparison.summary}. Click a heading to sort; point at a name for its "
-            "runs.",
-            f"Read from {comparison.place}, {when}.",
+            f"{comparison.summary}. Click a heading to sort.",
+            f"Read from {comparison.place}, {time.strftime('%Y-%m-%d %H:%M')}.",
         ),
         charts=[(chart.title, as_svg(chart)) for chart in comparison.charts],
-        best=comparison.best,
     )
 
 
-def _measured(store: RunStore, run: StoredRun, *, metric: str) -> Measured:
+def _with_histories(store: RunStore, run: StoredRun, *, metric: str) -> ComparedRun:
     def history(name: str) -> tuple:
         # Asking for what was never logged would be one more call to a server.
         return store.history(run.run_id, metric=name) if name in run.metrics else ()
 
-    return Measured(
+    return ComparedRun(
         run=run,
         curve=history(metric),
         losses=history(LOSS),
@@ -221,8 +194,7 @@ def _write(comparison: Comparison) -> list[str]:
         Path(options.html).write_text(as_page(comparison), encoding="utf-8")
         lines.append(f"page     {options.html}")
     if options.csv:
-        text = as_csv(comparison.rows, comparison.columns)
-        Path(options.csv).write_text(text, encoding="utf-8")
+        Path(options.csv).write_text(comparison.table.to_csv(), encoding="utf-8")
         lines.append(f"table    {options.csv}")
     if options.plot:
         if not comparison.charts:
@@ -238,8 +210,7 @@ def _main(arguments: Sequence[str]) -> None:
     options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
     comparison = compare(options)
     width = shutil.get_terminal_size((_WIDTH_WITHOUT_TERMINAL, 0)).columns
-    table = as_text(comparison.rows, comparison.columns, width=width)
-    _print(f"{comparison.summary}\n\n{table}")
+    _print(f"{comparison.summary}\n\n{comparison.table.to_text(width=width)}")
     for line in _write(comparison):
         _print(line)
 

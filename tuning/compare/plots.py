@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuning.compare.columns import Column
 from tuning.compare.rows import Mode, Row, pareto
-from tuning.compare.table import printable
+from tuning.compare.table import RATE, Table, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,70 +23,61 @@ _MAX_LABEL_CHARS = 32
 _MAX_POINTS = 400
 # Any colour that nothing else has: in a page it becomes that of the page's text.
 _INK = "#010203"
-_GRID_ALPHA = 0.2
 _ELEMENT_ID = re.compile(r' id="\w+_\d+"')
+# Column across, what stands below it, what it is counted in, whether more is better.
+_AGAINST = (
+    (RATE, "images/s of training", 1.0, True),
+    ("params", "parameters (millions)", 1e6, False),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Hold what one picture shows of the rows."""
+    """One picture of the rows: by epoch, or against a column."""
 
     title: str
     metric: str
     mode: Mode
-    rows: Sequence[Row]
-    columns: Sequence[Column]
+    table: Table
     across: str = ""
     """Column on the horizontal axis; the epochs if empty."""
-    more_is_better: bool = True
-    """Of what is across."""
+    label: str = "epoch"
     unit: float = 1.0
-    """What the horizontal axis counts in."""
-    label: str = ""
-    """What stands below it."""
+    more_is_better: bool = True
+
+    @property
+    def points(self) -> dict[int, tuple[float, float]]:
+        """Place of each row, by its number, that has both coordinates."""
+        values = self.table.values
+        if self.across not in values:
+            return {}
+        pairs = values[[self.across, "final"]].astype(float)
+        return {
+            number: (x / self.unit, y)
+            for number, (x, y) in enumerate(pairs.to_numpy().tolist(), start=1)
+            if math.isfinite(x) and math.isfinite(y)
+        }
 
 
-def charts_of(
-    rows: Sequence[Row], columns: Sequence[Column], *, metric: str, mode: Mode
-) -> list[Chart]:
+def charts_of(table: Table, *, metric: str, mode: Mode) -> list[Chart]:
     """Name the charts that there is anything for."""
-    common = {"metric": metric, "mode": mode, "rows": rows, "columns": columns}
-    charts = [
-        Chart(title=f"{metric} by epoch", **common),
-        Chart(
-            title=f"{metric} against images/s",
-            across="images/s",
-            label="images/s of training",
-            **common,
-        ),
-        Chart(
-            title=f"{metric} against parameters",
-            across="params",
-            more_is_better=False,
-            unit=1e6,
-            label="parameters (millions)",
-            **common,
-        ),
-    ]
-    return [
-        chart
-        for chart in charts
-        if (points_of(chart) if chart.across else any(r.mean_curve() for r in rows))
-    ]
-
-
-def points_of(chart: Chart) -> dict[int, tuple[float, float]]:
-    """Give the place of each row, by its index, that has both coordinates."""
-    across, up = _column(chart, chart.across), _column(chart, "final")
-    points: dict[int, tuple[float, float]] = {}
-    if across is None or up is None:
-        return points
-    for at, (x, y) in enumerate(zip(across.cells, up.cells, strict=True)):
-        if isinstance(x.value, int | float) and isinstance(y.value, int | float):
-            place = x.value / chart.unit, float(y.value)
-            if all(map(math.isfinite, place)):
-                points[at] = place
-    return points
+    charts: list[Chart] = []
+    if any(row.mean_curve() for row in table.rows):
+        title = f"{metric} by epoch"
+        charts.append(Chart(title=title, metric=metric, mode=mode, table=table))
+    for across, label, unit, more_is_better in _AGAINST:
+        chart = Chart(
+            title=f"{metric} against {label.split(' (')[0]}",
+            metric=metric,
+            mode=mode,
+            table=table,
+            across=across,
+            label=label,
+            unit=unit,
+            more_is_better=more_is_better,
+        )
+        charts += [chart] if chart.points else []
+    return charts
 
 
 def draw(charts: Sequence[Chart], *, path: Path) -> None:
@@ -124,47 +114,46 @@ def _draw(axes: Axes, chart: Chart, *, ink: str) -> None:
     if chart.across:
         _draw_points(axes, chart, ink=ink)
     else:
-        _draw_curves(axes, chart, ink=ink)
+        _draw_curves(axes, chart.table.rows, ink=ink)
     axes.set_ylabel(printable(chart.metric), color=ink, parse_math=False)
-    axes.xaxis.label.set_color(ink)
+    axes.set_xlabel(chart.label, color=ink)
     axes.tick_params(which="both", colors=ink)
-    axes.grid(color=ink, alpha=_GRID_ALPHA, linewidth=0.7)
+    axes.grid(color=ink, alpha=0.2, linewidth=0.7)
     for side, spine in axes.spines.items():
         spine.set_color(ink)
         spine.set_visible(side in ("left", "bottom"))
 
 
-def _draw_curves(axes: Axes, chart: Chart, *, ink: str) -> None:
+def _draw_curves(axes: Axes, rows: Sequence[Row], *, ink: str) -> None:
     """Draw a line a row, with a band of one deviation where it has several runs."""
     from matplotlib.ticker import MaxNLocator
 
-    # The first rows last, so that they lie above the others.
-    for at, row in reversed(list(enumerate(chart.rows))):
-        every = row.mean_curve()
-        if not every:
+    handles = []
+    for number, row in enumerate(rows, start=1):
+        if not (every := row.mean_curve()):
             continue
         points = [*every[:: math.ceil(len(every) / _MAX_POINTS)], every[-1]]
-        epochs, means, deviations = (
-            list(values) for values in zip(*points, strict=True)
+        epochs = [point.epoch for point in points]
+        style = _style(number, ink=ink)
+        # The first rows lie above the others.
+        order = 2 + 1 / number
+        (line,) = axes.plot(
+            epochs,
+            [point.mean for point in points],
+            marker="." if len(every) < 40 else "",
+            label=_label(number, row),
+            zorder=order,
+            **style,
         )
-        style = _style(at, ink=ink)
-        marker = "." if len(every) < 40 else ""
-        axes.plot(
-            epochs, means, marker=marker, linewidth=1.5, label=_label(at, row), **style
-        )
+        handles.append(line)
         if len(row.runs) > 1:
-            low = [mean - dev for mean, dev in zip(means, deviations, strict=True)]
-            high = [mean + dev for mean, dev in zip(means, deviations, strict=True)]
-            axes.fill_between(
-                epochs, low, high, color=style["color"], alpha=0.2, linewidth=0
-            )
-    axes.set_xlabel("epoch")
+            low = [point.mean - point.deviation for point in points]
+            high = [point.mean + point.deviation for point in points]
+            band: dict[str, Any] = {"color": style["color"], "alpha": 0.2}
+            axes.fill_between(epochs, low, high, linewidth=0, zorder=order, **band)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    handles, labels = axes.get_legend_handles_labels()
-    shown = list(zip(handles, labels, strict=True))[::-1][:_NUM_COLORED]
     legend = axes.legend(
-        [handle for handle, _ in shown],
-        [label for _, label in shown],
+        handles=handles[:_NUM_COLORED],
         loc="center left",
         bbox_to_anchor=(1, 0.5),
         fontsize=8,
@@ -177,64 +166,56 @@ def _draw_curves(axes: Axes, chart: Chart, *, ink: str) -> None:
 
 def _draw_points(axes: Axes, chart: Chart, *, ink: str) -> None:
     """Draw a point a row with its deviations, numbers, and the Pareto front."""
-    points = points_of(chart)
-    across, up = _column(chart, chart.across), _column(chart, "final")
-    assert across is not None
-    assert up is not None
+    points, table = chart.points, chart.table
     # What was stopped early is no rival of what was trained to its end.
-    done = {at for at in points if chart.rows[at].state == "finished"}
+    done = {number for number in points if table.rows[number - 1].state == "finished"}
     front = pareto(
-        {at: place for at, place in points.items() if at in done or not done},
+        {number: points[number] for number in done or points},
         more_is_better=(chart.more_is_better, chart.mode == "max"),
     )
     axes.plot(
-        [points[at][0] for at in front],
-        [points[at][1] for at in front],
+        *zip(*(points[number] for number in front), strict=True),
         color=ink,
         linestyle="--",
         linewidth=1,
         alpha=0.6,
         label="Pareto front, finished runs" if done else "Pareto front",
     )
-    for at, (x, y) in points.items():
-        style = _style(at, ink=ink)
+    deviations = table.deviations[[chart.across, "final"]].astype(float).fillna(0)
+    for number, (x, y) in points.items():
+        x_error, y_error = deviations.loc[number]
         axes.errorbar(
             x,
             y,
-            xerr=(across.cells[at].deviation or 0) / chart.unit or None,
-            yerr=up.cells[at].deviation or None,
+            xerr=x_error / chart.unit or None,
+            yerr=y_error or None,
             marker="o",
-            markersize=7 if at in front else 4,
-            **style,
+            markersize=7 if number in front else 4,
+            **_style(number, ink=ink),
         )
-        if at in front or at < _NUM_COLORED:
+        if number in front or number <= _NUM_COLORED:
             axes.annotate(
-                str(at + 1),
+                str(number),
                 (x, y),
                 xytext=(6, 4),
                 textcoords="offset points",
                 color=ink,
                 fontsize=9,
-                fontweight="bold" if at in front else "normal",
+                fontweight="bold" if number in front else "normal",
             )
-    axes.set_xlabel(chart.label)
     axes.margins(0.1)
     axes.legend(loc="best", fontsize=8, frameon=False, labelcolor=ink)
 
 
-def _style(at: int, *, ink: str) -> dict[str, Any]:
-    """Give the first rows a colour each, and the others none."""
-    if at < _NUM_COLORED:
-        return {"color": f"C{at}"}
+def _style(number: int, *, ink: str) -> dict[str, Any]:
+    """Colour each of the first rows, and none of the others."""
+    if number <= _NUM_COLORED:
+        return {"color": f"C{number - 1}"}
     return {"color": ink, "alpha": 0.25}
 
 
-def _label(at: int, row: Row) -> str:
+def _label(number: int, row: Row) -> str:
     # The number also keeps a leading `_` from hiding the label.
-    label = f"{at + 1}  {printable(row.name)}"
+    label = f"{number}  {printable(row.name)}"
     cut = label[: _MAX_LABEL_CHARS - 1] + "…"
     return label if len(label) <= _MAX_LABEL_CHARS else cut
-
-
-def _column(chart: Chart, name: str) -> Column | None:
-    return next((column for column in chart.columns if column.name == name), None)

@@ -1,4 +1,4 @@
-"""Put runs that differ only in their seed into one row, and say how rows differ."""
+"""Group runs that differ only in their seed into one row, and find what differs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PUBLISHED = "published_top1"
 SEED = "seed"
 _NUM_WORKERS = "scale.num_workers"
 _SECONDS_PER_HOUR = 3600
-# Where a run keeps what, and how often it says so.
+# Where a run is stored, and how often it logs.
 _KEEPING = NOT_LEARNT | {
     "experiment",
     "scale.max_failures",
@@ -30,8 +30,8 @@ Mode = Literal["max", "min"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Hold a run and those of its histories that are compared."""
+class ComparedRun:
+    """A run and those of its metric histories that are compared."""
 
     run: StoredRun
     curve: tuple[MetricPoint, ...]
@@ -43,28 +43,22 @@ class Measured:
 
     @property
     def state(self) -> str:
-        """Say how the run ended, or `running`."""
+        """How the run ended, or `running`."""
         return self.run.tags.get(OUTCOME_TAG) or self.run.status.lower()
 
     @property
-    def num_workers(self) -> int:
-        """Count the workers that the run had last."""
-        again = _number(self.run.tags.get(f"resumed.{_NUM_WORKERS}"))
-        return int(again or self.param(_NUM_WORKERS) or 1)
-
-    @property
     def num_epochs(self) -> float:
-        """Count the epochs that are done."""
+        """Epochs that are done."""
         return self.epochs[-1].value if self.epochs else 0
 
     @property
-    def wanted_epochs(self) -> int:
-        """Count the epochs that the run was to have; 0 where it doesn't say."""
+    def num_epochs_planned(self) -> int:
+        """Epochs that the run was to have; 0 where it doesn't say."""
         names = ("optim.num_epochs", "optim.cooldown_epochs")
         return int(sum(self.param(name) or 0 for name in names))
 
     def hours(self) -> float | None:
-        """Measure from the start to the end, or to the last value that came."""
+        """Hours from the start to the end, or to the last value that came."""
         last = [points[-1].time_s for points in (self.rates, self.epochs) if points]
         end_s = self.run.end_s or max(last, default=None)
         if end_s is None or end_s <= self.run.start_s:  # written down afterwards
@@ -72,33 +66,42 @@ class Measured:
         return (end_s - self.run.start_s) / _SECONDS_PER_HOUR
 
     def device_hours(self) -> float | None:
-        """Multiply the hours with the workers."""
+        """Hours times the number of workers that the run had last."""
         hours = self.hours()
-        return None if hours is None else hours * self.num_workers
+        again = _number(self.run.tags.get(f"resumed.{_NUM_WORKERS}"))
+        num_workers = int(again or self.param(_NUM_WORKERS) or 1)
+        return None if hours is None else hours * num_workers
 
     def images_per_s(self) -> float | None:
-        """Average the rate, without the start where there is more."""
+        """Mean training rate, without the start where there is more."""
         rates = [point.value for point in self.rates]
         found = Spread.of(rates[1:] or rates)
         return found.mean if found else None
 
     def final(self) -> float | None:
-        """Give the metric's last value."""
+        """Last value of the metric."""
         return self.curve[-1].value if self.curve else None
 
+    def loss(self) -> float | None:
+        """Last loss on the held-out images."""
+        return self.losses[-1].value if self.losses else None
+
+    def above_published(self) -> float | None:
+        """Final value less the one that the paper reports."""
+        final, published = self.final(), self.param(PUBLISHED)
+        return None if final is None or published is None else final - published
+
     def epoch_at(self, step: int) -> float | None:
-        """Say how many epochs a step ends; None before the first is done."""
+        """Epochs done at a step; None before the first is."""
         if not self.epochs or not self.epochs[-1].step:
             return None
         return step * self.epochs[-1].value / self.epochs[-1].step
 
     def best(self, mode: Mode) -> MetricPoint | None:
-        """Find the first of the best points; a NaN is none."""
+        """First of the best points; a NaN is none."""
         points = [point for point in self.curve if point.value == point.value]
-        if not points:
-            return None
         sign = 1 if mode == "max" else -1
-        return max(points, key=lambda point: sign * point.value)
+        return max(points, key=lambda point: sign * point.value, default=None)
 
     def param(self, name: str) -> float | None:
         """Read a param as a number; None where it is none."""
@@ -107,7 +110,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Hold a mean and the sample deviation, which one value alone hasn't."""
+    """A mean and the sample deviation, which one value alone hasn't."""
 
     mean: float
     deviation: float | None = None
@@ -127,7 +130,7 @@ class Spread:
 
 
 class CurvePoint(NamedTuple):
-    """Hold the mean and the deviation over a row's runs, 0 for one, at an epoch."""
+    """Mean and deviation over a row's runs, 0 for one, at an epoch."""
 
     epoch: float
     mean: float
@@ -136,27 +139,27 @@ class CurvePoint(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Hold the runs of one configuration and one outcome."""
+    """The runs of one configuration and one outcome."""
 
-    runs: tuple[Measured, ...]
+    runs: tuple[ComparedRun, ...]
 
     @property
     def name(self) -> str:
-        """Give the first run's name, and how many more there are."""
+        """The first run's name, and how many more there are."""
         more = len(self.runs) - 1
         return self.runs[0].run.name + (f" +{more}" if more else "")
 
     @property
     def state(self) -> str:
-        """Say how the runs ended."""
+        """How the runs ended."""
         return self.runs[0].state
 
-    def spread(self, value: Callable[[Measured], float | None]) -> Spread | None:
+    def spread(self, value: Callable[[ComparedRun], float | None]) -> Spread | None:
         """Average a value over the runs that have it."""
         return Spread.of(map(value, self.runs))
 
     def param(self, name: str) -> str | None:
-        """Give a param as it was logged; None where no run has it."""
+        """A param as it was logged; None where no run has it."""
         values = dict.fromkeys(
             run.run.params[name] for run in self.runs if name in run.run.params
         )
@@ -164,7 +167,7 @@ class Row:
 
     @property
     def run_ids(self) -> list[str]:
-        """List MLflow's ids of the runs."""
+        """MLflow's ids of the runs."""
         return [run.run.run_id for run in self.runs]
 
     def mean_curve(self) -> list[CurvePoint]:
@@ -182,27 +185,25 @@ class Row:
         return points
 
 
-def group(measured: Sequence[Measured], *, each: bool = False) -> list[Row]:
+def group(runs: Sequence[ComparedRun], *, each: bool = False) -> list[Row]:
     """Make rows of runs that learn the same and ended alike; `each` makes one a run.
 
     A run that was stopped is not averaged with one that was trained to its end.
     """
     if each:
-        return [Row(runs=(run,)) for run in measured]
-    found: dict[object, list[Measured]] = {}
-    for run in measured:
+        return [Row(runs=(run,)) for run in runs]
+    found: dict[object, list[ComparedRun]] = {}
+    for run in runs:
         learnt = {
             name: value
             for name, value in run.run.params.items()
-            if name != SEED
-            and name not in _KEEPING
-            and name not in _HAVE_COLUMNS
+            if name not in _KEEPING | _HAVE_COLUMNS | {SEED}
             and not name.startswith(NOT_LEARNT_GROUPS)
         }
         found.setdefault((frozenset(learnt.items()), run.state), []).append(run)
     return [
-        Row(runs=tuple(sorted(runs, key=lambda run: run.run.start_s)))
-        for runs in found.values()
+        Row(runs=tuple(sorted(alike, key=lambda run: run.run.start_s)))
+        for alike in found.values()
     ]
 
 
@@ -225,7 +226,7 @@ def differences(rows: Sequence[Row], *, each: bool = False) -> dict[str, str]:
 
 
 def short_name(name: str, *, among: Iterable[str]) -> str:
-    """Give the last part of a dotted name, or as many as tell it from the others.
+    """Shorten a dotted name to the last parts that tell it from the others.
 
     A model's name keeps its `model.`, since rows have names of their own.
     """
