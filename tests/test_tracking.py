@@ -80,6 +80,17 @@ def test_a_run_holds_flat_params_and_tags_beside_its_store(
     assert text.read_text() == "from s3://b"
 
 
+def test_a_text_is_read_without_a_progress_bar(
+    uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", raising=False)
+    run_id = _open(uri)
+    assert tracking.read_text(uri, run_id, path="notes/run.txt") == ""
+    tracking.log_text(uri, run_id, text="hello", path="notes/run.txt")
+    assert tracking.read_text(uri, run_id, path="notes/run.txt") == "hello"
+    assert "Downloading" not in capfd.readouterr().err
+
+
 def test_files_are_kept_as_artifacts(uri: str, storage: Path) -> None:
     run_id = _open(uri)
     figure = storage / "figure.svg"

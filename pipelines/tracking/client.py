@@ -36,7 +36,6 @@ PATIENCE = MappingProxyType(
     {"MLFLOW_HTTP_REQUEST_TIMEOUT": "6", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 )
 """What a training waits for; MLflow's own 120 s and 7 tries make over ten minutes."""
-NO_PROGRESS_BAR = MappingProxyType({"MLFLOW_ENABLEARTIFACTS_PROGRESS_BAR": "false"})
 _TIMEOUT_S = 15.0
 
 Result = TypeVar("Result")
@@ -152,10 +151,11 @@ def connect(uri: str, *, create: bool) -> MlflowClient:
     MLflow tries for over 100 s to open an SQLite file that it can't open, and two
     processes that create one at the same time break it, so both are settled here.
     """
-    # MLflow tells its makers how it is used, and us what it does to its tables, unless
-    # told not to; who wants that sets it.
+    # MLflow tells its makers how it is used, and us what it does to its tables and each
+    # small file that it copies, unless told not to; who wants that sets it.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
     path = sqlite_path(uri)

@@ -19,11 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipelines.credentials import without_credentials
 from pipelines.own_code import OwnCode
-from pipelines.tracking.client import (
-    NO_PROGRESS_BAR,
-    attempt,
-    environment,
-)
+from pipelines.tracking.client import attempt
 from pipelines.tracking.entries import (
     MODEL_NAME,
     REASON_TAG,
@@ -193,7 +189,7 @@ def read_text(uri: str, run_id: str, *, path: str) -> str:
     def read(client: MlflowClient) -> str:
         from mlflow.exceptions import MlflowException
 
-        with TemporaryDirectory() as folder, environment(NO_PROGRESS_BAR):
+        with TemporaryDirectory() as folder:
             try:
                 found = client.download_artifacts(run_id, path, folder)
             except (MlflowException, OSError):  # a run that kept no such file
@@ -253,14 +249,13 @@ def log_model(
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / MODEL_NAME
         described = Model(run_id=run_id)
-        with environment(NO_PROGRESS_BAR):
-            write_model(
-                folder,
-                checkpoint=checkpoint,
-                example=example,
-                mlflow_model=described,
-                code=code,
-            )
+        write_model(
+            folder,
+            checkpoint=checkpoint,
+            example=example,
+            mlflow_model=described,
+            code=code,
+        )
         return attempt(
             lambda client: upload_model(
                 client, run_id=run_id, folder=folder, described=described
@@ -269,7 +264,7 @@ def log_model(
             otherwise="",
             loss=loss,
             timeout_s=_UPLOAD_TIMEOUT_S,
-            settings=NO_PROGRESS_BAR,
+            settings={},  # MLflow's own patience
         )
 
 
