@@ -19,6 +19,7 @@ from ray.autoscaler.sdk import request_resources
 from pipelines.config import Scale
 from pipelines.credentials import error_summary, without_credentials
 from pipelines.data_config import CPUS_PER_READ
+from pipelines.errors import InterruptedRun
 from pipelines.own_packages import away_from_clashes
 from pipelines.tracking.client import environment
 
@@ -30,9 +31,11 @@ _HERE = ("127.0.0.1", "localhost")
 # The first worker process of a cluster takes seconds to start, however big the hurry.
 _LEAST_JOIN_S = 30.0
 _MAX_REASON_CHARS = 300
+# Ray gives a node 30 s, which no setting changes: too few while others use the machine.
+_TOO_SLOW = "timed out during startup"
 _START_HINT = (
-    "see that HOME and the folder for Ray's files can be written, and set RAY_TMPDIR "
-    "to one with a short path"
+    "see that HOME and the folder for Ray's files can be written, set RAY_TMPDIR to "
+    "one with a short path, and try again later where the machine is busy"
 )
 _JOIN_HINT = "see that it runs with the same Python and the same Ray as this command"
 
@@ -59,11 +62,12 @@ def ray_session(
         _check_machine(scale, num_runs=num_runs)
     try:
         with environment({} if on_cluster else _without_proxy()):
-            if on_cluster:
-                _join(scale)
-            else:
-                _start(dashboard=dashboard)
-            _wait_for_room(scale, num_runs=num_runs)
+            with _interruptible():
+                if on_cluster:
+                    _join(scale)
+                else:
+                    _start(dashboard=dashboard)
+                _wait_for_room(scale, num_runs=num_runs)
             yield
     finally:
         ray.shutdown()
@@ -76,13 +80,23 @@ def _start(*, dashboard: bool) -> None:
         _shielded(),
         away_from_clashes(),
     ):
-        ray.init(
-            address="local",
-            num_cpus=(os.cpu_count() or 1) + _NUM_READER_CPUS,
-            include_dashboard=dashboard,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        try:
+            _init_local(dashboard=dashboard)
+        except Exception as error:
+            if _TOO_SLOW not in str(error):
+                raise
+            logger.warning("Ray did not start in the time that it gives itself: again")
+            _init_local(dashboard=dashboard)
+
+
+def _init_local(*, dashboard: bool) -> None:
+    ray.init(
+        address="local",
+        num_cpus=(os.cpu_count() or 1) + _NUM_READER_CPUS,
+        include_dashboard=dashboard,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
 
 
 def _join(scale: Scale) -> None:
@@ -149,6 +163,18 @@ def _refused(wanted: str, *, hint: str) -> Iterator[None]:
             f"expected {wanted}, got {type(error).__name__}: "
             f"{reason[:_MAX_REASON_CHARS]}; {hint}"
         ) from error
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """End as any command that gets SIGTERM, which Ray takes as it starts, and exits."""
+    try:
+        yield
+    except InterruptedRun:  # of a signal that Ray left alone
+        raise
+    except SystemExit as error:
+        status = 128 + signal.SIGTERM
+        raise InterruptedRun("ended by SIGTERM", status=status) from error
 
 
 @contextlib.contextmanager

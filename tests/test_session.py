@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import ray
 
 from pipelines.config import Scale
+from pipelines.errors import InterruptedRun
 from pipelines.session import ray_session, wait_for_address
 
 
@@ -94,6 +97,35 @@ def test_what_ray_raises_is_one_line(
     assert advice in str(caught.value)
 
 
+def test_sigterm_while_ray_starts_ends_as_any_other(
+    no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray answers it by sys.exit(1), as if something had failed."""
+    monkeypatch.setattr(ray, "init", lambda **settings: sys.exit(1))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InterruptedRun, match="SIGTERM") as caught, ray_session(Scale()):
+        pass
+    assert caught.value.code == 128 + signal.SIGTERM
+
+
+def test_a_ray_that_was_too_slow_to_start_is_started_once_more(
+    no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = [
+        Exception("The current node timed out during startup. This could happen"),
+        OSError("enough"),
+    ]
+
+    def init(**settings: object) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match="enough"), ray_session(Scale()):
+        pass
+    assert not errors
+
+
 def test_a_cluster_without_this_project_is_said(
     no_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -112,7 +144,9 @@ def test_a_cluster_without_this_project_is_said(
     monkeypatch.setattr(ray, "remote", lambda **settings: lambda function: Task())
     monkeypatch.setattr(ray, "get", get)
     said = r"'pipelines'; give it this project: `ray job submit --working-dir \.`"
-    with pytest.raises(ValueError, match=said), ray_session(Scale()):
+    # Less time than the first process of a cluster takes to start.
+    scale = Scale(start_timeout_s=0.2)
+    with pytest.raises(ValueError, match=said), ray_session(scale):
         pass
 
 
