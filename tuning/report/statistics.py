@@ -1,4 +1,4 @@
-"""Say which fields mattered in a sweep, and how well a cheap ranking foretold another.
+"""Importance of a sweep's fields, and rank correlation of cheap and full trainings.
 
 Optuna and SciPy are imported where they are used.
 """
@@ -6,7 +6,8 @@ Optuna and SciPy are imported where they are used.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from tuning.entries import Entry, Sweep
 from tuning.report.table import compared, values_of
 
 if TYPE_CHECKING:
+    from optuna import Study
     from optuna.distributions import BaseDistribution
 
 MIN_TRIALS = 4
@@ -21,11 +23,6 @@ MIN_TRIALS = 4
 MIN_PAIRS = 3
 """Fewer tell nothing about ranks."""
 _LOG = "loguniform"
-
-
-def is_log(domain: str) -> bool:
-    """Tell whether a domain, in words, is drawn by its logarithm."""
-    return domain.startswith(_LOG)
 
 
 def common_epoch(sweep: Sweep, entries: Sequence[Entry]) -> int:
@@ -39,7 +36,7 @@ def common_epoch(sweep: Sweep, entries: Sequence[Entry]) -> int:
 
 
 def importances(sweep: Sweep, entries: Sequence[Entry]) -> tuple[int, dict[str, float]]:
-    """Give the share of the first metric's variance that each field explains: fANOVA.
+    """Compute the share of the first metric's variance by field: fANOVA.
 
     Values of one epoch are compared, so that stopped trials count like the others. A
     field of a log-uniform domain is taken by its logarithm.
@@ -52,49 +49,56 @@ def importances(sweep: Sweep, entries: Sequence[Entry]) -> tuple[int, dict[str, 
     epoch = common_epoch(sweep, entries)
     found = [one for one in compared(sweep.search, entries) if epoch]
     targets = [values_of(one, metric)[epoch] for one in found]
-    columns: dict[str, list[Any]] = {}
-    for field, domain in sweep.domains.items():
-        values = [one.setting.get(field) for one in found]
-        columns[field] = _as_numbers(values, takes_log=is_log(domain))
-    varied = {field: one for field, one in columns.items() if len(set(one)) > 1}
+    varied = {field for field in sweep.domains if len(set(_column(field, found))) > 1}
     if len(found) < MIN_TRIALS or len(set(targets)) < 2 or not varied:
         return epoch, {}
-    shares = _fanova(varied, targets)
-    fixed = {field: 0.0 for field in columns if field not in varied}
-    return epoch, shares | fixed
+    with quiet_optuna():
+        from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+        found_shares = get_param_importances(
+            study_of(sweep, found, values=targets),
+            evaluator=FanovaImportanceEvaluator(seed=0),
+        )
+    shares = {field: float(share) for field, share in found_shares.items()}
+    return epoch, shares | {
+        field: 0.0 for field in sweep.domains if field not in varied
+    }
 
 
-def _as_numbers(values: Sequence[Any], *, takes_log: bool) -> list[Any]:
-    """Keep numbers; make words of a column that holds anything else."""
-    if not all(type(value) in (int, float) for value in values):
-        return [str(value) for value in values]
-    if takes_log:
-        return [math.log(value) for value in values]
-    return list(values)
+def study_of(
+    sweep: Sweep, entries: Sequence[Entry], *, values: Sequence[float]
+) -> Study:
+    """Rebuild an Optuna study from trials, with a value for each.
+
+    A field of a log-uniform domain is log-scaled; one with any value that is no number
+    is a choice among words.
+    """
+    import optuna
+
+    direction = "maximize" if sweep.search.sign == 1 else "minimize"
+    study = optuna.create_study(direction=direction)
+    columns = {field: _column(field, entries) for field in sweep.domains}
+    kinds = {
+        field: _distribution(column, is_log=sweep.domains[field].startswith(_LOG))
+        for field, column in columns.items()
+        if column
+    }
+    for at, value in enumerate(values):
+        params = {field: column[at] for field, column in columns.items()}
+        study.add_trial(
+            optuna.trial.create_trial(params=params, distributions=kinds, value=value)
+        )
+    return study
 
 
-def _fanova(
-    columns: Mapping[str, Sequence[Any]], targets: Sequence[float]
-) -> dict[str, float]:
-    with _quiet_optuna():
-        import optuna
-        from optuna.importance import FanovaImportanceEvaluator
-
-        study = optuna.create_study()
-        kinds = {field: _distribution(values) for field, values in columns.items()}
-        for at, target in enumerate(targets):
-            trial = optuna.trial.create_trial(
-                params={field: values[at] for field, values in columns.items()},
-                distributions=kinds,
-                value=target,
-            )
-            study.add_trial(trial)
-        evaluator = FanovaImportanceEvaluator(seed=0)
-        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    return {field: float(share) for field, share in shares.items()}
+def _column(field: str, entries: Sequence[Entry]) -> list[Any]:
+    """Collect a field's values; all as words where one is no number."""
+    values = [entry.setting.get(field) for entry in entries]
+    are_numbers = all(type(value) in (int, float) for value in values)
+    return values if are_numbers else [str(value) for value in values]
 
 
-def _distribution(values: Sequence[Any]) -> BaseDistribution:
+def _distribution(values: Sequence[Any], *, is_log: bool) -> BaseDistribution:
     from optuna.distributions import (
         CategoricalDistribution,
         FloatDistribution,
@@ -103,20 +107,23 @@ def _distribution(values: Sequence[Any]) -> BaseDistribution:
 
     if any(isinstance(value, str) for value in values):
         return CategoricalDistribution(sorted(set(values)))
+    is_log = is_log and min(values) > 0
     if all(isinstance(value, int) for value in values):
-        return IntDistribution(min(values), max(values))
-    return FloatDistribution(min(values), max(values))
+        return IntDistribution(min(values), max(values), log=is_log)
+    return FloatDistribution(min(values), max(values), log=is_log)
 
 
 @contextmanager
-def _quiet_optuna() -> Iterator[None]:
-    """Keep Optuna from announcing a study, and leave its log as it was."""
+def quiet_optuna() -> Iterator[None]:
+    """Keep Optuna from announcing studies and experimental plots."""
     import optuna
 
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # experimental plots, axes of one value
+            yield
     finally:
         optuna.logging.set_verbosity(before)
 
@@ -124,7 +131,7 @@ def _quiet_optuna() -> Iterator[None]:
 def rank_correlation(
     cheap: Sequence[float], full: Sequence[float]
 ) -> tuple[float, float]:
-    """Give Spearman's and Kendall's coefficients of two lists of the same trials.
+    """Compute Spearman's and Kendall's coefficients of two lists of the same trials.
 
     Pairs with a value that is not finite are left out. NaN for fewer than three pairs,
     and where all values of a list are equal.
