@@ -43,7 +43,7 @@ def load_recipe(name: str) -> Run:
     fails, in one line.
     """
     if code := own_code_of(name):
-        return _own_run(code, function=name.rpartition(":")[2])
+        return own_run(code, function=name.rpartition(":")[2])
     module_name, _, function = name.partition(".")
     function = function or module_name
     try:
@@ -74,7 +74,11 @@ def check_named(function: str, *, found: list[str], module: str) -> None:
         )
 
 
-def _own_run(code: OwnCode, *, function: str) -> Run:
+def own_run(code: OwnCode, *, function: str) -> Run:
+    """Build the run of a function in a file of the user's own.
+
+    Raises ValueError in one line where there is none, or it fails.
+    """
     module = load_code(code)
     found = recipes_of(module)
     recipe = vars(module).get(function)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from PIL import Image
 
+from pipelines import train
 from pipelines.config import Run
 from pipelines.fields import change_fields, differing
+from pipelines.own_code import read_code
 from pipelines.preflight import with_absolute_paths
-from pipelines.recipe import load_recipe
+from pipelines.recipe import load_recipe, own_code_of
+from pipelines.runs import find_record
+from pipelines.train import _main, fit
 from recipes.demo import demo
 from sovit import Pooling
-from tuning.entries import Entry, Sweep
+from tests.mlflow_stores import prepare_store
+from tests.small_sets import write_set
+from tests.test_own_code import forget
+from tuning.entries import Entry, Sweep, read_sweep, write_sweep
 from tuning.options import Search
 from tuning.report.figures import (
     draw_importances,
@@ -28,6 +38,7 @@ from tuning.report.figures import (
 from tuning.report.recipe import winner_recipe
 from tuning.report.statistics import importances, rank_correlation
 from tuning.report.table import as_csv, ranked, table, winner_of
+from tuning.search import _begun, _resumed, _split
 
 DOMAINS = {
     "pooling.power": "uniform (0.3, 0.9) in steps of 0.05",
@@ -173,10 +184,81 @@ def test_a_winner_of_another_head_and_odd_names_is_a_recipe(tmp_path: Path) -> N
         kwargs={"depth": 3, 'a "long" name': "it's a word of very many " * 5},
     )
     sweep = dataclasses.replace(
-        a_sweep(dataclasses.replace(run, model=model)), recipe=recipe
+        a_sweep(dataclasses.replace(run, model=model)),
+        recipe=recipe,
+        code=own_code_of(recipe),
     )
     winner = dataclasses.replace(ENTRIES[1], setting={"optim.lr": 3e-5, "seed": 7})
     check_recipe(sweep, winner, folder=tmp_path)
+
+
+MINE = r'''"""A recipe: "C:\new" and """
+from timm.models import register_model
+from pipelines.config import Data, Model, Optim, Run
+from layers.body import Body
+
+NOTE = "é \\ \N{BULLET} LONG"BLANKS
+@register_model
+def my_winner(pretrained=False, **kwargs):
+	return Body(kwargs["num_classes"])
+
+def run() -> Run:
+    return Run(
+        recipe="mine", model=Model(name="my_winner", img_size=16),
+        data=Data(train="shards/train", val="shards/val", batch_size=8),
+        optim=Optim(lr=1e-3, num_epochs=1, warmup_epochs=0),
+    )
+'''
+BODY = """from torch import nn
+
+class Body(nn.Sequential):
+    def __init__(self, num_classes):
+        pool = nn.AdaptiveAvgPool2d(2)
+        super().__init__(pool, nn.Flatten(), nn.Linear(12, num_classes))
+        self.num_classes = num_classes"""
+BODY += "  # as 'its last line': \""
+
+
+def test_a_winner_of_ones_own_file_trains_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, and after the file and what it imports are gone; so does its sweep."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for folder in (home / "layers", elsewhere):
+        folder.mkdir(parents=True)
+    mine = MINE.replace("LONG", "a long line " * 9).replace("BLANKS", "   ")
+    (home / "mine.py").write_text(mine)
+    (home / "layers/body.py").write_text(BODY)
+    write_set(home / "shards/train", groups=[[16]])
+    write_set(home / "shards/val", groups=[[8]])
+    (home / "space.py").write_text(
+        "from ray import tune\ndef rates(): return {'optim.lr': tune.choice([1, 2])}\n"
+    )
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(home)
+    sweep, _ = _begun(*_split(["mine.py:run", "space.py:rates", "--name", "searched"]))
+    write_sweep(sweep)
+    assert read_sweep("runs", name="searched") == sweep
+    check_recipe(sweep, Entry(number=0, setting={"optim.lr": 2}), folder=elsewhere)
+
+    (home / "mine.py").unlink()
+    shutil.rmtree(home / "layers")
+    monkeypatch.chdir(elsewhere)
+    forget("my_winner")
+    resumed, _ = _resumed(*_split(["--resume", str(home / "runs/searched")]))
+    assert resumed == sweep
+    assert timm.is_model("my_winner")
+    forget("my_winner")
+    prepare_store("runs")
+    monkeypatch.setattr(train, "fit", functools.partial(fit, keep_model=False))
+    _main(["winner.py:best", "--name", "best", "--scale.num-workers", "0"])
+    record = find_record("runs", name="best")
+    assert record is not None
+    assert record.status == "finished"
+    assert record.run.optim.lr == 2
+    assert record.run.data.train == str(home / "shards/train")
+    assert record.code == read_code(elsewhere / "winner.py")
+    forget("my_winner")
 
 
 def test_rank_correlation() -> None:

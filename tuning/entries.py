@@ -19,6 +19,7 @@ import pyarrow.fs as pafs
 
 from pipelines.config import Run
 from pipelines.files import Place
+from pipelines.own_code import OwnCode
 from pipelines.retries import answering
 from pipelines.runfile import from_json, to_json, tuples
 from tuning.options import Search
@@ -89,6 +90,8 @@ class Sweep:
     domains: Mapping[str, str]
     """Searched fields, each with its domain in words."""
     search: Search
+    code: OwnCode | None = None
+    """The recipe's file, where that is the user's own."""
     mlflow_run_id: str = ""
     id: str = ""
     """Random, as a run's: of its trials too, since names are used again. Sweeps of
@@ -127,7 +130,13 @@ def read_sweep(storage: str, *, name: str) -> Sweep:
     try:
         raw = tuples(json.loads(text))
         run = from_json(json.dumps(raw.pop("run")))
-        return Sweep(run=run, search=Search(**raw.pop("search")), **raw)
+        code = raw.pop("code", None)
+        return Sweep(
+            run=run,
+            search=Search(**raw.pop("search")),
+            code=OwnCode(**code) if code else None,
+            **raw,
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file}: wanted a sweep as this version writes it, came one that can't "

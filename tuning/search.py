@@ -27,8 +27,8 @@ from pipelines.config import Run
 from pipelines.help_text import COMMON, help_text, wants_help
 from pipelines.places import absolute
 from pipelines.preflight import with_absolute_paths
-from pipelines.recipe import load_recipe
-from pipelines.resuming import run_and_storage
+from pipelines.recipe import load_recipe, own_code_of
+from pipelines.resuming import load_recorded, run_and_storage
 from tuning.checks import check_sweep_name
 from tuning.entries import Sweep, read_sweep
 from tuning.options import Search
@@ -127,6 +127,7 @@ def _begun(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]:
     run = with_absolute_paths(options.run)
     name = chosen.name or f"{run.recipe}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     check_sweep_name(run.storage, name=name)
+    space_name = _absolute(space_name)
     space = load_space(space_name, run=run)
     return Sweep(
         name=name,
@@ -135,8 +136,15 @@ def _begun(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]:
         space=space_name,
         domains=words_of(space),
         search=options.search,
+        code=own_code_of(recipe),
         id=uuid.uuid4().hex,
     ), space
+
+
+def _absolute(space: str) -> str:
+    """Make the paths of a space's files absolute: a sweep may go on elsewhere."""
+    names = space.split(",")
+    return ",".join(absolute(name) if ".py:" in name else name for name in names)
 
 
 def _resumed(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]:
@@ -152,6 +160,10 @@ def _resumed(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]
     )
     storage = absolute(chosen.storage or "runs")
     sweep = read_sweep(storage, name=chosen.resume)
+    # A sweep that an earlier version began has no code.
+    sweep = dataclasses.replace(sweep, code=sweep.code or own_code_of(sweep.recipe))
+    if sweep.code:
+        load_recorded(sweep.code)  # it may register the model
     search = parse(Search, default=sweep.search, arguments=rest, prog=_PROG)
     changed = [
         field.name

@@ -17,8 +17,6 @@ from pipelines.ending import StopRequest, stop_requests
 from pipelines.errors import InterruptedRun
 from pipelines.fields import change_fields
 from pipelines.lease import claimed
-from pipelines.own_code import OwnCode
-from pipelines.recipe import own_code_of
 from pipelines.resuming import resume_command
 from pipelines.runfile import flat_params, to_json
 from pipelines.runs import find_record
@@ -61,8 +59,6 @@ class _Carried:
     uri: str
     num_concurrent: int
     retries_failed: bool
-    code: OwnCode | None
-    """The recipe file, where that is the user's own."""
 
     def ledger(self, stage: StageName, settings: Sequence[Entry]) -> Ledger:
         """Open a stage's ledger, with further trials to make."""
@@ -90,7 +86,7 @@ class _Carried:
             is_local=not os.environ.get("RAY_ADDRESS"),
             is_alone=self.sweep.run.scale.is_alone,
             node_id=ray.get_runtime_context().get_node_id(),
-            code=self.code,
+            code=self.sweep.code,
             told={
                 entry.number: entry.told_again(metrics=metrics)
                 for entry in ledger.entries
@@ -114,7 +110,6 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
     settings = [] if search.method == "optuna" else list_settings(space, search=search)
     listed = [Entry(number=n, setting=setting) for n, setting in enumerate(settings)]
     uri = tracking.default_uri(run.storage)
-    code = own_code_of(sweep.recipe)
     num_runs = max(search.num_concurrent, 1)
     with stop_requests() as stop, claimed(sweep.folder):
         with ray_session(run.scale, num_runs=num_runs, dashboard=True):
@@ -129,7 +124,6 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
                     uri=uri,
                     num_concurrent=search.num_concurrent or room(run.scale),
                     retries_failed=retries_failed,
-                    code=code,
                 )
             with _ended_early(carried, stop=stop):
                 stop.check()

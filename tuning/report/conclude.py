@@ -45,7 +45,8 @@ def conclude(
         (folder / "trials.txt").write_text(text + "\n")
         (folder / "trials.csv").write_text(as_csv(sweep, entries))
         if winner is not None:
-            (folder / WINNER_FILE).write_text(winner_recipe(sweep, winner))
+            source = winner_recipe(sweep, winner)
+            (folder / WINNER_FILE).write_text(source, encoding="ascii")
             value = winner.last(sweep.search.metric)
             assert value is not None
             metrics |= {f"best/{sweep.search.metric}": value}

@@ -9,7 +9,8 @@ import dataclasses
 from typing import Any
 
 from pipelines.fields import change_fields
-from pipelines.recipe import load_recipe
+from pipelines.own_code import OwnCode
+from pipelines.recipe import load_recipe, own_run
 from tuning.entries import Entry, Sweep
 from tuning.report.source import (
     INDENT,
@@ -21,6 +22,7 @@ from tuning.report.source import (
     import_lines,
     laid_out,
     literal,
+    multi_line,
     string,
 )
 from tuning.report.table import value_of
@@ -35,14 +37,16 @@ def winner_recipe(sweep: Sweep, winner: Entry) -> str:
 
     It changes the recipe that the sweep started from in the fields that differ, save
     where runs are kept, how many checkpoints are, and the seed, unless they were
-    searched.
+    searched. Paths of shards are absolute, and a recipe file of the user's own is in
+    it whole: it trains from any folder.
 
-    Raises ValueError where the recipe is not there any more.
+    Raises ValueError where a recipe of ours is not there any more.
     """
-    from pipelines.preflight import with_absolute_paths
-
-    # As the command does it: a folder that was not set is no difference.
-    before = with_absolute_paths(load_recipe(sweep.recipe))
+    function = sweep.recipe.rpartition(":")[2]
+    if sweep.code:
+        before = own_run(sweep.code, function=function)
+    else:
+        before = load_recipe(sweep.recipe)
     kept = {
         name: getattr(before, name) for name in _LEFT_OUT if name not in winner.setting
     }
@@ -52,7 +56,13 @@ def winner_recipe(sweep: Sweep, winner: Entry) -> str:
         **kept,
     )
     imports: Imports = {("pipelines.config", "Run")}
-    body = ["run = " + _start(sweep.recipe, imports=imports)]
+    if sweep.code:
+        imports.add(("pipelines.own_code", "OwnCode"))
+        imports |= {("pipelines.recipe", name) for name in ("load_code", "own_run")}
+        start = f"own_run(CODE, function={string(function)})"
+    else:
+        start = _start(sweep.recipe, imports=imports)
+    body = [f"run = {start}"]
     poolings = before.model.pooling, now.model.pooling
     if None not in poolings and poolings[0] != poolings[1]:
         body.append("assert run.model.pooling is not None")
@@ -67,6 +77,7 @@ def winner_recipe(sweep: Sweep, winner: Entry) -> str:
             "import dataclasses",
             "",
             *import_lines(imports),
+            *(_code_lines(sweep.code) if sweep.code else []),
             "",
             "",
             f"def {FUNCTION}() -> Run:",
@@ -100,16 +111,27 @@ def _says(sweep: Sweep, winner: Entry) -> list[str]:
 
 
 def _start(recipe: str, *, imports: Imports) -> str:
-    """Call the recipe that the sweep began with."""
-    if ".py:" in recipe:
-        imports.add(("pipelines.recipe", "load_recipe"))
-        call = Group(opening="load_recipe(", items=[("", string(recipe))])
-        return _body_part(call, used=len("run = "))
+    """Call the recipe of ours that the sweep began with."""
     module, _, function = recipe.partition(".")
     function = function or module
     is_taken = function in (FUNCTION, "run")  # names that `best` uses itself
     imports.add((f"recipes.{module}", f"{function} as start" if is_taken else function))
     return "start()" if is_taken else f"{function}()"
+
+
+def _code_lines(code: OwnCode) -> list[str]:
+    """Write a recipe file of the user's own, which may register the model."""
+    texts = code.sources.items()
+    return [
+        "",
+        "CODE = OwnCode(",
+        f"    origin={string(code.origin)},",
+        "    sources={",
+        *(f"        {string(name)}: {multi_line(text)}" for name, text in texts),
+        "    },",
+        ")",
+        "load_code(CODE)",
+    ]
 
 
 def _body_part(node: Node, *, used: int) -> str:

@@ -83,6 +83,20 @@ def string(value: str) -> str:
     return mark + body.replace(mark, "\\" + mark) + mark
 
 
+def multi_line(text: str) -> str:
+    """Write a text and a comma, a line for each of its lines. ASCII alone."""
+    lines = []
+    for line in text.split("\n"):
+        # What ruff would find fault with at a line's end is no blank any more.
+        kept = line.rstrip(" ")
+        escaped = kept.encode("unicode_escape").decode()
+        lines.append(escaped + "\\x20" * (len(line) - len(kept)))
+    body = "\n".join(lines).replace('"""', '\\"\\"\\"')
+    if body.endswith('"'):
+        body = body[:-1] + '\\"'
+    return f'"""\\\n{body}""",' + next(filter(None, map(_pragma, lines)), "")
+
+
 def import_lines(imports: Imports) -> list[str]:
     """Write the imports in ruff's order."""
     return [
