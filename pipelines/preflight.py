@@ -55,17 +55,21 @@ class CheckedRun:
         )
 
 
-def check_run(run: Run) -> CheckedRun:
+def check_run(run: Run, *, reads_start: bool = True) -> CheckedRun:
     """Read the shards' footers and a sample of rows; build the model without memory.
+
+    Args:
+        reads_start: Whether weights that the run starts from must be there and fit.
 
     Raises ValueError where a set can't be used, the two have other classes, or the
     model can't be built or probed so.
     """
     train_shards, val_shards = _read_shards(run)
-    held_out = held_out_of(run.validation, val=val_shards, classes=train_shards.classes)
+    classes = train_shards.classes
+    held_out = held_out_of(run.validation, val=val_shards, classes=classes)
     for shards in (train_shards, *(one.shards for one in held_out)):
         spot_check(shards)
-    model, few_tokens = _check_model(run, classes=train_shards.classes)
+    model, few_tokens = _check_model(run, classes=classes, reads_start=reads_start)
     if short := reserves_too_few(run):
         logger.warning(short)
     if run.probe.every_steps:
@@ -98,7 +102,9 @@ def reserves_too_few(run: Run) -> str:
     )
 
 
-def _check_model(run: Run, *, classes: tuple[str, ...]) -> tuple[nn.Module, str]:
+def _check_model(
+    run: Run, *, classes: tuple[str, ...], reads_start: bool
+) -> tuple[nn.Module, str]:
     """Build the model without memory, and once more where weights are loaded into it.
 
     Returns it with what there is to say of its tokens. Raises ValueError where it does
@@ -110,7 +116,7 @@ def _check_model(run: Run, *, classes: tuple[str, ...]) -> tuple[nn.Module, str]
     _check_size(model, settings=run.model)
     if run.scale.grad_checkpointing:
         checkpoint_gradients(model, name=run.model.name)
-    if run.model.init_from:
+    if reads_start and run.model.init_from:
         load_initial(
             build_model(run.model, num_classes=len(classes)),
             run.model.init_from,

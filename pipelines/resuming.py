@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipelines.config import Run
 from pipelines.credentials import without_credentials
+from pipelines.files import Place
 from pipelines.not_learnt import (
     LOCATIONS,
     NOT_LEARNT,
@@ -18,10 +19,12 @@ from pipelines.not_learnt import (
 )
 from pipelines.own_code import OwnCode, read_code
 from pipelines.places import absolute
+from pipelines.preflight import CheckedRun, check_run
 from pipelines.printed import command_line
 from pipelines.recipe import load_code, load_recipe
 from pipelines.runfile import flat_params
-from pipelines.runs import Record, find_record, read_record
+from pipelines.runs import Record, check_name, find_record, read_record
+from pipelines.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"(epoch|step)_\d{4,}")
@@ -83,6 +86,15 @@ def run_and_storage(resume: str, *, storage: str) -> tuple[str, str]:
     return name, folder or "/"
 
 
+def check_one_name(name: str, *, resume: str) -> None:
+    """Raise ValueError where a run that is to go on is given another name."""
+    if name not in ("", resume):
+        raise ValueError(
+            f"expected --name for a new run or --resume for one that is there, got "
+            f"--name {name} and --resume {resume}; leave one out"
+        )
+
+
 def check_same(before: Run, now: Run, *, advice: str = "leave them out") -> None:
     """Raise ValueError where a run is to go on with settings that change it.
 
@@ -108,6 +120,25 @@ def check_same(before: Run, now: Run, *, advice: str = "leave them out") -> None
             f"1 for one that did not, came {now.scale.num_workers} after "
             f"{before.scale.num_workers}; leave it out, or start a new run"
         )
+
+
+def check_start(run: Run, *, name: str, record: Record | None) -> CheckedRun:
+    """Check a run before anything is started, new or with the record that it has.
+
+    Raises ValueError as `check_run`, for a name that is taken, and for other shards
+    than the run began with.
+    """
+    if record is None:
+        check_name(run.storage, name=name)
+        return check_run(run)
+    if record.code:
+        load_code(record.code)
+    folder = Place(run.storage).within(name)
+    store = CheckpointStore(folder, num_to_keep=run.num_checkpoints_to_keep)
+    # What another training's weights were may be gone once they are in a checkpoint.
+    checked = check_run(run, reads_start=not store.newest())
+    check_shards(record, now=run, digests=checked.digests)
+    return checked
 
 
 def check_shards(record: Record, *, now: Run, digests: Mapping[str, str]) -> None:

@@ -44,24 +44,19 @@ from pipelines.keeping import log_model, log_shards, open_tracking
 from pipelines.lease import claimed
 from pipelines.model_code import trust
 from pipelines.own_code import OwnCode
-from pipelines.preflight import CheckedRun, check_run, with_absolute_paths
+from pipelines.preflight import CheckedRun, with_absolute_paths
 from pipelines.ray_trainer import train_on_ray
-from pipelines.recipe import load_code, load_recipe, own_code_of
+from pipelines.recipe import load_recipe, own_code_of
 from pipelines.resuming import (
+    check_one_name,
     check_same,
-    check_shards,
+    check_start,
     load_recorded,
     record_to_resume,
     resume_command,
     run_and_storage,
 )
-from pipelines.runs import (
-    Record,
-    check_name,
-    delete_record,
-    new_record,
-    write_record,
-)
+from pipelines.runs import Record, delete_record, new_record, write_record
 from pipelines.session import ray_session
 from pipelines.summary import print_summary
 from pipelines.telling.bad_images import FILE, BadImageLog
@@ -123,13 +118,7 @@ def fit(
     """
     with stop_requests(is_wanted=ends_on_sigterm) as stop:
         run = with_absolute_paths(run)
-        if record is None:
-            check_name(run.storage, name=name)
-        elif record.code:
-            load_code(record.code)
-        checked = check_run(run)
-        if record is not None:
-            check_shards(record, now=run, digests=checked.digests)
+        checked = check_start(run, name=name, record=record)
         logger.info("run %s: %s", name, checked.summary)
         if checked.few_tokens:
             logger.warning(checked.few_tokens)
@@ -138,9 +127,8 @@ def fit(
         if is_demanded := not sweep_id:
             tracking.check_usable(uri, experiment=run.experiment)
         folder, here = Place(run.storage).within(name), contextlib.nullcontext()
-        patience_s = _TRIAL_PATIENCE_S if sweep_id else 0.0
         with (
-            claimed(folder, patience_s=patience_s),
+            claimed(folder, patience_s=_TRIAL_PATIENCE_S if sweep_id else 0.0),
             here if run.scale.is_alone else ray_session(run.scale),
         ):
             stop.arm()
@@ -202,7 +190,8 @@ def _trained(
     with stop.noted() as is_over:
         listener = _listener(job, tracked=tracked, name=name, is_over=is_over)
         trained = train(job, name=name, callbacks=callbacks, listener=listener)
-        if is_over.is_set() and not _is_complete(trained, run=run):
+        is_whole = trained.metrics.get("epoch") == run.optim.total_epochs
+        if is_over.is_set() and not is_whole:
             raise InterruptedRun(f"ended by {stop.name} after a checkpoint")
     return trained
 
@@ -295,10 +284,6 @@ def _check_recorded(tracked: LateRun, *, job: Job, name: str) -> None:
         )
 
 
-def _is_complete(trained: Trained, *, run: Run) -> bool:
-    return trained.metrics.get("epoch") == run.optim.total_epochs
-
-
 def _listener(
     job: Job, *, tracked: LateRun, name: str, is_over: threading.Event
 ) -> Listener:
@@ -375,11 +360,7 @@ def _main(arguments: Sequence[str]) -> None:
         rest += ["--storage", chosen.storage]
     record = None
     if chosen.resume:
-        if chosen.name not in ("", chosen.resume):
-            raise ValueError(
-                f"expected --name for a new run or --resume for one that is there, got "
-                f"--name {chosen.name} and --resume {chosen.resume}; leave one out"
-            )
+        check_one_name(chosen.name, resume=chosen.resume)
         record = record_to_resume(chosen.resume, storage=chosen.storage, recipe=recipe)
     if record is None and not recipe:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shlex
 import shutil
@@ -10,23 +11,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
+from PIL import Image
 
-from pipelines import tracking
+from pipelines import tracking, train
+from pipelines.checkpoint import build_model
 from pipelines.config import Run
 from pipelines.errors import StoppedEarly
 from pipelines.evaluate import _main as evaluate
+from pipelines.export.command import _main as export
+from pipelines.fields import change_fields
 from pipelines.places import absolute, open_place
+from pipelines.predict import _main as predict
 from pipelines.printed import command_line
-from pipelines.resuming import check_same, check_shards, run_and_storage
+from pipelines.resuming import (
+    check_same,
+    check_shards,
+    check_start,
+    run_and_storage,
+)
 from pipelines.runfile import to_json
-from pipelines.runs import Record, new_record, read_record
+from pipelines.runs import Record, find_record, new_record, read_record
 from pipelines.tracking.client import sqlite_path, sqlite_uri
 from pipelines.tracking.query import RunStore
 from pipelines.train import _main, fit
 from tests.demo_runs import RECIPE
 from tests.fault_runs import At, brief_run
 from tests.mlflow_stores import prepare_store
+from tuning.compare.command import _main as compare
 
 ODD = "a b&;%20%?~é#$'"
 
@@ -70,6 +83,40 @@ def test_a_run_whose_shards_and_folder_have_moved_goes_on_there(
     assert {path.name for path in tmp_path.iterdir()} == {ODD}
 
 
+def test_a_resume_and_its_dry_run_know_the_shards_and_need_no_start(
+    base: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The shards by what is in them; the weights are in the checkpoint."""
+    start, moved = tmp_path / "start.pth", str(tmp_path / "moved")
+    torch.save(build_model(base.model, num_classes=10).state_dict(), start)
+    run = change_fields(
+        base, {"model.init_from": str(start), "storage": str(tmp_path / "runs")}
+    )
+    prepare_store(run.storage)
+    with pytest.raises(StoppedEarly):
+        fit(run, name="mine", callbacks=[At({1: _stop})])
+    start.unlink()
+    shutil.copytree(Path(base.data.train), moved)
+    resume = ["--resume", f"{run.storage}/mine", "--data.train"]
+    with pytest.raises(ValueError, match=r"data\.train: expected the shards"):
+        _main([*resume, base.data.val, "--dry-run"])
+    _main([*resume, moved, "--dry-run"])
+    assert "start.pth" not in capsys.readouterr().out
+    monkeypatch.setattr(train, "fit", functools.partial(fit, keep_model=False))
+    _main([*resume, moved])
+    shutil.rmtree(Path(run.storage, "mine", "epoch_0001"))
+    record = find_record(run.storage, name="mine")
+    assert record is not None
+    assert record.status == "finished"
+    for checkpoint in Path(run.storage, "mine").glob("step_*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match=r"model\.init_from: wanted a checkpoint"):
+        check_start(record.run, name="mine", record=record)
+
+
 def test_what_a_run_prints_can_be_pasted(
     base: Run,
     tmp_path: Path,
@@ -94,6 +141,15 @@ def test_what_a_run_prints_can_be_pasted(
     assert "top-1" in capsys.readouterr().out
     *_, address = shlex.split(said["compare"])
     assert [run.name for run in RunStore(address).find(["mine"])] == ["mine"]
+    assert sqlite_path(address) == folder / "runs/mlflow.db"
+    checkpoint, photo = arguments[0], f"{ODD}.png"
+    Image.new("L", (28, 28)).save(photo)
+    predict([checkpoint, photo])
+    assert capsys.readouterr().out.startswith(f"{folder / photo}\n")
+    export([checkpoint, f"out/{ODD}", "--formats", "timm", "--images", photo])
+    assert (folder / f"out/{ODD}/model.safetensors").exists()
+    compare(["mine", "--store", address, "--html", f"{ODD}.html"])
+    assert "mine" in Path(f"{ODD}.html").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {ODD}
 
 

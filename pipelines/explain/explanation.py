@@ -25,8 +25,9 @@ from pipelines.explain.machine import this_machine, warnings_of
 from pipelines.explain.memory import Memory, checkpoint_bytes, estimate_memory
 from pipelines.explain.timing import Timed, time_here
 from pipelines.files import Place
-from pipelines.preflight import check_run, with_absolute_paths
-from pipelines.runs import Record, check_name
+from pipelines.preflight import with_absolute_paths
+from pipelines.resuming import check_start
+from pipelines.runs import Record
 from pipelines.store import CheckpointStore
 
 # Of a device's free memory, that timing may take.
@@ -96,9 +97,7 @@ def explain_run(run: Run, *, name: str, record: Record | None = None) -> Explana
     Raises ValueError where the run would do so before it starts.
     """
     run = with_absolute_paths(run)
-    if record is None:
-        check_name(run.storage, name=name)
-    checked = check_run(run)
+    checked = check_start(run, name=name, record=record)
     num_classes = len(checked.train_shards.classes)
     parameters, macs, training_macs = _count(run, num_classes=num_classes)
     places, start = _places(

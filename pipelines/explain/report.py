@@ -79,7 +79,7 @@ def _model(found: Explanation) -> Iterator[str]:
         yield f"  {name:<{width}} {num:>13,} {100 * num / parameters.num:5.1f} %"
     macs, training_macs = found.macs / 1e9, found.training_macs / 1e9
     yield f"{macs:.3g} G multiply-adds an image, {training_macs:.3g} G to train on it"
-    if found.run.model.init_from:
+    if found.run.model.init_from and not found.places.goes_on_from:
         yield f"starts from {without_credentials(found.run.model.init_from)}"
 
 
