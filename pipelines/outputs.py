@@ -49,10 +49,18 @@ def check_folder(path: str | Path | None, *, option: str) -> None:
     """Raise ValueError where no folder can be made at a path, with those above it."""
     if not path:
         return
-    whole = Path(path).absolute()
-    there = next(part for part in (whole, *whole.parents) if part.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if why := why_no_folder(Path(path)):
         raise ValueError(
             f"{option}: wanted a folder that can be made and written, came "
-            f"{str(path)!r}, and {there} can't be written into; set --{option}"
+            f"{str(path)!r} ({why}); set --{option}"
         )
+
+
+def why_no_folder(path: Path) -> str:
+    """Why no folder can be made at a path and written into; "" where one can."""
+    whole = path.absolute()
+    there = next(part for part in (whole, *whole.parents) if part.exists())
+    if not there.is_dir():
+        return f"Not a directory: {str(there)!r}"
+    is_free = os.access(there, os.W_OK | os.X_OK)
+    return "" if is_free else f"Permission denied: {str(there)!r}"

@@ -39,7 +39,7 @@ CLOSE_S = 60.0
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait less for locks, names and the next try than a training would."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(sqlite_file, "_BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.05)
     monkeypatch.setattr(usable, "_NAME_PATIENCE_S", 0.0)
     monkeypatch.setattr(late_run, "_FIRST_RETRY_S", 0.1)
     monkeypatch.setattr(late_run, "_LAST_RETRY_S", 0.2)

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from pipelines.tracking.client import ARTIFACTS, artifact_location
+from pipelines.tracking.sqlite_file import BUSY_TIMEOUT_S
 
 # MLflow writes the whole address of the artifacts into each of these, and has no call
 # that changes it.
@@ -19,7 +20,6 @@ _COLUMNS = (
     ("logged_models", "artifact_location"),
     ("model_versions", "storage_location"),
 )
-_BUSY_TIMEOUT_S = 6
 
 
 def follow_move(uri: str, *, path: Path) -> None:
@@ -30,7 +30,7 @@ def follow_move(uri: str, *, path: Path) -> None:
     """
     here = artifact_location(uri)
     assert here is not None
-    with closing(sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)) as connection:
+    with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)) as connection:
         for old in list(_places(connection)):
             if old == here or not _has_moved(old, path=path):
                 continue

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipelines.files import PARTIAL_SUFFIX, partial_name
 
-_BUSY_TIMEOUT_S = 6
+BUSY_TIMEOUT_S = 6
 _CREATION_TIMEOUT_S = 60
 _POLL_S = 0.1
 
@@ -56,7 +56,7 @@ def _move_to_nothing(partial: Path, path: Path) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise sqlite3.OperationalError where a file can't be written within 6 seconds."""
-    with closing(sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)) as connection:
+    with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.rollback()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sqlite3
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.credentials import error_summary, without_credentials
+from pipelines.outputs import why_no_folder
 from pipelines.tracking.client import (
     ADDRESS_VARIABLE,
     PATIENCE,
@@ -153,7 +153,8 @@ def check_experiment(client: MlflowClient, *, name: str) -> None:
 def _look(uri: str, *, experiment: str) -> None:
     path = sqlite_path(uri)
     if path is not None and not is_made(path):
-        _check_folder(path.parent)
+        if why := why_no_folder(path.parent):
+            raise OSError(why)
         return
     if path is not None and path.stat().st_size <= _MAX_CHECKED_BYTES:
         _check_pages(path)
@@ -163,14 +164,6 @@ def _look(uri: str, *, experiment: str) -> None:
             check_experiment(client, name=experiment)
         except ValueError as error:
             raise _RefusedError(str(error)) from error
-
-
-def _check_folder(folder: Path) -> None:
-    there = next(part for part in (folder, *folder.parents) if part.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"Not a directory: {str(there)!r}")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"Permission denied: {str(there)!r}")
 
 
 def _check_pages(path: Path) -> None:
