@@ -213,6 +213,7 @@ def _plain_files() -> dict[str, Kind]:
     deep = rng.integers(0, 1 << 16, (HEIGHT, WIDTH), dtype=np.uint16)
     deep3 = rng.integers(0, 1 << 16, (HEIGHT, WIDTH, 3), dtype=np.uint16)
     hundred = rng.integers(0, 101, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    pages: Any = {"save_all": True, "append_images": [Image.fromarray(~color)]}
     five = color.astype(np.uint16) >> 3
     info = struct.pack("<IiiHH24x", 40, WIDTH, HEIGHT, 1, 16)
     bmp = b"BM" + struct.pack("<IHHI", 54 + 2 * WIDTH * HEIGHT, 0, 0, 54) + info
@@ -256,12 +257,7 @@ def _plain_files() -> dict[str, Kind]:
             tiff(deep, order=">"), shown(np.rint(deep / 257))
         ),
         "TIFF 16 RGB": Kind(tiff(deep3), np.rint(deep3 / 257), 0.6),
-        "TIFF pages": Kind(
-            encode(
-                color, "TIFF", save_all=True, append_images=[Image.fromarray(~color)]
-            ),
-            color,
-        ),
+        "TIFF pages": Kind(encode(color, "TIFF", **pages), color),
         "TIFF CMYK": Kind(
             encode(Image.fromarray(color).convert("CMYK"), "TIFF"), color
         ),
@@ -277,16 +273,7 @@ def _plain_files() -> dict[str, Kind]:
         "WebP alpha": Kind(
             encode(np.dstack([color, grey]), "WEBP", lossless=True, exact=True), color
         ),
-        "WebP animated": Kind(
-            encode(
-                color,
-                "WEBP",
-                lossless=True,
-                save_all=True,
-                append_images=[Image.fromarray(~color)],
-            ),
-            color,
-        ),
+        "WebP animated": Kind(encode(color, "WEBP", lossless=True, **pages), color),
     }
 
 

@@ -15,7 +15,7 @@ from pipelines.shards.listing import Fields, Listing
 from pipelines.shards.sources import list_source
 from tests.imagenet_files import tar_bytes
 from tests.small_sets import jpeg
-from tests.test_understood import labels_of, parquet, samples, write, zipped
+from tests.understood import labels_of, parquet, samples, write, zipped
 
 FLAT = ["img_01.jpg", "img_02.jpg", "img_10.jpg"]
 NESTED = ["a/1.jpg", "a/2.jpg", "b/1.jpg"]

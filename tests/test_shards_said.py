@@ -25,7 +25,7 @@ from pipelines.shards.command import (
 from pipelines.shards.planning import Done
 from tests.imagenet_files import tar_bytes
 from tests.small_sets import jpeg
-from tests.test_understood import classes, parquet, samples, tars, write, zipped
+from tests.understood import classes, parquet, samples, tars, write, zipped
 
 CAT_DOG = ["cat", "dog"]
 
