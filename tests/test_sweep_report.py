@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,14 +22,17 @@ from pipelines.own_code import read_code
 from pipelines.preflight import with_absolute_paths
 from pipelines.recipe import load_recipe, own_code_of
 from pipelines.runs import find_record
+from pipelines.tracking.client import default_uri, sqlite_path
 from pipelines.train import _main, fit
 from recipes.demo import demo
 from sovit import Pooling
 from tests.mlflow_stores import prepare_store
 from tests.small_sets import write_set
+from tests.test_moved import ODD
 from tests.test_own_code import forget
 from tuning.entries import Entry, Sweep, read_sweep, write_sweep
 from tuning.options import Search
+from tuning.report import conclude
 from tuning.report.figures import (
     draw_importances,
     draw_parallel,
@@ -259,6 +263,27 @@ def test_a_winner_of_ones_own_file_trains_from_any_folder(
     assert record.run.data.train == str(home / "shards/train")
     assert record.code == read_code(elsewhere / "winner.py")
     forget("my_winner")
+
+
+def test_what_a_sweep_prints_can_be_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = tmp_path / ODD
+    sweep = dataclasses.replace(
+        a_sweep(), name="s", run=dataclasses.replace(demo(), storage=str(storage))
+    )
+    uri = default_uri(str(storage))
+    conclude._print_next(
+        sweep, winner=ENTRIES[1], is_whole=False, uri=uri, view="#/compare"
+    )
+    lines = capsys.readouterr().out.splitlines()
+    said = {line[:10].strip(): shlex.split(line[12:]) for line in lines}
+    assert said["winner"][1:] == [f"{storage}/s/report/winner.py:best"]
+    assert said["compare"][1:] == ["s", "--store", uri]
+    assert said["after"][1:] == ["ui", "--backend-store-uri", uri]
+    assert sqlite_path(uri) == storage / "mlflow.db"
+    more = ["--resume", f"{storage}/s", "--max-gpu-hours", "MORE"]
+    assert said["go on"][1:] == more
 
 
 def test_rank_correlation() -> None:
