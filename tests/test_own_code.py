@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -12,10 +11,8 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
 from timm.models import _registry
 
-from pipelines.checkpoint import build_model
 from pipelines.config import Run, Validation
 from pipelines.evaluate import Options, evaluate_checkpoint
 from pipelines.model_code import is_trusted, load_model_code
@@ -28,7 +25,6 @@ from pipelines.train import _main, fit
 from tests.demo_runs import small_demo
 from tests.mlflow_stores import prepare_store
 from tests.seen_environment import SeenEnvironment
-from tuning.spaces import load_space
 
 HEAD = """
 from pipelines.config import Data, Model, Optim, Run
@@ -363,23 +359,6 @@ def test_code_of_a_stranger_runs_only_where_it_is_named(
         load_model_code(checkpoint)
     load_model_code(checkpoint, given=name.rpartition(":")[0])
     assert timm.is_model("my_tiny_net")
-
-
-def test_the_docs_files_are_a_recipe_a_model_and_a_space(
-    tmp_path: Path, registry: None
-) -> None:
-    """As they stand in docs/own.md, outside the checkout."""
-    text = (Path(__file__).parents[1] / "docs/own.md").read_text()
-    recipe, space = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    (tmp_path / "mine.py").write_text(recipe)
-    (tmp_path / "space.py").write_text(space)
-    run = load_recipe(f"{tmp_path}/mine.py:run")
-    model = build_model(run.model, num_classes=7)
-    size = run.model.img_size
-    assert model(torch.randn(2, 3, size, size)).shape == (2, 7)
-    assert model.get_classifier().out_features == 7  # pyright: ignore[reportCallIssue]
-    found = load_space(f"{tmp_path}/space.py:rates", run=run)
-    assert list(found) == ["optim.lr"]
 
 
 @pytest.mark.ray
