@@ -20,7 +20,7 @@ from pipelines.config import Run
 from pipelines.fields import change_fields, differing
 from pipelines.own_code import read_code
 from pipelines.preflight import with_absolute_paths
-from pipelines.recipe import load_recipe, own_code_of
+from pipelines.recipe import load_code, load_recipe, own_code_of
 from pipelines.runs import find_record
 from pipelines.tracking.client import default_uri, sqlite_path
 from pipelines.train import _main, fit
@@ -263,6 +263,9 @@ def test_a_winner_of_ones_own_file_trains_from_any_folder(
     assert record.run.data.train == str(home / "shards/train")
     assert record.code == read_code(elsewhere / "winner.py")
     forget("my_winner")
+    assert sweep.code == load_code(record.code).CODE  # as a worker does it
+    assert timm.is_model("my_winner")
+    forget("my_winner")
 
 
 def test_what_a_sweep_prints_can_be_pasted(
@@ -277,7 +280,9 @@ def test_what_a_sweep_prints_can_be_pasted(
         sweep, winner=ENTRIES[1], is_whole=False, uri=uri, view="#/compare"
     )
     lines = capsys.readouterr().out.splitlines()
-    said = {line[:10].strip(): shlex.split(line[12:]) for line in lines}
+    texts = {line[:10].strip(): line[12:] for line in lines}
+    assert texts["report"] == f"{storage}/s/report"
+    said = {name: shlex.split(texts[name]) for name in texts if name != "report"}
     assert said["winner"][1:] == [f"{storage}/s/report/winner.py:best"]
     assert said["compare"][1:] == ["s", "--store", uri]
     assert said["after"][1:] == ["ui", "--backend-store-uri", uri]
