@@ -261,9 +261,10 @@ def test_a_winner_of_ones_own_file_trains_from_any_folder(
     assert record.status == "finished"
     assert record.run.optim.lr == 2
     assert record.run.data.train == str(home / "shards/train")
-    assert record.code == read_code(elsewhere / "winner.py")
+    code = read_code(elsewhere / "winner.py")
+    assert record.code == code
     forget("my_winner")
-    assert sweep.code == load_code(record.code).CODE  # as a worker does it
+    assert sweep.code == load_code(code).CODE  # as a worker does it
     assert timm.is_model("my_winner")
     forget("my_winner")
 
