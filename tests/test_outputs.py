@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import family, heads, ingest, model
-from benchmarks.scale import command as scale
+from benchmarks.scale import __main__ as scale
 from pipelines import evaluate, outputs, predict, preview
 from pipelines.export import command as export
 from tuning.compare import command as compare
@@ -24,7 +24,7 @@ FILES: list[tuple[Command, list[str]]] = [
     (compare._main, ["no_run", "--plot"]),
     (preview._main, ["demo", "--data.train", "no_shards", "--out"]),
     *((module._main, ["--json"]) for module in (family, heads, ingest, model, scale)),
-    *((module._main, ["--plot"]) for module in (heads, ingest, scale)),
+    *((module._main, ["--plot"]) for module in (heads, ingest)),
 ]
 
 

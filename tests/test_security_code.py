@@ -28,8 +28,6 @@ METHODS = {"extract", "extractall", "exec_module"}
 ALLOWED = {
     # A recipe or a space is Python that its user names: the one way in for code.
     "pipelines/recipe.py": {"spec.loader.exec_module"},
-    # Times unpickling, with bytes that it pickled a line before.
-    "benchmarks/scale/plan.py": {"pickle.loads"},
     # Tries the program that sovit-export wrote a line before.
     "pipelines/export/program.py": {"torch.export.load"},
 }

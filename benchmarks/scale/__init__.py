@@ -1,1 +1,1 @@
-"""Say what runs out first when a training grows: `python -m benchmarks.scale`."""
+"""What runs out first at 8, 64 and 512 GPUs: rates measured here, set against needs."""

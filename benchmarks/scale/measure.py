@@ -1,230 +1,182 @@
-"""Measure what the model of a cluster needs, part by part."""
+"""Measure the model's constants, with the code that trains."""
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import itertools
+import json
+import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+import numpy as np
+import pyarrow as pa
+import torch
 
-from benchmarks.processes import cpu_seconds, machine_cpu_seconds
-from benchmarks.scale import keeping, reading
-from benchmarks.scale import plan as planning
-from benchmarks.scale.model import Costs, Kept, Shards, shards_of
-from benchmarks.scale.options import Options
+from pipelines.building import build_state
+from pipelines.files import Place
+from pipelines.ingest.footers import read_shard_set
+from pipelines.ingest.plan import plan_epoch
+from pipelines.ingest.reading import Reading, read_rows, share_tables
+from pipelines.recipe import load_recipe
+from pipelines.shards.format import CLASSES_FILE, SCHEMA, shard_name, write_shard
+from pipelines.snapshot import Snapshot, take_snapshot, write_snapshot
 
-if TYPE_CHECKING:  # without RAY_ADDRESS no Ray is looked for
-    from benchmarks.scale.on_ray import RayCost
+if TYPE_CHECKING:
+    from tests.s3_server import Line
 
-_BLOCK_MS = 4.8  # of blocks of 68 kB, on two cores: docs/scale.md
-_MAX_RAY_MESSAGES = 10_000
-# As many rows as a shard of photographs has, and shards of the set that is read.
-_FOOTER_ROWS = 1216
-_NUM_READ_SHARDS = 16
-# As many rows as recipes read at a time.
-_UNIT_ROWS = 2048
-
-
-@dataclass(kw_only=True)
-class Findings:
-    """Collect what was measured, part by part."""
-
-    plans: list[planning.PlanCost] = field(default_factory=list)
-    footers: list[reading.FooterCost] = field(default_factory=list)
-    bucket_footers: list[reading.FooterCost] = field(default_factory=list)
-    reads: list[reading.ReadCost] = field(default_factory=list)
-    bucket_reads: list[reading.ReadCost] = field(default_factory=list)
-    """Of tiny images in as many row groups as a unit of photographs, which shows the
-    waits; then of photographs."""
-    bucket_streams: list[reading.ReadCost] = field(default_factory=list)
-    """Of photographs, without a delay."""
-    cuts: list[reading.ReadCost] = field(default_factory=list)
-    boards: list[keeping.BoardCost] = field(default_factory=list)
-    points_per_s: list[float] = field(default_factory=list)
-    kept: list[Kept] = field(default_factory=list)
-    rays: list[RayCost] = field(default_factory=list)
-    other_cores: float = 0.0
-    """Cores that the rest of the machine was busy on meanwhile: a disturbance."""
+_ROUNDS = 5
+_COPIES = 40
+_CLASSES = tuple(f"class {number}" for number in range(1000))
 
 
-def costs_of(found: Findings, *, block_ms: float | None) -> Costs:
-    """Take the model's constants out of what was measured: of the largest plan.
+def least_s(function: Callable[[], object], *, num_rounds: int = _ROUNDS) -> float:
+    """Seconds of the quickest of some calls."""
+    times_s = []
+    for _ in range(num_rounds):
+        start_s = time.perf_counter()
+        function()
+        times_s.append(time.perf_counter() - start_s)
+    return min(times_s)
 
-    Args:
-        block_ms: Wins over what was measured.
-    """
-    plan = max(found.plans, key=lambda plan: plan.num_groups)
-    unit = max(plan.units, key=lambda unit: unit.num_slices)
-    (read,), bucket_read = found.reads, found.bucket_reads[-1]
-    (in_bucket,), (board,) = found.bucket_footers, found.boards
-    ray = found.rays[0] if found.rays else None
-    further = bucket_read.num_requests - bucket_read.num_slices
-    return Costs(
-        block_ms=block_ms or (ray.block_ms if ray else _BLOCK_MS),
-        plan_us_per_group=1e6 * plan.plan_s / plan.num_groups,
-        slice_us=1000 * unit.ms / unit.num_slices,
-        task_bytes_per_slice=unit.task_bytes / unit.num_slices,
-        set_bytes_per_shard=plan.set_bytes_per_shard,
-        footer_ms=min(one.ms for one in found.footers),
-        bucket_footer_ms=in_bucket.ms,
-        bucket_latency_ms=in_bucket.latency_ms,
-        requests_per_file=further / bucket_read.num_files,
-        read_mb_s=read.mb / read.seconds,
-        bucket_mb_s=max(one.mb / one.seconds for one in found.bucket_streams),
-        post_us=ray.post_us if ray else board.post_us,
-        heard_s=board.heard_s,
-        points_per_s=found.points_per_s[0] if found.points_per_s else None,
-        kept=found.kept[0],
+
+def write_copies(
+    folder: Path, *, num_shards: int, num_rows: int, image_bytes: int
+) -> None:
+    """Write a shard of random bytes for images, and copies of it."""
+    folder.mkdir(parents=True)
+    (folder / CLASSES_FILE).write_text(json.dumps(_CLASSES))
+    rng = np.random.default_rng(0)
+    columns = {
+        "image": [rng.bytes(image_bytes) for _ in range(num_rows)],
+        "label": [number % len(_CLASSES) for number in range(num_rows)],
+        "key": [f"n00000000/{number:08d}.JPEG" for number in range(num_rows)],
+        "width": [500] * num_rows,
+        "height": [375] * num_rows,
+    }
+    first, *others = (
+        folder / shard_name("set", index=index, num_shards=num_shards)
+        for index in range(num_shards)
     )
+    # As many rows in a group as photographs have.
+    write_shard(first, rows=pa.table(columns, schema=SCHEMA), rows_per_group=37)
+    for other in others:
+        shutil.copyfile(first, other)
 
 
-def measure(options: Options, *, folder: Path) -> Findings:
-    """Measure part after part, with a bar."""
-    found = Findings()
-    start_s, cpu_s = time.perf_counter(), machine_cpu_seconds() - cpu_seconds()
-    parts = _parts(options, folder=folder, found=found)
-    bar = tqdm(parts.items(), unit="part", disable=None)
-    for name, part in bar:
-        bar.set_description(name)
-        part()
-    cpu_s = machine_cpu_seconds() - cpu_seconds() - cpu_s
-    found.other_cores = max(cpu_s / (time.perf_counter() - start_s), 0.0)
-    return found
+def measure_bucket(folder: Path, *, latency_ms: float, tiny: bool) -> dict[str, Any]:
+    """Serve S3 on loopback: footers and a unit with a delay, then bytes without one."""
+    from tests.s3_server import s3_server
 
-
-def _parts(
-    options: Options, *, folder: Path, found: Findings
-) -> Mapping[str, Callable[[], None]]:
-    """Name what is measured, in order."""
-    all_shards = [_shards(options, num_images=num) for num in options.num_images]
-
-    def plan(shards: Shards) -> Callable[[], None]:
-        return lambda: found.plans.append(
-            planning.measure_plan(
-                shards,
-                num_gpus=options.num_gpus,
-                images_per_gpu=options.images_per_gpu,
-                num_rounds=options.num_rounds,
-            )
-        )
-
-    def kept(recipe: str) -> Callable[[], None]:
-        return lambda: found.kept.append(
-            keeping.measure_checkpoint(
-                recipe, folder=folder, num_rounds=options.num_rounds
-            )
-        )
-
-    parts = {f"plan {shards.num_images:,}": plan(shards) for shards in all_shards}
-    parts["footers"] = lambda: _footers(options, folder=folder, found=found)
-    parts["bucket"] = lambda: _bucket(options, folder=folder, found=found)
-    parts["reading"] = lambda: _reading(options, folder=folder, found=found)
-    parts["board"] = lambda: found.boards.append(
-        keeping.measure_board(
-            num_messages=options.num_messages, num_rounds=options.num_rounds
-        )
-    )
-    if options.num_logs:
-        parts["MLflow"] = lambda: found.points_per_s.append(
-            keeping.measure_mlflow(folder, num_logs=options.num_logs)
-        )
-    parts |= {f"checkpoint {name}": kept(name) for name in options.recipes}
-    if os.environ.get("RAY_ADDRESS"):
-        parts["Ray"] = lambda: _ray(options, folder=folder, found=found)
-    return parts
-
-
-def _shards(options: Options, *, num_images: int) -> Shards:
-    return shards_of(num_images, image_kb=options.image_kb)
-
-
-def _write_footers(options: Options, *, folder: Path, num_shards: int) -> str:
-    """Write shards whose footers are as long as those of photographs."""
-    of_set = _shards(options, num_images=max(options.num_images))
-    return reading.write_copies(
-        folder,
-        num_shards=num_shards,
-        num_rows=_FOOTER_ROWS,
-        image_bytes=reading.FOOTER_IMAGE_BYTES,
-        rows_per_group=-(-_FOOTER_ROWS // of_set.groups_per_shard),
-    )
-
-
-def _write_photographs(options: Options, *, folder: Path, num_rows: int) -> str:
-    return reading.write_copies(
-        folder,
-        num_shards=_NUM_READ_SHARDS,
-        num_rows=num_rows // _NUM_READ_SHARDS,
-        image_bytes=round(1000 * options.image_kb),
-    )
-
-
-def _footers(options: Options, *, folder: Path, found: Findings) -> None:
-    address = _write_footers(
-        options, folder=folder / "footers", num_shards=options.num_footers
-    )
-    for _ in range(options.num_rounds):
-        found.footers.append(reading.measure_footers(address))
-
-
-def _bucket(options: Options, *, folder: Path, found: Findings) -> None:
-    _write_footers(
-        options, folder=folder / "few", num_shards=options.num_bucket_footers
-    )
-    _write_photographs(
-        options, folder=folder / "unit", num_rows=options.num_bucket_rows
-    )
-    with reading.bucket(latency_ms=options.cluster.store_latency_ms) as line:
-        address = reading.upload(folder / "few", line=line)
-        found.bucket_footers.append(reading.measure_footers(address, line=line))
-        found.bucket_reads.append(
-            reading.measure_bucket_reading(address, line=line, num_rows=_UNIT_ROWS)
-        )
-        address = reading.upload(folder / "unit", line=line)
-        found.bucket_reads.append(
-            reading.measure_bucket_reading(
-                address, line=line, num_rows=options.num_bucket_rows // 2
-            )
-        )
+    num_shards, num_rows = (8, 64) if tiny else (480, 1024)
+    small, large = (folder / name for name in ("small", "photographs"))
+    write_copies(small, num_shards=num_shards, num_rows=1216, image_bytes=20)
+    write_copies(large, num_shards=16, num_rows=num_rows // 16, image_bytes=110_000)
+    with s3_server() as line:
+        of_small, of_large = _upload(small), _upload(large)
+        line.latency_s = latency_ms / 1000
+        footers_s = least_s(lambda: read_shard_set(of_small), num_rounds=1)
+        unit = _measure_unit(of_large, line=line, num_rows=num_rows // 2, num_rounds=1)
         line.latency_s = 0.0
-        found.bucket_streams += (
-            reading.measure_bucket_reading(
-                address, line=line, num_rows=options.num_bucket_rows
-            )
-            for _ in range(options.num_rounds)
+        stream = _measure_unit(of_large, line=line, num_rows=num_rows)
+    page_cache = _measure_unit(str(large), line=None, num_rows=num_rows)
+    return {
+        "bucket_latency_ms": latency_ms,
+        "bucket_footer_ms": 1000 * footers_s / num_shards,
+        "bucket_mb_s": stream["mb_s"],
+        "read_mb_s": page_cache["mb_s"],
+        "bucket_unit": unit,
+    }
+
+
+def _upload(folder: Path) -> str:
+    address = f"s3://bucket/{folder.name}"
+    for file in folder.iterdir():
+        Place(address).within(file.name).write(file.read_bytes())
+    return address
+
+
+def _measure_unit(
+    address: str, *, line: Line | None, num_rows: int, num_rounds: int = _ROUNDS
+) -> dict[str, float]:
+    """Read a unit from a bucket, or read and cut it from a disk."""
+    shards = read_shard_set(address)
+    plan = plan_epoch(shards.groups, batch_size=num_rows, shuffle_rows=num_rows)
+    unit = plan.unit(0)
+    reading = Reading(address=address, num_classes=len(_CLASSES), num_workers=8)
+
+    def read() -> list[pa.Table]:
+        if line is None:
+            return list(share_tables(unit, reading=reading))
+        return [read_rows(unit, reading=reading)]
+
+    tables = read()  # takes fresh memory from the system
+    taken = list if line is None else line.taken
+    taken()
+    seconds, asked = least_s(read, num_rounds=num_rounds), taken()
+    return {
+        "num_slices": len(unit.slices),
+        "num_files": len({part.path for part in unit.slices}),
+        "num_requests": len(asked) // num_rounds,
+        "seconds": seconds,
+        "mb_s": sum(table.nbytes for table in tables) / seconds / 1e6,
+    }
+
+
+def measure_checkpoint(recipe: str, *, folder: Path) -> dict[str, Any]:
+    """Copy and write a recipe's state, on one thread: the least times."""
+    torch.set_num_threads(1)
+    run = load_recipe(recipe)
+    state = build_state(run, num_classes=len(_CLASSES), device=torch.device("cpu"))
+    for parameter in state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()  # its moments are there from the first step on
+
+    def copy() -> Snapshot:
+        return take_snapshot(
+            run=run,
+            position=state.position,
+            classes=_CLASSES,
+            metrics={},
+            model=state.model,
+            ema=None if state.ema is None else state.ema.module,
+            optimizer=state.optimizer,
         )
 
+    snapshot, place = copy(), folder / recipe
+    place.mkdir()
+    return {
+        "copy_s": least_s(copy, num_rounds=_COPIES),
+        "write_s": least_s(lambda: write_snapshot(place, snapshot)),
+        "num_mb": sum(file.stat().st_size for file in place.iterdir()) / 1e6,
+    }
 
-def _reading(options: Options, *, folder: Path, found: Findings) -> None:
-    num_rows = options.num_read_rows
-    address = _write_photographs(
-        options, folder=folder / "photographs", num_rows=num_rows
+
+def measure_blocks(folder: Path, *, num_workers: int, num_blocks: int = 1000) -> float:
+    """Milliseconds of a block, dealt to a thread for each worker on the Ray that is.
+
+    The start of the split is left out. A coordinator that is faster than one process
+    can take shows as that process's speed.
+    """
+    from pipelines.ingest.source import shares, split_units
+
+    write_copies(folder, num_shards=32, num_rows=1024, image_bytes=2000)
+    shards = read_shard_set(str(folder))
+    batch_size = -(-shards.groups.total_rows // max(num_blocks // num_workers, 1))
+    plan = plan_epoch(shards.groups, batch_size=batch_size, shuffle_rows=batch_size)
+    data = load_recipe("imagenet.so_vit_14").data
+    data = dataclasses.replace(data, train=str(folder), val=str(folder))
+    reading = Reading(
+        address=str(folder), num_classes=len(_CLASSES), num_workers=num_workers
     )
-    found.reads.append(
-        reading.measure_reading(
-            address, num_rounds=options.num_rounds, num_rows=num_rows // 2
-        )
-    )
-    found.cuts += reading.measure_cutting(
-        folder / "cut",
-        num_gpus=options.num_gpus,
-        images_per_gpu=options.images_per_gpu,
-    )
+    split = split_units(list(plan.units()), reading=reading, data=data)
 
+    def take(iterator: Any) -> list[float]:
+        return [time.perf_counter() for _ in shares(iterator, data=data)]
 
-def _ray(options: Options, *, folder: Path, found: Findings) -> None:
-    from benchmarks.scale import on_ray
-
-    num_workers = options.num_gpus[0]
-    with on_ray.joined():
-        found.rays.append(
-            on_ray.measure_ray(
-                str(folder / "cut"),
-                num_workers=num_workers,
-                num_messages=min(options.num_messages, _MAX_RAY_MESSAGES),
-            )
-        )
+    with ThreadPoolExecutor(num_workers) as pool:
+        times_s = list(itertools.chain.from_iterable(pool.map(take, split)))
+    return 1000 * (max(times_s) - min(times_s)) / max(len(times_s) - 1, 1)
