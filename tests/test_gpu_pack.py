@@ -275,7 +275,7 @@ def test_an_index_without_the_wheels_is_one_line(
         tmp_path / "bin", uv="#!/bin/sh\necho 'x no\n  wheel' >&2; exit 1\n"
     )
     monkeypatch.setattr(sys, "executable", str(tools / "python"))
-    with pytest.raises(ValueError, match=r"for Python 3.12 that fit .*: x no wheel;"):
+    with pytest.raises(ValueError, match=r"uv failed: x no wheel; .*see --present"):
         command._main(["--out", str(tmp_path / "out")])
     (tools / "uv").unlink()
     monkeypatch.setenv("PATH", "")
@@ -286,8 +286,8 @@ def test_an_index_without_the_wheels_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["--python", "312"], "expected a version like 3.12, got 312"),
-        (["--python", "3.9"], "expected 3.11 or newer, got 3.9"),
+        (["--python", "312"], "expected 3.11 or newer, such as 3.12, got 312"),
+        (["--python", "3.9"], "expected 3.11 or newer, such as 3.12, got 3.9"),
         (["--arch", "9"], "such as 90 for sm_90, got 9"),
         (["--present", "nowhere.txt"], "got nowhere.txt, which is not there"),
         (["--packs", "ray"], "ray"),

@@ -124,22 +124,29 @@ def _compile(
 
 
 def _uv(command: str, *arguments: str, python: str) -> None:
-    folders = (str(Path(sys.executable).parent), os.environ.get("PATH", ""))
-    if not (uv := shutil.which("uv", path=os.pathsep.join(folders))):
-        raise ValueError("expected uv on the PATH, got none; run `make install`")
     target = ("--python-version", python, "--python-platform", _PLATFORM)
     wheels = ("--only-binary", ":all:")
+    asked = ["pip", command, "-q", *target, *wheels, *arguments]
+    run_tool("uv", asked, hint="run `make install`, see --present and --python")
+
+
+def run_tool(name: str, arguments: Sequence[str], *, hint: str) -> None:
+    """Run a program of this environment or the PATH.
+
+    Raises ValueError, one line that ends in a hint, where it is missing or fails.
+    """
+    folders = (str(Path(sys.executable).parent), os.environ.get("PATH", ""))
+    if not (tool := shutil.which(name, path=os.pathsep.join(folders))):
+        raise ValueError(f"expected {name} on the PATH, got none; {hint}")
     done = subprocess.run(
-        [uv, "pip", command, "-q", *target, *wheels, *arguments],
+        [tool, *arguments],
         text=True,
         capture_output=True,
         check=False,
+        env={**os.environ, "LC_ALL": "C"},
     )
     if done.returncode:
-        raise ValueError(
-            f"expected wheels for Python {python} that fit what the machine has, got "
-            f"none: {' '.join(done.stderr.split())}; see --present and --python"
-        )
+        raise ValueError(f"{name} failed: {' '.join(done.stderr.split())}; {hint}")
 
 
 def _name_of(requirement: str) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.gpu_pack.fatbin import is_elf, zero_other_images
+from benchmarks.gpu_pack.packages import run_tool
 
 _UNUSED = (
     # Scripts name the Python of the machine that packed them; what compilers read.
@@ -75,19 +74,4 @@ def _slim_library(path: Path, *, arch: int) -> None:
             path.write_bytes(content)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
-    _strip(["--strip-unneeded", str(path)])
-
-
-def _strip(arguments: Sequence[str]) -> None:
-    if not (strip := shutil.which("strip")):
-        raise ValueError("expected strip on the PATH, got none; install binutils")
-    environment = {**os.environ, "LC_ALL": "C"}
-    done = subprocess.run(
-        [strip, *arguments],
-        text=True,
-        capture_output=True,
-        check=False,
-        env=environment,
-    )
-    if done.returncode:
-        raise ValueError(f"strip failed: {' '.join(done.stderr.split())}")
+    run_tool("strip", ["--strip-unneeded", str(path)], hint="install binutils")
