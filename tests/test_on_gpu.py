@@ -19,12 +19,10 @@ import pytest
 from PIL import Image
 
 from benchmarks.on_gpu import images, rates, ray_run
-from benchmarks.on_gpu.command import parse_options
+from benchmarks.on_gpu.__main__ import parse_options, stages_of, table
 from benchmarks.on_gpu.profile import kernels
 from benchmarks.on_gpu.runner import Outcome, run_stage, warm_up
-from benchmarks.on_gpu.setting import Setting
-from benchmarks.on_gpu.stages import STAGES, Stage
-from benchmarks.on_gpu.table import table
+from benchmarks.on_gpu.stages import STAGES, Setting, Stage
 from benchmarks.result_file import write_result
 from pipelines import train
 from pipelines.config import Run
@@ -158,8 +156,7 @@ def test_the_worker_is_killed_once_the_first_epoch_is_kept(
     """The stage on a stand-in of the training; the real one is in a slow test."""
     asked = stand_in(monkeypatch, tmp_path, script=TRAINER)
     setting = Setting(device="cpu", tiny=True, work=tmp_path, out=tmp_path)
-    killed, _ = ray_run.tasks(setting)
-    figures = killed.measure()
+    figures = ray_run.tasks(setting)["trained, killed, resumed"]()
     assert figures["seconds_in_all"] >= figures["next_epoch_after_kill_s"] > 0
     assert not Path(f"/proc/{figures['killed']}").exists()
     ((module, *arguments),) = asked
@@ -179,9 +176,8 @@ def test_a_training_that_ends_early_is_said(
 ) -> None:
     stand_in(monkeypatch, tmp_path, script="raise SystemExit(3)")
     setting = Setting(device="cpu", tiny=True, work=tmp_path, out=tmp_path)
-    killed, _ = ray_run.tasks(setting)
     with pytest.raises(RuntimeError, match=r"expected epoch_0001, .* 3"):
-        killed.measure()
+        ray_run.tasks(setting)["trained, killed, resumed"]()
 
 
 def test_a_stage_that_cannot_start_is_told_and_the_next_begins(
@@ -204,9 +200,7 @@ def raise_end(process: Any) -> None:
 
 
 def bad_stage(name: str, *, limit_s: float = LONG_S, needs: Any = ()) -> Stage:
-    return Stage(
-        name=name, part="a", limit_s=limit_s, needs=needs, package="tests.stages"
-    )
+    return Stage(name, "a", limit_s, needs, package="tests.stages")
 
 
 def run_one(stage: Stage, *, work: Path, seconds: float = LONG_S) -> Outcome:
@@ -275,8 +269,7 @@ def test_pictures_are_made_up_where_photographs_are_missing(
 ) -> None:
     monkeypatch.setattr(images, "photographs_here", list)
     setting = Setting(device="cpu", tiny=True, work=tmp_path, out=tmp_path)
-    (task,) = images.tasks(setting)
-    figures = task.measure()
+    figures = images.tasks(setting)["photographs"]()
     assert figures["cut_from"] == "made-up pictures"
     assert figures["num_images"] == 8
     assert 50_000 < figures["mean_bytes"] < 200_000
@@ -361,10 +354,10 @@ def test_bad_options_say_what_was_expected(
 
 
 def test_stages_are_chosen() -> None:
-    assert [s.name for s in parse_options(["--only", "heads", "steps"]).stages] == [
-        "steps",
-        "heads",
-    ]
-    parts = {part: parse_options(["--part", part]).stages for part in ("a", "b", "all")}
+    chosen = stages_of(parse_options(["--only", "heads", "steps"]))
+    assert [stage.name for stage in chosen] == ["steps", "heads"]
+    parts = {
+        part: stages_of(parse_options(["--part", part])) for part in ("a", "b", "all")
+    }
     assert parts["a"] + parts["b"] == parts["all"] == list(STAGES)
     assert len({dataclasses.astuple(stage) for stage in STAGES}) == len(STAGES)

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.distributed as dist
 
 from benchmarks.on_gpu.rates import device_of, times_ms
-from benchmarks.on_gpu.setting import Figures, Setting, Task
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """Sum a network's gradients over the group."""
-    return [
-        Task(name="all_reduce of one", measure=functools.partial(_measure, setting))
-    ]
+    return {"all_reduce of one": lambda: _measure(setting)}
 
 
 def _measure(setting: Setting) -> Figures:
     device = device_of(setting)
     backend = dist.get_default_backend_for_device(device)
-    dist.init_process_group(
-        backend,
-        init_method=f"file://{setting.work / 'group'}",
-        rank=0,
-        world_size=1,
-    )
+    group = f"file://{setting.work / 'group'}"
+    dist.init_process_group(backend, init_method=group, rank=0, world_size=1)
     try:
         # Of So-ViT-14 in float32.
         num_values = setting.pick(24_600_000, tiny=1000)

@@ -7,50 +7,47 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from benchmarks.model_cases import Case, Subject
+from benchmarks.model_cases import Case
 from benchmarks.model_rounds import Begun, process_of
-from benchmarks.on_gpu.setting import Figures, Setting, Task
-from benchmarks.on_gpu.steps import batch_sizes, case_of, figures_of, task_of
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
+from benchmarks.on_gpu.steps import batch_sizes, case_of, figures_of, name_of
 
 
 def cases_of(setting: Setting) -> list[Case]:
     """The compiled cases; the first is what other stages compile too."""
-    largest, *smaller = batch_sizes(setting)
     if setting.tiny:
         # Of a DeiT of one block a compiler has a quarter of So-ViT's kernels to make.
-        return [case_of(setting, "timm", "compile", batch_size=largest)]
-    subjects: tuple[Subject, ...] = ("ours", "timm")
-    return [
-        *(case_of(setting, one, "compile", batch_size=largest) for one in subjects),
-        *(case_of(setting, "ours", "compile", batch_size=size) for size in smaller),
+        return [case_of(setting, "timm", "compile", batch_size=batch_sizes(setting)[0])]
+    ours = [
+        case_of(setting, "ours", "compile", batch_size=size)
+        for size in batch_sizes(setting)
     ]
+    largest = ours[0].batch_size
+    return [ours[0], case_of(setting, "timm", "compile", batch_size=largest), *ours[1:]]
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """Ours and timm's, each with the time that its first step took to compile."""
     cases = cases_of(setting)
     together = Together(cases, round_s=setting.round_s)
     measure = functools.partial(together.measure, num_rounds=setting.num_rounds)
-    return [task_of(case, functools.partial(measure, case)) for case in cases]
+    return {name_of(case): functools.partial(measure, case) for case in cases}
 
 
 class Together:
     """Processes that compile beside each other, which takes a minute or more each."""
 
     def __init__(self, cases: list[Case], *, round_s: float) -> None:
-        self._cases, self._round_s = cases, round_s
-        self._processes: dict[Case, Any] = {}
+        self._processes = {case: process_of(case, round_s) for case in cases}
 
     @functools.cached_property
     def begun(self) -> dict[Case, Future[tuple[Begun, Callable[[], Any]]]]:
-        """What the first steps of each case will have given, and who to ask for more.
+        """What each case's first steps will have given, and who to ask for more.
 
         Starts them all.
         """
-        for case in self._cases:
-            self._processes[case] = process_of(case, self._round_s)
-        pool = ThreadPoolExecutor(len(self._cases))
-        return {case: pool.submit(self._begin, case) for case in self._cases}
+        pool = ThreadPoolExecutor(len(self._processes))
+        return {case: pool.submit(self._begin, case) for case in self._processes}
 
     def _begin(self, case: Case) -> tuple[Begun, Callable[[], Any]]:
         ask = self._processes[case].__enter__()

@@ -11,7 +11,7 @@ import nvidia.dali.types as types
 import torch
 from nvidia.dali.pipeline import Pipeline
 
-from benchmarks.on_gpu.setting import Setting
+from benchmarks.on_gpu.stages import Setting
 from pipelines.device import current_stream, is_gpu
 
 

@@ -12,7 +12,7 @@ from benchmarks.on_gpu.dali_graphs import BareDecoder
 from benchmarks.on_gpu.images import rows_of
 from benchmarks.on_gpu.pixels import distance, settings_of
 from benchmarks.on_gpu.rates import device_of
-from benchmarks.on_gpu.setting import Figures, Setting, Task
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from pipelines.pixels.decoder import BatchDecoder
 from pipelines.pixels.screen import screen
 from tests.odd_images import SIZE, bad_images, odd_images
@@ -22,7 +22,7 @@ _TOO_LARGE = frozenset({"bad: JPEG of 65500x65500"})
 _ENGINES = (1.0, 0.0)
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """Each bad image, then each odd one that must decode."""
     named = [
         (f"{kind}: {name}", image)
@@ -31,10 +31,10 @@ def tasks(setting: Setting) -> list[Task]:
     ]
     chosen = named[:: setting.pick(1, tiny=8)]
     judge = Judge(setting)
-    return [
-        Task(name=name, measure=functools.partial(judge, number, name, image))
+    return {
+        name: functools.partial(judge, number, name, image)
         for number, (name, image) in enumerate(chosen)
-    ]
+    }
 
 
 class Judge:

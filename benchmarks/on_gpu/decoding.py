@@ -14,7 +14,7 @@ from benchmarks.on_gpu.end_to_end import on_shards
 from benchmarks.on_gpu.images import batches_of, encoded_images, rows_of
 from benchmarks.on_gpu.pixels import POLICY, settings_of
 from benchmarks.on_gpu.rates import device_of, times_ms
-from benchmarks.on_gpu.setting import Figures, Setting, Task
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from benchmarks.on_gpu.steps import case_of
 from pipelines.ingest.batch import Batch
 from pipelines.ingest.footers import read_shard_set
@@ -28,10 +28,10 @@ _NUM_BATCHES = 4
 _NUM_EPOCHS = 10_000
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """By size of a batch: the bare decoder, ours, ours with all around it."""
     sizes = setting.pick((128, 64, 256), tiny=(4,))
-    found = []
+    found: dict[str, Callable[[], Figures]] = {}
     for size in sizes:
         makers = {
             "decoders.image alone": functools.partial(_bare, hardware=0.65),
@@ -48,13 +48,9 @@ def tasks(setting: Setting) -> list[Task]:
                 ),
                 "batches of a training": _supply,
             }
-        found += [
-            Task(
-                name=f"{name}, batch {size}",
-                measure=functools.partial(_measure, setting, make, size),
-            )
-            for name, make in makers.items()
-        ]
+        for name, make in makers.items():
+            measure = functools.partial(_measure, setting, make, size)
+            found[f"{name}, batch {size}"] = measure
     return found
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import statistics
 import time
 from collections.abc import Mapping
 
 from benchmarks.model_cases import NUM_CLASSES, Case, run_of
-from benchmarks.model_rounds import give_memory_back
 from benchmarks.on_gpu.compiled import cases_of
 from benchmarks.on_gpu.images import shards_of
 from benchmarks.on_gpu.rates import device_of
-from benchmarks.on_gpu.setting import Figures, Setting, Task
-from benchmarks.on_gpu.steps import task_of
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
+from benchmarks.on_gpu.steps import clean_up, name_of
 from pipelines.building import build_state
 from pipelines.checkpoint import Position
 from pipelines.config import Run
@@ -29,21 +27,18 @@ from pipelines.supply import opened_here
 _NUM_SNAPSHOTS = 3
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """With a compiled step, and with an eager one."""
     compiled = cases_of(setting)[0]
     eager = dataclasses.replace(compiled, stage="channels_last")
-    return [
-        task_of(case, functools.partial(_measure, setting, case))
-        for case in (compiled, eager)
-    ]
+    cases = (compiled, eager)
+    return {name_of(case): functools.partial(_measure, setting, case) for case in cases}
 
 
 def _measure(setting: Setting, case: Case) -> Figures:
     """Train for some epochs; then copy the state as a checkpoint does."""
-    gc.collect()
+    clean_up(setting)
     device = device_of(setting)
-    give_memory_back(device)
     run = on_shards(setting, case, num_epochs=setting.pick(6, tiny=2))
     shards = read_shard_set(run.data.train)
     epoch = Plans(shards=shards, run=run, train=True).shape(0)

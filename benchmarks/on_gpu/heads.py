@@ -11,7 +11,7 @@ from benchmarks import straightforward as plain
 from benchmarks.head_cases import Case, cases
 from benchmarks.head_rounds import compare
 from benchmarks.on_gpu.rates import device_of, times_ms
-from benchmarks.on_gpu.setting import Figures, Setting, Task
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from benchmarks.step_share import measure_share
 from sovit.newton_schulz import newton_schulz_sqrt
 
@@ -20,30 +20,24 @@ _TINY = {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2}
 _SIDES = (64, 128, 256)
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """The shares, the products in TF32, and then each head of `benchmarks.heads`."""
     batch_size = setting.pick(64, tiny=1)
     heads = cases(batch_size, device=device_of(setting).type)
     names = setting.pick(_STEPS, tiny=("so_vit_7",))
-    return [
-        *(
-            Task(
-                name=f"share of {name}", measure=functools.partial(_share, setting, it)
-            )
-            for name, it in zip(names, names, strict=True)
-        ),
-        *(
-            Task(
-                name=f"Newton-Schulz, {side}x{side}, {precision}",
-                measure=functools.partial(_root, setting, side, precision=precision),
+    return {
+        **{f"share of {it}": functools.partial(_share, setting, it) for it in names},
+        **{
+            f"Newton-Schulz, {side}x{side}, {precision}": functools.partial(
+                _root, setting, side, precision=precision
             )
             for side, precision in itertools.product(_SIDES, ("float32", "tf32"))
-        ),
-        *(
-            Task(name=case.name, measure=functools.partial(_compare, setting, case))
+        },
+        **{
+            case.name: functools.partial(_compare, setting, case)
             for case in heads[:: setting.pick(1, tiny=4)]
-        ),
-    ]
+        },
+    }
 
 
 def _share(setting: Setting, name: str) -> Figures:

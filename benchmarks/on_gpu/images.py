@@ -5,7 +5,6 @@ Where the packages that carry the photographs are missing, pictures are made up.
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from benchmarks.on_gpu.setting import Figures, Setting, Task
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from benchmarks.photographs import cut_photographs, photographs_here
 from pipelines.pixels.rows import Rows
 from pipelines.shards.format import CLASSES_FILE, SCHEMA, shard_name, write_shard
@@ -27,9 +26,9 @@ _NUM_CLASSES = 10
 _ROWS_PER_GROUP = 64
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """Cut the images, and write them as shards."""
-    return [Task(name="photographs", measure=functools.partial(_measure, setting))]
+    return {"photographs": lambda: _measure(setting)}
 
 
 def _measure(setting: Setting) -> Figures:

@@ -13,20 +13,12 @@ from typing import Any
 import torch
 
 from benchmarks.on_gpu.rates import device_of, times_ms
-from benchmarks.on_gpu.setting import Figures, Setting, Task
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from pipelines.device import download, free_memory, gpus_here, upload, wait_for_stream
 
 _PACKAGES = (
-    "torch",
-    "timm",
-    "triton",
-    "numpy",
-    "pyarrow",
-    "pillow",
-    "nvidia-dali-cuda130",
-    "nvidia-nvimgcodec-cu13",
-    "ray",
-    "mlflow",
+    *("torch", "timm", "triton", "numpy", "pyarrow", "pillow", "ray", "mlflow"),
+    *("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13"),
 )
 _QUERY = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit"
 _TYPES = {
@@ -37,18 +29,18 @@ _TYPES = {
 }
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """List the versions and each ceiling."""
-    return [
-        Task(name="versions", measure=_versions),
-        Task(name="device", measure=functools.partial(_device, setting)),
-        Task(name="copy", measure=functools.partial(_copy, setting)),
-        Task(name="from and to the host", measure=functools.partial(_host, setting)),
-        *(
-            Task(name=f"products, {name}", measure=functools.partial(_products, *of))
-            for name, of in ((name, (setting, name)) for name in _TYPES)
-        ),
-    ]
+    return {
+        "versions": _versions,
+        "device": lambda: _device(setting),
+        "copy": lambda: _copy(setting),
+        "from and to the host": lambda: _host(setting),
+        **{
+            f"products, {name}": functools.partial(_products, setting, name)
+            for name in _TYPES
+        },
+    }
 
 
 def _versions() -> Figures:

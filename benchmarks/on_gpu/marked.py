@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from benchmarks.on_gpu.setting import Figures, Setting, Task
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 
 _TESTS = Path(__file__).parents[2] / "tests"
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """One run of pytest: what the tests import takes longer than they do."""
-    return [Task(name="pytest -m gpu", measure=functools.partial(_run, setting))]
+    return {"pytest -m gpu": lambda: _run(setting)}
 
 
 class _Outcomes:

@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks.on_gpu.dali_graphs import BareDecoder
 from benchmarks.on_gpu.images import encoded_images, rows_of
 from benchmarks.on_gpu.rates import device_of
-from benchmarks.on_gpu.setting import Figures, Setting, Task
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from pipelines.config import Augment, Data
 from pipelines.device import CPU
 from pipelines.pixels.dali import DaliDecoder
@@ -27,34 +27,25 @@ POLICY = "rand-m9-mstd0.5-inc1"
 _HARDWARE = (0.65, 0.0, 1.0)
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """Whole images by the decoder alone, then what training and evaluation see."""
-    whole = itertools.product(_HARDWARE, (True, False))
-    return [
-        *(
-            Task(
-                name=f"decoded, engine {hardware}, fancy upsampling {fancy}",
-                measure=functools.partial(
-                    _decoded, setting, hardware=hardware, fancy=fancy
-                ),
-            )
-            for hardware, fancy in whole
-        ),
-        *(
-            Task(
-                name=f"{name}, engine {hardware}",
-                measure=functools.partial(
-                    _seen, setting, hardware=hardware, train=train, policy=policy
-                ),
-            )
-            for name, train, policy in (
-                ("evaluation", False, ""),
-                ("training", True, ""),
-                ("RandAugment", True, POLICY),
-            )
-            for hardware in _HARDWARE[:2]
-        ),
-    ]
+    whole = {
+        f"decoded, engine {hardware}, fancy upsampling {fancy}": functools.partial(
+            _decoded, setting, hardware=hardware, fancy=fancy
+        )
+        for hardware, fancy in itertools.product(_HARDWARE, (True, False))
+    }
+    kinds = {
+        "evaluation": functools.partial(_seen, setting, train=False, policy=""),
+        "training": functools.partial(_seen, setting, train=True, policy=""),
+        "RandAugment": functools.partial(_seen, setting, train=True, policy=POLICY),
+    }
+    seen = {
+        f"{name}, engine {hardware}": functools.partial(measure, hardware=hardware)
+        for name, measure in kinds.items()
+        for hardware in _HARDWARE[:2]
+    }
+    return {**whole, **seen}
 
 
 def _decoded(setting: Setting, *, hardware: float, fancy: bool) -> Figures:

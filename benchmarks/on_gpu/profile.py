@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -12,12 +11,11 @@ from typing import Any
 from torch.profiler import profile, supported_activities
 
 from benchmarks.model_cases import Case
-from benchmarks.model_rounds import give_memory_back
 from benchmarks.model_steps import build_steps
 from benchmarks.on_gpu.compiled import cases_of
 from benchmarks.on_gpu.rates import device_of
-from benchmarks.on_gpu.setting import Figures, Setting, Task
-from benchmarks.on_gpu.steps import task_of
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
+from benchmarks.on_gpu.steps import clean_up, name_of
 from pipelines.device import synchronize
 
 _FILE = "profile.txt"
@@ -26,21 +24,18 @@ _NUM_ROWS = 60
 _MAX_NAME = 60
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """An eager step of the size that is compiled, and that compiled one."""
     compiled = cases_of(setting)[0]
     eager = dataclasses.replace(compiled, stage="channels_last")
-    return [
-        task_of(case, functools.partial(_measure, setting, case))
-        for case in (eager, compiled)
-    ]
+    cases = (eager, compiled)
+    return {name_of(case): functools.partial(_measure, setting, case) for case in cases}
 
 
 def _measure(setting: Setting, case: Case) -> Figures:
     """Profile one step after some; the table of its kernels goes to profile.txt."""
-    gc.collect()
+    clean_up(setting)
     device = device_of(setting)
-    give_memory_back(device)
     steps = build_steps(case)
     steps(setting.pick(5, tiny=1))
     synchronize(device)
@@ -53,12 +48,11 @@ def _measure(setting: Setting, case: Case) -> Figures:
         synchronize(device)
     spent = kernels(profiled.key_averages())
     with (setting.out / _FILE).open("a") as file:
-        title = f"{case.label}, {case.stage}, batch {case.batch_size}"
         lines = [
             f"{ms:10.3f} ms {num:6d} x  {name[:200]}"
             for name, ms, num in spent[:_NUM_ROWS]
         ]
-        print(title, *lines, "", sep="\n", file=file)
+        print(name_of(case), *lines, "", sep="\n", file=file)
     return {
         "step_ms": plain_ms,
         "kernels_ms": sum(ms for _, ms, _ in spent),

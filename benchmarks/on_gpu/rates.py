@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.on_gpu.setting import Setting
+from benchmarks.on_gpu.stages import Setting
 from benchmarks.timing import Spread, spread
 from pipelines.device import find_device, synchronize
 

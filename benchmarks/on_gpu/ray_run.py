@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.on_gpu.rates import device_of
-from benchmarks.on_gpu.setting import Figures, Setting, Task
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from pipelines.device import is_gpu
 from recipes.demo import demo
 from tests.demo_runs import part_of_demo
@@ -31,15 +30,12 @@ _ENVIRONMENT = {
 _ELSEWHERE = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """Train with a worker that dies, then evaluate what came of it."""
-    return [
-        Task(name=name, measure=functools.partial(measure, setting))
-        for name, measure in (
-            ("trained, killed, resumed", _train),
-            ("evaluated", _evaluate),
-        )
-    ]
+    return {
+        "trained, killed, resumed": lambda: _train(setting),
+        "evaluated": lambda: _evaluate(setting),
+    }
 
 
 def _train(setting: Setting) -> Figures:

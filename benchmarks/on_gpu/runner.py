@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -15,9 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.on_gpu.child import serve
-from benchmarks.on_gpu.setting import Setting
-from benchmarks.on_gpu.stages import Stage
+from benchmarks.on_gpu.stages import Setting, Stage, Tasks
 
 _NUM_LAST_LINES = 30
 _MAX_LINE = 300
@@ -25,6 +27,9 @@ _LOOK_EVERY_S = 0.2
 _TERM_S = 5.0
 # A stage without at least so long is not begun.
 _MIN_S = 5.0
+# What most stages need, imported once: their processes fork off one that has it.
+# Nothing of it touches a GPU, so each process can.
+_IMPORTED = ("torch", "timm", "pyarrow", "benchmarks.model_rounds")
 
 State = Literal["waiting", "running", "done", "failed", "out of time", "left out"]
 
@@ -44,7 +49,17 @@ class Outcome:
     last_lines: list[str] = field(default_factory=list)
     """Of what the stage printed, where something failed."""
 
-    def hear(self, told: Mapping[str, Any]) -> None:
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has ended, and all its cases too."""
+        return self.state not in ("waiting", "running") and not self.missing
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether it did not end well."""
+        return self.state in ("failed", "out of time")
+
+    def note(self, told: Mapping[str, Any]) -> None:
         """Note what a stage told: its cases' names, or one case's figures."""
         if "cases" in told:
             self.missing = list(told["cases"])
@@ -84,35 +99,51 @@ def run_stage(
         outcome: Filled in as the stage tells.
         save: Is called after each change of it.
     """
-    limit_s = min(stage.limit_s * setting.patience, until_s - time.monotonic())
+    start_s, log = time.monotonic(), setting.work / f"{stage.name}.log"
+    limit_s = min(stage.limit_s * setting.patience, until_s - start_s)
+    outcome.state = "left out"
     if lacks := stage.lacks:
-        outcome.state, outcome.why = "left out", f"needs {', '.join(lacks)}"
+        outcome.why = f"needs {', '.join(lacks)}"
     elif limit_s < min(_MIN_S, stage.limit_s):
-        outcome.state, outcome.why = "left out", "no time was left"
+        outcome.why = "no time was left"
     else:
         outcome.state = "running"
     save()
     if outcome.state == "left out":
         return
-    start_s = time.monotonic()
-    log = setting.work / f"{stage.name}.log"
-
-    def hear(told: Mapping[str, Any]) -> None:
-        outcome.hear(told)
-        save()
-
     try:
         with _process(stage, setting=setting, log=log) as (process, pipe):
-            is_ended = _hear(process, pipe, limit_s=limit_s, hear=hear)
+            is_ended = False
+            while not is_ended and time.monotonic() < start_s + limit_s:
+                is_ended = _hear(process, pipe, outcome=outcome, save=save)
             exit_code = process.exitcode if is_ended else None
         outcome.conclude(exit_code=exit_code, limit_s=limit_s)
     except (OSError, EOFError) as error:  # the process that stages fork off is gone
         outcome.state = "failed"
         outcome.why = f"its process did not start: {type(error).__name__}"
     outcome.seconds = time.monotonic() - start_s
-    if outcome.state != "done":
-        outcome.last_lines = last_lines(log)
+    if outcome.is_bad and log.exists():
+        lines = log.read_text(errors="replace").splitlines()[-_NUM_LAST_LINES:]
+        outcome.last_lines = [line[:_MAX_LINE] for line in lines]
     save()
+
+
+def _hear(
+    process: BaseProcess,
+    pipe: Connection,
+    *,
+    outcome: Outcome,
+    save: Callable[[], None],
+) -> bool:
+    """Hear the next thing from a stage; whether its process has ended."""
+    try:
+        if pipe.poll(_LOOK_EVERY_S):
+            outcome.note(pipe.recv())
+            save()
+            return False
+    except (EOFError, ConnectionError):
+        process.join(timeout=_LOOK_EVERY_S)
+    return not process.is_alive()
 
 
 def warm_up() -> float:
@@ -128,7 +159,7 @@ def _context() -> ForkServerContext:
     # Were CUDA asked what there is, no process that forks off could use it.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.on_gpu.warm"])
+    context.set_forkserver_preload(list(_IMPORTED))
     return context
 
 
@@ -139,7 +170,8 @@ def _process(
     """Start a stage's process; at the end it and all of its group are ended."""
     context = _context()
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(stage.module, setting, theirs, log))
+    module = f"{stage.package}.{stage.name}"
+    process = context.Process(target=_serve, args=(module, setting, theirs, log))
     process.start()
     theirs.close()
     try:
@@ -154,30 +186,34 @@ def _process(
         ours.close()
 
 
-def _hear(
-    process: BaseProcess,
-    pipe: Connection,
-    *,
-    limit_s: float,
-    hear: Callable[[Mapping[str, Any]], None],
-) -> bool:
-    """Hear a stage until its process has ended; False where its time ended first."""
-    until_s = time.monotonic() + limit_s
-    while time.monotonic() < until_s:
+def _serve(module: str, setting: Setting, pipe: Connection, log: Path) -> None:
+    """In its process: measure a stage's cases; what is printed goes to `log`."""
+    os.setsid()  # so that all that it starts can be ended with it
+    with log.open("w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # pyright: ignore
+    threading.Thread(target=_end_with_runner, args=(pipe,), daemon=True).start()
+    # What one stage compiles the next ones find.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(setting.work / "inductor")
+    tasks: Tasks = importlib.import_module(module).tasks(setting)
+    pipe.send({"cases": list(tasks)})
+    for name, measure in tasks.items():
+        start_s = time.perf_counter()
+        told: dict[str, Any] = {"case": name}
         try:
-            if pipe.poll(_LOOK_EVERY_S):
-                hear(pipe.recv())
-                continue
-        except (EOFError, ConnectionError):
-            process.join(timeout=max(until_s - time.monotonic(), 0.0))
-        if not process.is_alive():
-            return True
-    return False
+            told["figures"] = dict(measure())
+        except Exception as error:  # it is told, and the next begins
+            traceback.print_exc()
+            line = str(error).strip().partition("\n")[0]
+            told["error"] = f"{type(error).__name__}: {line}"[:_MAX_LINE]
+        pipe.send({**told, "seconds": time.perf_counter() - start_s})
 
 
-def last_lines(log: Path) -> list[str]:
-    """The last lines of a stage's output, long ones cut."""
-    if not log.exists():
-        return []
-    lines = log.read_text(errors="replace").splitlines()[-_NUM_LAST_LINES:]
-    return [line[:_MAX_LINE] for line in lines]
+def _end_with_runner(pipe: Connection) -> None:
+    """End this process and those it started when the runner ends, however it does."""
+    try:
+        pipe.recv()
+    except (EOFError, OSError):
+        os.killpg(0, signal.SIGKILL)

@@ -1,19 +1,62 @@
-"""The stages in their order: what is most worth knowing comes first."""
+"""The stages in their order, most worth knowing first, and what every one is told."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+T = TypeVar("T")
 Part = Literal["a", "b"]
+Figures = Mapping[str, Any]
+Tasks = Mapping[str, Callable[[], Figures]]
+"""The cases of a stage by name, each measured when its turn comes."""
 # Seconds of each part together; `--limit-s` sets another.
 PART_LIMITS_S: Mapping[Part, float] = MappingProxyType({"a": 430.0, "b": 200.0})
 
 
 @dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Device, sizes and folders of one run of the script."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    tiny: bool
+    """Every size and duration as small as it can be, to try the script itself."""
+    work: Path
+    """For what later stages read: images, shards, compiled kernels, runs."""
+    out: Path
+    """For what a person wants."""
+
+    def pick(self, full: T, *, tiny: T) -> T:
+        """Choose a size."""
+        return tiny if self.tiny else full
+
+    @property
+    def patience(self) -> float:
+        """Times its limit that a stage may take: machines that try it may be busy."""
+        return self.pick(1.0, tiny=5.0)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads for decoding, and for a CPU's steps."""
+        return self.pick(len(os.sched_getaffinity(0)), tiny=1)
+
+    @property
+    def round_s(self) -> float:
+        """Seconds that one measured round lasts; at least one call is made."""
+        return self.pick(0.7, tiny=0.0)
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds whose median counts."""
+        return self.pick(3, tiny=1)
+
+
+@dataclass(frozen=True)
 class Stage:
     """A module of this package, whose `tasks` are measured in a process of its own."""
 
@@ -25,11 +68,6 @@ class Stage:
     package: str = "benchmarks.on_gpu"
 
     @property
-    def module(self) -> str:
-        """Name of the module that measures it."""
-        return f"{self.package}.{self.name}"
-
-    @property
     def lacks(self) -> list[str]:
         """Modules that it needs and that are not installed."""
         return [name for name in self.needs if not _is_installed(name)]
@@ -38,19 +76,19 @@ class Stage:
 _DALI = ("torch", "timm", "pyarrow", "nvidia.dali")
 _STEPS = ("torch", "timm", "pyarrow", "safetensors")
 STAGES = (
-    Stage(name="machine", part="a", limit_s=40, needs=("torch",)),
-    Stage(name="marked", part="a", limit_s=60, needs=("pytest", "beartype")),
-    Stage(name="images", part="a", limit_s=40, needs=("PIL", "pyarrow")),
-    Stage(name="pixels", part="a", limit_s=40, needs=_DALI),
-    Stage(name="damaged", part="a", limit_s=30, needs=_DALI),
-    Stage(name="steps", part="a", limit_s=90, needs=_STEPS),
-    Stage(name="compiled", part="a", limit_s=150, needs=_STEPS),
-    Stage(name="decoding", part="a", limit_s=60, needs=_DALI),
-    Stage(name="end_to_end", part="a", limit_s=60, needs=_STEPS),
-    Stage(name="heads", part="a", limit_s=60, needs=_STEPS),
-    Stage(name="profile", part="a", limit_s=60, needs=_STEPS),
-    Stage(name="collectives", part="b", limit_s=40, needs=("torch",)),
-    Stage(name="ray_run", part="b", limit_s=160, needs=("ray", "mlflow", "tyro")),
+    Stage("machine", "a", 40, ("torch",)),
+    Stage("marked", "a", 60, ("pytest", "beartype")),
+    Stage("images", "a", 40, ("PIL", "pyarrow")),
+    Stage("pixels", "a", 40, _DALI),
+    Stage("damaged", "a", 30, _DALI),
+    Stage("steps", "a", 90, _STEPS),
+    Stage("compiled", "a", 150, _STEPS),
+    Stage("decoding", "a", 60, _DALI),
+    Stage("end_to_end", "a", 60, _STEPS),
+    Stage("heads", "a", 60, _STEPS),
+    Stage("profile", "a", 60, _STEPS),
+    Stage("collectives", "b", 40, ("torch",)),
+    Stage("ray_run", "b", 160, ("ray", "mlflow", "tyro")),
 )
 
 

@@ -6,30 +6,28 @@ import functools
 import gc
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from benchmarks.model_cases import Case, Subject, size_of
 from benchmarks.model_rounds import Begun, give_memory_back, tell
 from benchmarks.on_gpu.rates import device_of
-from benchmarks.on_gpu.setting import Figures, Setting, Task
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from benchmarks.timing import spread
 
-_STAGES: dict[Subject, tuple[str, ...]] = {
-    "ours": ("channels_last", "bfloat16", "plain", "eager"),
-    "timm": ("channels_last", "plain"),
-}
+_CASES: tuple[tuple[Subject, str], ...] = (
+    *(("ours", stage) for stage in ("channels_last", "bfloat16", "plain", "eager")),
+    *(("timm", stage) for stage in ("channels_last", "plain")),
+)
 _TINY = (("depth", 1), ("embed_dim", 32), ("num_heads", 2))
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """By size of a batch: ours and timm's."""
-    return [
-        task_of(case, functools.partial(_measure, setting, case))
+    cases = [
+        case_of(setting, subject, stage, batch_size=batch_size)
         for batch_size in batch_sizes(setting)
-        for subject, stages in _STAGES.items()
-        for stage in stages
-        for case in [case_of(setting, subject, stage, batch_size=batch_size)]
+        for subject, stage in _CASES
     ]
+    return {name_of(case): functools.partial(_measure, setting, case) for case in cases}
 
 
 def batch_sizes(setting: Setting) -> tuple[int, ...]:
@@ -51,17 +49,20 @@ def case_of(setting: Setting, subject: Subject, stage: str, *, batch_size: int) 
     )
 
 
-def task_of(case: Case, measure: Any) -> Task:
+def name_of(case: Case) -> str:
     """Name a case's task."""
-    return Task(
-        name=f"{case.label}, {case.stage}, batch {case.batch_size}", measure=measure
-    )
+    return f"{case.label}, {case.stage}, batch {case.batch_size}"
+
+
+def clean_up(setting: Setting) -> None:
+    """Give back the memory of the case before: its model refers to itself."""
+    gc.collect()
+    give_memory_back(device_of(setting))
 
 
 def _measure(setting: Setting, case: Case) -> Figures:
     """Its first steps, and then rounds, in this process."""
-    gc.collect()  # the case before: its model refers to itself
-    give_memory_back(device_of(setting))
+    clean_up(setting)
     told = tell(case, round_s=setting.round_s)
     begun = next(told)
     rounds = [next(told) for _ in range(setting.num_rounds)]

@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 
-from benchmarks.on_gpu.setting import Figures, Setting, Task
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 
 _SLEEP = "import time; time.sleep(600)"
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """Start a child, die, and what is never reached."""
 
     def start() -> Figures:
@@ -21,8 +21,8 @@ def tasks(setting: Setting) -> list[Task]:
         print("the last words", flush=True)
         os._exit(3)
 
-    return [
-        Task(name="start", measure=start),
-        Task(name="die", measure=die),
-        Task(name="never", measure=dict),
-    ]
+    return {
+        "start": start,
+        "die": die,
+        "never": dict,
+    }

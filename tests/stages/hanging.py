@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 
-from benchmarks.on_gpu.setting import Figures, Setting, Task
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """One that ends, one that does not."""
-    return [
-        Task(name="quick", measure=lambda: {"value": 2}),
-        Task(name="endless", measure=_sleep),
-    ]
+    return {
+        "quick": lambda: {"value": 2},
+        "endless": _sleep,
+    }
 
 
 def _sleep() -> Figures:

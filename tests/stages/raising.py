@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from benchmarks.on_gpu.setting import Figures, Setting, Task
+from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 
 
-def tasks(setting: Setting) -> list[Task]:
+def tasks(setting: Setting) -> Tasks:
     """Three cases."""
-    return [
-        Task(name="first", measure=lambda: {"value": 1.0}),
-        Task(name="second", measure=_fail),
-        Task(name="third", measure=lambda: {"threads": setting.num_threads}),
-    ]
+    return {
+        "first": lambda: {"value": 1.0},
+        "second": _fail,
+        "third": lambda: {"threads": setting.num_threads},
+    }
 
 
 def _fail() -> Figures:
