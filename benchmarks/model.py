@@ -25,24 +25,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.model_cases import (
-    RIVALS,
-    STAGES,
-    SUBJECTS,
-    Case,
-    Subject,
-    size_of,
-)
+from benchmarks.machine import machine
+from benchmarks.model_cases import RIVALS, STAGES, SUBJECTS, Case, Subject, size_of
 from benchmarks.model_report import (
     Measured,
     as_json,
-    others_text,
-    rates_text,
-    results_of,
     table,
 )
-from benchmarks.model_rounds import Quiet, Rounds, matrix_rates, time_cases
-from benchmarks.report import machine
+from benchmarks.model_rounds import Rounds, matrix_rates, time_cases
 from benchmarks.result_file import write_result
 from pipelines.cli import parse, run_command
 from pipelines.device import has_bfloat16
@@ -66,10 +56,6 @@ class Options:
     rounds: int = 3
     round_s: float = 0.5
     """A round of one case goes on for so long, or for one step."""
-    max_other_cores: float = 0.25
-    """A round is taken again where the rest of the machine was busy on more cores..."""
-    attempts: int = 5
-    """...so often at most in all, and the least disturbed one counts."""
     num_threads: int = 2
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -77,32 +63,23 @@ class Options:
     """File for all figures."""
 
     def __post_init__(self) -> None:
-        for name, known in (("models", RIVALS), ("stages", STAGES)):
-            unknown = sorted(set(getattr(self, name)) - set(known))
-            if unknown or not getattr(self, name):
-                raise ValueError(
-                    f"wanted {name} of {list(known)}, came {unknown or 'none'}; "
-                    f"set --{name}"
-                )
-        if self.device not in ("auto", *_BATCH_SIZES):
-            raise ValueError(
-                f"wanted auto, cpu or cuda, came {self.device!r}; set --device"
-            )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                "wanted a GPU, came none that CUDA finds; set --device cpu"
-            )
         # timm's mixup takes pairs.
-        if self.batch_size is not None and (self.batch_size < 2 or self.batch_size % 2):
-            raise ValueError(
-                f"wanted an even batch size, came {self.batch_size}; set --batch-size"
-            )
-        for name in ("rounds", "attempts"):
-            if getattr(self, name) < 1:
+        batch_size = 2 if self.batch_size is None else self.batch_size
+        has_gpu = torch.cuda.is_available()
+        for flag, value, known in (
+            ("models", self.models, RIVALS),
+            ("stages", self.stages, STAGES),
+            ("device", [self.device], ["auto", "cpu", *["cuda"] * has_gpu]),
+        ):
+            if not value or not set(value) <= set(known):
                 raise ValueError(
-                    f"wanted {name} of at least 1, came {getattr(self, name)}; "
-                    f"set --{name}"
+                    f"expected {flag} of {list(known)}, got {list(value)}; set --{flag}"
                 )
+        if self.rounds < 1 or batch_size < 2 or batch_size % 2:
+            raise ValueError(
+                "expected a round at least and an even batch size, got "
+                f"{self.rounds} and {batch_size}; set --rounds or --batch-size"
+            )
 
 
 def cases_of(model: str, *, options: Options) -> list[Case]:
@@ -120,7 +97,7 @@ def cases_of(model: str, *, options: Options) -> list[Case]:
     ]
     if not stages:
         raise ValueError(
-            f"wanted a stage that {device} can do, came bfloat16, for which it has no "
+            f"expected a stage that {device} can do, got bfloat16, for which it has no "
             "instructions; set --stages"
         )
     return [
@@ -169,9 +146,6 @@ def measure(
             list(of_model),
             num_rounds=options.rounds,
             round_s=options.round_s,
-            quiet=Quiet(
-                max_other_cores=options.max_other_cores, attempts=options.attempts
-            ),
             between=measure_rates,
             on_round=note,
         )
@@ -193,31 +167,21 @@ def _main(arguments: Sequence[str]) -> None:
     }
     last: list[Measured] = []
 
+    def missing() -> list[str]:
+        found = last[-1].found if last else {}
+        return [f"{it.label}, {it.stage}" for it in cases if it not in found]
+
     def save(measured: Measured) -> None:
         last[:] = [measured]
-        figures = as_json(results_of(measured), measured=measured)
-        missing = _missing(cases, measured=measured)
-        write_result(options.json, {**about, **figures}, missing=missing)
+        write_result(options.json, {**about, **as_json(measured)}, missing=missing())
 
     try:
         measure(cases, options=options, save=save)
     finally:
         if last:
-            _show(cases, measured=last[0])
-
-
-def _missing(cases: Sequence[Case], *, measured: Measured) -> list[str]:
-    return [
-        f"{case.label}, {case.stage}" for case in cases if case not in measured.found
-    ]
-
-
-def _show(cases: Sequence[Case], *, measured: Measured) -> None:
-    print(table(results_of(measured), measured=measured))
-    print(rates_text(measured.rates))
-    print(others_text(measured))
-    if missing := _missing(cases, measured=measured):
-        print(f"not measured: {'; '.join(missing)}", file=sys.stderr)
+            print(table(last[0]))
+        if left := missing():
+            print(f"not measured: {'; '.join(left)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

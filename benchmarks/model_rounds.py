@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import cpu_seconds, machine_cpu_seconds
 from benchmarks.model_cases import Case
 from benchmarks.model_steps import Steps, build_steps
-from benchmarks.processes import cpu_seconds, machine_cpu_seconds
 from benchmarks.timing import call_ms
 
 _MIB = 1 << 20
@@ -58,15 +58,6 @@ class StepRound:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quiet:
-    """Say when a round counts: by what else the machine did, not by what came out."""
-
-    max_other_cores: float
-    attempts: int
-    """Times that a round is taken at most; of them the least disturbed counts."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Rounds:
     """Hold what all rounds of one case gave."""
 
@@ -79,10 +70,9 @@ def time_cases(
     *,
     num_rounds: int,
     round_s: float,
-    quiet: Quiet,
     between: Callable[[], None],
-    on_round: Callable[[Mapping[Case, Rounds]], None] | None = None,
-) -> dict[Case, Rounds]:
+    on_round: Callable[[Mapping[Case, Rounds]], None],
+) -> None:
     """Time all cases, one after the other, again and again.
 
     A case's first steps come before its first round, not before all cases' rounds: what
@@ -103,35 +93,17 @@ def time_cases(
         for number in range(num_rounds):
             between()
             for case, ask in made.items():
-                if case not in found:
-                    found[case] = _begin(case, ask)
-                last = _quiet_round(ask, quiet=quiet)
-                found[case] = replace(found[case], rounds=(*found[case].rounds, last))
+                before = found.get(case) or Rounds(begun=ask(), rounds=())
+                last = _round(ask)
+                found[case] = replace(before, rounds=(*before.rounds, last))
                 print(
                     f"round {number + 1} of {num_rounds}  {case.label:<26}"
                     f"{case.stage:<14}{last.step_ms:9.1f} ms  "
-                    f"others on {last.other_cores:.2f} cores",
+                    f"others on {last.other_cores:.2f} cores  "
+                    f"first step {before.begun.first_step_s:.1f} s",
                     file=sys.stderr,
                 )
-                if on_round is not None:
-                    on_round(found)
-        return found
-
-
-def _begin(case: Case, ask: Callable[[], Any]) -> Rounds:
-    """Ask for a case's first steps."""
-    begun = ask()
-    shown = f"{case.label:<26}{case.stage:<14}{begun.first_step_s:9.1f} s"
-    print(f"first step  {shown}", file=sys.stderr)
-    return Rounds(begun=begun, rounds=())
-
-
-def _quiet_round(ask: Callable[[], Any], *, quiet: Quiet) -> StepRound:
-    """Ask for a round, again where others disturb it; give the least disturbed."""
-    found = [_round(ask)]
-    while found[-1].other_cores > quiet.max_other_cores and len(found) < quiet.attempts:
-        found.append(_round(ask))
-    return min(found, key=lambda one: one.other_cores)
+                on_round(found)
 
 
 def _round(ask: Callable[[], Any]) -> StepRound:
@@ -155,11 +127,8 @@ def process_of(case: Case, round_s: float) -> Iterator[Callable[[], Any]]:
     """
     # torch takes seconds to import: one process does, and the others fork off it,
     # which CUDA does not allow.
-    context = (
-        multiprocessing.get_context("spawn")
-        if case.device == "cuda"
-        else multiprocessing.get_context("forkserver")
-    )
+    method = "spawn" if case.device == "cuda" else "forkserver"
+    context = multiprocessing.get_context(method)
     context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(case, round_s, theirs))
@@ -173,7 +142,7 @@ def process_of(case: Case, round_s: float) -> Iterator[Callable[[], Any]]:
         except (EOFError, ConnectionError) as error:
             process.join()
             raise ValueError(
-                f"{case.label}, {case.stage}: wanted a process that times steps, came "
+                f"{case.label}, {case.stage}: expected a process that times steps, got "
                 f"one that ended with {process.exitcode}; where that is -9 memory was "
                 "short: lower --batch-size"
             ) from error
@@ -276,9 +245,7 @@ def _rate(side: int, *, dtype: torch.dtype, device: str) -> float:
     def product() -> None:
         torch.mm(one, other, out=out)
 
-    best_ms = spent_ms = call_ms(product, device=device)
-    while spent_ms < 1000 * _MATRIX_S:
-        found_ms = call_ms(product, device=device)
-        spent_ms += found_ms
-        best_ms = min(best_ms, found_ms)
-    return 2 * side**3 / (best_ms / 1000)
+    times_ms = [call_ms(product, device=device)]
+    while sum(times_ms) < 1000 * _MATRIX_S:
+        times_ms.append(call_ms(product, device=device))
+    return 2 * side**3 / (min(times_ms) / 1000)
