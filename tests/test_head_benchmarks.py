@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import sovit
-from benchmarks import heads, step_share, token_gain
-from benchmarks.family import HEADS, Trained, build, describe_run, table
+from benchmarks import heads, step_share, token_gain, trainings
+from benchmarks.family import HEADS, build, table
 from benchmarks.head_cases import Case, cases, curves
 from benchmarks.heads import kept
+from benchmarks.trainings import Trained
+from recipes.demo import demo
 from sovit.tokens import TOKEN_STRIDES
 
 
@@ -132,7 +134,7 @@ def test_a_share_is_of_the_step_that_a_run_makes(
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_small_backbone_takes_every_head(head: str) -> None:
-    model = build(head, num_classes=10)
+    model = build(head, 10)
     assert isinstance(model, sovit.SecondOrderNet)
     tokens = model.to_tokens(model.forward_features(torch.zeros(1, 3, 32, 32)))
     assert tokens.shape[1] >= 49
@@ -148,10 +150,9 @@ def test_the_small_backbone_takes_every_head(head: str) -> None:
 
 @pytest.mark.parametrize("stride", TOKEN_STRIDES)
 def test_few_and_many_tokens_are_trained_with_both_heads(stride: int) -> None:
-    run = describe_run(seed=0, num_epochs=1)
-    count = token_gain.num_tokens(run, stride=stride)
+    count = token_gain.num_tokens(stride)
     both, alone = (
-        token_gain.build(run, stride=stride, fusion=fusion, num_classes=10)
+        token_gain.build(demo().model, stride, fusion, 10)
         for fusion in ("sum", "class")
     )
     assert isinstance(both, sovit.SoViT)
@@ -159,26 +160,26 @@ def test_few_and_many_tokens_are_trained_with_both_heads(stride: int) -> None:
     assert set(both.state_dict()) > set(alone.state_dict())
 
 
-def test_trainings_that_were_measured_are_not_made_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_trainings_take_turns_and_are_kept_when_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
 
     def train(build: Any, *, seed: int, num_epochs: int) -> Trained:
         made.append(seed)
-        if len(made) == 3:
+        if len(made) == 4:
             raise ValueError("stopped here")
         return Trained(top1=70 + seed, ema_top1=0.0, num_params=1, seconds=1.0)
 
-    monkeypatch.setattr(token_gain, "train_once", train)
-    arguments = ["--strides", "4", "--num-seeds", "2", "--json", str(tmp_path / "it")]
+    monkeypatch.setattr(trainings, "train_once", train)
+    out = tmp_path / "result.json"
     with pytest.raises(ValueError, match="stopped here"):
-        token_gain._main(arguments)
-    token_gain._main(arguments)
-    assert made == [0, 0, 1, 1, 1]
-    assert "70.50 +- 0.71" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="choose another --json"):
-        token_gain._main([*arguments, "--num-epochs", "2"])
+        token_gain._main(["--strides", "4", "--num-seeds", "2", "--json", str(out)])
+    assert made == [0, 0, 1, 1]
+    content = json.loads(out.read_text())
+    found = {name: len(of) for name, of in content["trainings"].items()}
+    assert found == {"stride 4, class": 2, "stride 4, sum": 1}
+    assert content["missing"] == ["stride 4, sum, seed 1"]
 
 
 def test_a_gain_is_of_the_same_seed(tmp_path: Path) -> None:
@@ -189,16 +190,17 @@ def test_a_gain_is_of_the_same_seed(tmp_path: Path) -> None:
         ]
 
     results = {
-        4: {"class": reached(80, 90), "sum": reached(83, 95)},
-        16: {"class": reached(60, 70), "sum": reached(59)},  # stopped before its end
+        "stride 4, class": reached(80, 90),
+        "stride 4, sum": reached(83, 95),
+        "stride 16, class": reached(60, 70),
+        "stride 16, sum": reached(59),  # stopped before its end
     }
-    assert token_gain.gains(results) == {4: [3, 5], 16: [-1]}
-    run = describe_run(seed=0, num_epochs=1)
-    many, few = token_gain.table(results, run=run).splitlines()[1:]
+    assert token_gain.gains(results, strides=(4, 16)) == {4: [3, 5], 16: [-1]}
+    many, few = token_gain.table(results, strides=(4, 16)).splitlines()[-2:]
     wanted = "64 85.00 +- 7.07 89.00 +- 8.49 4.00 +- 1.41"
     assert " ".join(many.split()) == wanted
     assert few.split()[0] == "4"
-    token_gain.plot(tmp_path / "gain.png", results=results, run=run)
+    token_gain.plot(tmp_path / "gain.png", results=results, strides=(4, 16))
     assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="strides of"):
         token_gain.Options(strides=(5,))
