@@ -48,19 +48,16 @@ def check_batches(batches: Sequence[Loaded], *, work: Work, reference: Moments) 
         batches: At least two in a row.
     """
     shape = (work.batch_size, 3, work.img_size, work.img_size)
+    expected = (torch.float32, shape, work.device, torch.int64, shape[:1])
     for images, labels in batches:
-        if images.shape != shape or images.dtype != torch.float32:
-            came = f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(f"wanted images float32 {shape}, came {came}")
-        if labels.shape != shape[:1] or labels.dtype != torch.int64:
-            came = f"{labels.dtype} {tuple(labels.shape)}"
-            raise ValueError(f"wanted labels int64 {shape[:1]}, came {came}")
-        if images.device.type != work.device:
-            raise ValueError(f"wanted images on {work.device}, came {images.device}")
+        of_images = (images.dtype, tuple(images.shape), images.device.type)
+        got = (*of_images, labels.dtype, tuple(labels.shape))
+        if got != expected:
+            raise ValueError(f"expected images and labels {expected}, got {got}")
     found = moments(torch.cat([images for images, _ in batches]))
     off = max(abs(found.mean - reference.mean), abs(found.std - reference.std))
     if not off <= _TOLERANCE:
-        raise ValueError(f"wanted pixels like {reference}, came {found}")
+        raise ValueError(f"expected pixels like {reference}, got {found}")
     means = torch.cat([images.mean(dim=(2, 3)) for images, _ in batches])
     if len(means.unique(dim=0)) < len(means):
-        raise ValueError("wanted images that all differ, came some twice")
+        raise ValueError("expected images that all differ, got some twice")

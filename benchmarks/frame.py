@@ -29,7 +29,7 @@ _THREAD_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Pair a loader with the images that it reads."""
+    """A loader with the images that it reads."""
 
     name: str
     loader: Loader
@@ -37,20 +37,13 @@ class Entry:
     reference: Moments
 
 
-@dataclass(frozen=True, kw_only=True)
-class Durations:
-    """Say how long a round takes."""
-
-    warm_s: float
-    measure_s: float
-
-
 def run_rounds(
     entries: Sequence[Entry],
     *,
     num_rounds: int,
-    durations: Durations,
-    on_round: Callable[[Mapping[str, Sequence[Round]]], None] | None = None,
+    warm_s: float,
+    measure_s: float,
+    on_round: Callable[[Mapping[str, Sequence[Round]]], None],
 ) -> dict[str, list[Round]]:
     """Time all loaders, one after the other, again and again.
 
@@ -63,19 +56,21 @@ def run_rounds(
 
     Raises ValueError, naming the loader, where one does not do the work.
     """
-    rounds: dict[str, list[Round]] = {entry.name: [] for entry in entries}
+    rounds: dict[str, list[Round]] = {}
     for number in range(num_rounds):
         for entry in entries:
-            found = run_alone(functools.partial(time_entry, entry, durations=durations))
-            rounds[entry.name].append(found)
+            timed = functools.partial(
+                time_entry, entry, warm_s=warm_s, measure_s=measure_s
+            )
+            found = run_alone(timed)
+            rounds.setdefault(entry.name, []).append(found)
             print(
                 f"round {number + 1} of {num_rounds}  {entry.name:<24}"
                 f"{found.images_per_s:8.0f} images/s  "
                 f"others on {found.other_cores:.2f} cores",
                 file=sys.stderr,
             )
-            if on_round is not None:
-                on_round({name: of for name, of in rounds.items() if of})
+            on_round(rounds)
     return rounds
 
 
@@ -86,14 +81,13 @@ def run_alone(function: Callable[[], T]) -> T:
         return pool.submit(function).result()
 
 
-def time_entry(entry: Entry, *, durations: Durations) -> Round:
+def time_entry(entry: Entry, *, warm_s: float, measure_s: float) -> Round:
     """Time one round of one loader in this process."""
     loader, work = entry.loader, entry.work
     for name in loader.libraries:
         importlib.import_module(name)
     torch.set_num_threads(work.num_threads)
     on_gpu = work.device == "cuda"
-    clock = Clock(wait_for_device=torch.cuda.synchronize) if on_gpu else Clock()
     with contextlib.ExitStack() as stack:
         if loader.on_ray:
             stack.enter_context(ray_session(work.num_threads))
@@ -105,9 +99,11 @@ def time_entry(entry: Entry, *, durations: Durations) -> Round:
                     check_batches, work=work, reference=entry.reference
                 ),
                 num_looked_at=_NUM_LOOKED_AT,
-                warm_s=durations.warm_s,
-                measure_s=durations.measure_s,
-                clock=clock,
+                warm_s=warm_s,
+                measure_s=measure_s,
+                clock=Clock(wait_for_device=torch.cuda.synchronize)
+                if on_gpu
+                else Clock(),
             )
         except ValueError as error:
             raise ValueError(f"{entry.name}: {error}") from error

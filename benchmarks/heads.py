@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.head_cases import Case, cases, curves
 from benchmarks.head_rounds import Result, case_name, compare, kept, step_ms
-from benchmarks.report import machine
+from benchmarks.machine import machine
 from benchmarks.result_file import write_result
 from benchmarks.step_share import Share, measure_share
 from pipelines.cli import parse, run_command

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from collections.abc import Callable, Iterator
 
 import pyarrow as pa
@@ -11,7 +9,7 @@ import torch
 
 from benchmarks.work import Batches, Work, to_device
 from pipelines.checkpoint import Position
-from pipelines.config import Augment, Data, Model, Optim, Run
+from pipelines.config import Augment, Data, Model, Optim, Run, Scale
 from pipelines.ingest.footers import read_shard_set
 from pipelines.ingest.plan import Unit
 from pipelines.ingest.reading import Reading
@@ -53,9 +51,16 @@ def ours(work: Work, *, num_epochs: int = _NUM_EPOCHS) -> Batches:
             "set --num-images"
         )
     run = describe_run(work, num_epochs=num_epochs)
-    # All loaders give float32; a training on a GPU may take bfloat16.
-    run = dataclasses.replace(run, scale=dataclasses.replace(run.scale, amp="off"))
-    supply = open_supply(run, work=work)
+    shards = read_shard_set(run.data.train)
+    reading = reading_of(shards, run=run, train=True)
+    supply = Supply(
+        shards,
+        run=run,
+        train=True,
+        start=Position(),
+        opener=LocalSplit(reading, data=run.data),
+        device=torch.device(work.device),
+    )
     supply.start()
     try:
         for batch in supply:
@@ -64,12 +69,12 @@ def ours(work: Work, *, num_epochs: int = _NUM_EPOCHS) -> Batches:
         supply.close()
 
 
-def describe_run(work: Work, *, num_epochs: int, model: Model | None = None) -> Run:
+def describe_run(work: Work, *, num_epochs: int) -> Run:
     """Describe a run that reads the work's shards the way all loaders do."""
     shards = str(work.folder / "shards")
     return Run(
         recipe="benchmark",
-        model=model or Model(name="so_vit_7", img_size=work.img_size),
+        model=Model(name="so_vit_7", img_size=work.img_size),
         data=Data(
             train=shards,
             val=shards,
@@ -84,20 +89,6 @@ def describe_run(work: Work, *, num_epochs: int, model: Model | None = None) -> 
             auto_augment=_POLICY if work.rand_augment else "",
         ),
         optim=Optim(lr=1e-4, num_epochs=num_epochs, warmup_epochs=0),
-        # At epochs' ends alone.
-        log_every_steps=sys.maxsize,
-    )
-
-
-def open_supply(run: Run, *, work: Work) -> Supply:
-    """Open the supply of batches of a single worker, on the Ray that is there."""
-    shards = read_shard_set(run.data.train)
-    reading = reading_of(shards, run=run, train=True)
-    return Supply(
-        shards,
-        run=run,
-        train=True,
-        start=Position(),
-        opener=LocalSplit(reading, data=run.data),
-        device=torch.device(work.device),
+        # All loaders give float32; a training on a GPU may take bfloat16.
+        scale=Scale(amp="off"),
     )

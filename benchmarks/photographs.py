@@ -30,25 +30,13 @@ PHOTOGRAPHS = (
 QUALITY = 98
 
 
-def find_photographs() -> list[Path]:
-    """Find the photographs in the installed packages, without importing them.
-
-    Raises:
-        FileNotFoundError: A package or its photograph is not installed.
-    """
-    return [_package_folder(package) / path for package, path in PHOTOGRAPHS]
-
-
 def photographs_here() -> list[Path]:
-    """Find those of the photographs that this machine has."""
-    found = []
-    for package, path in PHOTOGRAPHS:
-        try:
-            photograph = _package_folder(package) / path
-        except FileNotFoundError:
-            continue
-        found += [photograph] if photograph.exists() else []
-    return found
+    """Find those that this machine has, without importing their packages."""
+    specs = [(importlib.util.find_spec(package), path) for package, path in PHOTOGRAPHS]
+    found = [
+        Path(spec.origin).parent / path for spec, path in specs if spec and spec.origin
+    ]
+    return [path for path in found if path.exists()]
 
 
 def cut_photographs(
@@ -67,10 +55,19 @@ def cut_photographs(
 
     Returns:
         The files' paths, in the order of their numbers.
+
+    Raises:
+        FileNotFoundError: A package with photographs is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    sources = sources or find_photographs()
+    if not sources:
+        sources = photographs_here()
+        if len(sources) < len(PHOTOGRAPHS):  # of fewer scenes it is another set
+            raise FileNotFoundError(
+                "expected those of scikit-image, scikit-learn and Matplotlib, got "
+                "fewer; install the requirements for development"
+            )
     photographs = [Image.open(path).convert("RGB") for path in sources]
     paths = []
     for number in range(num_images):
@@ -94,13 +91,3 @@ def _cut(photograph: Image.Image, *, rng: np.random.Generator) -> Image.Image:
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return image
-
-
-def _package_folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError(
-            f"Wanted the photographs of {package}, which is not installed: "
-            "install the requirements for development."
-        )
-    return Path(spec.origin).parent

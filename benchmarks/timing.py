@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from benchmarks.processes import cpu_seconds, machine_cpu_seconds
+from benchmarks.machine import cpu_seconds, machine_cpu_seconds
 from benchmarks.work import Loaded
 
 _MIN_BATCHES = 2
@@ -17,20 +17,18 @@ _MIN_BATCHES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """Tell the time; tests have one of their own."""
+    """Tells the time; tests have one of their own."""
 
     now_s: Callable[[], float] = time.perf_counter
     cpu_s: Callable[[], float] = cpu_seconds
-    """CPU seconds of this process and all that it started."""
     machine_cpu_s: Callable[[], float] = machine_cpu_seconds
-    """CPU seconds of everything on the machine."""
-    wait_for_device: Callable[[], None] = field(default=lambda: None)
+    wait_for_device: Callable[[], object] = lambda: None
     """Waits until the work given to a GPU is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """Hold what one loader did in one round."""
+    """What one loader did in one round."""
 
     first_batch_s: float
     """From asking for batches to the first one."""
@@ -43,27 +41,31 @@ class Round:
 
     @property
     def images_per_s(self) -> float:
-        """Give the rate."""
+        """The rate."""
         return self.num_images / self.seconds
 
     @property
     def other_cores(self) -> float:
-        """Give how many cores the rest of the machine was busy on, on average."""
+        """Cores that the rest of the machine was busy on, on average."""
         return self.other_cpu_s / self.seconds
 
     @property
     def images_per_cpu_s(self) -> float:
-        """Give the images for each second of one core."""
+        """Images for each second of one core."""
         return self.num_images / self.cpu_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Hold the median of some rounds and how far they lie apart."""
+    """The median of some rounds and how far they lie apart."""
 
     median: float
     low: float
     high: float
+
+    def shown(self, form: str) -> str:
+        """Write all three, each in a format."""
+        return f"{self.median:{form}} [{self.low:{form}}..{self.high:{form}}]"
 
 
 def time_batches(
@@ -91,7 +93,6 @@ def time_batches(
     look(first)
     first.clear()
     _count_images(batches, seconds=warm_s, clock=clock)
-    clock.wait_for_device()
     start_machine_s, start_cpu_s = clock.machine_cpu_s(), clock.cpu_s()
     num_images, seconds = _count_images(batches, seconds=measure_s, clock=clock)
     cpu_s = clock.cpu_s() - start_cpu_s
@@ -108,21 +109,18 @@ def time_batches(
 def _count_images(
     batches: Iterator[Loaded], *, seconds: float, clock: Clock
 ) -> tuple[int, float]:
-    """Take batches for some seconds; give their images and how long it took."""
+    """Take batches for some seconds; return their images and how long it took."""
     start_s = clock.now_s()
     num_images = num_batches = 0
-    while True:
-        _, labels = next(batches)
-        num_images += len(labels)
+    while num_batches < _MIN_BATCHES or clock.now_s() - start_s < seconds:
+        num_images += len(next(batches)[1])
         num_batches += 1
-        if num_batches < _MIN_BATCHES or clock.now_s() - start_s < seconds:
-            continue
-        clock.wait_for_device()
-        return num_images, clock.now_s() - start_s
+    clock.wait_for_device()
+    return num_images, clock.now_s() - start_s
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Give median, lowest and highest of at least one value."""
+    """Median, lowest and highest of at least one value."""
     return Spread(median=statistics.median(values), low=min(values), high=max(values))
 
 
@@ -136,11 +134,10 @@ def ratios(ours: Sequence[float], others: Sequence[float]) -> Spread:
 
 def call_ms(function: Callable[[], object], *, device: str) -> float:
     """Time one call, and the work that it gave to a GPU."""
-    wait = torch.cuda.synchronize if device == "cuda" else None
-    if wait:
-        wait()
+    if device == "cuda":
+        torch.cuda.synchronize()
     start_s = time.perf_counter()
     function()
-    if wait:
-        wait()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return 1000 * (time.perf_counter() - start_s)

@@ -1,4 +1,4 @@
-"""Benchmarks: every loader does the same work on the same images."""
+"""Benchmarks: every loader does the same work on the same images, and time adds up."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -34,7 +35,6 @@ from benchmarks.sets import (
 )
 from benchmarks.timing import Round
 from benchmarks.transforms import Pixels, Policy, Transform
-from benchmarks.waiting import NUM_EPOCHS, train_and_wait
 from benchmarks.work import Loaded, Loader, Work
 from pipelines.config import IMAGENET_MEAN, IMAGENET_STD
 from tests.test_benchmark_rounds import a_round
@@ -160,18 +160,6 @@ def test_loaders_on_ray_do_the_same_work(name: str, work: Work) -> None:
     check_same_work(batches, work=work)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_local")
-def test_a_training_tells_how_long_it_waited(work: Work) -> None:
-    waiting = train_and_wait(work)
-    assert len(waiting.images_per_s) == len(waiting.waiting_share) == NUM_EPOCHS
-    assert len(waiting.between_epochs_s) == NUM_EPOCHS - 1
-    assert all(0 <= share <= 1 for share in waiting.waiting_share)
-    lines = report.waiting_text(waiting).splitlines()
-    assert "demo's size on cpu" in lines[0]
-    assert len(lines) == NUM_EPOCHS + 4
-
-
 @pytest.mark.parametrize(("pixels", "policy"), POLICIES)
 def test_rand_augment_is_on_where_it_is_asked_for(
     pixels: Pixels, policy: Policy, work: Work
@@ -218,7 +206,7 @@ def test_sets_hold_the_same_bytes(work: Work, tmp_path: Path) -> None:
 
 
 def refused(batch: Loaded, *, work: Work, reference: Moments) -> str:
-    with pytest.raises(ValueError, match="wanted") as caught:
+    with pytest.raises(ValueError, match="expected") as caught:
         check_batches([batch], work=work, reference=reference)
     return str(caught.value)
 
@@ -255,8 +243,9 @@ def test_rounds_are_interleaved(monkeypatch: pytest.MonkeyPatch, work: Work) -> 
         )
         for name in ("ours", "other")
     ]
-    durations = frame.Durations(warm_s=1, measure_s=1)
-    rounds = frame.run_rounds(entries, num_rounds=3, durations=durations)
+    rounds = frame.run_rounds(
+        entries, num_rounds=3, warm_s=1, measure_s=1, on_round=lambda rounds: None
+    )
     assert seen == ["ours", "other"] * 3
     assert [found.images_per_s for found in rounds["other"]] == [200, 400, 600]
 
@@ -279,12 +268,16 @@ def test_what_was_measured_is_there_when_a_loader_fails(
     out = tmp_path / "result.json"
     loaders = "torchvision-tensor dali-files torchvision-pil"
     with pytest.raises(ValueError, match="stopped here"):
-        ingest._main(
-            f"--rounds 2 --synthetic-step --json {out} --loaders {loaders}".split()
-        )
+        ingest._main(f"--rounds 2 --json {out} --loaders {loaders}".split())
     content = json.loads(out.read_text())
     assert list(content["loaders"]) == ["torchvision-tensor", "dali-files"]
-    assert content["missing"] == ["torchvision-pil", "waiting"]
+    assert content["missing"] == ["torchvision-pil"]
+
+
+def test_a_round_has_a_process_of_its_own() -> None:
+    process = frame.run_alone(os.getpid)
+    assert process != os.getpid()
+    assert not Path(f"/proc/{process}").exists()
 
 
 def test_loaders_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,7 +291,7 @@ def test_loaders_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert "missing" in capsys.readouterr().err
     with pytest.raises(ValueError, match="ours, dali-files, missing"):
         choose(names=["dali"])
-    with pytest.raises(ValueError, match="extra 'bench'"):
+    with pytest.raises(ValueError, match=r"extra 'bench', got 'missing'"):
         choose(names=["missing"])
 
 

@@ -24,7 +24,7 @@ FILES: list[tuple[Command, list[str]]] = [
     (compare._main, ["no_run", "--plot"]),
     (preview._main, ["demo", "--data.train", "no_shards", "--out"]),
     *((module._main, ["--json"]) for module in (family, heads, ingest, model, scale)),
-    *((module._main, ["--plot"]) for module in (heads, ingest)),
+    (heads._main, ["--plot"]),
 ]
 
 
