@@ -13,12 +13,14 @@ of the input. Then a head's share of a whole training step of its network.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -56,20 +58,18 @@ class Options:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Draw the comparison."""
-    lines = [
-        f"{'forward and backward':<34}{'ours ms':>9}{'plain ms':>10}"
-        f"{'times as fast':>22}{'kept: ours':>12}{'plain':>7}"
-    ]
-    for found in results:
-        speed = found.speedup
-        lines.append(
-            f"{found.name:<34}{found.ours_ms.median:>9.2f}"
-            f"{found.straightforward_ms.median:>10.2f}"
-            f"{f'{speed.median:.2f} [{speed.low:.2f}..{speed.high:.2f}]':>22}"
-            f"{found.ours_kept:>12.1f}{found.straightforward_kept:>7.1f}"
-        )
-    return "\n".join(lines)
+    """A line for each case: both versions, and their ratio."""
+    rows = {
+        found.name: {
+            "ours ms": f"{found.ours_ms.median:.2f}",
+            "plain ms": f"{found.straightforward_ms.median:.2f}",
+            "times as fast": found.speedup.shown(".2f"),
+            "kept: ours": f"{found.ours_kept:.1f}",
+            "plain": f"{found.straightforward_kept:.1f}",
+        }
+        for found in results
+    }
+    return pd.DataFrame(rows).T.to_string()
 
 
 def share_text(share: Share) -> str:
@@ -130,41 +130,38 @@ def _main(arguments: Sequence[str]) -> None:
 def _measure(options: Options, *, device: str) -> None:
     """Time all cases and steps; what is known is written after each, and shown."""
     shown = str(dataclasses.replace(options, json=None, plot=None))
-    about: dict[str, Any] = {"machine": machine(), "options": shown}
-    modes = (False, True) if options.compile else (False,)
-    chosen = cases(options.batch_size, device=device)
-    work = [(case, mode) for mode in modes for case in chosen]
-    names = [case_name(case, compiled=mode) for case, mode in work]
-    missing = [*names, *options.steps]
-    results: list[Result] = []
-    shares: list[Share] = []
-
-    def save() -> None:
-        heads, steps = map(asdict, results), map(asdict, shares)
-        content = {**about, "heads": list(heads), "steps": list(steps)}
-        write_result(options.json, content, missing=missing)
-
+    content: dict[str, Any] = {"machine": machine(), "options": shown}
+    work: dict[str, Callable[[], Result | Share]] = {
+        case_name(case, compiled=mode): functools.partial(
+            compare,
+            case,
+            num_rounds=options.rounds,
+            round_s=options.round_s,
+            compiled=mode,
+            device=device,
+        )
+        for mode in ((False, True) if options.compile else (False,))
+        for case in cases(options.batch_size, device=device)
+    }
+    for name in options.steps:
+        work[name] = functools.partial(
+            measure_share, name, batch_size=options.step_batch_size, device=device
+        )
+    found: dict[str, Result | Share] = {}
+    missing = list(work)
     try:
-        for case, mode in tqdm(work, unit="case", disable=None):
-            found = compare(
-                case,
-                num_rounds=options.rounds,
-                round_s=options.round_s,
-                compiled=mode,
-                device=device,
-            )
-            results.append(found)
-            missing.remove(results[-1].name)
-            save()
-        for name in options.steps:
-            shares.append(
-                measure_share(name, batch_size=options.step_batch_size, device=device)
-            )
+        for name, measure in tqdm(work.items(), unit="case", disable=None):
+            found[name] = measure()
             missing.remove(name)
-            save()
+            for part, kind in (("heads", Result), ("steps", Share)):
+                of_part = [asdict(it) for it in found.values() if isinstance(it, kind)]
+                content[part] = of_part
+            write_result(options.json, content, missing=missing)
     finally:
-        print(table(results))
-        print("\n".join(share_text(share) for share in shares))
+        print(table([one for one in found.values() if isinstance(one, Result)]))
+        for one in found.values():
+            if isinstance(one, Share):
+                print(share_text(one))
         if missing:
             print(f"not measured: {'; '.join(missing)}", file=sys.stderr)
 

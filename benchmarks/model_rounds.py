@@ -127,8 +127,11 @@ def process_of(case: Case, round_s: float) -> Iterator[Callable[[], Any]]:
     """
     # torch takes seconds to import: one process does, and the others fork off it,
     # which CUDA does not allow.
-    method = "spawn" if case.device == "cuda" else "forkserver"
-    context = multiprocessing.get_context(method)
+    context = (
+        multiprocessing.get_context("spawn")
+        if case.device == "cuda"
+        else multiprocessing.get_context("forkserver")
+    )
     context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(case, round_s, theirs))

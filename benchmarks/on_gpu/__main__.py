@@ -78,7 +78,8 @@ def run(options: argparse.Namespace) -> dict[str, Outcome]:
         setting = Setting(
             device=options.device, tiny=options.tiny, work=Path(work), out=out
         )
-        parts_s = sum(PART_LIMITS_S[part] for part in {stage.part for stage in stages})
+        parts = {stage.part for stage in stages}
+        parts_s = sum(s for part, s in PART_LIMITS_S.items() if part in parts)
         limit_s = options.limit_s or setting.patience * parts_s
         until_s = time.monotonic() + limit_s
         (out / "log.txt").write_text("")
