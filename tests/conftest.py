@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
@@ -20,6 +21,20 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What a killed worker leaves of its process group is waited for 30 seconds otherwise.
 os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
+
+
+# What a file with a test of that mark has in its text.
+MARKED = {"ray": ("mark.ray", "ray_local"), "cluster": ("mark.cluster",)}
+MARKED["slow"] = ("mark.slow",)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files without the mark that is asked for: all take a minute of CPU."""
+    wanted = MARKED.get(config.option.markexpr.partition(" ")[0])
+    if wanted is None or collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text()
+    return None if any(word in text for word in wanted) else True
 
 
 @pytest.hookimpl(tryfirst=True)
