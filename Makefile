@@ -7,12 +7,13 @@ BIN := .venv/bin
 READY := .venv/ready
 NAME ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo sweep test test-slow install pins gpu-pack clean help
+.PHONY: demo sweep check test test-slow install pins gpu-pack clean help
 
 help:
 	@echo "make demo     train a So-ViT on 12,000 photographs for a few minutes"
 	@echo "make sweep    search its pooling: 12 trials in less than 10 minutes, most stopped early"
-	@echo "make test     lint, types, import rules and tests"
+	@echo "make check    format, lint, types, import rules and the fast tests"
+	@echo "make test     format, lint, types, import rules and all tests but slow ones"
 	@echo "make test-slow  what takes minutes: rehearsals, sweeps over all of timm"
 	@echo "make install  prepare .venv alone"
 	@echo "make pins     resolve the pinned requirements again"
@@ -38,18 +39,29 @@ sweep: $(READY)
 	  --scale.num-workers 0 --optim.num-epochs 3 --optim.warmup-epochs 0.5 \
 	  --optim.ema-decay 0
 
+# What is fast tests/conftest.py sees from a file's text; no process is started.
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@log=$$(mktemp); $(BIN)/pyright > $$log 2>&1 & types=$$!; \
+	  $(BIN)/python -m pytest -m "fast and not slow"; tests=$$?; \
+	  wait $$types; typed=$$?; cat $$log; rm $$log; \
+	  test $$tests -eq 0 && test $$typed -eq 0
+
 test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	@# Side by side, since there are two cores and what needs Ray waits a lot.
-	@log=$$(mktemp); \
+	@# Side by side, since there are two cores and what needs Ray waits a lot. Whichever
+	@# side is ready first takes the hosts.
+	@dir=$$(mktemp -d); \
+	  hosts() { ! mkdir $$dir/hosts 2> /dev/null || { echo "tests on several hosts:"; \
+	    $(BIN)/python -m pytest -m cluster; }; }; \
 	  (echo "types:"; $(BIN)/pyright; types=$$?; echo "tests without Ray:"; \
-	    $(BIN)/python -m pytest -m "not ray and not cluster and not slow" \
-	    && exit $$types) > $$log 2>&1 & plain=$$!; \
+	    $(BIN)/python -m pytest -m "not ray and not cluster and not slow"; plain=$$?; \
+	    hosts && test $$types -eq 0 && test $$plain -eq 0) > $$dir/log 2>&1 & side=$$!; \
 	  echo "tests with Ray:"; \
 	  $(BIN)/python -m pytest -m "ray and not slow"; with_ray=$$?; \
-	  echo "tests on several hosts:"; $(BIN)/python -m pytest -m cluster; hosts=$$?; \
-	  wait $$plain; others=$$?; cat $$log; rm $$log; \
+	  hosts; hosts=$$?; wait $$side; others=$$?; cat $$dir/log; rm -r $$dir; \
 	  test $$with_ray -eq 0 && test $$hosts -eq 0 && test $$others -eq 0
 
 # Whole sweeps and rehearsals, minutes each: before a release, or what they are about.

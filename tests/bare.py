@@ -29,14 +29,16 @@ FAMILIES = {
     "deit_tiny_so": {"depth": 1},
     "swin_tiny_so": {"depths": (1, 1), "num_heads": (1, 1), "embed_dim": 24},
 }
+# Poolings are compiled below, and whole steps of families by tests/fake_gpu.
+COMPILED = ("isqrt_resnet18", "gsop_resnet50_2", "eca_mobilenetv2", "swin_tiny_so")
 for name, settings in FAMILIES.items():
     model = timm.create_model(name, num_classes=3, img_size=64, **settings).eval()
     wanted = model(images)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    got = compiled(images)
-    torch.testing.assert_close(got, wanted)
-    got.square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters()), name
+    if name in COMPILED:
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
+        torch.testing.assert_close(got, wanted)
+        got.square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters()), name
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
         torch.testing.assert_close(program.module()(images[:2]), model(images[:2]))

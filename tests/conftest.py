@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,25 +25,40 @@ os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
 
 
 # What a file with a test of that mark has in its text.
-MARKED = {"ray": ("mark.ray", "ray_local"), "cluster": ("mark.cluster",)}
-MARKED["slow"] = ("mark.slow",)
+MARKED = {"ray": "mark.ray|ray_local", "cluster": "mark.cluster", "slow": "mark.slow"}
+# A file without any of these is fast, as one that says so: it starts no process, trains
+# nothing of size, and imports no library that takes seconds.
+NOT_FAST = re.compile(
+    r"subprocess|multiprocessing|mlflow|\bray\b|nvidia|onnx|torch\.(compile|export)|"
+    r"from (benchmarks|pipelines\.train|tests\.(bare|browser|demo_runs|exports|"
+    r"fake_gpu|fault_runs|hosts|lives|mocked_aws|s3_server|small_checkpoints|"
+    r"small_runs|small_validation|stored_runs|token_sets))\b"
+)
+
+
+def is_fast(text: str) -> bool:
+    return "mark.fast" in text or NOT_FAST.search(text) is None
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave out files without the mark that is asked for: all take a minute of CPU."""
-    wanted = MARKED.get(config.option.markexpr.partition(" ")[0])
-    if wanted is None or collection_path.suffix != ".py":
+    wanted = config.option.markexpr.partition(" ")[0]
+    if collection_path.suffix != ".py" or wanted not in (*MARKED, "fast"):
         return None
     text = collection_path.read_text()
-    return None if any(word in text for word in wanted) else True
+    has = is_fast(text) if wanted == "fast" else re.search(MARKED[wanted], text)
+    return None if has else True
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses the shared Ray, before tests are chosen by their marks."""
+    """Mark what uses the shared Ray, and what is fast, before tests are chosen."""
+    fast = {path for path in {item.path for item in items} if is_fast(path.read_text())}
     for item in items:
         if "ray_local" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
+        if item.path in fast:
+            item.add_marker(pytest.mark.fast)
 
 
 @pytest.fixture(scope="session")

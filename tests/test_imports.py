@@ -15,6 +15,7 @@ import pytest
 from pipelines.config import Run
 from pipelines.recipe import load_recipe, recipes_of
 
+pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parents[1]
 LAYERS = ("sovit", "pipelines", "tuning", "recipes")
 HOMES = {

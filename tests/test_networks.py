@@ -19,13 +19,15 @@ from sovit.pooling import Pooling
 from tests.bare import NETWORKS, BareProcesses
 from tests.paper_networks import BIG, NAMES, ON_META, build, images, on_meta, usual
 
-# One of each family is compiled and exported; the others are, as shapes, apart from
-# those that differ in a width only.
+# One of each family is exported, and those that have most of ours compiled; the others
+# are exported as shapes, apart from those that differ in a width only. Deeper ones have
+# the same layers more often, and take seconds each.
 FAMILIES = (
     *("isqrt_resnet18", "mpncov_resnet50", "gaussian_resnet50", "gsop_resnet50_2"),
     *("eca_resnet18", "eca_mobilenetv2", "deit_tiny_so", "swin_tiny_so"),
 )
 OTHERS = tuple(name for name in NAMES if not name.endswith(("_128", "_64", *FAMILIES)))
+DEEPER = ("34", "101", "152", "_base_so")
 
 
 def test_the_lists_are_whole() -> None:
@@ -167,7 +169,13 @@ def test_the_pipeline_builds_them(name: str) -> None:
     assert model(images(size=96)).shape == (2, 4)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name.endswith(DEEPER) else name
+        for name in OTHERS
+    ],
+)
 def test_the_others_are_exported_too(name: str) -> None:
     model = usual(name).eval()
     program = torch.export.export(model, (torch.zeros(2, 3, 224, 224, device="meta"),))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parents[1]
 ROOMS = ("sovit", "pipelines", "tuning", "recipes", "benchmarks")
 # What runs code that it reads.

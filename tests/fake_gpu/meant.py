@@ -74,9 +74,8 @@ MEANT: Mapping[str, tuple[str, ...]] = {
     "step of gcp.mpncov_resnet50": _EIGEN,
     "step, logged": _LOGGED * NUM_STEPS,
     "step of 8 workers, data parallel": (_TIMED,),
-    "step of 8 workers, data parallel, accumulated": (_TIMED,),
-    "step of 8 workers, data parallel, logged": (_TIMED, *_LOGGED),
-    "step of 8 workers, sharded, logged": _LOGGED,
+    "step of 8 workers, data parallel, accumulated, logged": (_TIMED, *_LOGGED),
+    "step of 8 workers, sharded, accumulated, logged": _LOGGED,
     "copy of a checkpoint": (
         "copies to the host: pipelines/snapshot.py copied",
         "waits for a stream: pipelines/snapshot.py take_snapshot",
