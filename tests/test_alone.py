@@ -127,11 +127,19 @@ def test_it_trains_keeps_and_records_as_workers_do(
         read_record(run.storage, name="alone")
 
 
+# What a run raises for what ended it, where that is another error.
+RAISED: dict[type[BaseException], type[BaseException]] = {
+    OSError: RunFailedError,
+    Ended: InterruptedRun,
+}
+
+
 def end_early(run: Run, error: type[BaseException], status: str) -> None:
     """Train until the fifth report, a checkpoint within the second epoch; end there."""
-    caught = {OSError: RunFailedError, Ended: InterruptedRun}.get(error, error)
     callbacks = [Reports(last=5, end=error)]
-    with pytest.raises(caught, match=r"as the test wants it|--resume broken"):
+    with pytest.raises(
+        RAISED.get(error, error), match=r"as the test wants it|--resume broken"
+    ):
         fit(run, name="broken", callbacks=callbacks, keep_model=False)
     by_name = {tracked.info.run_name: tracked for tracked in runs_of(run.storage)}
     assert by_name["broken"].info.status == status
