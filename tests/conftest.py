@@ -27,9 +27,11 @@ os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
 # What a file with a test of that mark has in its text.
 MARKED = {"ray": "mark.ray|ray_local", "cluster": "mark.cluster", "slow": "mark.slow"}
 # A file without any of these is fast, as one that says so: it starts no process, trains
-# nothing of size, and imports no library that takes seconds.
+# nothing of size, builds no whole network, lives through no random histories, and
+# imports no library that takes seconds.
 NOT_FAST = re.compile(
     r"subprocess|multiprocessing|mlflow|\bray\b|nvidia|onnx|torch\.(compile|export)|"
+    r"create_model|from hypothesis|"
     r"from (benchmarks|pipelines\.train|tests\.(bare|browser|demo_runs|exports|"
     r"fake_gpu|fault_runs|hosts|lives|mocked_aws|s3_server|small_checkpoints|"
     r"small_runs|small_validation|stored_runs|token_sets))\b"
