@@ -35,6 +35,7 @@ def begin(
     It leads a session, by which all that it starts can be found, and no signal is
     ignored in it, as in what a shell starts in the background.
     """
+    log.touch()  # A signal may end it before it writes.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
     process = processes.Process(target=_live, args=(arguments, log, keeps_model))

@@ -26,6 +26,7 @@ def test_signals_at_many_moments(tmp_path: Path) -> None:
     """Some of them while the model is kept in MLflow, at the run's end."""
     ends = rehearse(tmp_path, num=NUM, seed=SEED, longest_s=8)
     print(dict(ends))
+    assert any(end.endswith("checkpointed") for end in ends)
 
 
 @pytest.mark.slow
