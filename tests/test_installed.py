@@ -14,7 +14,9 @@ from pipelines.own_packages import PACKAGES
 from tests.installed import ROOT, Installed, install
 from tests.small_sets import write_set
 from tests.test_moved import ODD
+from tests.test_own_code import forget
 from tests.test_own_packages import users_folder
+from tuning.search import _begun, _split
 
 PAGE = (ROOT / "docs/own.md").read_text()
 RECIPE, SPACE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -69,24 +71,17 @@ def test_the_pages_commands_train_a_model_of_ones_own(
     assert "top-1" in installed.run(*evaluated, cwd=project).stdout
 
 
-@pytest.mark.ray
-def test_the_pages_sweep_finds_a_winner_that_trains_from_any_folder(
-    installed: Installed, project: Path, tmp_path_factory: pytest.TempPathFactory
+def test_the_pages_sweep_is_described(
+    project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    *_, sweep = COMMANDS
-    few = "--name found --scheduler none --optim.num-epochs 1 --optim.warmup-epochs 0"
-    sweep = [word.replace("8", "2") for word in sweep]  # trials
-    said = installed.run(*sweep, *few.split(), *HERE, cwd=project).stdout
-    winner = next(line for line in said.splitlines() if line.startswith("winner "))
-    for file in (project / "mine.py", project / "space.py"):
-        file.unlink()
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    installed.run(*shlex.split(winner)[1:], "--name", "best", *HERE, cwd=elsewhere)
-    record = json.loads((elsewhere / "runs/best/run.json").read_text())
-    assert record["status"] == "finished"
-    assert {path.name for path in project.parent.iterdir()} == {ODD}
-    assert (project / "runs/mlflow.db").exists()
-    compared = next(line for line in said.splitlines() if line.startswith("compare "))
-    said = installed.run(*shlex.split(compared)[1:], cwd=elsewhere).stdout
-    assert "found-0001" in said
-    assert RECIPE.splitlines()[-2] in record["code"]["sources"]["winner.py"]
+    """What it needs of the page; to carry it out takes Ray."""
+    monkeypatch.chdir(project)
+    try:
+        sweep, space = _begun(*_split(COMMANDS[-1][1:]))
+    finally:
+        forget("my_small")
+    assert list(space) == ["optim.lr"]
+    assert sweep.search.num_trials == 8
+    assert sweep.space == f"{project}/space.py:rates"
+    assert sweep.code is not None
+    assert sweep.code.sources == {"mine.py": RECIPE}
