@@ -9,9 +9,11 @@ it, and while a record is being written it waits until that is whole.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Literal
@@ -20,6 +22,8 @@ from pipelines.errors import InterruptedRun
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 Answer = Literal["end", "note", "wait"]
+# `timeout` and some shells signal a process and then its group: that asks once.
+ECHO_S = 0.5
 
 
 class StopRequest:
@@ -28,7 +32,10 @@ class StopRequest:
     def __init__(self) -> None:
         self.event = threading.Event()
         """Set once the process is asked to end."""
+        self.begun = threading.Event()
+        """To be set once there is something to keep."""
         self._number = signal.SIGTERM
+        self._asked_s = -math.inf
         self._answer: Answer = "end"
         self._answered: tuple[int, ...] = ()
         self._terminals = [fd for fd in (0, 1, 2) if _is_terminal(fd)]
@@ -48,7 +55,10 @@ class StopRequest:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[threading.Event]:
-        """Within this block only set the event; the second signal ends it at once."""
+        """Within this block, once it has begun, a signal only sets the event.
+
+        The second one ends it at once.
+        """
         with self._answering("note"):
             yield self.event
 
@@ -84,10 +94,14 @@ class StopRequest:
         """Answer a signal: the handler, in the main thread."""
         if number == signal.SIGHUP:
             self._leave_terminals()
+        now_s = time.monotonic()
+        if now_s - self._asked_s < ECHO_S and number == self._number:
+            return
         is_again = self.event.is_set()
-        self._number = signal.Signals(number)
+        self._number, self._asked_s = signal.Signals(number), now_s
         self.event.set()
-        if self._answer == "end" or (self._answer == "note" and is_again):
+        is_end = is_again or not self.begun.is_set()
+        if self._answer == "end" or (self._answer == "note" and is_end):
             raise self._interruption()
         if self._answer == "note":
             _say(f"{self.name}: writing a checkpoint, then ending; again: at once")

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import dataclasses
 import logging
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -188,7 +187,7 @@ def _trained(
     run = job.run
     train = train_alone if run.scale.is_alone else train_on_ray
     with stop.noted() as is_over:
-        listener = _listener(job, tracked=tracked, name=name, is_over=is_over)
+        listener = _listener(job, tracked=tracked, name=name, stop=stop)
         trained = train(job, name=name, callbacks=callbacks, listener=listener)
         is_whole = trained.metrics.get("epoch") == run.optim.total_epochs
         if is_over.is_set() and not is_whole:
@@ -284,24 +283,22 @@ def _check_recorded(tracked: LateRun, *, job: Job, name: str) -> None:
         )
 
 
-def _listener(
-    job: Job, *, tracked: LateRun, name: str, is_over: threading.Event
-) -> Listener:
+def _listener(job: Job, *, tracked: LateRun, name: str, stop: StopRequest) -> Listener:
     """Make what hears the workers: progress, MLflow, and on Ray the gauges."""
     uri, folder = job.tracking_uri, Place(job.run.storage).within(name)
     return Listener(
-        display=_display(job, tracked=tracked),
+        display=_display(job, tracked=tracked, stop=stop),
         writer=tracking.MetricWriter(
             uri, tracked.needed_id, unsent=folder.within(_UNSENT)
         ),
         figures=tracking.FigureWriter(uri, tracked.awaited_id),
-        is_over=is_over,
+        is_over=stop.event,
         gauges=None if job.run.scale.is_alone else Gauges(name),
         wait_for_run=tracked.wait,
     )
 
 
-def _display(job: Job, *, tracked: LateRun) -> Display:
+def _display(job: Job, *, tracked: LateRun, stop: StopRequest) -> Display:
     """Make what shows a run's progress; its bad images and hardware go to MLflow."""
     uri = job.tracking_uri
     plans = Plans(shards=job.train_shards, run=job.run, train=True)
@@ -314,6 +311,7 @@ def _display(job: Job, *, tracked: LateRun) -> Display:
     )
 
     def note(begun: Sequence[Began]) -> str:
+        stop.begun.set()
         workers = [item.hardware for item in begun]
         tags = tags_of(workers)
         tracked.do(lambda run_id: tracking.tag_run(uri, run_id, tags=tags))

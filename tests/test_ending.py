@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from pipelines import ending
 from pipelines.ending import SIGNALS, StopRequest, stop_requests
 from pipelines.errors import InterruptedRun
 
@@ -27,6 +29,10 @@ def default_handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def _wait_for_an_echo() -> None:
+    time.sleep(1.1 * ending.ECHO_S)
 
 
 @contextlib.contextmanager
@@ -46,12 +52,15 @@ def test_training_the_first_is_noted_and_the_second_ends(
 ) -> None:
     before = signal.getsignal(number)
     with stop_requests() as stop:
+        stop.begun.set()
         with stop.noted() as is_over:
             assert not is_over.is_set()
             os.kill(os.getpid(), number)
             assert is_over.wait(5)
             assert stop.name == number.name
             assert f"{number.name}: writing a checkpoint" in capfd.readouterr().err
+            signal.raise_signal(number)  # what `timeout` sends to its group asks once
+            _wait_for_an_echo()
             with raised(number):
                 signal.raise_signal(number)
         with raised(number):
@@ -64,6 +73,7 @@ def test_signals_that_a_library_took_are_taken_back(default_handlers: None) -> N
     with stop_requests() as stop:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
         stop.arm()
+        stop.begun.set()
         with stop.noted() as is_over:
             os.kill(os.getpid(), signal.SIGTERM)
             assert is_over.wait(5)
@@ -81,6 +91,8 @@ def test_before_there_is_anything_to_keep_the_first_ends(
         stop.check()
         with raised(number):
             signal.raise_signal(number)
+    with stop_requests() as stop, stop.noted(), raised(number):
+        signal.raise_signal(number)  # workers are starting
 
 
 def test_while_a_record_is_written_all_wait(default_handlers: None) -> None:
@@ -132,6 +144,7 @@ def test_what_is_told_a_terminal_that_is_gone_goes_nowhere() -> None:
         # Whoever starts the tests may ignore it, as nohup does.
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "with stop_requests() as stop, stop.noted() as is_over:\n"
+        "    stop.begun.set()\n"
         "    print('ready', flush=True)\n"
         "    is_over.wait()\n"
         "    print('still here', flush=True)\n"
