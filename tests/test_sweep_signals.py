@@ -62,7 +62,6 @@ def test_what_ran_is_killed_in_mlflow_and_what_had_ended_is_not(
         uri=uri,
         num_concurrent=1,
         retries_failed=False,
-        code=None,
     )
     with (
         pytest.raises(kind) as caught,
