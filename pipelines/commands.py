@@ -8,69 +8,24 @@ from __future__ import annotations
 
 import importlib
 import signal
-
-MODULES = {
-    "shards": "pipelines.shards.command",
-    "train": "pipelines.train",
-    "evaluate": "pipelines.evaluate",
-    "export": "pipelines.export.command",
-    "predict": "pipelines.predict",
-    "preview": "pipelines.preview",
-    "scoreboard": "pipelines.scoreboard.command",
-    "tune": "tuning.search",
-    "compare": "tuning.compare.command",
-}
+from functools import partial
 
 
-def _run(name: str) -> None:
+def _run(module: str) -> None:
     handler = signal.getsignal(signal.SIGINT)
     if handler == signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    command = importlib.import_module(MODULES[name])
+    command = importlib.import_module(module)
     signal.signal(signal.SIGINT, handler)
     command.main()
 
 
-def shards() -> None:
-    """Run `sovit-shards`."""
-    _run("shards")
-
-
-def train() -> None:
-    """Run `sovit-train`."""
-    _run("train")
-
-
-def evaluate() -> None:
-    """Run `sovit-eval`."""
-    _run("evaluate")
-
-
-def export() -> None:
-    """Run `sovit-export`."""
-    _run("export")
-
-
-def predict() -> None:
-    """Run `sovit-predict`."""
-    _run("predict")
-
-
-def preview() -> None:
-    """Run `sovit-preview`."""
-    _run("preview")
-
-
-def scoreboard() -> None:
-    """Run `sovit-scoreboard`."""
-    _run("scoreboard")
-
-
-def tune() -> None:
-    """Run `sovit-tune`."""
-    _run("tune")
-
-
-def compare() -> None:
-    """Run `sovit-compare`."""
-    _run("compare")
+shards = partial(_run, "pipelines.shards.command")
+train = partial(_run, "pipelines.train")
+evaluate = partial(_run, "pipelines.evaluate")
+export = partial(_run, "pipelines.export.command")
+predict = partial(_run, "pipelines.predict")
+preview = partial(_run, "pipelines.preview")
+scoreboard = partial(_run, "pipelines.scoreboard.command")
+tune = partial(_run, "tuning.search")
+compare = partial(_run, "tuning.compare.command")

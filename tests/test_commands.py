@@ -18,8 +18,7 @@ CODE = (
     "import signal\n"
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "from pipelines import commands\n"
-    "commands.MODULES['train'] = 'slow_to_import'\n"
-    "commands.train()\n"
+    "commands._run('slow_to_import')\n"
 )
 
 
@@ -49,10 +48,9 @@ def test_a_command_has_pythons_answer_to_ctrl_c_again(
         "def main():\n    global answer\n    answer = signal.getsignal(signal.SIGINT)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(commands.MODULES, "train", "quick_to_import")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        commands.train()
+        commands._run("quick_to_import")
         quick = sys.modules["quick_to_import"]
         assert quick.at_import == signal.SIG_DFL
         assert quick.answer == signal.default_int_handler

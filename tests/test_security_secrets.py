@@ -18,7 +18,7 @@ from urllib.parse import quote
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import commands, tracking
+from pipelines import tracking
 from pipelines.checkpoint import (
     Position,
     build_model,
@@ -121,7 +121,8 @@ def test_every_command_refuses_it_and_does_not_begin(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, _, function = SCRIPTS[name].partition(":")
-    found = importlib.import_module(commands.MODULES[function])
+    command = getattr(importlib.import_module(module), function)
+    found = importlib.import_module(*command.args)
 
     def begin(_: object) -> None:
         raise AssertionError("the command has begun")
@@ -129,7 +130,7 @@ def test_every_command_refuses_it_and_does_not_begin(
     monkeypatch.setattr(found, "_main", begin)
     monkeypatch.setattr(sys, "argv", [name, "demo", "--data.train", ADDRESS])
     with pytest.raises(SystemExit) as caught:
-        getattr(importlib.import_module(module), function)()
+        command()
     said = capsys.readouterr().err
     assert caught.value.code == 2
     assert said.count("\n") == 1
