@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Literal
 
-from pipelines.errors import InterruptedRun
+from pipelines.errors import CHECKPOINTED, InterruptedRun
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 Answer = Literal["end", "note", "wait"]
@@ -76,6 +76,20 @@ class StopRequest:
         """Raise as the signal would have where one has come in the meantime."""
         if self.event.is_set():
             raise self._interruption()
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Raise a signal's own end where Ray made `SystemExit(1)` of it.
+
+        Ray does so with what a handler raises while it waits in its own C++ code.
+        """
+        try:
+            yield
+        except SystemExit as error:
+            is_known = error.code in (CHECKPOINTED, 128 + self._number)
+            if is_known or not self.event.is_set():
+                raise
+            raise self._interruption() from error
 
     @property
     def name(self) -> str:
@@ -137,7 +151,8 @@ def stop_requests(*, is_wanted: bool = True) -> Iterator[StopRequest]:
     }
     stop.begin(before)
     try:
-        yield stop
+        with stop.restored():
+            yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -150,7 +150,10 @@ def fit(
                     is_demanded=is_demanded,
                 )
                 job = dataclasses.replace(job, keeps_model=keep_model)
-            with _ended_in_mlflow(job, tracked=tracked, name=name, stop=stop):
+            with (
+                _ended_in_mlflow(job, tracked=tracked, name=name, stop=stop),
+                stop.restored(),
+            ):
                 trained = _trained(
                     job, tracked=tracked, name=name, callbacks=callbacks, stop=stop
                 )

@@ -16,7 +16,7 @@ import pytest
 
 from pipelines import ending
 from pipelines.ending import SIGNALS, StopRequest, stop_requests
-from pipelines.errors import InterruptedRun
+from pipelines.errors import CHECKPOINTED, InterruptedRun
 
 
 @pytest.fixture
@@ -106,6 +106,38 @@ def test_while_a_record_is_written_all_wait(default_handlers: None) -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ray_makes_of_a_signal_is_undone(
+    number: signal.Signals, default_handlers: None
+) -> None:
+    """It raises SystemExit(1) for whatever a handler raises while it waits."""
+
+    def wait_as_ray() -> None:
+        try:
+            signal.raise_signal(number)
+        except SystemExit:
+            sys.exit(1)
+
+    with raised(number), stop_requests():
+        wait_as_ray()
+    with stop_requests() as stop, raised(number), stop.restored():
+        wait_as_ray()
+
+
+@pytest.mark.parametrize("status", [3, 75])
+def test_an_end_that_no_signal_made_stays_as_it_is(
+    status: int, default_handlers: None
+) -> None:
+    with pytest.raises(SystemExit) as caught, stop_requests() as stop:
+        if status == CHECKPOINTED:
+            stop.begun.set()
+            with stop.noted():
+                signal.raise_signal(signal.SIGTERM)
+        sys.exit(status)
+    assert caught.value.code == status
+    assert not isinstance(caught.value, InterruptedRun)
+
+
 def test_what_is_ignored_stays_so(default_handlers: None) -> None:
     """As under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -140,13 +172,15 @@ def test_what_is_told_a_terminal_that_is_gone_goes_nowhere() -> None:
     """Its other end is closed: without the answer to SIGHUP, printing would raise."""
     master, terminal = pty.openpty()
     code = (
-        "import os, signal\nfrom pipelines.ending import stop_requests\n"
+        "import os, signal, time\nfrom pipelines.ending import stop_requests\n"
         # Whoever starts the tests may ignore it, as nohup does.
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "with stop_requests() as stop, stop.noted() as is_over:\n"
         "    stop.begun.set()\n"
         "    print('ready', flush=True)\n"
-        "    is_over.wait()\n"
+        # Not by waiting for the event: what the handler sets it by is held then.
+        "    while not is_over.is_set():\n"
+        "        time.sleep(0.01)\n"
         "    print('still here', flush=True)\n"
         "    os._exit(7)\n"
     )

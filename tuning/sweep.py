@@ -125,7 +125,7 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
                     num_concurrent=search.num_concurrent or room(run.scale),
                     retries_failed=retries_failed,
                 )
-            with _ended_early(carried, stop=stop):
+            with _ended_early(carried, stop=stop), stop.restored():
                 stop.check()
                 heads = None
                 if search.head_from:
