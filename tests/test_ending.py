@@ -128,12 +128,16 @@ def test_what_ray_makes_of_a_signal_is_undone(
 def test_an_end_that_no_signal_made_stays_as_it_is(
     status: int, default_handlers: None
 ) -> None:
-    with pytest.raises(SystemExit) as caught, stop_requests() as stop:
-        if status == CHECKPOINTED:
-            stop.begun.set()
-            with stop.noted():
-                signal.raise_signal(signal.SIGTERM)
-        sys.exit(status)
+    def end() -> None:
+        with stop_requests() as stop:
+            if status == CHECKPOINTED:
+                stop.begun.set()
+                with stop.noted():
+                    signal.raise_signal(signal.SIGTERM)
+            sys.exit(status)
+
+    with pytest.raises(SystemExit) as caught:
+        end()
     assert caught.value.code == status
     assert not isinstance(caught.value, InterruptedRun)
 
