@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import sovit
 from benchmarks.backbone_checks import enliven, judge
-from pipelines.cli import parse, run_command
+from pipelines.cli.command import parse, run_command
 
 _PROG = "benchmarks.backbones"
 SIZES = (96, 128, 160, 192, 224, 240, 256)

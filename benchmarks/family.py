@@ -26,7 +26,7 @@ from torch import nn
 import sovit
 from benchmarks import trainings
 from benchmarks.trainings import Results, mean_spread, train_all
-from pipelines.cli import parse, run_command
+from pipelines.cli.command import parse, run_command
 from sovit.attention import add_gsop, stages_of
 from sovit.networks.eca_gsop import add_eca
 from sovit.pooling import Pooling

@@ -29,8 +29,8 @@ from benchmarks.head_rounds import Result, case_name, compare, kept, step_ms
 from benchmarks.machine import machine
 from benchmarks.result_file import write_result
 from benchmarks.step_share import Share, measure_share
-from pipelines.cli import parse, run_command
-from pipelines.outputs import check_file, check_plot
+from pipelines.cli.command import parse, run_command
+from pipelines.cli.outputs import check_file, check_plot
 
 _PROG = "benchmarks.heads"
 _CURVE_DIMS = (32, 64, 128, 192, 256, 384, 512)

@@ -39,8 +39,8 @@ from benchmarks.rivals import (
 )
 from benchmarks.sets import Sets, labelled_images, make_sets
 from benchmarks.work import Loader, Work
-from pipelines.cli import parse, run_command
-from pipelines.outputs import check_file
+from pipelines.cli.command import parse, run_command
+from pipelines.cli.outputs import check_file
 
 _PROG = "benchmarks.ingest"
 

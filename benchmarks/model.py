@@ -34,9 +34,9 @@ from benchmarks.model_report import (
 )
 from benchmarks.model_rounds import Rounds, matrix_rates, time_cases
 from benchmarks.result_file import write_result
-from pipelines.cli import parse, run_command
-from pipelines.device import has_bfloat16
-from pipelines.outputs import check_file
+from pipelines.cli.command import parse, run_command
+from pipelines.cli.outputs import check_file
+from pipelines.hardware.device import has_bfloat16
 
 _PROG = "benchmarks.model"
 _BATCH_SIZES = {"cpu": 8, "cuda": 128}

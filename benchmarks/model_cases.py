@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 
 from pipelines.config import Model, Run, Scale
-from pipelines.device import has_bfloat16
-from pipelines.explain.counting import count_macs, count_parameters, shapes_of
-from pipelines.recipe import load_recipe
+from pipelines.config.recipes import load_recipe
+from pipelines.hardware.device import has_bfloat16
+from pipelines.training.model_cost import count_macs, count_parameters, shapes_of
 
 NUM_CLASSES = 1000
 # Of timm's plain ViTs and DeiTs for 224 pixels the one whose parameters come nearest.

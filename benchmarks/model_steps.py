@@ -22,10 +22,10 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from benchmarks.model_cases import NUM_CLASSES, STAGES, Case, run_of
-from pipelines.building import build_state
 from pipelines.config import Model
-from pipelines.ingest.batch import Batch
-from pipelines.loop import LoopSettings, train
+from pipelines.data.batch import Batch
+from pipelines.training.loop import LoopSettings, train
+from pipelines.training.state import build_state
 
 _STEPS_PER_EPOCH = 1000
 Steps = Callable[[int], None]

@@ -8,13 +8,13 @@ import pyarrow as pa
 import torch
 
 from benchmarks.work import Batches, Work, to_device
-from pipelines.checkpoint import Position
+from pipelines.checkpoints.manifest import Position
 from pipelines.config import Augment, Data, Model, Optim, Run, Scale
-from pipelines.ingest.footers import read_shard_set
-from pipelines.ingest.plan import Unit
-from pipelines.ingest.reading import Reading
-from pipelines.ingest.source import shares, split_units
-from pipelines.supply import Supply, reading_of
+from pipelines.data.epoch_plan import Unit
+from pipelines.data.loader import Supply, reading_of
+from pipelines.data.ray_source import shares, split_units
+from pipelines.data.reading import Reading
+from pipelines.data.shard_set import read_shard_set
 
 # More epochs than a round can see; datasets are opened a thousand units at a time.
 _NUM_EPOCHS = 100_000

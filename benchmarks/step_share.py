@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import sovit  # noqa: F401  (registers the networks)
 from benchmarks.timing import call_ms
-from pipelines.device import has_bfloat16
+from pipelines.hardware.device import has_bfloat16
 
 _NUM_ROUNDS = 5
 

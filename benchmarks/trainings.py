@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from benchmarks.machine import machine
 from benchmarks.result_file import write_result
+from pipelines.cli.outputs import check_file
 from pipelines.config import Run, Scale
-from pipelines.ingest.footers import read_shard_set
-from pipelines.ingest.stream import Plans
-from pipelines.loop import LoopSettings, TrainState, train
-from pipelines.optim import build_optimizer
-from pipelines.outputs import check_file
-from pipelines.supply import opened_here
-from pipelines.validation.measure import validate
+from pipelines.data.loader import opened_here
+from pipelines.data.shard_set import read_shard_set
+from pipelines.data.stream import Plans
+from pipelines.evaluation.measure import validate
+from pipelines.training.loop import LoopSettings, TrainState, train
+from pipelines.training.optimizer import build_optimizer
 from recipes.demo import demo
 
 Build = Callable[[int], nn.Module]

@@ -29,25 +29,25 @@ import torch
 import tyro
 from torch import nn
 
-from pipelines.checkpoint import Manifest, load_model, opened
-from pipelines.cli import parse, run_command
+from pipelines.checkpoints.manifest import Manifest, load_model, opened
+from pipelines.checkpoints.model_code import load_model_code
+from pipelines.cli.command import parse, run_command
+from pipelines.cli.outputs import check_file, check_folder
 from pipelines.config import Run
-from pipelines.credentials import without_credentials
-from pipelines.device import Wanted, find_device
-from pipelines.ingest.footers import read_shard_set
-from pipelines.loop import LoopSettings
-from pipelines.model_code import load_model_code
-from pipelines.outputs import check_file, check_folder
-from pipelines.pixels.rows import BadImage
+from pipelines.config.evaluation import named_addresses
+from pipelines.data.loader import opened_here
+from pipelines.data.shard_set import read_shard_set
+from pipelines.evaluation.checkpoint import here, load_models, measure_set, named
+from pipelines.evaluation.figures import write_report
+from pipelines.evaluation.held_out import HeldOut, held_out
+from pipelines.evaluation.measure import Outcome, narrowed
+from pipelines.hardware.device import Wanted, find_device
 from pipelines.robustness import report
 from pipelines.robustness.measure import Subject, measure
 from pipelines.robustness.options import Flat, Robustness
-from pipelines.supply import opened_here
-from pipelines.validation.beside import here, load_models, measure_set, named
-from pipelines.validation.labels import HeldOut, held_out
-from pipelines.validation.measure import Outcome, narrowed
-from pipelines.validation.pictures import write_report
-from pipelines.validation_config import named_addresses
+from pipelines.storage.redaction import without_credentials
+from pipelines.training.loop import LoopSettings
+from pipelines.transforms.rows import BadImage
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-eval"

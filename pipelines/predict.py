@@ -22,15 +22,15 @@ import torch
 import tyro
 from torch import Tensor
 
-from pipelines.checkpoint import MANIFEST
-from pipelines.cli import fail, parse, run_command
-from pipelines.device import Wanted, find_device, upload
+from pipelines.checkpoints.manifest import MANIFEST
+from pipelines.checkpoints.model_code import load_model_code
+from pipelines.cli.command import fail, parse, run_command
+from pipelines.cli.outputs import check_file
 from pipelines.export.images import Encoded, decode, read_images
 from pipelines.export.subject import Subject, Weights, from_checkpoint
 from pipelines.export.timm_folder import CONFIG, read_timm
-from pipelines.model_code import load_model_code
-from pipelines.outputs import check_file
-from pipelines.pixels.headers import BadImageError
+from pipelines.hardware.device import Wanted, find_device, upload
+from pipelines.transforms.headers import BadImageError
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-predict"

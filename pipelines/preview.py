@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 from pipelines import tracking
-from pipelines.cli import parse, run_command
+from pipelines.cli.command import parse, run_command
+from pipelines.cli.outputs import check_plot
 from pipelines.config import Run
-from pipelines.device import find_device
-from pipelines.ingest.footers import read_shard_set
-from pipelines.ingest.stream import LocalOpener, Plans
-from pipelines.outputs import check_plot
-from pipelines.pixels.decoder import BatchDecoder
-from pipelines.pixels.draws import PixelSettings, draw
-from pipelines.pixels.ops import Op
-from pipelines.pixels.rows import Rows, rows_of
-from pipelines.preflight import with_absolute_paths
-from pipelines.recipe import load_recipe
-from pipelines.supply import pixel_settings, reading_of
+from pipelines.config.recipes import load_recipe
+from pipelines.data.loader import pixel_settings, reading_of
+from pipelines.data.shard_set import read_shard_set
+from pipelines.data.stream import LocalOpener, Plans
+from pipelines.driver.preflight import with_absolute_paths
+from pipelines.hardware.device import find_device
+from pipelines.transforms.color_ops import Op
+from pipelines.transforms.decoder import BatchDecoder
+from pipelines.transforms.rows import Rows, rows_of
+from pipelines.transforms.sampling import PixelSettings, draw
 
 _PROG = "pipelines.preview"
 _INCHES_PER_IMAGE = 2.0

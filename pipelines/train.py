@@ -27,26 +27,28 @@ from typing import Literal
 from ray.train import UserCallback
 
 from pipelines import tracking
-from pipelines.alone import train_alone
-from pipelines.cli import parse, run_command
+from pipelines.checkpoints.model_code import trust
+from pipelines.checkpoints.run_record import (
+    Record,
+    delete_record,
+    new_record,
+    write_record,
+)
+from pipelines.cli.command import parse, run_command
+from pipelines.cli.help_text import COMMON, help_text, wants_help
 from pipelines.config import Run
-from pipelines.credentials import without_credentials
-from pipelines.ending import StopRequest, stop_requests
-from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
-from pipelines.explain.show import show_dry_run
-from pipelines.files import Place
-from pipelines.hardware import tags_of, without_bfloat16
-from pipelines.help_text import COMMON, help_text, wants_help
-from pipelines.ingest.stream import Plans
-from pipelines.job import Job, Trained
-from pipelines.keeping import log_model, log_shards, open_tracking
-from pipelines.lease import claimed
-from pipelines.model_code import trust
-from pipelines.own_code import OwnCode
-from pipelines.preflight import CheckedRun, with_absolute_paths
-from pipelines.ray_trainer import train_on_ray
-from pipelines.recipe import load_recipe, own_code_of
-from pipelines.resuming import (
+from pipelines.config.own_code import OwnCode
+from pipelines.config.recipes import load_recipe, own_code_of
+from pipelines.data.stream import Plans
+from pipelines.driver.cluster import ray_session
+from pipelines.driver.launch_local import train_alone
+from pipelines.driver.launch_ray import train_on_ray
+from pipelines.driver.listener import Listener
+from pipelines.driver.mlflow_run import log_model, log_shards, open_tracking
+from pipelines.driver.preflight import CheckedRun, with_absolute_paths
+from pipelines.driver.progress import Display
+from pipelines.driver.prometheus import Gauges
+from pipelines.driver.resuming import (
     check_one_name,
     check_same,
     check_start,
@@ -55,15 +57,18 @@ from pipelines.resuming import (
     resume_command,
     run_and_storage,
 )
-from pipelines.runs import Record, delete_record, new_record, write_record
-from pipelines.session import ray_session
-from pipelines.summary import print_summary
-from pipelines.telling.bad_images import FILE, BadImageLog
-from pipelines.telling.board import Began
-from pipelines.telling.gauges import Gauges
-from pipelines.telling.listener import Listener
-from pipelines.telling.progress import Display
+from pipelines.driver.signals import StopRequest, stop_requests
+from pipelines.driver.summary import print_summary
+from pipelines.dry_run.command import show_dry_run
+from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
+from pipelines.events.bad_images import FILE, BadImageLog
+from pipelines.events.channel import Began
+from pipelines.hardware.facts import tags_of, without_bfloat16
+from pipelines.storage.lease import claimed
+from pipelines.storage.path import Place
+from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import LateRun
+from pipelines.worker.job import Job, Trained
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-train"

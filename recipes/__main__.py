@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.scoreboard.command import main
+from pipelines.results.scoreboard import main
 
 if __name__ == "__main__":
     main()

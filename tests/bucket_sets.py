@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.files import Place
 from pipelines.shards.command import Arguments, Summary, in_process, make_shards
+from pipelines.storage.path import Place
 from tests.s3_server import BUCKET
 from tests.small_sets import jpeg
 

@@ -17,7 +17,7 @@ from recipes.demo import demo
 RECIPE = """
 from pathlib import Path
 from pipelines.config import Run
-from pipelines.runfile import from_json
+from pipelines.config.serialization import from_json
 def small() -> Run:
     return from_json(Path(__file__).with_name("run.json").read_text())
 """

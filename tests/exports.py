@@ -13,10 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.checkpoint import Position, build_model, load_model, save_checkpoint
+from pipelines.checkpoints.manifest import (
+    Position,
+    build_model,
+    load_model,
+    save_checkpoint,
+)
 from pipelines.config import Data, Model, Run
 from pipelines.export.command import Options, export_checkpoint
-from pipelines.pixels.decode_eval import decode_eval
+from pipelines.transforms.eval_transform import decode_eval
 from tests.small_runs import OPTIM
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from ray.train import UserCallback
 
-from pipelines.checkpoint import (
+from pipelines.checkpoints.manifest import (
     EMA_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,

@@ -20,7 +20,7 @@ from tests.waiting import wait_for
 for name in (
     "mlflow.pyfunc",
     "mlflow.store.tracking.sqlalchemy_store",
-    "pipelines.pixels.host",
+    "pipelines.transforms.cpu",
     "recipes.demo",
     "tests.small_runs",
 ):

@@ -16,9 +16,9 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from pipelines import tracking
+from pipelines.checkpoints.run_record import find_record
 from pipelines.config import Run
-from pipelines.runfile import to_json
-from pipelines.runs import find_record
+from pipelines.config.serialization import to_json
 from tests.demo_runs import RECIPE
 from tests.fault_runs import brief_run
 from tests.lives import begin

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from pipelines.files import Place
-from pipelines.snapshot import Position, Snapshot
-from pipelines.store import CheckpointStore
+from pipelines.checkpoints.snapshot import Position, Snapshot
+from pipelines.checkpoints.store import CheckpointStore
+from pipelines.storage.path import Place
 from tests.small_runs import small_run
 
 RUN = small_run("none")

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipelines.ingest.footers import ShardSet
-from pipelines.ingest.plan import Unit
-from pipelines.ingest.reading import Reading, share_tables
-from pipelines.pixels.draws import PixelSettings
+from pipelines.data.epoch_plan import Unit
+from pipelines.data.reading import Reading, share_tables
+from pipelines.data.shard_set import ShardSet
 from pipelines.shards.format import CLASSES_FILE, SCHEMA
+from pipelines.transforms.sampling import PixelSettings
 
 
 @functools.cache

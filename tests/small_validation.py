@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from pipelines.config import Run, Validation
-from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.validation.labels import HeldOut
-from pipelines.validation.measure import Outcome, validate
+from pipelines.data.shard_set import ShardSet, read_shard_set
+from pipelines.evaluation.held_out import HeldOut
+from pipelines.evaluation.measure import Outcome, validate
 from tests.small_runs import meeting, settings_of, small_run, supply_of
 from tests.small_sets import jpeg, write_set
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pipelines import tracking
 from pipelines.config import Data, Model, Optim, Run, Scale
-from pipelines.runfile import flat_params
+from pipelines.config.serialization import flat_params
 from pipelines.tracking.sweeps import NUM_PARAMS
 from sovit import Pooling
 

@@ -16,13 +16,13 @@ import torch
 from ray.train import UserCallback
 from safetensors.torch import load_file
 
-from pipelines import checkpoint as ckpt
-from pipelines import worker
+from pipelines.checkpoints import manifest as ckpt
+from pipelines.checkpoints.run_record import read_record
 from pipelines.config import Run
+from pipelines.config.serialization import to_json
 from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
-from pipelines.runfile import to_json
-from pipelines.runs import read_record
 from pipelines.train import _main, fit
+from pipelines.worker import worker
 from tests.demo_runs import RECIPE, small_demo
 from tests.mlflow_stores import prepare_store
 from tests.test_train import runs_of

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.ingest.plan import GroupTable
-from pipelines.pixels.rows import BadImage
-from pipelines.telling.bad_images import BadImageLog, BadImageTeller, NamedBadImage
+from pipelines.data.epoch_plan import GroupTable
+from pipelines.events.bad_images import BadImageLog, BadImageTeller, NamedBadImage
+from pipelines.transforms.rows import BadImage
 
 
 def image(number: int, *, split: str = "train", reason: str = "cut off") -> Any:

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from pipelines.telling.bad_images import BadImageLog
-from pipelines.telling.board import Began, Board, Failed, Item, Measured, heard
-from pipelines.telling.progress import Display
+from pipelines.driver.progress import Display
+from pipelines.events.bad_images import BadImageLog
+from pipelines.events.channel import Began, Board, Failed, Item, Measured, heard
 from tests.waiting import wait_for
 
 

@@ -10,11 +10,11 @@ from urllib.parse import quote
 
 import pytest
 
-from pipelines import places, retries
-from pipelines.checkpoint import opened
-from pipelines.files import Place
-from pipelines.ingest.footers import read_shard_set
-from pipelines.runs import check_name
+from pipelines.checkpoints.manifest import opened
+from pipelines.checkpoints.run_record import check_name
+from pipelines.data.shard_set import read_shard_set
+from pipelines.storage import filesystem, retry
+from pipelines.storage.path import Place
 from tests.bucket_sets import ROOT, content, make, upload, write_images
 from tests.s3_server import BUCKET, Fault, Line, checked_credentials, s3_server
 from tests.small_sets import write_set
@@ -22,7 +22,7 @@ from tests.small_sets import write_set
 
 @pytest.fixture
 def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
-    monkeypatch.setattr(retries, "_WAITS_S", (0.001,) * 4)
+    monkeypatch.setattr(retry, "_WAITS_S", (0.001,) * 4)
     with s3_server() as line:
         yield line
 
@@ -41,7 +41,7 @@ def test_a_store_that_fails_for_a_moment_changes_nothing(
     caplog: pytest.LogCaptureFixture,
     fault: Fault,
 ) -> None:
-    monkeypatch.setattr(places, "_CLIENT_TRIES", 1)
+    monkeypatch.setattr(filesystem, "_CLIENT_TRIES", 1)
     make(images, str(tmp_path / "train"))
     out = f"{ROOT}/train"
     line.fail(r"PUT .*-00001-of-", num=4, fault=fault)
@@ -71,7 +71,7 @@ def test_a_store_that_is_down_is_one_clear_error(line: Line, tmp_path: Path) -> 
 def test_an_upload_that_fails_leaves_nothing(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "_CLIENT_TRIES", 1)
+    monkeypatch.setattr(filesystem, "_CLIENT_TRIES", 1)
     file = Place(f"{ROOT}/large.bin")
     line.fail("PUT .*partNumber=2", num=100)
     with pytest.raises(ConnectionError), file.writing() as path:

@@ -10,16 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.checkpoint import (
+from pipelines.checkpoints.manifest import (
     Position,
     build_model,
     opened,
     read_manifest,
     save_checkpoint,
 )
+from pipelines.checkpoints.run_record import (
+    check_name,
+    new_record,
+    read_record,
+    write_record,
+)
 from pipelines.config import Run
-from pipelines.files import Place
-from pipelines.runs import check_name, new_record, read_record, write_record
+from pipelines.storage.path import Place
 from tests.bucket_sets import ROOT, content, upload
 from tests.s3_server import BUCKET, Line, s3_server
 from tests.small_runs import small_run

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.files import Place
-from pipelines.ingest.footers import read_shard_set
-from pipelines.ingest.plan import plan_epoch
-from pipelines.ingest.reading import read_rows
+from pipelines.data.epoch_plan import plan_epoch
+from pipelines.data.reading import read_rows
+from pipelines.data.shard_set import read_shard_set
 from pipelines.shards.command import Arguments, make_shards
 from pipelines.shards.planning import Done
+from pipelines.storage.path import Place
 from tests.bucket_sets import NUM_SHARDS, ROOT, content, make, upload, write_images
 from tests.s3_server import BUCKET, Line, s3_server
 from tests.small_sets import jpeg, reading_of, write_set
@@ -157,7 +157,7 @@ def test_labels_without_statistics_are_read_where_that_is_cheap(
     line.taken()
     num_groups = int(read_shard_set(out).groups.num_groups.sum())
     assert len(line.taken()) == NUM_SHARDS + 3 + num_groups
-    monkeypatch.setattr("pipelines.ingest.footers._MAX_LABEL_REQUESTS", 5)
+    monkeypatch.setattr("pipelines.data.shard_set._MAX_LABEL_REQUESTS", 5)
     read_shard_set(out)
     assert len(line.taken()) == NUM_SHARDS + 3
 

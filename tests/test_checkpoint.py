@@ -13,7 +13,7 @@ import timm
 import torch
 
 import sovit
-from pipelines.checkpoint import (
+from pipelines.checkpoints.manifest import (
     EMA_FILE,
     MANIFEST,
     MODEL_FILE,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cli import fail, parse, run_command
+from pipelines.cli.command import fail, parse, run_command
+from pipelines.cli.help_text import COMMON
 from pipelines.config import Run
+from pipelines.config.recipes import load_recipe, recipes_of
 from pipelines.errors import InterruptedRun, RunFailedError
-from pipelines.help_text import COMMON
-from pipelines.recipe import load_recipe, recipes_of
 from pipelines.train import _main
 
 RECIPE_FILE = """
@@ -240,7 +240,7 @@ def test_the_demo_is_a_recipe() -> None:
 
 SPEAKER = """
 import logging, sys
-from pipelines.cli import run_command
+from pipelines.cli.command import run_command
 def command(arguments):
     for name in ("pipelines.train", "tuning.sweep", "__main__", "ray.tune"):
         logging.getLogger(name).info("%s begins", name)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.key_log import trained
-from pipelines.telling.gauges import GAUGES
+from pipelines.driver.prometheus import GAUGES
+from pipelines.worker.audit_log import trained
 from recipes.demo import demo
 from tests.cluster import (
     Cluster,

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import commands
+from pipelines.cli import scripts
 
 # A package that takes long to import, as torch does, and says when it has begun.
 SLOW = "import sys, time\nprint('importing', flush=True)\ntime.sleep(60)\n"
 CODE = (
     "import signal\n"
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    "from pipelines import commands\n"
-    "commands._run('slow_to_import')\n"
+    "from pipelines.cli import scripts\n"
+    "scripts._run('slow_to_import')\n"
 )
 
 
@@ -50,7 +50,7 @@ def test_a_command_has_pythons_answer_to_ctrl_c_again(
     monkeypatch.syspath_prepend(str(tmp_path))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        commands._run("quick_to_import")
+        scripts._run("quick_to_import")
         quick = sys.modules["quick_to_import"]
         assert quick.at_import == signal.SIG_DFL
         assert quick.answer == signal.default_int_handler

@@ -17,11 +17,11 @@ import pytest
 
 from pipelines import tracking
 from pipelines.config import Model
+from pipelines.results.compare import Comparison, Options, as_page, compare, main
+from pipelines.results.rows import ComparedRun
 from pipelines.tracking.sweeps import KIND_TAG, OUTCOME_TAG, PARENT_TAG, SWEEP_KIND
 from tests.browser import find_browser, open_page
 from tests.stored_runs import RUN, keep_run
-from tuning.compare.command import Comparison, Options, as_page, compare, main
-from tuning.compare.rows import ComparedRun
 
 # One process makes the store: MLflow takes seconds for it.
 

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.tracking.query import MetricPoint, StoredRun
-from tuning.compare.rows import (
+from pipelines.results.rows import (
     ComparedRun,
     Row,
     Spread,
@@ -21,6 +20,7 @@ from tuning.compare.rows import (
     pareto,
     short_name,
 )
+from pipelines.tracking.query import MetricPoint, StoredRun
 
 
 def _measured(name: str, **params: str) -> ComparedRun:

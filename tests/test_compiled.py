@@ -22,14 +22,14 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import sovit
-from pipelines.building import build_state
-from pipelines.checkpoint import build_model
-from pipelines.compiling import why_not
+from pipelines.checkpoints.manifest import build_model
 from pipelines.config import Run, Scale
-from pipelines.guard import Guard
-from pipelines.ingest.batch import Batch
-from pipelines.loop import TrainState, train
-from pipelines.optim import build_optimizer
+from pipelines.data.batch import Batch
+from pipelines.training.compiling import why_not
+from pipelines.training.loop import TrainState, train
+from pipelines.training.nonfinite import Guard
+from pipelines.training.optimizer import build_optimizer
+from pipelines.training.state import build_state
 from tests.small_runs import CPU, SO_VIT, settings_of, small_run
 
 NUM_STEPS, BATCH_SIZE, NUM_BATCHES, NUM_CLASSES, SEED = 50, 8, 4, 3, 1

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines import compiling
-from pipelines.building import build_state
-from pipelines.cli import parse
-from pipelines.compiling import decide
+from pipelines.cli.command import parse
 from pipelines.config import Run, Scale
-from pipelines.device import numerics_kept
-from pipelines.fields import change_fields
-from pipelines.runfile import from_json, to_json
+from pipelines.config.overrides import change_fields
+from pipelines.config.serialization import from_json, to_json
+from pipelines.hardware.device import numerics_kept
+from pipelines.training import compiling
+from pipelines.training.compiling import decide
+from pipelines.training.state import build_state
 from tests.small_runs import CPU, small_run, state_of
 from tests.test_loop import batch_of, pictures, run_loop
 

@@ -21,7 +21,7 @@ from pipelines.config import (
     Scale,
     Schedule,
 )
-from pipelines.runfile import flat_params, from_json, to_json
+from pipelines.config.serialization import flat_params, from_json, to_json
 
 MODEL = Model(
     name="so_vit_7", pooling=sovit.Pooling(reduced_dim=(24, 12)), kwargs={"depth": 4}

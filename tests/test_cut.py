@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import Run
-from pipelines.key_log import trained
-from pipelines.runfile import to_json
+from pipelines.config.serialization import to_json
+from pipelines.worker.audit_log import trained
 from tests.demo_runs import RECIPE
 from tests.fault_runs import brief_run, learnt
 from tests.lives import begin, cut_at, last_step

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from benchmarks.photographs import cut_photographs
 from pipelines.config import Augment, Data, Interpolation
-from pipelines.pixels.decode_eval import decode_eval
-from pipelines.pixels.decoder import make_decoder
-from pipelines.pixels.draws import Draws, PixelSettings
-from pipelines.pixels.geometry import center_crop, random_resized_crop
-from pipelines.pixels.host import HostDecoder
-from pipelines.pixels.pillow_decode import PillowWindows
+from pipelines.transforms.cpu import HostDecoder
+from pipelines.transforms.crops import center_crop, random_resized_crop
+from pipelines.transforms.decoder import make_decoder
+from pipelines.transforms.eval_transform import decode_eval
+from pipelines.transforms.pillow_decode import PillowWindows
+from pipelines.transforms.sampling import Draws, PixelSettings
 from tests.small_sets import jpeg
 
 HAS_DALI = (
@@ -80,7 +80,7 @@ def decoder_of(
         data=data, augment=Augment(), img_size=img_size, seed=0, train=True
     )
     if kind == "graph":
-        from pipelines.pixels.dali import DaliDecoder
+        from pipelines.transforms.dali import DaliDecoder
 
         decode: Any = DaliDecoder(settings, batch_size=batch_size, device=CPU)
     else:

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from pipelines.config import Augment
-from pipelines.ingest.prefetch import taken_ahead
-from pipelines.pixels.draws import Draws, draw
-from pipelines.pixels.rows import Rows
-from pipelines.pixels.salvage import SafeDecoder, Salvaged
+from pipelines.data.prefetch import taken_ahead
+from pipelines.transforms.fault_isolation import SafeDecoder, Salvaged
+from pipelines.transforms.rows import Rows
+from pipelines.transforms.sampling import Draws, draw
 from tests.odd_images import SIZE, bad_images
 from tests.small_sets import jpeg
 from tests.test_dali import HAS_DALI
@@ -28,8 +28,8 @@ if not HAS_DALI:
 import nvidia.dali.fn as fn
 from nvidia.dali.pipeline import Pipeline
 
-from pipelines.pixels import dali
-from pipelines.pixels.dali import DaliDecoder, define_pixels
+from pipelines.transforms import dali
+from pipelines.transforms.dali import DaliDecoder, define_pixels
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SETTINGS = settings_of("dali", augment=Augment(auto_augment="rand-m9-n1"))

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from benchmarks.photographs import cut_photographs
-from pipelines.pixels.ops import Op, Ops, color_jitter, rand_augment
-from pipelines.pixels.pillow_ops import apply_ops
-from pipelines.pixels.policy import parse_rand_augment
+from pipelines.config.rand_augment import parse_rand_augment
+from pipelines.transforms.color_ops import Op, Ops, color_jitter, rand_augment
+from pipelines.transforms.pillow_ops import apply_ops
 
 if importlib.util.find_spec("nvidia") is None:
     pytest.skip("DALI has no wheel here", allow_module_level=True)
@@ -37,7 +37,7 @@ class Graph:
     ) -> None:
         from nvidia.dali.pipeline import pipeline_def
 
-        from pipelines.pixels.dali_ops import op_inputs
+        from pipelines.transforms.dali_ops import op_inputs
 
         self._inputs_of = op_inputs
         self._num_columns = num_columns
@@ -55,7 +55,7 @@ class Graph:
         import nvidia.dali.fn as fn
         import nvidia.dali.types as types
 
-        from pipelines.pixels import dali_ops
+        from pipelines.transforms import dali_ops
 
         uint8 = types.DALIDataType.UINT8
         images: Any = fn.external_source(

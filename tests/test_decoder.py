@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.device import has_gpu, is_gpu
-from pipelines.ingest.prefetch import taken_ahead
-from pipelines.pixels.decoder import BatchDecoder, make_decoder
-from pipelines.pixels.draws import draw
-from pipelines.pixels.host import HostDecoder, Threads
-from pipelines.pixels.salvage import SafeDecoder
+from pipelines.data.prefetch import taken_ahead
+from pipelines.hardware.device import has_gpu, is_gpu
+from pipelines.transforms.cpu import HostDecoder, Threads
+from pipelines.transforms.decoder import BatchDecoder, make_decoder
+from pipelines.transforms.fault_isolation import SafeDecoder
+from pipelines.transforms.sampling import draw
 from tests.odd_images import GOOD, bad_images, odd_images
 from tests.small_sets import jpeg
 from tests.test_dali import decoder_of, draws_for, needs_dali
@@ -78,7 +78,7 @@ def graph_on(device: torch.device) -> Any:
     """Give what a GPU runs, on a device."""
     if is_gpu(device) and not has_gpu():
         pytest.skip("needs a CUDA device")
-    from pipelines.pixels.dali import DaliDecoder
+    from pipelines.transforms.dali import DaliDecoder
 
     return DaliDecoder(EVAL, batch_size=8, device=device)
 

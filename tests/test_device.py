@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import device
-from pipelines.device import CPU
+from pipelines.hardware import device
+from pipelines.hardware.device import CPU
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,7 +63,7 @@ def test_one_module_knows_cuda() -> None:
         for path in sorted((ROOT / layer).rglob("*.py"))
         if (lines := cuda_mentions(path.read_text()))
     }
-    assert list(mentions) == ["pipelines/device.py"]
+    assert list(mentions) == ["pipelines/hardware/device.py"]
 
 
 @pytest.mark.skipif(device.has_gpu(), reason="this machine has a GPU")

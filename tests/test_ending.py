@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipelines import ending
-from pipelines.ending import SIGNALS, StopRequest, stop_requests
+from pipelines.driver import signals
+from pipelines.driver.signals import SIGNALS, StopRequest, stop_requests
 from pipelines.errors import CHECKPOINTED, InterruptedRun
 
 
@@ -32,7 +32,7 @@ def default_handlers() -> Iterator[None]:
 
 
 def _wait_for_an_echo() -> None:
-    time.sleep(1.1 * ending.ECHO_S)
+    time.sleep(1.1 * signals.ECHO_S)
 
 
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ def test_what_is_told_a_terminal_that_is_gone_goes_nowhere() -> None:
     """Its other end is closed: without the answer to SIGHUP, printing would raise."""
     master, terminal = pty.openpty()
     code = (
-        "import os, signal, time\nfrom pipelines.ending import stop_requests\n"
+        "import os, signal, time\nfrom pipelines.driver.signals import stop_requests\n"
         # Whoever starts the tests may ignore it, as nohup does.
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "with stop_requests() as stop, stop.noted() as is_over:\n"

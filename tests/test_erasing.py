@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from pipelines.pixels.erasing import Boxes, erase, erase_boxes
+from pipelines.transforms.erasing import Boxes, erase, erase_boxes
 
 NUM_DRAWS = 6000
 SIZE = 48

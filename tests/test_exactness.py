@@ -18,17 +18,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.checkpoint import Position
+from pipelines.checkpoints.manifest import Position
 from pipelines.config import Augment, Data, Model, Optim, Run
-from pipelines.ingest import stream as stream_module
-from pipelines.ingest.batch import Batch
-from pipelines.ingest.feed import Shape, batches
-from pipelines.ingest.footers import ShardSet
-from pipelines.ingest.plan import GroupTable, Unit
-from pipelines.ingest.reading import Cutter
-from pipelines.ingest.stream import EpochStream, Plans
-from pipelines.pixels.decoder import Decoded
-from pipelines.pixels.rows import ROW_ID, BadImage, Rows
+from pipelines.data import stream as stream_module
+from pipelines.data.batch import Batch
+from pipelines.data.batching import Shape, batches
+from pipelines.data.epoch_plan import GroupTable, Unit
+from pipelines.data.reading import Cutter
+from pipelines.data.shard_set import ShardSet
+from pipelines.data.stream import EpochStream, Plans
+from pipelines.transforms.decoder import Decoded
+from pipelines.transforms.rows import ROW_ID, BadImage, Rows
 
 CPU = torch.device("cpu")
 NUM_EPOCHS = 3

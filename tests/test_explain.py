@@ -13,26 +13,26 @@ import torch
 
 import sovit
 from pipelines import train
-from pipelines.checkpoint import Position
+from pipelines.checkpoints.manifest import Position
+from pipelines.checkpoints.run_record import new_record
+from pipelines.checkpoints.snapshot import Snapshot
+from pipelines.checkpoints.store import CheckpointStore
 from pipelines.config import Scale, Validation
-from pipelines.explain import explanation
-from pipelines.explain.counting import (
+from pipelines.config.overrides import change_fields
+from pipelines.config.recipes import load_recipe
+from pipelines.config.serialization import to_json
+from pipelines.dry_run import explain
+from pipelines.dry_run.report import as_text, hours_text, size_text
+from pipelines.dry_run.timing import Timed
+from pipelines.training.model_cost import (
     count_parameters,
     shapes_of,
 )
-from pipelines.explain.report import as_text, hours_text, size_text
-from pipelines.explain.timing import Timed
-from pipelines.fields import change_fields
-from pipelines.recipe import load_recipe
-from pipelines.runfile import to_json
-from pipelines.runs import new_record
-from pipelines.snapshot import Snapshot
-from pipelines.store import CheckpointStore
 from tests.demo_runs import RECIPE
 from tests.small_runs import SO_VIT, small_run, state_of
 from tests.small_sets import write_set
 from tuning.checks import check_sweep
-from tuning.options import Search
+from tuning.trials.options import Search
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         batch_size=12,
         images_per_s=100.0,
     )
-    monkeypatch.setattr(explanation, "time_here", lambda *_, **__: timed)
+    monkeypatch.setattr(explain, "time_here", lambda *_, **__: timed)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_hours_are_operations_by_rate_and_workers(address: str, tmp_path: Path) 
         scale=Scale(num_workers=2),
         validation=Validation(also=(f"again={address}",)),
     )
-    found = explanation.explain_run(run, name="mine")
+    found = explain.explain_run(run, name="mine")
     assert "again: 29 images in 2 shards" in as_text(found)
     macs = found.training_macs * 3 * 29 + found.macs * 3 * 2 * 29
     assert found.flops_left == 2 * macs
@@ -140,7 +140,7 @@ def test_without_the_gpu_it_tells_hours_for_a_rate(
     scale = Scale(num_workers=2, use_gpu=True, compile=True, grad_checkpointing=True)
     data = dataclasses.replace(run.data, decoder="auto")
     run = dataclasses.replace(run, storage=str(tmp_path), scale=scale, data=data)
-    found = explanation.explain_run(run, name="mine")
+    found = explain.explain_run(run, name="mine")
     text = as_text(found)
     assert found.timed is None
     assert found.is_bfloat16
@@ -172,7 +172,7 @@ def test_a_resumed_run_is_explained_from_its_last_checkpoint(
         ema=None,
         optimizer=None,
     )
-    place = explanation.Place(run.storage).within("mine")
+    place = explain.Place(run.storage).within("mine")
     CheckpointStore(place, num_to_keep=2).write(snapshot, name="step_00000004")
     before = sorted(tmp_path.rglob("*"))
     train._main(["--resume", "mine", "--storage", run.storage, "--dry-run"])
@@ -233,12 +233,12 @@ def test_a_model_that_looks_at_values_leaves_its_memory_unknown(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("looks at a value")
 
-    monkeypatch.setattr(explanation, "measure_step", fail)
+    monkeypatch.setattr(explain, "measure_step", fail)
     run = small_run(address, model=SO_VIT)
     run = dataclasses.replace(
         run, storage=str(tmp_path), scale=Scale(use_gpu=True, amp="off")
     )
-    found = explanation.explain_run(run, name="mine")
+    found = explain.explain_run(run, name="mine")
     assert found.memory is None
     assert "RuntimeError: looks at a value" in as_text(found)
     assert not math.isnan(found.hours(1e12))

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.checkpoint import build_model
+from pipelines.checkpoints.manifest import build_model
 from pipelines.config import Run, Scale
-from pipelines.explain.activations import StepMemory, measure_step
-from pipelines.explain.counting import (
+from pipelines.config.recipes import load_recipe
+from pipelines.dry_run.activation_memory import StepMemory, measure_step
+from pipelines.dry_run.memory import Memory, checkpoint_bytes, estimate_memory
+from pipelines.training.mixup import soft_cross_entropy
+from pipelines.training.model_cost import (
     count_macs,
     count_parameters,
     count_training_macs,
     shapes_of,
 )
-from pipelines.explain.memory import Memory, checkpoint_bytes, estimate_memory
-from pipelines.mixing import soft_cross_entropy
-from pipelines.recipe import load_recipe
 from tests.small_runs import PLAIN_VIT, SO_VIT, small_run, state_of
 
 

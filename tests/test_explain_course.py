@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.checkpoint import Position
+from pipelines.checkpoints.manifest import Position
 from pipelines.config import Optim, Run, Scale, Schedule
-from pipelines.explain import timing
-from pipelines.explain.course import course_of
-from pipelines.explain.curve import NUM_COLUMNS, NUM_ROWS, draw_text
-from pipelines.explain.machine import Machine, warnings_of
-from pipelines.explain.report import hours_text, size_text
-from pipelines.explain.timing import time_here
-from pipelines.ingest.footers import read_shard_set
+from pipelines.data.shard_set import read_shard_set
+from pipelines.dry_run import timing
+from pipelines.dry_run.lr_plot import NUM_COLUMNS, NUM_ROWS, draw_text
+from pipelines.dry_run.machine import Machine, warnings_of
+from pipelines.dry_run.progress_left import course_of
+from pipelines.dry_run.report import hours_text, size_text
+from pipelines.dry_run.timing import time_here
 from tests.small_runs import small_run
 from tests.small_sets import write_set
 

@@ -18,7 +18,7 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
 from pipelines import tracking
-from pipelines.checkpoint import load_model
+from pipelines.checkpoints.manifest import load_model
 from pipelines.export import checks
 from pipelines.export.command import Options, export_checkpoint
 from pipelines.export.folder import MARK

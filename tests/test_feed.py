@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from pipelines.config import Augment, Data
-from pipelines.ingest.batch import Batch
-from pipelines.ingest.feed import Shape, batches
-from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.ingest.plan import EpochPlan, plan_epoch
-from pipelines.pixels.decoder import BatchDecoder, Decoded
-from pipelines.pixels.draws import PixelSettings
-from pipelines.pixels.rows import Rows, rows_of
+from pipelines.data.batch import Batch
+from pipelines.data.batching import Shape, batches
+from pipelines.data.epoch_plan import EpochPlan, plan_epoch
+from pipelines.data.shard_set import ShardSet, read_shard_set
+from pipelines.transforms.decoder import BatchDecoder, Decoded
+from pipelines.transforms.rows import Rows, rows_of
+from pipelines.transforms.sampling import PixelSettings
 from tests.small_sets import worker_tables, write_set
 
 CPU = torch.device("cpu")

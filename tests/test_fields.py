@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.fields import change_fields, differing
+from pipelines.config.overrides import change_fields, differing
 from recipes.demo import demo
 
 

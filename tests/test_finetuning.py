@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipelines.checkpoint import EMA_FILE, MODEL_FILE, build_model, load_model
+from pipelines.checkpoints.manifest import EMA_FILE, MODEL_FILE, build_model, load_model
 from pipelines.config import Run
-from pipelines.runfile import to_json
+from pipelines.config.serialization import to_json
 from pipelines.train import _main, fit
 from sovit.positions import sinusoid_table
 from tests.demo_runs import RECIPE, small_demo

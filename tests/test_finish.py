@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import sovit
 from pipelines.config import Augment, Probe, Run, Scale
-from pipelines.loop import mixed
-from pipelines.pixels import finish
-from pipelines.pixels.draws import Draws
-from pipelines.pixels.erasing import erase_boxes
-from pipelines.pixels.finish import Finisher
-from pipelines.supply import image_dtype
+from pipelines.data.loader import image_dtype
+from pipelines.training.loop import mixed
+from pipelines.transforms import normalize
+from pipelines.transforms.erasing import erase_boxes
+from pipelines.transforms.normalize import Finisher
+from pipelines.transforms.sampling import Draws
 from tests.small_runs import CPU, SO_VIT, settings_of, small_run, state_of
 from tests.small_sets import jpeg
 from tests.test_dali import draws_for
@@ -52,7 +52,7 @@ def test_a_gpus_images_are_the_cpus_and_bfloat16_is_these_rounded(
     found: dict[Any, Tensor] = {}
     for on_gpu in (False, True):
         # Its code, of other kernels.
-        monkeypatch.setattr(finish, "is_gpu", lambda device, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(normalize, "is_gpu", lambda device, on_gpu=on_gpu: on_gpu)
         for dtype in (torch.float32, BFLOAT16):
             finisher = Finisher(settings, device=CPU, num_threads=1, dtype=dtype)
             images = found[on_gpu, dtype] = finisher(pixels, draws).clone()
@@ -70,7 +70,7 @@ RUN = dataclasses.replace(small_run("none", model=SO_VIT), scale=Scale())
 
 @pytest.fixture
 def _everything_has_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.device.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("pipelines.hardware.device.has_bfloat16", lambda device: True)
 
 
 @pytest.mark.usefixtures("_everything_has_bfloat16")

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.ingest.footers import check_labels, read_shard_set
+from pipelines.data.shard_set import check_labels, read_shard_set
 from tests.small_sets import write_set
 
 GROUPS = [[3, 4], [], [5]]

@@ -16,7 +16,7 @@ from benchmarks.gpu_pack import __main__ as command
 from benchmarks.gpu_pack.fatbin import zero_other_images
 from benchmarks.gpu_pack.packages import read_present, split
 from benchmarks.gpu_pack.slimming import slim, unused_files
-from pipelines.cli import run_command
+from pipelines.cli.command import run_command
 
 PTX, CUBIN = 1, 2
 IMAGES = ((PTX, 120), (CUBIN, 75), (CUBIN, 80), (CUBIN, 90), (CUBIN, 90), (CUBIN, 120))

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import sovit
 from pipelines.config import Model, Run
+from pipelines.data.batch import Batch
 from pipelines.errors import NonFiniteLossError, RewindError
-from pipelines.guard import Guard, group_of
-from pipelines.ingest.batch import Batch
-from pipelines.loop import TrainState
+from pipelines.training.loop import TrainState
+from pipelines.training.nonfinite import Guard, group_of
 from tests.small_runs import CPU, SO_VIT, plain, small_run, state_of
 from tests.test_loop import batch_of, pictures, run_loop
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines import device, hardware
-from pipelines.device import CPU, PeakMemory
-from pipelines.hardware import host_facts, tags_of, without_bfloat16, worker_facts
-from pipelines.telling.bad_images import BadImageLog
-from pipelines.telling.board import Began
-from pipelines.telling.progress import Display
+from pipelines.driver.progress import Display
+from pipelines.events.bad_images import BadImageLog
+from pipelines.events.channel import Began
+from pipelines.hardware import device, facts
+from pipelines.hardware.device import CPU, PeakMemory
+from pipelines.hardware.facts import host_facts, tags_of, without_bfloat16, worker_facts
 
 GPU = torch.device("cuda", 0)
 MIB = 1 << 20
@@ -58,7 +58,7 @@ def test_a_worker_tells_its_gpus_kind_and_what_computes_on_it(
 
 
 def test_a_worker_on_a_cpu_tells_of_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "output_of", lambda *command: pytest.fail("asked"))
+    monkeypatch.setattr(facts, "output_of", lambda *command: pytest.fail("asked"))
     wanted = host_facts() | {"precision": "float32"}
     assert worker_facts(CPU, precision="float32") == wanted
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.hashing import Purpose, key, mix64, seeded_order, uniform
+from pipelines.rng import Purpose, key, mix64, seeded_order, uniform
 
 NUM = 20_000
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 import sovit
-from pipelines.checkpoint import build_model
+from pipelines.checkpoints.manifest import build_model
 from pipelines.config import Data, Model, Optim, Run, Scale
 from pipelines.errors import NonFiniteLossError
-from pipelines.files import Place
+from pipelines.storage.path import Place
 from tests.small_runs import SO_VIT
 from tests.token_sets import NUM_CLASSES, write_token_set
-from tuning.head import build_head, train_head
-from tuning.tokens.backbone import feature_shape
-from tuning.tokens.set import TokenReader, TokenSet
+from tuning.heads.backbone import feature_shape
+from tuning.heads.feature_set import TokenReader, TokenSet
+from tuning.heads.train import build_head, train_head
 
 CPU = torch.device("cpu")
 RUN = Run(

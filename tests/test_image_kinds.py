@@ -14,21 +14,21 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pipelines.data_config import Exif
+from pipelines.config.data import Exif
+from pipelines.data.reader_decode import ReaderDecoder
 from pipelines.export.images import Encoded, decode
-from pipelines.ingest.reader_decode import ReaderDecoder
-from pipelines.pixels.decode_eval import decode_eval
-from pipelines.pixels.decoder import BatchDecoder, make_decoder
-from pipelines.pixels.draws import Draws, PixelSettings, draw
-from pipelines.pixels.geometry import Geometry, center_crop
-from pipelines.pixels.headers import BadImageError, read_header
-from pipelines.pixels.host import HostDecoder
-from pipelines.pixels.orientation import orientation_of
-from pipelines.pixels.pillow_decode import PillowWindows, decode_image, stored_size
-from pipelines.pixels.rows import Rows, nested
-from pipelines.pixels.salvage import SafeDecoder
-from pipelines.pixels.screen import screen
 from pipelines.shards.images import check_image
+from pipelines.transforms.byte_checks import screen
+from pipelines.transforms.cpu import HostDecoder
+from pipelines.transforms.crops import Geometry, center_crop
+from pipelines.transforms.decoder import BatchDecoder, make_decoder
+from pipelines.transforms.eval_transform import decode_eval
+from pipelines.transforms.fault_isolation import SafeDecoder
+from pipelines.transforms.headers import BadImageError, read_header
+from pipelines.transforms.orientation import orientation_of
+from pipelines.transforms.pillow_decode import PillowWindows, decode_image, stored_size
+from pipelines.transforms.rows import Rows, nested
+from pipelines.transforms.sampling import Draws, PixelSettings, draw
 from tests.image_kinds import (
     HEIGHT,
     WIDTH,
@@ -86,7 +86,7 @@ def test_a_kind_shows_what_it_was_made_of(name: str) -> None:
 @needs_dali
 def test_dalis_windows_are_the_judges_bit_for_bit() -> None:
     """Without help from who calls it, on threads too, and of a part of an image."""
-    from pipelines.pixels.dali import DaliWindows
+    from pipelines.transforms.dali import DaliWindows
 
     views = [np.frombuffer(kind.data, np.uint8) for kind in DECODED.values()]
     geometry = whole(len(views))
@@ -240,7 +240,7 @@ def test_every_path_turns_alike(kind: str) -> None:
 def decoder_of_exif(kind: str) -> Any:
     given = settings(kind, exif="rotate")
     if kind == "graph":
-        from pipelines.pixels.dali import DaliDecoder
+        from pipelines.transforms.dali import DaliDecoder
 
         return DaliDecoder(given, batch_size=8, device=CPU)
     return make_decoder(given, batch_size=8, device=CPU)

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from pipelines import evaluate, train
-from pipelines.runfile import to_json
+from pipelines.config.serialization import to_json
 from pipelines.shards import command
 from pipelines.shards.devkit import read_ids
 from pipelines.shards.matfile import read_structs

@@ -13,22 +13,26 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import Run
-from pipelines.recipe import load_recipe, recipes_of
+from pipelines.config.recipes import load_recipe, recipes_of
 
 pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parents[1]
 LAYERS = ("sovit", "pipelines", "tuning", "recipes")
 HOMES = {
     "ray.data": {
-        "pipelines/ingest/source.py",
+        "pipelines/data/ray_source.py",
         "pipelines/shards/command.py",
-        "tuning/tokens/job.py",
+        "tuning/heads/ray_extract.py",
     },
     "ray.train": {
-        f"pipelines/{name}.py"
-        for name in ("alone", "failures", "opener", "ray_group", "ray_trainer", "train")
+        "pipelines/driver/failures.py",
+        "pipelines/driver/launch_local.py",
+        "pipelines/driver/launch_ray.py",
+        "pipelines/train.py",
+        "pipelines/worker/opener.py",
+        "pipelines/worker/ray_group.py",
     },
-    "nvidia": {f"pipelines/pixels/{name}.py" for name in ("dali", "dali_ops")},
+    "nvidia": {f"pipelines/transforms/{name}.py" for name in ("dali", "dali_ops")},
     "mlflow": {
         f"pipelines/tracking/{name}.py"
         for name in (
@@ -102,9 +106,9 @@ def all_imports() -> list[Import]:
 
 def test_the_sources_are_found() -> None:
     files = {path.relative_to(ROOT).as_posix() for path in sources()}
-    assert {"sovit/vit.py", "pipelines/loop.py", "recipes/demo.py"} <= files
+    assert {"sovit/vit.py", "pipelines/training/loop.py", "recipes/demo.py"} <= files
     assert {file for homes in HOMES.values() for file in homes} <= files
-    names = {found.name for found in imports_of(ROOT / "pipelines/ingest/source.py")}
+    names = {found.name for found in imports_of(ROOT / "pipelines/data/ray_source.py")}
     assert {"functools", "pyarrow", "ray.data.DataContext"} <= names
 
 
@@ -178,12 +182,12 @@ def reached_from(start: str, *, when_called: bool) -> set[str]:
 @pytest.mark.parametrize(
     "start",
     [
-        "pipelines/loop.py",
-        "pipelines/group.py",
-        "pipelines/ingest/plan.py",
-        "pipelines/ingest/feed.py",
-        "pipelines/ingest/stream.py",
-        "pipelines/recipe.py",
+        "pipelines/training/loop.py",
+        "pipelines/worker/group.py",
+        "pipelines/data/epoch_plan.py",
+        "pipelines/data/batching.py",
+        "pipelines/data/stream.py",
+        "pipelines/config/recipes.py",
         "recipes/demo.py",
     ],
 )
@@ -203,19 +207,19 @@ def test_what_runs_is_seen_where_it_is() -> None:
 
 def test_workers_do_not_know_mlflow() -> None:
     """The driver alone writes to it: they may be where it does not listen."""
-    reached = reached_from("pipelines/ray_group.py", when_called=True)
+    reached = reached_from("pipelines/worker/ray_group.py", when_called=True)
     assert any(is_of(name, "ray") for name in reached)
     assert not any(is_of(name, "mlflow") for name in reached)
 
 
 STARTED_OFTEN = (
-    "pipelines.ingest.reading",
-    "pipelines.telling.board",
-    "pipelines.telling.bands",
-    "pipelines.validation.pictures",
-    "pipelines.failures",
-    "tuning.trial",
-    "tuning.tokens.parts",
+    "pipelines.data.reading",
+    "pipelines.events.channel",
+    "pipelines.training.probe_figure",
+    "pipelines.evaluation.figures",
+    "pipelines.driver.failures",
+    "tuning.trials.trial",
+    "tuning.heads.parts",
 )
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import sovit
-from pipelines.checkpoint import Position, build_model, save_checkpoint
+from pipelines.checkpoints.manifest import Position, build_model, save_checkpoint
+from pipelines.checkpoints.pretrained import load_initial
 from pipelines.config import Data, Model, Optim, Probe, Run
-from pipelines.initial import load_initial
-from pipelines.preflight import check_run
+from pipelines.driver.preflight import check_run
 from sovit.positions import sinusoid_table
 from tests.small_sets import write_set
 

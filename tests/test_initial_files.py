@@ -16,7 +16,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 import sovit
-from pipelines.initial import load_initial
+from pipelines.checkpoints.pretrained import load_initial
 from sovit.official import official_names
 from sovit.pooling import CrossCovPool
 from tests.test_initial import CLASSES, build

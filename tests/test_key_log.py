@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.ingest.batch import Batch
-from pipelines.key_log import KeyLog, trained
+from pipelines.data.batch import Batch
+from pipelines.worker.audit_log import KeyLog, trained
 
 
 def batch(*draw_ids: int, epoch: int = 0) -> Batch:

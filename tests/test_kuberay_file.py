@@ -15,9 +15,9 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 )
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
-from pipelines.cli import parse
+from pipelines.cli.command import parse
 from pipelines.config import Run
-from pipelines.recipe import load_recipe
+from pipelines.config.recipes import load_recipe
 
 _FILE = Path(__file__).parent.parent / "clusters" / "kuberay.yaml"
 # Fields of KubeRay 1.5; Kubernetes drops one that it does not know without a word.

@@ -13,20 +13,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines import clock as timing
-from pipelines import device
-from pipelines.checkpoint import (
+from pipelines.checkpoints.manifest import (
     Position,
 )
-from pipelines.ingest.batch import Batch
-from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.loop import (
+from pipelines.data.batch import Batch
+from pipelines.data.shard_set import ShardSet, read_shard_set
+from pipelines.hardware import device
+from pipelines.training import throughput as timing
+from pipelines.training.loop import (
     BadImagesError,
     TrainState,
     train,
 )
-from pipelines.mixing import smooth_targets, soft_cross_entropy
-from pipelines.optim import learning_rate
+from pipelines.training.mixup import smooth_targets, soft_cross_entropy
+from pipelines.training.optimizer import learning_rate
 from tests.small_runs import (
     CPU,
     evaluated,

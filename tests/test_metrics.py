@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines.metrics import Sums, correct
+from pipelines.training.metrics import Sums, correct
 
 
 def test_correct_counts_the_best_k() -> None:

@@ -21,10 +21,10 @@ from mlflow.entities import Run as MlflowRun
 from ray.train import UserCallback
 
 from pipelines import tracking
+from pipelines.checkpoints.run_record import read_record
 from pipelines.config import Run
+from pipelines.driver import listener
 from pipelines.errors import RunFailedError
-from pipelines.runs import read_record
-from pipelines.telling import listener
 from pipelines.tracking import LateRun, MetricWriter, late_run, sqlite_file, usable
 from pipelines.tracking.client import connect, sqlite_path
 from pipelines.train import fit

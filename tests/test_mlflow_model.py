@@ -19,7 +19,7 @@ from mlflow.models import get_model_info
 from PIL import Image
 
 from pipelines import tracking
-from pipelines.checkpoint import (
+from pipelines.checkpoints.manifest import (
     EMA_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -30,8 +30,8 @@ from pipelines.checkpoint import (
     save_checkpoint,
 )
 from pipelines.config import Data, Model, Optim, Run
-from pipelines.pixels.decode_eval import decode_eval
 from pipelines.tracking.model import NUM_TOP, requirements, write_model
+from pipelines.transforms.eval_transform import decode_eval
 
 CLASSES = tuple("abcdefg")
 # The model's own copy of the code must do: nothing of this checkout may be found.

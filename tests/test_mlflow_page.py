@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipelines import tracking
-from pipelines.runfile import flat_params
+from pipelines.config.serialization import flat_params
 from pipelines.tracking.sweeps import NUM_PARAMS
 from recipes.demo import demo
 from tests.browser import find_browser, mlflow_server, open_page

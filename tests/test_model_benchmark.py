@@ -17,9 +17,9 @@ from benchmarks.model_cases import RIVALS, STAGES, Case, Size, run_of, size_of
 from benchmarks.model_report import Measured, as_json, mfu, table
 from benchmarks.model_rounds import Begun, Rounds, StepRound, matrix_rates, tell
 from benchmarks.model_steps import build_steps, make_contiguous
-from pipelines import loop
-from pipelines.building import build_state
-from pipelines.device import has_bfloat16
+from pipelines.hardware.device import has_bfloat16
+from pipelines.training import loop
+from pipelines.training.state import build_state
 
 CASE = Case(
     model="so_vit_7",

@@ -16,30 +16,35 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipelines import tracking, train
-from pipelines.checkpoint import build_model
+from pipelines.checkpoints.manifest import build_model
+from pipelines.checkpoints.run_record import (
+    Record,
+    find_record,
+    new_record,
+    read_record,
+)
+from pipelines.cli.printed import command_line
 from pipelines.config import Run
-from pipelines.errors import StoppedEarly
-from pipelines.evaluate import _main as evaluate
-from pipelines.export.command import _main as export
-from pipelines.fields import change_fields
-from pipelines.places import absolute, open_place
-from pipelines.predict import _main as predict
-from pipelines.printed import command_line
-from pipelines.resuming import (
+from pipelines.config.overrides import change_fields
+from pipelines.config.serialization import to_json
+from pipelines.driver.resuming import (
     check_same,
     check_shards,
     check_start,
     run_and_storage,
 )
-from pipelines.runfile import to_json
-from pipelines.runs import Record, find_record, new_record, read_record
+from pipelines.errors import StoppedEarly
+from pipelines.evaluate import _main as evaluate
+from pipelines.export.command import _main as export
+from pipelines.predict import _main as predict
+from pipelines.results.compare import _main as compare
+from pipelines.storage.filesystem import absolute, open_place
 from pipelines.tracking.client import sqlite_path, sqlite_uri
 from pipelines.tracking.query import RunStore
 from pipelines.train import _main, fit
 from tests.demo_runs import RECIPE
 from tests.fault_runs import At, brief_run
 from tests.mlflow_stores import prepare_store
-from tuning.compare.command import _main as compare
 
 ODD = "a b&;%20%?~é#$'"
 

@@ -11,7 +11,7 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
-from pipelines.checkpoint import build_model
+from pipelines.checkpoints.manifest import build_model
 from pipelines.config import Model
 from sovit.attention import ATTENTIONS, Gsop
 from sovit.networks import deit_swin, eca_gsop, gcp

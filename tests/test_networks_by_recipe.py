@@ -17,13 +17,13 @@ import torch
 
 import sovit
 from pipelines import predict, train
-from pipelines.checkpoint import load_model
+from pipelines.checkpoints.manifest import load_model
 from pipelines.config import Model
+from pipelines.config.serialization import to_json
 from pipelines.errors import StoppedEarly
 from pipelines.export import command
 from pipelines.export.images import read_images
-from pipelines.networks import build_model
-from pipelines.runfile import to_json
+from pipelines.training.model import build_model
 from sovit import SecondOrderNet
 from sovit.backbones import ARCHITECTURE
 from tests.demo_runs import RECIPE, part_of_demo, small_demo

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import Run, Validation
-from pipelines.preflight import check_run
+from pipelines.driver.preflight import check_run
 from pipelines.train import _main, fit
 from tests.demo_runs import RECIPE, small_demo
 from tests.mlflow_stores import prepare_store
 from tests.test_train import runs_of
 from tuning.checks import check_sweep
-from tuning.options import Search
+from tuning.trials.options import Search
 
 FLAG = "--validation.no-held-out"
 
@@ -37,7 +37,7 @@ def test_it_is_never_guessed(run: Run) -> None:
 def test_it_trains_to_its_end_and_keeps_its_model(
     run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from pipelines.runfile import to_json
+    from pipelines.config.serialization import to_json
 
     (tmp_path / "run.json").write_text(to_json(run))
     (tmp_path / "recipe.py").write_text(RECIPE)

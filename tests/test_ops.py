@@ -17,8 +17,8 @@ from PIL import Image
 from timm.data import auto_augment as timm_ops
 from torchvision.transforms import ColorJitter
 
-from pipelines.pixels.ops import Op, Ops, color_jitter, rand_augment
-from pipelines.pixels.policy import parse_rand_augment
+from pipelines.config.rand_augment import parse_rand_augment
+from pipelines.transforms.color_ops import Op, Ops, color_jitter, rand_augment
 
 NUM_DRAWS = 6000
 

@@ -13,7 +13,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
 from pipelines.config import Optim, Schedule
-from pipelines.optim import (
+from pipelines.training.optimizer import (
     build_optimizer,
     current_learning_rate,
     learning_rate,

@@ -9,9 +9,10 @@ import pytest
 
 from benchmarks import family, heads, ingest, model
 from benchmarks.scale import __main__ as scale
-from pipelines import evaluate, outputs, predict, preview
+from pipelines import evaluate, predict, preview
+from pipelines.cli import outputs
 from pipelines.export import command as export
-from tuning.compare import command as compare
+from pipelines.results import compare as compare
 
 Command = Callable[[Sequence[str]], object]
 # None of what they are to work on is there: an output is looked at first.

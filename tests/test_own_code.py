@@ -13,14 +13,14 @@ import pytest
 import timm
 from timm.models import _registry
 
+from pipelines.checkpoints.model_code import is_trusted, load_model_code
+from pipelines.checkpoints.run_record import find_record
 from pipelines.config import Run, Validation
+from pipelines.config.own_code import read_code
+from pipelines.config.recipes import load_recipe, own_code_of
+from pipelines.config.serialization import to_json
 from pipelines.evaluate import Options, evaluate_checkpoint
-from pipelines.model_code import is_trusted, load_model_code
-from pipelines.own_code import read_code
 from pipelines.predict import load_subject
-from pipelines.recipe import load_recipe, own_code_of
-from pipelines.runfile import to_json
-from pipelines.runs import find_record
 from pipelines.train import _main, fit
 from tests.demo_runs import small_demo
 from tests.mlflow_stores import prepare_store
@@ -39,7 +39,7 @@ MODEL = """
 from torch import nn
 from timm.models import register_model
 from pipelines.config import Run
-from pipelines.runfile import from_json
+from pipelines.config.serialization import from_json
 from parts.body import Body
 
 class Tiny(nn.Module):

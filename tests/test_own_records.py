@@ -18,12 +18,18 @@ import pytest
 from mlflow import MlflowClient
 from ray.train import UserCallback
 
-from pipelines import lease, tracking
+from pipelines import tracking
+from pipelines.checkpoints.run_record import (
+    find_record,
+    new_record,
+    read_record,
+    write_record,
+)
 from pipelines.config import Run, Validation
-from pipelines.files import Place
-from pipelines.lease import OWNER_FILE, claimed
-from pipelines.runfile import to_json
-from pipelines.runs import find_record, new_record, read_record, write_record
+from pipelines.config.serialization import to_json
+from pipelines.storage import lease
+from pipelines.storage.lease import OWNER_FILE, claimed
+from pipelines.storage.path import Place
 from pipelines.train import fit
 from tests.demo_runs import RECIPE
 from tests.fault_runs import brief_run
@@ -31,10 +37,10 @@ from tests.mlflow_stores import prepare_store
 from tests.waiting import wait_for
 from tuning import sweep as sweep_module
 from tuning.checks import check_sweep_name
-from tuning.entries import Entry, Ledger, Sweep, read_sweep
-from tuning.options import Search
 from tuning.search import _main as tune
-from tuning.trial import Known, Trainer
+from tuning.trials.ledger import Entry, Ledger, Sweep, read_sweep
+from tuning.trials.options import Search
+from tuning.trials.trial import Known, Trainer
 
 NUM_AT_ONCE = 6
 BUSY = r"expected a name that nobody works on, got 'a'.*process \d+ on .*--name"
@@ -55,8 +61,8 @@ def test_a_folder_is_one_processs_at_a_time_and_left_as_it_was(tmp_path: Path) -
 
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "a"
-    code = "import sys, time; from pipelines.files import Place\n"
-    code += "from pipelines.lease import claimed\n"
+    code = "import sys, time; from pipelines.storage.path import Place\n"
+    code += "from pipelines.storage.lease import claimed\n"
     code += (
         "with claimed(Place(sys.argv[1])): print('held', flush=True); time.sleep(99)"
     )
@@ -262,7 +268,7 @@ def test_ids_are_kept(base: Run, tmp_path: Path) -> None:
     ids = {new_record(run, name=name).id for name in ("a", "b")}
     assert len(ids) == 2
     assert {read_record(run.storage, name=name).id for name in ("a", "b")} == ids
-    from tuning.entries import write_sweep
+    from tuning.trials.ledger import write_sweep
 
     write_sweep(_sweep(run, id="c"))
     assert read_sweep(run.storage, name="s").id == "c"

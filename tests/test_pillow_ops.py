@@ -14,9 +14,9 @@ from timm.data import auto_augment as timm_ops
 from torchvision.transforms import ColorJitter
 
 from benchmarks.photographs import cut_photographs
-from pipelines.pixels.ops import Op, Ops, color_jitter, rand_augment
-from pipelines.pixels.pillow_ops import apply_ops
-from pipelines.pixels.policy import parse_rand_augment
+from pipelines.config.rand_augment import parse_rand_augment
+from pipelines.transforms.color_ops import Op, Ops, color_jitter, rand_augment
+from pipelines.transforms.pillow_ops import apply_ops
 
 FILL = (124, 116, 104)
 # What Pillow 13 refuses to do, and timm with it.

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.files import Place
-from pipelines.places import open_place
-from pipelines.retries import is_remote, retrying
 from pipelines.shards.format import SCHEMA, write_shard
+from pipelines.storage.filesystem import open_place
+from pipelines.storage.path import Place
+from pipelines.storage.retry import is_remote, retrying
 from tests.small_sets import jpeg
 
 SLOW_DOWN = "When reading: AWS Error SLOW_DOWN during GetObject operation: Reduce."

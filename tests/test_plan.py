@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.ingest.plan import EpochPlan, GroupTable, Unit, plan_epoch, share
+from pipelines.data.epoch_plan import EpochPlan, GroupTable, Unit, plan_epoch, share
 
 FILES = st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=5)
 SOME_ROWS = FILES.filter(lambda files: sum(map(sum, files)) > 0)

@@ -13,12 +13,17 @@ import timm
 import torch
 from PIL import Image
 
-from pipelines.checkpoint import Position, build_model, load_model, save_checkpoint
+from pipelines.checkpoints.manifest import (
+    Position,
+    build_model,
+    load_model,
+    save_checkpoint,
+)
 from pipelines.config import Data, Model, Run
 from pipelines.export.command import Options, export_checkpoint
 from pipelines.export.images import Encoded, read_images
-from pipelines.pixels.decode_eval import decode_eval
 from pipelines.predict import _main, load_subject, predict
+from pipelines.transforms.eval_transform import decode_eval
 from tests.image_kinds import encode
 from tests.small_runs import OPTIM
 from tests.small_sets import jpeg, write_set

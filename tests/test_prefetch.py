@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.ingest import prefetch
-from pipelines.ingest.batch import Batch
-from pipelines.ingest.prefetch import Prefetcher, taken_ahead
+from pipelines.data import prefetch
+from pipelines.data.batch import Batch
+from pipelines.data.prefetch import Prefetcher, taken_ahead
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipelines import tracking
+from pipelines.config.recipes import load_recipe
 from pipelines.preview import _main, preview
-from pipelines.recipe import load_recipe
 from tests.small_sets import write_set
 
 

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.config import Model, Probe, Run
-from pipelines.ingest.batch import Batch
-from pipelines.loop import TrainState, train
-from pipelines.mixing import smooth_targets, soft_cross_entropy
-from pipelines.probing import Prober
-from pipelines.telling.bands import Band, draw_bands
+from pipelines.data.batch import Batch
+from pipelines.training.gradient_probe import Prober
+from pipelines.training.loop import TrainState, train
+from pipelines.training.mixup import smooth_targets, soft_cross_entropy
+from pipelines.training.probe_figure import Band, draw_bands
 from sovit.probes import probe
 from tests.small_runs import PLAIN_VIT, plain, settings_of, small_run, state_of
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.credentials import error_summary, without_credentials
-from pipelines.hardware import gpu_summary, worker_facts
+from pipelines.hardware.facts import gpu_summary, worker_facts
+from pipelines.storage.redaction import error_summary, without_credentials
 from pipelines.tracking.provenance import (
     git_tags,
     provenance_tags,

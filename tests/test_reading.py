@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.ingest import reading
-from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.ingest.plan import EpochPlan, plan_epoch
-from pipelines.ingest.reading import read_rows, share_tables
-from pipelines.pixels.rows import image_views, rows_of
+from pipelines.data import reading
+from pipelines.data.epoch_plan import EpochPlan, plan_epoch
+from pipelines.data.reading import read_rows, share_tables
+from pipelines.data.shard_set import ShardSet, read_shard_set
+from pipelines.transforms.rows import image_views, rows_of
 from tests.small_sets import jpeg, reading_of, worker_tables, write_set
 
 GROUPS = [[5, 9], [7], [], [1, 11, 4]]

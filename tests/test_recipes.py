@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.checkpoint import build_model
+from pipelines.checkpoints.manifest import build_model
 from pipelines.config import Model, Run
-from pipelines.optim import learning_rate
-from pipelines.recipe import load_recipe, recipes_of
-from pipelines.runfile import from_json, to_json
+from pipelines.config.recipes import load_recipe, recipes_of
+from pipelines.config.serialization import from_json, to_json
+from pipelines.training.optimizer import learning_rate
 from sovit import SoViT
 
 ROOT = Path(__file__).parents[1]

@@ -13,14 +13,19 @@ import torch
 from mlflow import MlflowClient
 
 from pipelines import tracking
-from pipelines.checkpoint import Position, build_model, load_model, save_checkpoint
-from pipelines.files import Place
-from pipelines.ingest.footers import read_shard_set
-from pipelines.job import Job, Trained
-from pipelines.keeping import log_model
-from pipelines.pixels.decode_eval import decode_eval
+from pipelines.checkpoints.manifest import (
+    Position,
+    build_model,
+    load_model,
+    save_checkpoint,
+)
+from pipelines.data.shard_set import read_shard_set
+from pipelines.driver.mlflow_run import log_model
+from pipelines.storage.path import Place
 from pipelines.tracking import registry
 from pipelines.tracking.registry import BEST, register_model, registered_name
+from pipelines.transforms.eval_transform import decode_eval
+from pipelines.worker.job import Job, Trained
 from tests.small_runs import SO_VIT, small_run
 from tests.small_sets import jpeg, write_set
 

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
-from pipelines import retries
-from pipelines.checkpoint import EMA_FILE, MANIFEST, MODEL_FILE
-from pipelines.released import read_start
+from pipelines.checkpoints.manifest import EMA_FILE, MANIFEST, MODEL_FILE
+from pipelines.checkpoints.weight_sources import read_start
+from pipelines.storage import retry
 from tests.bucket_sets import ROOT, upload
 from tests.s3_server import Line, s3_server
 from tests.test_initial import CLASSES, keep
@@ -128,7 +128,7 @@ def test_a_checkpoint_is_refused_for_the_file_that_is_needed(
 @pytest.fixture(scope="module")
 def line() -> Iterator[Line]:
     with pytest.MonkeyPatch.context() as patch, s3_server() as line:
-        patch.setattr(retries, "_WAITS_S", (0.001,) * 4)
+        patch.setattr(retry, "_WAITS_S", (0.001,) * 4)
         yield line
 
 

@@ -16,7 +16,7 @@ from timm.data import ImageNetInfo  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
 import sovit
-from pipelines.initial import load_initial
+from pipelines.checkpoints.pretrained import load_initial
 from sovit.official import MisfitError, convert
 from tests.released_files import (
     ECA,

@@ -17,18 +17,21 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 
-from pipelines import keeper, loop, places, retries, tracking
-from pipelines.checkpoint import opened
+from pipelines import tracking
+from pipelines.checkpoints.manifest import opened
+from pipelines.checkpoints.run_record import read_record
+from pipelines.checkpoints.store import CheckpointStore
 from pipelines.config import Run
+from pipelines.data.batch import Batch
+from pipelines.driver.failures import StopOnValueError
 from pipelines.errors import NonFiniteLossError, RewindError
-from pipelines.failures import StopOnValueError
-from pipelines.files import Place
-from pipelines.ingest.batch import Batch
-from pipelines.job import Trained
-from pipelines.loop import TrainState
-from pipelines.runs import read_record
-from pipelines.store import CheckpointStore
+from pipelines.storage import filesystem, retry
+from pipelines.storage.path import Place
 from pipelines.train import _main, fit
+from pipelines.training import loop
+from pipelines.training.loop import TrainState
+from pipelines.worker import checkpointing
+from pipelines.worker.job import Trained
 from tests.disks import Disk, small_disk
 from tests.fault_runs import At, brief_run, learnt
 from tests.mlflow_stores import prepare_store
@@ -157,8 +160,8 @@ def test_a_disk_that_stays_so_ends_the_run_which_goes_on_once_it_is_mended(
 
 @pytest.fixture
 def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
-    monkeypatch.setattr(retries, "_WAITS_S", (0.001,) * 4)
-    monkeypatch.setattr(places, "_CLIENT_TRIES", 1)
+    monkeypatch.setattr(retry, "_WAITS_S", (0.001,) * 4)
+    monkeypatch.setattr(filesystem, "_CLIENT_TRIES", 1)
     with s3_server() as line:
         yield line
 
@@ -209,7 +212,11 @@ def test_a_loss_that_is_no_number_once_is_gone_back_for(
     And the state that was left is gone before the next is built beside it.
     """
     spoilt(monkeypatch, step=13, num=1)
-    build, refs, num_left = keeper.build_state, list[weakref.ref[Any]](), list[int]()
+    build, refs, num_left = (
+        checkpointing.build_state,
+        list[weakref.ref[Any]](),
+        list[int](),
+    )
 
     def watched(*arguments: Any, **settings: Any) -> TrainState:
         num_left.append(sum(ref() is not None for ref in refs))
@@ -219,7 +226,7 @@ def test_a_loss_that_is_no_number_once_is_gone_back_for(
         refs.extend(map(weakref.ref, whole))
         return state
 
-    monkeypatch.setattr(keeper, "build_state", watched)
+    monkeypatch.setattr(checkpointing, "build_state", watched)
     ended = trained(on_nonfinite(run, "rewind"), "rewound")
     said = capsys.readouterr().out
     assert "back to the last checkpoint: wanted a finite loss, came nan or" in said

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from pipelines.checkpoint import (
+from pipelines.checkpoints.manifest import (
     Position,
     load_optimizer,
     load_weights,
@@ -19,8 +19,8 @@ from pipelines.checkpoint import (
     save_checkpoint,
 )
 from pipelines.config import Augment
-from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.loop import TrainState
+from pipelines.data.shard_set import ShardSet, read_shard_set
+from pipelines.training.loop import TrainState
 from tests.small_runs import (
     PLAIN_VIT,
     SO_VIT,

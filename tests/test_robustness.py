@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights
 
 from pipelines import evaluate
-from pipelines.checkpoint import Position, build_model, save_checkpoint
+from pipelines.checkpoints.manifest import Position, build_model, save_checkpoint
 from pipelines.config import Augment, Data, Model, Run
 from pipelines.evaluate import Options, evaluate_checkpoint
-from pipelines.pixels.decode_eval import decode_eval
-from pipelines.pixels.draws import PixelSettings
 from pipelines.robustness.corruptions import CORRUPTIONS, Corruption, corrupt
 from pipelines.robustness.levels import Levels
 from pipelines.robustness.options import Robustness
@@ -30,6 +28,8 @@ from pipelines.robustness.scores import (
     corruption_scores,
     flip_scores,
 )
+from pipelines.transforms.eval_transform import decode_eval
+from pipelines.transforms.sampling import PixelSettings
 from tests.small_runs import small_run
 from tests.small_sets import jpeg, write_set
 

@@ -8,8 +8,13 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
+from pipelines.checkpoints.run_record import (
+    Record,
+    new_record,
+    read_record,
+    write_record,
+)
 from pipelines.config import Run
-from pipelines.runs import Record, new_record, read_record, write_record
 from tests.small_runs import small_run
 
 

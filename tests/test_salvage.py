@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.config import Augment, Data
-from pipelines.pixels.decoder import BatchDecoder, make_decoder
-from pipelines.pixels.draws import Draws, PixelSettings, draw
-from pipelines.pixels.rows import BadImage, Rows
-from pipelines.pixels.salvage import SafeDecoder
+from pipelines.transforms.decoder import BatchDecoder, make_decoder
+from pipelines.transforms.fault_isolation import SafeDecoder
+from pipelines.transforms.rows import BadImage, Rows
+from pipelines.transforms.sampling import Draws, PixelSettings, draw
 from tests.odd_images import GOOD, SIZE, bad_images, odd_images
 from tests.small_sets import jpeg
 from tests.test_dali import KINDS
@@ -42,7 +42,7 @@ def settings_of(kind: str, **changes: Any) -> PixelSettings:
 def decoder_of(kind: str, **changes: Any) -> Any:
     settings = settings_of(kind, **changes)
     if kind == "graph":
-        from pipelines.pixels.dali import DaliDecoder
+        from pipelines.transforms.dali import DaliDecoder
 
         return DaliDecoder(settings, batch_size=8, device=CPU)
     return make_decoder(settings, batch_size=8, device=CPU)

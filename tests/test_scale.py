@@ -20,11 +20,11 @@ from benchmarks.scale.model import (
     Costs,
     loads_of,
 )
-from pipelines import ray_trainer
-from pipelines.ingest.footers import read_shard_set
-from pipelines.ingest.plan import GroupTable, plan_epoch
-from pipelines.ingest.reading import Reading, share_tables
-from pipelines.runfile import flat_params
+from pipelines.config.serialization import flat_params
+from pipelines.data.epoch_plan import GroupTable, plan_epoch
+from pipelines.data.reading import Reading, share_tables
+from pipelines.data.shard_set import read_shard_set
+from pipelines.driver import launch_ray
 from pipelines.shards.command import Arguments
 from recipes.imagenet import so_vit_14
 
@@ -71,7 +71,7 @@ def test_the_defaults_are_the_recipe_s() -> None:
         assert getattr(case, name) == getattr(run.data, name)
     assert case.every_epochs == run.validation.every_epochs
     # What is posted is taken at the next look, and done with at the one after that.
-    assert HEARD_S == 2 * ray_trainer._LISTEN_EVERY_S
+    assert HEARD_S == 2 * launch_ray._LISTEN_EVERY_S
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import pytest
 
 from pipelines import tracking
-from pipelines.recipe import load_recipe
-from pipelines.runfile import flat_params
-from pipelines.scoreboard import command
-from pipelines.scoreboard.command import Options, scoreboard
-from pipelines.scoreboard.measured import Best
-from pipelines.scoreboard.rows import Row, Size, list_rows, with_sizes
-from pipelines.scoreboard.table import OTHER_NOTE, as_json, as_markdown, as_text
+from pipelines.config.recipes import load_recipe
+from pipelines.config.serialization import flat_params
+from pipelines.results import scoreboard as command
+from pipelines.results.best_runs import Best
+from pipelines.results.recipe_rows import Row, Size, list_rows, with_sizes
+from pipelines.results.recipe_table import OTHER_NOTE, as_json, as_markdown, as_text
+from pipelines.results.scoreboard import Options, scoreboard
 from pipelines.tracking.sweeps import log_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def test_classes_are_those_of_the_shards_or_of_the_sets_name() -> None:
 def test_a_network_is_counted_once_for_all_its_recipes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pipelines.scoreboard import rows as module
+    from pipelines.results import recipe_rows as module
 
     built = []
     monkeypatch.setattr(

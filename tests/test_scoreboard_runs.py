@@ -8,9 +8,9 @@ import math
 import pytest
 
 from pipelines.config import Run
-from pipelines.recipe import load_recipe
-from pipelines.runfile import flat_params
-from pipelines.scoreboard.measured import Best, best_of, by_recipe
+from pipelines.config.recipes import load_recipe
+from pipelines.config.serialization import flat_params
+from pipelines.results.best_runs import Best, best_of, by_recipe
 from pipelines.tracking.entries import value_text
 from pipelines.tracking.query import StoredRun
 

@@ -26,7 +26,7 @@ import timm
 import torch
 
 import sovit
-from pipelines.checkpoint import (
+from pipelines.checkpoints.manifest import (
     EMA_FILE,
     MANIFEST,
     MODEL_FILE,
@@ -39,16 +39,16 @@ from pipelines.checkpoint import (
     read_manifest,
     save_checkpoint,
 )
+from pipelines.checkpoints.pretrained import load_initial
+from pipelines.checkpoints.run_record import find_record
 from pipelines.config import Model
+from pipelines.data.shard_set import read_shard_set
 from pipelines.evaluate import Options, evaluate_checkpoint
-from pipelines.ingest.footers import read_shard_set
-from pipelines.initial import load_initial
-from pipelines.runs import find_record
 from tests.small_runs import SO_VIT, plain, small_run, state_of
 from tests.small_sets import write_set
-from tuning.entries import read_sweep
-from tuning.tokens.backbone import load_backbone
-from tuning.tokens.set import TOKENS_FILE, TokenSet
+from tuning.heads.backbone import load_backbone
+from tuning.heads.feature_set import TOKENS_FILE, TokenSet
+from tuning.trials.ledger import read_sweep
 
 RUN = small_run("none", model=SO_VIT, ema_decay=0.9)
 CLASSES = ("a", "b", "c")

@@ -16,7 +16,7 @@ import pytest
 from moto import settings
 
 from pipelines.evaluate import Options, evaluate_checkpoint
-from pipelines.files import Place
+from pipelines.storage.path import Place
 from pipelines.train import fit
 from tests.bucket_sets import ROOT, upload
 from tests.demo_runs import small_demo

@@ -28,7 +28,7 @@ RUNS_CODE = {
 METHODS = {"extract", "extractall", "exec_module"}
 ALLOWED = {
     # A recipe or a space is Python that its user names: the one way in for code.
-    "pipelines/recipe.py": {"spec.loader.exec_module"},
+    "pipelines/config/recipes.py": {"spec.loader.exec_module"},
     # Tries the program that sovit-export wrote a line before.
     "pipelines/export/program.py": {"torch.export.load"},
 }

@@ -19,18 +19,18 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines import tracking
-from pipelines.checkpoint import (
+from pipelines.checkpoints.manifest import (
     Position,
     build_model,
     load_model,
     read_manifest,
     save_checkpoint,
 )
-from pipelines.cli import refuse_secrets
-from pipelines.credentials import without_credentials
-from pipelines.initial import load_initial
-from pipelines.runfile import flat_params
-from pipelines.runs import new_record, read_record
+from pipelines.checkpoints.pretrained import load_initial
+from pipelines.checkpoints.run_record import new_record, read_record
+from pipelines.cli.command import refuse_secrets
+from pipelines.config.serialization import flat_params
+from pipelines.storage.redaction import without_credentials
 from tests.small_runs import SO_VIT, small_run
 
 ROOT = Path(__file__).parents[1]
@@ -174,7 +174,7 @@ def test_a_process_of_its_own_refuses_it() -> None:
 
 LOGGING = """
 import logging, sys
-from pipelines.cli import run_command
+from pipelines.cli.command import run_command
 def command(arguments):
     logging.getLogger("pipelines.some").info("reading %s", ADDRESS)
     logging.getLogger("other").warning("slow: %r", [ADDRESS])

@@ -22,20 +22,20 @@ import pytest
 from PIL import Image
 
 from pipelines.config import Data
-from pipelines.ingest.footers import read_shard_set
-from pipelines.ingest.plan import plan_epoch
-from pipelines.ingest.reading import read_rows, share_tables
-from pipelines.pixels.decode_eval import decode_eval
-from pipelines.pixels.pillow_decode import is_whole, stored_size
+from pipelines.data.epoch_plan import plan_epoch
+from pipelines.data.reading import read_rows, share_tables
+from pipelines.data.shard_set import read_shard_set
 from pipelines.shards.command import Arguments, in_process, make_shards
 from pipelines.shards.images import BadImageError, check_image
 from pipelines.shards.sources import list_source
 from pipelines.shards.state import RECORDS_FILE
+from pipelines.transforms.eval_transform import decode_eval
+from pipelines.transforms.pillow_decode import is_whole, stored_size
 from tests.bucket_sets import write_images
 from tests.small_sets import jpeg, reading_of
 from tests.test_security import Hostile, Trap, trap
 from tests.token_sets import write_token_set
-from tuning.tokens.set import TokenReader, TokenSet
+from tuning.heads.feature_set import TokenReader, TokenSet
 
 __all__ = ["trap"]  # the fixture
 

@@ -14,8 +14,8 @@ import pytest
 import ray
 
 from pipelines.config import Scale
+from pipelines.driver.cluster import ray_session, wait_for_address
 from pipelines.errors import InterruptedRun
-from pipelines.session import ray_session, wait_for_address
 
 
 @pytest.fixture

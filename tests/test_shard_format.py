@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.hashing import seeded_order
+from pipelines.rng import seeded_order
 from pipelines.shards.format import SCHEMA, group_bounds, write_shard
 
 

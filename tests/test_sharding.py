@@ -15,15 +15,16 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from pipelines import compiling, snapshot
-from pipelines.building import build_state
-from pipelines.checkpoint import load_optimizer, load_weights, read_manifest
+from pipelines.checkpoints import snapshot
+from pipelines.checkpoints.manifest import load_optimizer, load_weights, read_manifest
 from pipelines.config import Run
-from pipelines.files import Place
-from pipelines.ingest.batch import Batch
-from pipelines.keeper import Keeper
-from pipelines.loop import TrainState, train
-from pipelines.sharding import shard_state, update_average
+from pipelines.data.batch import Batch
+from pipelines.storage.path import Place
+from pipelines.training import compiling
+from pipelines.training.fsdp import shard_state, update_average
+from pipelines.training.loop import TrainState, train
+from pipelines.training.state import build_state
+from pipelines.worker.checkpointing import Keeper
 from tests.small_runs import CPU, evaluated, meeting, settings_of, small_run
 from tests.test_loop import batch_of, pictures
 

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.files import Place
 from pipelines.shards import listing as listing_module
 from pipelines.shards.command import (
     Arguments,
@@ -23,6 +22,7 @@ from pipelines.shards.command import (
     on_ray,
 )
 from pipelines.shards.planning import Done
+from pipelines.storage.path import Place
 from tests.imagenet_files import tar_bytes
 from tests.small_sets import jpeg
 from tests.understood import classes, parquet, samples, tars, write, zipped

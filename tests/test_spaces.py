@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from ray import tune
 
-from pipelines.fields import change_fields
-from pipelines.recipe import load_recipe
+from pipelines.config.overrides import change_fields
+from pipelines.config.recipes import load_recipe
 from recipes.demo import demo
-from tuning.options import Search
-from tuning.settings import list_settings, spread
-from tuning.spaces import check_space, load_space, shipped, words_of
+from tuning.trials.options import Search
+from tuning.trials.settings import list_settings, spread
+from tuning.trials.spaces import check_space, load_space, shipped, words_of
 
 RECIPES = ("demo", "imagenet.sot_tiny", "gcp.mpncov_resnet50", "gcp.isqrt_resnet50")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.ingest.footers import read_shard_set
-from pipelines.ingest.spot_check import spot_check
+from pipelines.data.shard_set import read_shard_set
+from pipelines.data.spot_check import spot_check
 from tests.small_sets import write_set
 
 

@@ -13,10 +13,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pipelines import places, retries, store
-from pipelines.checkpoint import EMA_FILE, MANIFEST, MODEL_FILE, OPTIMIZER_FILE
-from pipelines.files import Place
-from pipelines.store import CheckpointStore, write_validation
+from pipelines.checkpoints import store
+from pipelines.checkpoints.manifest import (
+    EMA_FILE,
+    MANIFEST,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+)
+from pipelines.checkpoints.store import CheckpointStore, write_validation
+from pipelines.storage import filesystem, retry
+from pipelines.storage.path import Place
 from tests.s3_server import BUCKET, Line, s3_server
 from tests.small_checkpoints import snapshot_of, write_and_be_killed
 
@@ -45,8 +51,8 @@ def here(folder: Path) -> CheckpointStore:
 
 @pytest.fixture
 def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
-    monkeypatch.setattr(retries, "_WAITS_S", (0.001,) * 4)
-    monkeypatch.setattr(places, "_CLIENT_TRIES", 1)
+    monkeypatch.setattr(retry, "_WAITS_S", (0.001,) * 4)
+    monkeypatch.setattr(filesystem, "_CLIENT_TRIES", 1)
     with s3_server() as line:
         yield line
 

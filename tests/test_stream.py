@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.checkpoint import Position
-from pipelines.ingest import stream as stream_module
-from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.ingest.stream import EpochStream, LocalOpener, Plans
-from pipelines.pixels.rows import rows_of
+from pipelines.checkpoints.manifest import Position
+from pipelines.data import stream as stream_module
+from pipelines.data.shard_set import ShardSet, read_shard_set
+from pipelines.data.stream import EpochStream, LocalOpener, Plans
+from pipelines.transforms.rows import rows_of
 from tests.small_runs import small_run
 from tests.small_sets import WorkerOpener, reading_of, write_set
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines.ingest.batch import Batch
-from pipelines.ingest.footers import ShardSet, read_shard_set
+from pipelines.data.batch import Batch
+from pipelines.data.shard_set import ShardSet, read_shard_set
 from tests.small_runs import small_run, supply_of
 from tests.small_sets import write_set
 
@@ -34,7 +34,7 @@ def test_batches_wait_within_their_bound(
         def __post_init__(self) -> None:
             alive.add(self)
 
-    monkeypatch.setattr("pipelines.ingest.feed.Batch", Counted)
+    monkeypatch.setattr("pipelines.data.batching.Batch", Counted)
     run = small_run(shards.address, num_epochs=6)
     data = dataclasses.replace(run.data, num_prefetch_batches=num_prefetch)
     supply = supply_of(dataclasses.replace(run, data=data), shards=shards)

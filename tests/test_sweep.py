@@ -20,20 +20,20 @@ import pytest
 import ray
 
 from pipelines import tracking
-from pipelines.checkpoint import opened, read_manifest
+from pipelines.checkpoints.manifest import opened, read_manifest
+from pipelines.config.overrides import change_fields, differing
+from pipelines.config.recipes import load_recipe
+from pipelines.config.serialization import to_json
 from pipelines.errors import RunFailedError
-from pipelines.fields import change_fields, differing
-from pipelines.recipe import load_recipe
-from pipelines.runfile import to_json
 from pipelines.tracking.query import RunStore
 from tests.demo_runs import RECIPE, small_demo
 from tests.s3_server import s3_server
 from tests.test_bucket_run import addresses
 from tests.test_train import runs_of
 from tests.waiting import wait_for
-from tuning.entries import Entry, Ledger, Sweep, read_sweep, write_sweep
 from tuning.search import _begun, _main, _split
 from tuning.stage import placement_groups
+from tuning.trials.ledger import Entry, Ledger, Sweep, read_sweep, write_sweep
 
 ROOT = Path(__file__).parents[1]
 # Good, without end, and so small that nothing is learnt.

@@ -12,10 +12,10 @@ import pytest
 
 from recipes.demo import demo
 from tuning.budget import Budget
-from tuning.entries import Entry, Ledger, Sweep, read_sweep, write_sweep
-from tuning.heads import HEAD_METRIC, foretold, promoted
-from tuning.options import Search
-from tuning.trial import bad_end, config_of
+from tuning.trials.head_trial import HEAD_METRIC, foretold, promoted
+from tuning.trials.ledger import Entry, Ledger, Sweep, read_sweep, write_sweep
+from tuning.trials.options import Search
+from tuning.trials.trial import bad_end, config_of
 from tuning.watch import Watch
 
 

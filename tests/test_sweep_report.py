@@ -16,12 +16,12 @@ import timm
 from PIL import Image
 
 from pipelines import train
+from pipelines.checkpoints.run_record import find_record
 from pipelines.config import Run
-from pipelines.fields import change_fields, differing
-from pipelines.own_code import read_code
-from pipelines.preflight import with_absolute_paths
-from pipelines.recipe import load_code, load_recipe, own_code_of
-from pipelines.runs import find_record
+from pipelines.config.overrides import change_fields, differing
+from pipelines.config.own_code import read_code
+from pipelines.config.recipes import load_code, load_recipe, own_code_of
+from pipelines.driver.preflight import with_absolute_paths
 from pipelines.tracking.client import default_uri, sqlite_path
 from pipelines.train import _main, fit
 from recipes.demo import demo
@@ -30,8 +30,6 @@ from tests.mlflow_stores import prepare_store
 from tests.small_sets import write_set
 from tests.test_moved import ODD
 from tests.test_own_code import forget
-from tuning.entries import Entry, Sweep, read_sweep, write_sweep
-from tuning.options import Search
 from tuning.report import conclude
 from tuning.report.figures import (
     draw_importances,
@@ -43,6 +41,8 @@ from tuning.report.recipe import winner_recipe
 from tuning.report.statistics import importances, rank_correlation
 from tuning.report.table import as_csv, ranked, table, winner_of
 from tuning.search import _begun, _resumed, _split
+from tuning.trials.ledger import Entry, Sweep, read_sweep, write_sweep
+from tuning.trials.options import Search
 
 DOMAINS = {
     "pooling.power": "uniform (0.3, 0.9) in steps of 0.05",

@@ -10,13 +10,13 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines import tracking
-from pipelines.ending import stop_requests
+from pipelines.checkpoints.run_record import new_record, write_record
+from pipelines.driver.signals import stop_requests
 from pipelines.errors import InterruptedRun
-from pipelines.runs import new_record, write_record
 from tests.mlflow_stores import prepare_store
 from tests.test_sweep_ledger import a_sweep
-from tuning.entries import Entry, Ledger, write_sweep
 from tuning.sweep import _Carried, _ended_early
+from tuning.trials.ledger import Entry, Ledger, write_sweep
 
 
 def opened(uri: str, name: str) -> str:

@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.checkpoint import Position, build_model, save_checkpoint
+from pipelines.checkpoints.manifest import Position, build_model, save_checkpoint
 from pipelines.config import Run, Scale
-from pipelines.files import Place
-from pipelines.ingest.footers import ShardSet, read_shard_set
-from pipelines.supply import opened_here, reading_of
+from pipelines.data.loader import opened_here, reading_of
+from pipelines.data.shard_set import ShardSet, read_shard_set
+from pipelines.storage.path import Place
 from sovit.official import official_names
 from tests.demo_runs import small_demo
-from tuning.head import train_head
-from tuning.tokens.backbone import Backbone, load_backbone
-from tuning.tokens.parts import Part, read_part
-from tuning.tokens.set import TokenSet
-from tuning.tokens.writer import TokenWriter, make_job, part_plan
-from tuning.tokens.writing import write_tokens
+from tuning.heads.backbone import Backbone, load_backbone
+from tuning.heads.extract import write_tokens
+from tuning.heads.feature_set import TokenSet
+from tuning.heads.feature_writer import TokenWriter, make_job, part_plan
+from tuning.heads.parts import Part, read_part
+from tuning.heads.train import train_head
 
 BAD_ROW = 7
 CPU = torch.device("cpu")

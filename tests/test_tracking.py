@@ -12,7 +12,7 @@ from mlflow.entities import Run as MlflowRun
 
 from pipelines import tracking
 from pipelines.config import Data, Model, Optim, Run
-from pipelines.runfile import flat_params
+from pipelines.config.serialization import flat_params
 from pipelines.tracking.sweeps import PARENT_TAG, log_child
 from sovit import Pooling
 

@@ -22,15 +22,15 @@ import ray
 from mlflow import MlflowClient
 
 from pipelines import tracking
-from pipelines.checkpoint import read_manifest
+from pipelines.checkpoints.manifest import read_manifest
+from pipelines.checkpoints.run_record import read_record
 from pipelines.config import Augment, Run
+from pipelines.data.shard_set import read_shard_set
 from pipelines.errors import RunFailedError
 from pipelines.evaluate import Options, evaluate_checkpoint
-from pipelines.ingest.footers import read_shard_set
-from pipelines.job import Trained as Ended
-from pipelines.key_log import KeyLog, Trained, trained
-from pipelines.runs import read_record
 from pipelines.train import _main, fit
+from pipelines.worker.audit_log import KeyLog, Trained, trained
+from pipelines.worker.job import Trained as Ended
 from tests.demo_runs import part_of_demo, small_demo
 from tests.processes import descendants_named
 from tests.small_runs import supply_of
@@ -265,7 +265,7 @@ def test_damage_met_in_training_ends_the_run(
     """A damaged shard that the check missed ends the run at once, by its name."""
     run = small_demo(tmp_path, num_epochs=2, num_workers=1, max_failures=3)
     shard = damage(run.data.train)
-    monkeypatch.setattr("pipelines.preflight.spot_check", lambda shards: 0)
+    monkeypatch.setattr("pipelines.driver.preflight.spot_check", lambda shards: 0)
     with pytest.raises(ValueError, match=shard.name):
         fit(run, name="damaged")
     (tracked,) = runs_of(run.storage)

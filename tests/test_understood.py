@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines.files import Place
 from pipelines.shards.listing import Fields, Listing
 from pipelines.shards.sources import list_source
+from pipelines.storage.path import Place
 from tests.small_sets import jpeg
 from tests.understood import (
     CAT_DOG,

@@ -14,17 +14,17 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from pipelines.config import Validation
-from pipelines.ingest.batch import Batch
-from pipelines.ingest.footers import ShardSet
-from pipelines.loop import BadImagesError
-from pipelines.validation import scores as sums
-from pipelines.validation.measure import (
+from pipelines.data.batch import Batch
+from pipelines.data.shard_set import ShardSet
+from pipelines.evaluation import scores as sums
+from pipelines.evaluation.measure import (
     Outcome,
     Score,
     check_counted,
     models_of,
     validate,
 )
+from pipelines.training.loop import BadImagesError
 from tests.small_runs import settings_of, supply_of
 from tests.small_validation import (
     GOOD,

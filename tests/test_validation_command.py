@@ -13,16 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.checkpoint import Position, build_model, save_checkpoint
+from pipelines.checkpoints.manifest import Position, build_model, save_checkpoint
 from pipelines.config import Scale, Validation
+from pipelines.data.shard_set import read_shard_set
 from pipelines.evaluate import Options, _main, evaluate_checkpoint
-from pipelines.ingest.footers import read_shard_set
-from pipelines.pixels.rows import BadImage
+from pipelines.evaluation.checkpoint import measure_checkpoint, named
+from pipelines.evaluation.held_out import held_out, held_out_of
+from pipelines.evaluation.measure import Outcome, Score
 from pipelines.robustness.options import Robustness
 from pipelines.shards.format import CLASSES_FILE
-from pipelines.validation.beside import measure_checkpoint, named
-from pipelines.validation.labels import held_out, held_out_of
-from pipelines.validation.measure import Outcome, Score
+from pipelines.transforms.rows import BadImage
 from tests.small_runs import CPU, PLAIN_VIT, small_run
 from tests.small_sets import write_set
 

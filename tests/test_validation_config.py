@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipelines.cli import parse
+from pipelines.cli.command import parse
 from pipelines.config import Run, Scale, Validation
-from pipelines.fields import change_fields, differing
-from pipelines.runfile import flat_params, from_json, to_json
+from pipelines.config.overrides import change_fields, differing
+from pipelines.config.serialization import flat_params, from_json, to_json
 from recipes.demo import demo
 
 ALSO = ("v2=s3://bucket/v2", "a=shards/a=b")

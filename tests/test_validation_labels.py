@@ -13,10 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import Validation
-from pipelines.ingest.footers import ShardSet, read_shard_set
+from pipelines.data.shard_set import ShardSet, read_shard_set
+from pipelines.evaluation.held_out import (
+    held_out,
+    held_out_of,
+    match_classes,
+    read_real,
+)
+from pipelines.evaluation.image_keys import keys_of, read_keys
 from pipelines.shards.format import SCHEMA
-from pipelines.validation.keys import keys_of, read_keys
-from pipelines.validation.labels import held_out, held_out_of, match_classes, read_real
 from tests.small_sets import write_set
 
 GROUPS = [[5, 9], [7], [1, 11, 4]]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.validation.findings import Confusions, Report, Worst
-from pipelines.validation.pictures import binned, pictured, write_report
+from pipelines.evaluation.figures import binned, pictured, write_report
+from pipelines.evaluation.report import Confusions, Report, Worst
 
 FILES = {"confusion.png", "per_class.csv", "worst.csv", "worst.png"}
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.checkpoints.snapshot import MODEL_FILE, Position, save_checkpoint
+from pipelines.checkpoints.store import CheckpointStore
 from pipelines.config import Run, Validation
-from pipelines.files import Place
-from pipelines.ingest.footers import read_shard_set
-from pipelines.job import Job, outcome
-from pipelines.snapshot import MODEL_FILE, Position, save_checkpoint
-from pipelines.store import CheckpointStore
-from pipelines.telling.board import Item, Kept, Measured, Noted, Pictured
-from pipelines.validation.labels import held_out_of
-from pipelines.validator import Validator
+from pipelines.data.shard_set import read_shard_set
+from pipelines.driver.async_evaluation import Validator
+from pipelines.evaluation.held_out import held_out_of
+from pipelines.events.channel import Item, Kept, Measured, Noted, Pictured
+from pipelines.storage.path import Place
+from pipelines.worker.job import Job, outcome
 from tests.small_runs import small_run, state_of
 from tests.small_sets import write_set
 from tests.waiting import wait_for

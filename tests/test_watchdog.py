@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from pipelines import watchdog
-from pipelines.watchdog import EXIT_CODE, Watchdog
+from pipelines.worker import watchdog
+from pipelines.worker.watchdog import EXIT_CODE, Watchdog
 
 # The watchdog passes on whatever it is given.
 BATCHES: Any = "abc"

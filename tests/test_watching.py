@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.telling.gauges import GAUGES
+from pipelines.driver.prometheus import GAUGES
 
 ROOT = Path(__file__).parents[1]
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "clusters/grafana.json").read_text())

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines import writer
-from pipelines.checkpoint import MODEL_FILE, Position
-from pipelines.files import Place
-from pipelines.snapshot import Snapshot, take_snapshot
-from pipelines.store import CheckpointStore
-from pipelines.telling.board import Item, Kept, Measured, Noted, NotKept
-from pipelines.writer import CheckpointWriter
+from pipelines.checkpoints import async_writer
+from pipelines.checkpoints.async_writer import CheckpointWriter
+from pipelines.checkpoints.manifest import MODEL_FILE, Position
+from pipelines.checkpoints.snapshot import Snapshot, take_snapshot
+from pipelines.checkpoints.store import CheckpointStore
+from pipelines.events.channel import Item, Kept, Measured, Noted, NotKept
+from pipelines.storage.path import Place
 from tests.small_checkpoints import RUN, snapshot_of
 
 
@@ -55,7 +55,7 @@ def told() -> list[Item]:
 def writing(
     store: Store, told: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> CheckpointWriter:
-    monkeypatch.setattr(writer, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(async_writer, "_PATIENCE_S", 0.01)
     return CheckpointWriter(store, tell=told.append, max_failures=1)
 
 

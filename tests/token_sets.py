@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from pipelines.files import Place
-from pipelines.pixels.rows import ROW_ID
-from tuning.tokens.set import TokenSet, part_name, schema, write_part
+from pipelines.storage.path import Place
+from pipelines.transforms.rows import ROW_ID
+from tuning.heads.feature_set import TokenSet, part_name, schema, write_part
 
 NUM_CLASSES = 3
 

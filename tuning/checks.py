@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import re
 
+from pipelines.checkpoints.run_record import check_name
 from pipelines.config import Run
-from pipelines.files import Place
-from pipelines.preflight import check_run
-from pipelines.retries import answering
-from pipelines.runs import check_name
-from tuning.options import Search
+from pipelines.driver.preflight import check_run
+from pipelines.storage.path import Place
+from pipelines.storage.retry import answering
+from tuning.trials.options import Search
 
 logger = logging.getLogger(__name__)
 _NUM_SHOWN = 3

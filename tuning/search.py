@@ -22,17 +22,17 @@ from typing import Annotated
 
 import tyro
 
-from pipelines.cli import parse, run_command
+from pipelines.cli.command import parse, run_command
+from pipelines.cli.help_text import COMMON, help_text, wants_help
 from pipelines.config import Run
-from pipelines.help_text import COMMON, help_text, wants_help
-from pipelines.places import absolute
-from pipelines.preflight import with_absolute_paths
-from pipelines.recipe import load_recipe, own_code_of
-from pipelines.resuming import load_recorded, run_and_storage
+from pipelines.config.recipes import load_recipe, own_code_of
+from pipelines.driver.preflight import with_absolute_paths
+from pipelines.driver.resuming import load_recorded, run_and_storage
+from pipelines.storage.filesystem import absolute
 from tuning.checks import check_sweep_name
-from tuning.entries import Sweep, read_sweep
-from tuning.options import Search
-from tuning.spaces import Space, load_space, words_of
+from tuning.trials.ledger import Sweep, read_sweep
+from tuning.trials.options import Search
+from tuning.trials.spaces import Space, load_space, words_of
 
 _PROG = "sovit-tune"
 _OWN_OPTIONS = {

@@ -18,14 +18,14 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.state import list_actors
 
-from pipelines.failures import first_line
-from pipelines.retries import answering, is_remote
+from pipelines.driver.failures import first_line
+from pipelines.storage.retry import answering, is_remote
 from pipelines.tracking.client import environment
 from tuning.budget import Budget
-from tuning.entries import Ledger, StageName, Sweep
-from tuning.options import Search
-from tuning.spaces import Space, choices_of
-from tuning.trial import EPOCH, LISTED, SETTING, config_of, number_of
+from tuning.trials.ledger import Ledger, StageName, Sweep
+from tuning.trials.options import Search
+from tuning.trials.spaces import Space, choices_of
+from tuning.trials.trial import EPOCH, LISTED, SETTING, config_of, number_of
 from tuning.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def optuna_of(space: Space, ledger: Ledger) -> tuple[Searcher, Space]:
     """Build Optuna's TPE, which first takes the settings that a ledger knows."""
     import optuna
 
-    from tuning.numbered import NumberedOptuna
+    from tuning.trials.numbered import NumberedOptuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     search = ledger.sweep.search

@@ -13,14 +13,14 @@ import ray
 from ray.tune.schedulers import TrialScheduler
 
 from pipelines import tracking
-from pipelines.ending import StopRequest, stop_requests
+from pipelines.checkpoints.run_record import find_record
+from pipelines.config.overrides import change_fields
+from pipelines.config.serialization import flat_params, to_json
+from pipelines.driver.cluster import needed, per_worker, ray_session, room
+from pipelines.driver.resuming import resume_command
+from pipelines.driver.signals import StopRequest, stop_requests
 from pipelines.errors import InterruptedRun
-from pipelines.fields import change_fields
-from pipelines.lease import claimed
-from pipelines.resuming import resume_command
-from pipelines.runfile import flat_params, to_json
-from pipelines.runs import find_record
-from pipelines.session import needed, per_worker, ray_session, room
+from pipelines.storage.lease import claimed
 from pipelines.tracking.provenance import provenance_tags
 from pipelines.tracking.sweeps import (
     OUTCOME_TAG,
@@ -29,11 +29,7 @@ from pipelines.tracking.sweeps import (
     open_sweep,
 )
 from tuning.checks import check_sweep, check_sweep_name
-from tuning.entries import BAD, Entry, Ledger, StageName, Sweep, write_sweep
-from tuning.heads import HEAD_METRIC, TOKENS, promoted, run_head_trial
 from tuning.report.conclude import check_something_came, conclude
-from tuning.settings import list_settings
-from tuning.spaces import Space
 from tuning.stage import (
     TRIAL_RESOURCES,
     check_state_api,
@@ -43,7 +39,11 @@ from tuning.stage import (
     scheduler_of,
     wait_until_free,
 )
-from tuning.trial import Known, run_trial
+from tuning.trials.head_trial import HEAD_METRIC, TOKENS, promoted, run_head_trial
+from tuning.trials.ledger import BAD, Entry, Ledger, StageName, Sweep, write_sweep
+from tuning.trials.settings import list_settings
+from tuning.trials.spaces import Space
+from tuning.trials.trial import Known, run_trial
 from tuning.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -244,7 +244,7 @@ def _train(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
 
 def _try_heads(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
     """Compute the backbone's tokens, and train a head on them for each setting."""
-    from tuning.tokens.writing import write_tokens
+    from tuning.heads.extract import write_tokens
 
     sweep, search = carried.sweep, carried.sweep.search
     tokens = str(sweep.folder.within(TOKENS))

@@ -12,8 +12,8 @@ from ray import tune
 from ray.tune.experiment import Trial
 from tqdm import tqdm
 
-from tuning.entries import Entry, Ledger
-from tuning.trial import EPOCH, OUTCOME, REASON, number_of, setting_of
+from tuning.trials.ledger import Entry, Ledger
+from tuning.trials.trial import EPOCH, OUTCOME, REASON, number_of, setting_of
 
 _SECONDS_PER_HOUR = 3600
 _DIED = "its process died"

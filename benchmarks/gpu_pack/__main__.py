@@ -23,7 +23,7 @@ from typing import Literal
 
 from benchmarks.gpu_pack.packages import choose, fetch, read_present
 from benchmarks.gpu_pack.slimming import slim
-from pipelines.cli import parse, run_command
+from pipelines.cli.command import parse, run_command
 
 _PROG = "benchmarks.gpu_pack"
 _MIB = 1 << 20

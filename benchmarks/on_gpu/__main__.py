@@ -12,7 +12,7 @@ OUT gets results.json, table.txt, profile.txt and log.txt.
 """
 
 # Nothing but the standard library: this has to run where packages are missing, and
-# say so. `pipelines.cli` needs tyro.
+# say so. `pipelines.cli.command` needs tyro.
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 
 from benchmarks.on_gpu.stages import Setting
-from pipelines.device import current_stream, is_gpu
+from pipelines.hardware.device import current_stream, is_gpu
 
 
 class BareDecoder:

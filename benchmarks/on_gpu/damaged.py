@@ -13,8 +13,8 @@ from benchmarks.on_gpu.images import rows_of
 from benchmarks.on_gpu.pixels import distance, settings_of
 from benchmarks.on_gpu.rates import device_of
 from benchmarks.on_gpu.stages import Figures, Setting, Tasks
-from pipelines.pixels.decoder import BatchDecoder
-from pipelines.pixels.screen import screen
+from pipelines.transforms.byte_checks import screen
+from pipelines.transforms.decoder import BatchDecoder
 from tests.odd_images import SIZE, bad_images, odd_images
 
 # Too many pixels to ask a decoder for where nothing screens them.

@@ -16,11 +16,11 @@ from benchmarks.on_gpu.pixels import POLICY, settings_of
 from benchmarks.on_gpu.rates import device_of, times_ms
 from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from benchmarks.on_gpu.steps import case_of
-from pipelines.ingest.batch import Batch
-from pipelines.ingest.footers import read_shard_set
-from pipelines.pixels.dali import DaliDecoder
-from pipelines.pixels.draws import draw
-from pipelines.supply import opened_here
+from pipelines.data.batch import Batch
+from pipelines.data.loader import opened_here
+from pipelines.data.shard_set import read_shard_set
+from pipelines.transforms.dali import DaliDecoder
+from pipelines.transforms.sampling import draw
 
 # Batches whose draws are made before the clock starts.
 _NUM_BATCHES = 4

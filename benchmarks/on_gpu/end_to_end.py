@@ -14,15 +14,15 @@ from benchmarks.on_gpu.images import shards_of
 from benchmarks.on_gpu.rates import device_of
 from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from benchmarks.on_gpu.steps import clean_up, name_of
-from pipelines.building import build_state
-from pipelines.checkpoint import Position
+from pipelines.checkpoints.manifest import Position
+from pipelines.checkpoints.snapshot import take_snapshot
 from pipelines.config import Run
-from pipelines.device import PeakMemory
-from pipelines.ingest.footers import read_shard_set
-from pipelines.ingest.stream import Plans
-from pipelines.loop import LoopSettings, TrainState, train
-from pipelines.snapshot import take_snapshot
-from pipelines.supply import opened_here
+from pipelines.data.loader import opened_here
+from pipelines.data.shard_set import read_shard_set
+from pipelines.data.stream import Plans
+from pipelines.hardware.device import PeakMemory
+from pipelines.training.loop import LoopSettings, TrainState, train
+from pipelines.training.state import build_state
 
 _NUM_SNAPSHOTS = 3
 

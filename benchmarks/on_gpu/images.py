@@ -16,8 +16,8 @@ from PIL import Image
 
 from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from benchmarks.photographs import cut_photographs, photographs_here
-from pipelines.pixels.rows import Rows
 from pipelines.shards.format import CLASSES_FILE, SCHEMA, shard_name, write_shard
+from pipelines.transforms.rows import Rows
 
 _SIZE = (1000, 750)
 _NUM_MADE_UP = 3

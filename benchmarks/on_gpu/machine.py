@@ -14,7 +14,13 @@ import torch
 
 from benchmarks.on_gpu.rates import device_of, times_ms
 from benchmarks.on_gpu.stages import Figures, Setting, Tasks
-from pipelines.device import download, free_memory, gpus_here, upload, wait_for_stream
+from pipelines.hardware.device import (
+    download,
+    free_memory,
+    gpus_here,
+    upload,
+    wait_for_stream,
+)
 
 _PACKAGES = (
     *("torch", "timm", "triton", "numpy", "pyarrow", "pillow", "ray", "mlflow"),

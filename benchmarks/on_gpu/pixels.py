@@ -17,10 +17,10 @@ from benchmarks.on_gpu.images import encoded_images, rows_of
 from benchmarks.on_gpu.rates import device_of
 from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from pipelines.config import Augment, Data
-from pipelines.device import CPU
-from pipelines.pixels.dali import DaliDecoder
-from pipelines.pixels.decoder import make_decoder
-from pipelines.pixels.draws import PixelSettings, draw
+from pipelines.hardware.device import CPU
+from pipelines.transforms.dali import DaliDecoder
+from pipelines.transforms.decoder import make_decoder
+from pipelines.transforms.sampling import PixelSettings, draw
 
 POLICY = "rand-m9-mstd0.5-inc1"
 # Of DALI's default share of the hardware's, none and all.

@@ -16,7 +16,7 @@ from benchmarks.on_gpu.compiled import cases_of
 from benchmarks.on_gpu.rates import device_of
 from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from benchmarks.on_gpu.steps import clean_up, name_of
-from pipelines.device import synchronize
+from pipelines.hardware.device import synchronize
 
 _FILE = "profile.txt"
 _NUM_TOP = 10

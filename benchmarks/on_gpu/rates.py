@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.on_gpu.stages import Setting
 from benchmarks.timing import Spread, spread
-from pipelines.device import find_device, synchronize
+from pipelines.hardware.device import find_device, synchronize
 
 _MAX_CALLS = 10_000
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.on_gpu.rates import device_of
 from benchmarks.on_gpu.stages import Figures, Setting, Tasks
-from pipelines.device import is_gpu
+from pipelines.hardware.device import is_gpu
 from recipes.demo import demo
 from tests.demo_runs import part_of_demo
 from tests.processes import descendants_named

@@ -26,8 +26,8 @@ from benchmarks.machine import machine
 from benchmarks.result_file import write_result
 from benchmarks.scale import measure
 from benchmarks.scale.model import Case, Cluster, Costs, Settings, loads_of
-from pipelines.cli import parse, run_command
-from pipelines.outputs import check_file
+from pipelines.cli.command import parse, run_command
+from pipelines.cli.outputs import check_file
 
 _PROG = "benchmarks.scale"
 _BLOCK_MS = 4.8  # of blocks of 68 kB, on two cores: docs/scale.md

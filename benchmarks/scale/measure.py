@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.building import build_state
-from pipelines.files import Place
-from pipelines.ingest.footers import read_shard_set
-from pipelines.ingest.plan import plan_epoch
-from pipelines.ingest.reading import Reading, read_rows, share_tables
-from pipelines.recipe import load_recipe
+from pipelines.checkpoints.snapshot import Snapshot, take_snapshot, write_snapshot
+from pipelines.config.recipes import load_recipe
+from pipelines.data.epoch_plan import plan_epoch
+from pipelines.data.reading import Reading, read_rows, share_tables
+from pipelines.data.shard_set import read_shard_set
 from pipelines.shards.format import CLASSES_FILE, SCHEMA, shard_name, write_shard
-from pipelines.snapshot import Snapshot, take_snapshot, write_snapshot
+from pipelines.storage.path import Place
+from pipelines.training.state import build_state
 
 if TYPE_CHECKING:
     from tests.s3_server import Line
@@ -161,7 +161,7 @@ def measure_blocks(folder: Path, *, num_workers: int, num_blocks: int = 1000) ->
     The start of the split is left out. A coordinator that is faster than one process
     can take shows as that process's speed.
     """
-    from pipelines.ingest.source import shares, split_units
+    from pipelines.data.ray_source import shares, split_units
 
     write_copies(folder, num_shards=32, num_rows=1024, image_bytes=2000)
     shards = read_shard_set(str(folder))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipelines.ingest.plan import EpochShape, epoch_shape
-from pipelines.ingest.reading import FILES_AT_ONCE, MAX_SHARE_BYTES
+from pipelines.data.epoch_plan import EpochShape, epoch_shape
+from pipelines.data.reading import FILES_AT_ONCE, MAX_SHARE_BYTES
 from pipelines.shards.format import group_bounds
 from pipelines.shards.planning import BYTES_PER_SHARD, MIN_SHARDS
 

@@ -21,13 +21,13 @@ from typing import Any, Literal
 import tyro
 from torch import Tensor
 
-from pipelines.cli import parse, run_command
+from pipelines.checkpoints.model_code import load_model_code
+from pipelines.cli.command import parse, run_command
 from pipelines.export import checks, onnx_file, program, timm_folder
 from pipelines.export.folder import mark, whole_folder
 from pipelines.export.images import decode, read_images
 from pipelines.export.subject import Subject, Weights, card, from_checkpoint
-from pipelines.model_code import load_model_code
-from pipelines.pixels.headers import BadImageError
+from pipelines.transforms.headers import BadImageError
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-export"

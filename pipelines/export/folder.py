@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.files import partial_name
-from pipelines.snapshot import fingerprint
+from pipelines.checkpoints.snapshot import fingerprint
+from pipelines.storage.path import partial_name
 
 MARK = "export.json"
 _MAX_NAMES = 3

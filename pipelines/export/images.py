@@ -12,15 +12,15 @@ import pyarrow.fs as pafs
 from torch import Tensor
 
 from pipelines.config import Data
-from pipelines.files import Place
-from pipelines.ingest.footers import read_shard_set
-from pipelines.ingest.plan import plan_epoch
-from pipelines.ingest.reading import Reading, read_rows
-from pipelines.pixels.decode_eval import decode_eval
-from pipelines.pixels.headers import BadImageError
-from pipelines.retries import answering
+from pipelines.data.epoch_plan import plan_epoch
+from pipelines.data.reading import Reading, read_rows
+from pipelines.data.shard_set import read_shard_set
 from pipelines.shards.format import CLASSES_FILE
 from pipelines.shards.suffixes import is_picture_name
+from pipelines.storage.path import Place
+from pipelines.storage.retry import answering
+from pipelines.transforms.eval_transform import decode_eval
+from pipelines.transforms.headers import BadImageError
 
 logger = logging.getLogger(__name__)
 _SHARD_SUFFIX = ".parquet"

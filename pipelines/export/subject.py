@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from pipelines.checkpoint import EMA_FILE, load_model, opened, without_weights
+from pipelines.checkpoints.manifest import EMA_FILE, load_model, opened, without_weights
 from pipelines.config import Data, Model
 from pipelines.export.names import readable_names
-from pipelines.networks import architecture_of
+from pipelines.training.model import architecture_of
 
 Weights = Literal["auto", "ema", "raw"]
 

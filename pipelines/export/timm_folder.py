@@ -17,13 +17,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipelines.checkpoint import read_weights
+from pipelines.checkpoints.manifest import read_weights
 from pipelines.config import Data, Model
+from pipelines.config.serialization import tuples
 from pipelines.export.names import readable_names
 from pipelines.export.subject import Subject
-from pipelines.networks import architecture_of, build_model, is_ours, without_weights
-from pipelines.optim import classifiers
-from pipelines.runfile import tuples
+from pipelines.training.model import (
+    architecture_of,
+    build_model,
+    is_ours,
+    without_weights,
+)
+from pipelines.training.optimizer import classifiers
 from sovit.weight_files import find_weights, read_tensors
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from numpy.random import RandomState
 
-from pipelines import hashing
+from pipelines import rng
 from pipelines.robustness import blur, digital, noise, weather
 
 Corruption = Literal[
@@ -100,5 +100,5 @@ def quantized(levels: np.ndarray) -> np.ndarray:
 
 def random_of(seed: int, name: str, *parts: int) -> RandomState:
     """Give the generator of one image and one purpose, named by a word."""
-    folded = hashing.key(seed, zlib.crc32(name.encode()), *parts)
+    folded = rng.key(seed, zlib.crc32(name.encode()), *parts)
     return RandomState(np.array([folded & 0xFFFFFFFF, folded >> 32], np.uint32))

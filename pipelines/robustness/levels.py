@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.pixels.draws import Draws, PixelSettings
-from pipelines.pixels.finish import Finisher
-from pipelines.pixels.geometry import center_crop
+from pipelines.transforms.crops import center_crop
+from pipelines.transforms.normalize import Finisher
+from pipelines.transforms.sampling import Draws, PixelSettings
 
 
 class Levels:

@@ -13,9 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from pipelines.config import Run
-from pipelines.ingest.batch import Batch
-from pipelines.loop import LoopSettings
-from pipelines.pixels.host import Threads
+from pipelines.data.batch import Batch
+from pipelines.data.loader import pixel_settings
 from pipelines.robustness.corruptions import CORRUPTIONS, Corruption
 from pipelines.robustness.levels import Levels
 from pipelines.robustness.options import Robustness
@@ -31,7 +30,8 @@ from pipelines.robustness.perturbations import (
     num_frames_of,
 )
 from pipelines.robustness.scores import corruption_scores, flip_scores
-from pipelines.supply import pixel_settings
+from pipelines.training.loop import LoopSettings
+from pipelines.transforms.cpu import Threads
 
 OpenBatches = Callable[[Run], contextlib.AbstractContextManager[Iterable[Batch]]]
 """Gives one epoch of evaluation batches, as a run describes them."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from pipelines.outputs import check_plot
+from pipelines.cli.outputs import check_plot
 from pipelines.robustness.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from pipelines.robustness.perturbations import PERTURBATIONS, Perturbation
 

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipelines.ingest.batch import Batch
-from pipelines.loop import LoopSettings, predict
-from pipelines.metrics import correct
-from pipelines.pixels.host import Threads
+from pipelines.data.batch import Batch
 from pipelines.robustness.corruptions import Corruption, corrupt
 from pipelines.robustness.digital import through_jpeg
 from pipelines.robustness.levels import Levels
 from pipelines.robustness.perturbations import NOISES, Perturbation, frames
+from pipelines.training.loop import LoopSettings, predict
+from pipelines.training.metrics import correct
+from pipelines.transforms.cpu import Threads
 
 Condition = tuple[Corruption, int]
 """A corruption and its severity."""

@@ -13,8 +13,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from pipelines.files import Place
-from pipelines.retries import is_remote, retrying
 from pipelines.shards.format import ROWS_PER_GROUP, SCHEMA, write_shard
 from pipelines.shards.hf_parquet import unpack
 from pipelines.shards.images import BadImageError, check_image
@@ -22,6 +20,8 @@ from pipelines.shards.planning import Done, Plan
 from pipelines.shards.state import NUM_THREADS, read_records
 from pipelines.shards.stored import child, open_stored
 from pipelines.shards.zips import read_member
+from pipelines.storage.path import Place
+from pipelines.storage.retry import is_remote, retrying
 
 
 def unpack_container(plan: Plan, container: int) -> Done:

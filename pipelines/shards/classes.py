@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from pipelines.files import Place
 from pipelines.shards.format import CLASSES_FILE
 from pipelines.shards.stored import child, read_text
+from pipelines.storage.path import Place
 
 MAX_NAME_LENGTH = 255
 # Labels that are numbers make as many classes: more than these, and most of them

@@ -33,8 +33,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from pipelines.cli import fail, parse, run_command
-from pipelines.files import Place
+from pipelines.cli.command import fail, parse, run_command
 from pipelines.shards.build import build_shard, unpack_container
 from pipelines.shards.format import ROWS_PER_GROUP
 from pipelines.shards.listing import Fields
@@ -53,6 +52,7 @@ from pipelines.shards.understood import (
     summarize,
     warnings,
 )
+from pipelines.storage.path import Place
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines.files import Place
-from pipelines.retries import is_remote
 from pipelines.shards.matfile import read_structs
 from pipelines.shards.stored import base_name, child, decode_text, read_stored
+from pipelines.storage.path import Place
+from pipelines.storage.retry import is_remote
 
 GROUND_TRUTH = "validation_ground_truth"
 META_FILE = "meta.mat"

@@ -21,7 +21,7 @@ import pyarrow as pa
 import tyro
 from PIL import Image
 
-from pipelines.hashing import seeded_order
+from pipelines.rng import seeded_order
 from pipelines.shards.format import (
     CLASSES_FILE,
     cut_evenly,

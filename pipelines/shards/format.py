@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.files import Place
+from pipelines.storage.path import Place
 
 CLASSES_FILE = "classes.json"
 SCHEMA = pa.schema(

@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines.files import Place, partial_name
 from pipelines.shards.classes import (
     MAX_OWN_LABELS,
     Numbering,
@@ -33,6 +32,7 @@ from pipelines.shards.classes import (
 from pipelines.shards.format import CLASSES_FILE
 from pipelines.shards.listing import USUAL_FIELDS, Builder, Fields, Listing
 from pipelines.shards.stored import base_name, child, open_stored, read_text
+from pipelines.storage.path import Place, partial_name
 
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view())
 _BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from pipelines.pixels.headers import BadImageError, read_header
-from pipelines.pixels.orientation import orientation_of
-from pipelines.pixels.pillow_decode import load_image, to_rgb
 from pipelines.shards.jpeg_scans import check_scans
+from pipelines.transforms.headers import BadImageError, read_header
+from pipelines.transforms.orientation import orientation_of
+from pipelines.transforms.pillow_decode import load_image, to_rgb
 
 __all__ = ["BadImageError", "Checked", "check_image"]
 _ORIENTATION = 0x0112

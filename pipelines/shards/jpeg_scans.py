@@ -13,12 +13,12 @@ import re
 import numpy as np
 from PIL import Image
 
-from pipelines.pixels.headers import (
+from pipelines.transforms.headers import (
     PROGRESSIVE,
     BadImageError,
     JpegFrame,
 )
-from pipelines.pixels.pillow_decode import load_image
+from pipelines.transforms.pillow_decode import load_image
 
 _END_OF_IMAGE, _START_OF_SCAN = b"\xff\xd9", b"\xff\xda"
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import pyarrow.fs as pafs
 
-from pipelines.files import Place
 from pipelines.shards.classes import (
     MAX_OWN_LABELS,
     Numbering,
@@ -31,6 +30,7 @@ from pipelines.shards.devkit import (
 from pipelines.shards.listing import Builder, Listing
 from pipelines.shards.stored import base_name, child, read_text
 from pipelines.shards.suffixes import is_picture_name
+from pipelines.storage.path import Place
 
 _LABEL_COLUMNS = ("label", "class", "category", "target", "predictionstring")
 # Kaggle's LOC_val_solution.csv: a class and a box, as often as there are boxes.

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from pipelines.credentials import without_credentials
+from pipelines.storage.redaction import without_credentials
 
 Store = Literal["folder", "tar", "zip", "parquet"]
 # No image that is trained on is larger; a shard holds its images in memory.

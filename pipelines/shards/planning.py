@@ -10,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from pipelines.files import Place
 from pipelines.shards.format import ROWS_PER_GROUP, shard_name
 from pipelines.shards.listing import USUAL_FIELDS, Fields, Listing
+from pipelines.storage.path import Place
 
 UNPACKED_FOLDER = "_unpacked"
 BYTES_PER_SHARD = 128 * 2**20

@@ -13,7 +13,6 @@ from typing import Literal
 
 import pyarrow.fs as pafs
 
-from pipelines.files import Place
 from pipelines.shards.classes import Numbering, read_classes, resolve_names
 from pipelines.shards.hf_parquet import list_parquet
 from pipelines.shards.labels import LabelFile, label_by_file
@@ -36,6 +35,7 @@ from pipelines.shards.tars import (
 from pipelines.shards.tree import Tree, empty_folders, label_by_folder, walk
 from pipelines.shards.webdataset import list_webdataset
 from pipelines.shards.zips import list_zip
+from pipelines.storage.path import Place
 
 Kind = Literal["folder", "ilsvrc-train", "ilsvrc-val", "webdataset", "parquet"]
 _CONTENTS = {

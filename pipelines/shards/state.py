@@ -22,14 +22,14 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 
-from pipelines.files import PARTIAL_SUFFIX, Place
-from pipelines.hashing import seeded_order
-from pipelines.retries import retrying
+from pipelines.rng import seeded_order
 from pipelines.shards.format import CLASSES_FILE, cut_evenly, write_json
 from pipelines.shards.listing import RECORD_SCHEMA, Listing, Skipped, printable
 from pipelines.shards.planning import UNPACKED_FOLDER, Done, Plan
 from pipelines.shards.stored import child
 from pipelines.shards.understood import Report, class_counts, describe, left_out
+from pipelines.storage.path import PARTIAL_SUFFIX, Place
+from pipelines.storage.retry import retrying
 
 logger = logging.getLogger(__name__)
 

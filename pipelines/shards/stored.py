@@ -11,8 +11,8 @@ from typing import BinaryIO, cast
 
 import pyarrow.fs as pafs
 
-from pipelines.files import Place
-from pipelines.retries import is_remote, retrying
+from pipelines.storage.path import Place
+from pipelines.storage.retry import is_remote, retrying
 
 # A tar in a bucket is read from front to back: a request for each header would take a
 # round trip an image.

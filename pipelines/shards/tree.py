@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pipelines.retries import is_remote
 from pipelines.shards.classes import plain
 from pipelines.shards.listing import Builder, printable
 from pipelines.shards.names import (
@@ -21,6 +20,7 @@ from pipelines.shards.names import (
     other_files,
 )
 from pipelines.shards.stored import child, list_remote, suffix
+from pipelines.storage.retry import is_remote
 
 NO_CLASS = "not within a class's folder"
 _CONTAINERS = frozenset({"parquet", "tar", "zip"})

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from pipelines.credentials import error_summary, without_credentials
+from pipelines.storage.redaction import error_summary, without_credentials
 
 logger = logging.getLogger(__name__)
 

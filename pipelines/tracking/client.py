@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
-from pipelines.credentials import error_summary, without_credentials
-from pipelines.places import open_place
+from pipelines.storage.filesystem import open_place
+from pipelines.storage.redaction import error_summary, without_credentials
 from pipelines.tracking.sqlite_file import (
     check_writable,
     is_made,

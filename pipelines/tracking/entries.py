@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.credentials import without_credentials
+from pipelines.storage.redaction import without_credentials
 from pipelines.tracking.client import artifact_location
 
 if TYPE_CHECKING:

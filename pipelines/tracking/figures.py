@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from pipelines.credentials import error_summary
+from pipelines.storage.redaction import error_summary
 from pipelines.tracking.runs import log_file
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.credentials import without_credentials
+from pipelines.storage.redaction import without_credentials
 from pipelines.tracking.client import (
     PATIENCE,
     connect,

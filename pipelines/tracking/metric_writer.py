@@ -7,8 +7,8 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from pipelines.credentials import error_summary, without_credentials
-from pipelines.files import Place
+from pipelines.storage.path import Place
+from pipelines.storage.redaction import error_summary, without_credentials
 from pipelines.tracking.buffer import MetricBuffer, Point, RefusedError
 from pipelines.tracking.client import PATIENCE, connect, environment
 from pipelines.tracking.entries import name_text

@@ -27,15 +27,15 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 
 import sovit
-from pipelines import checkpoint as checkpoints
-from pipelines import runfile
-from pipelines.credentials import without_credentials
-from pipelines.device import find_device
-from pipelines.own_code import OwnCode
-from pipelines.pixels.decode_eval import decode_eval
-from pipelines.pixels.headers import BadImageError
-from pipelines.pixels.pillow_decode import is_whole
-from pipelines.recipe import load_code
+from pipelines.checkpoints import manifest as checkpoints
+from pipelines.config import serialization
+from pipelines.config.own_code import OwnCode
+from pipelines.config.recipes import load_code
+from pipelines.hardware.device import find_device
+from pipelines.storage.redaction import without_credentials
+from pipelines.transforms.eval_transform import decode_eval
+from pipelines.transforms.headers import BadImageError
+from pipelines.transforms.pillow_decode import is_whole
 
 NUM_TOP = 5
 _BATCH_SIZE = 32
@@ -158,10 +158,10 @@ def requirements() -> list[str]:
 def _reduce(checkpoint: Path, folder: Path) -> None:
     """Write a checkpoint again with the evaluated weights only, and no password."""
     model, manifest = checkpoints.load_model(checkpoint)
-    clean = without_credentials(runfile.to_json(manifest.run))
+    clean = without_credentials(serialization.to_json(manifest.run))
     checkpoints.save_checkpoint(
         folder,
-        run=runfile.from_json(clean),
+        run=serialization.from_json(clean),
         position=manifest.position,
         classes=manifest.classes,
         metrics=manifest.metrics,

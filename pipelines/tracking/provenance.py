@@ -6,7 +6,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from pipelines.hardware import host_facts, output_of, tags_of
+from pipelines.hardware.facts import host_facts, output_of, tags_of
 
 _PACKAGES = ("torch", "timm", "ray", "mlflow", "nvidia-dali-cuda130", "pyarrow")
 

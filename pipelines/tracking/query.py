@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 from urllib.parse import quote
 
-from pipelines.credentials import error_summary, without_credentials
+from pipelines.storage.redaction import error_summary, without_credentials
 from pipelines.tracking.client import (
     ADDRESS_VARIABLE,
     PATIENCE,

@@ -17,8 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
-from pipelines.credentials import without_credentials
-from pipelines.own_code import OwnCode
+from pipelines.config.own_code import OwnCode
+from pipelines.storage.redaction import without_credentials
 from pipelines.tracking.client import attempt
 from pipelines.tracking.entries import (
     MODEL_NAME,

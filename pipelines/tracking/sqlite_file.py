@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from pipelines.files import PARTIAL_SUFFIX, partial_name
+from pipelines.storage.path import PARTIAL_SUFFIX, partial_name
 
 BUSY_TIMEOUT_S = 6
 _CREATION_TIMEOUT_S = 60

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from pipelines.credentials import error_summary, without_credentials
+from pipelines.storage.redaction import error_summary, without_credentials
 from pipelines.tracking.client import (
     ADDRESS_VARIABLE,
     PATIENCE,

@@ -10,8 +10,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.credentials import error_summary, without_credentials
-from pipelines.outputs import why_no_folder
+from pipelines.cli.outputs import why_no_folder
+from pipelines.storage.redaction import error_summary, without_credentials
 from pipelines.tracking.client import (
     ADDRESS_VARIABLE,
     PATIENCE,

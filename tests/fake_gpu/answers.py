@@ -17,22 +17,22 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from pipelines import predict
-from pipelines.checkpoint import build_model
+from pipelines.checkpoints.manifest import build_model
 from pipelines.config import Probe, Run
+from pipelines.data import prefetch, stream
+from pipelines.data.loader import opened_here
+from pipelines.data.shard_set import read_shard_set
+from pipelines.evaluation import checkpoint
+from pipelines.evaluation.held_out import HeldOut
 from pipelines.export.images import Encoded
 from pipelines.export.subject import Subject
-from pipelines.ingest import prefetch, stream
-from pipelines.ingest.footers import read_shard_set
-from pipelines.probing import Prober
-from pipelines.supply import opened_here
-from pipelines.validation import beside
-from pipelines.validation.labels import HeldOut
+from pipelines.training.gradient_probe import Prober
 from tests.fake_gpu.device import GPU
 from tests.fake_gpu.steps import batch_of, fake_run, settings_of
 from tests.fake_gpu.watch import Watch
 from tests.small_sets import jpeg, write_set
 from tests.token_sets import write_token_set
-from tuning.head import train_head
+from tuning.heads.train import train_head
 
 NUM_BATCHES = 2
 """Of a supply, an evaluation, and an epoch of a head."""
@@ -133,8 +133,8 @@ def evaluate(watch: Watch) -> None:
         )
         watch.on()
         # The sums that come home are zeros.
-        with mock.patch.object(beside, "check_counted"):
-            beside.measure_set(models, one, run=run, device=GPU)
+        with mock.patch.object(checkpoint, "check_counted"):
+            checkpoint.measure_set(models, one, run=run, device=GPU)
         watch.off()
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from pipelines.device import CPU
-from pipelines.snapshot import take_snapshot
+from pipelines.checkpoints.snapshot import take_snapshot
+from pipelines.hardware.device import CPU
 from tests.fake_gpu import answers
 from tests.fake_gpu.compiled import take_compiled_steps
 from tests.fake_gpu.entered import enter_all
@@ -16,7 +16,7 @@ from tests.fake_gpu.watch import Watch
 from tests.fake_gpu.workers import NUM_WORKERS, among_workers
 
 Case = Callable[[Watch], Any]
-ENTERED = "pipelines/device.py"
+ENTERED = "pipelines/hardware/device.py"
 # All layers that a family has, few times each.
 _RESNET = {"layers": (1, 1, 1, 1)}
 FAMILIES: Mapping[str, dict[str, Any]] = {

@@ -18,8 +18,8 @@ from torch._dynamo import reset
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
-from pipelines.compiling import why_not
 from pipelines.config import Run
+from pipelines.training.compiling import why_not
 from tests.fake_gpu.device import GPU, without_weights
 from tests.fake_gpu.steps import take_steps
 from tests.fake_gpu.watch import Watch

@@ -1,4 +1,4 @@
-"""Enter all of `pipelines/device.py`, which alone asks what a device is."""
+"""Enter all of `pipelines/hardware/device.py`, which alone asks what a device is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipelines import device
+from pipelines.hardware import device
 from tests.fake_gpu.device import GPU
 from tests.fake_gpu.watch import Watch
 

@@ -12,9 +12,9 @@ from tests.fake_gpu.cases import ENTERED
 from tests.fake_gpu.steps import NUM_STEPS
 
 _LOGGED = (
-    "reads a value: pipelines/guard.py Guard.check",
-    "copies to the device, waiting: pipelines/metrics.py Sums.total",
-    "reads a value: pipelines/metrics.py Sums.total",
+    "reads a value: pipelines/training/nonfinite.py Guard.check",
+    "copies to the device, waiting: pipelines/training/metrics.py Sums.total",
+    "reads a value: pipelines/training/metrics.py Sums.total",
 )
 # The decomposition itself, or the way to the host and back.
 _EIGEN = (
@@ -27,38 +27,39 @@ _EIGEN = (
     * NUM_STEPS
 )
 # PyTorch's own: it times the first ten steps, and every hundredth after them.
-_TIMED = "waits for an event: pipelines/loop.py _forward_backward"
+_TIMED = "waits for an event: pipelines/training/loop.py _forward_backward"
 _UPLOADED = (
-    "copies to the device: pipelines/pixels/finish.py Finisher.__call__",
-    *("copies to the device: pipelines/ingest/feed.py batches",) * 2,
+    "copies to the device: pipelines/transforms/normalize.py Finisher.__call__",
+    *("copies to the device: pipelines/data/batching.py batches",) * 2,
 )
 _SUPPLIED = (
-    "copies to the device, waiting: pipelines/pixels/finish.py _tiled",
-    "copies to the device, waiting: pipelines/pixels/decoder.py BatchDecoder.__init__",
+    "copies to the device, waiting: pipelines/transforms/normalize.py _tiled",
+    "copies to the device, waiting: "
+    "pipelines/transforms/decoder.py BatchDecoder.__init__",
     *_UPLOADED * NUM_BATCHES,
 )
 _SUMMED = _LOGGED[1:]
-_WORST = "pipelines/validation/scores.py WorstSoFar"
+_WORST = "pipelines/evaluation/scores.py WorstSoFar"
 _EVALUATED = (
     # Once, before the first batch.
-    "copies to the device, waiting: pipelines/validation/measure.py validate",
+    "copies to the device, waiting: pipelines/evaluation/measure.py validate",
     *(f"copies to the device, waiting: {_WORST}.__init__",) * 2,
     # Each batch: which images they are; with the first, which classes.
-    "copies to the device: pipelines/validation/measure.py validate",
-    "copies to the device, waiting: pipelines/validation/measure.py Narrowed.forward",
-    "copies to the device: pipelines/validation/measure.py validate",
+    "copies to the device: pipelines/evaluation/measure.py validate",
+    "copies to the device, waiting: pipelines/evaluation/measure.py Narrowed.forward",
+    "copies to the device: pipelines/evaluation/measure.py validate",
     # Once, after the last one: sums of both models, and the first one's images.
-    *(*_SUMMED, "reads a value: pipelines/validation/scores.py RealSums.total") * 2,
-    "copies to the host, waiting: pipelines/validation/scores.py ConfusionSums.total",
+    *(*_SUMMED, "reads a value: pipelines/evaluation/scores.py RealSums.total") * 2,
+    "copies to the host, waiting: pipelines/evaluation/scores.py ConfusionSums.total",
     *(
         f"takes a shape from values: {_WORST}.total",
         f"copies to the host, waiting: {_WORST}.total",
     )
     * 2,
 )
-_HEAD = "tuning/head.py _Trainer"
+_HEAD = "tuning/heads/train.py _Trainer"
 _HEAD_TRAINED = (
-    "copies to the device, waiting: tuning/head.py build_head",
+    "copies to the device, waiting: tuning/heads/train.py build_head",
     *(
         f"copies to the device: {_HEAD}._train",
         f"copies to the device: {_HEAD}._logits",
@@ -77,8 +78,8 @@ MEANT: Mapping[str, tuple[str, ...]] = {
     "step of 8 workers, data parallel, accumulated, logged": (_TIMED, *_LOGGED),
     "step of 8 workers, sharded, accumulated, logged": _LOGGED,
     "copy of a checkpoint": (
-        "copies to the host: pipelines/snapshot.py copied",
-        "waits for a stream: pipelines/snapshot.py take_snapshot",
+        "copies to the host: pipelines/checkpoints/snapshot.py copied",
+        "waits for a stream: pipelines/checkpoints/snapshot.py take_snapshot",
     ),
     "supply of images": _SUPPLIED,
     "evaluation": (*_SUPPLIED, *_EVALUATED),
@@ -86,7 +87,7 @@ MEANT: Mapping[str, tuple[str, ...]] = {
         "copies to the device: pipelines/predict.py _answers",
         "reads a value: pipelines/predict.py _top",
     ),
-    "probe": ("reads a value: pipelines/probing.py _band",) * 5,
+    "probe": ("reads a value: pipelines/training/gradient_probe.py _band",) * 5,
     "training of a head": _HEAD_TRAINED,
     # Called by nobody of ours.
     ENTERED: (

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.building import build_state
 from pipelines.config import Run
-from pipelines.ingest.batch import Batch
-from pipelines.loop import LoopSettings, TrainState, train
-from pipelines.recipe import load_recipe
+from pipelines.config.recipes import load_recipe
+from pipelines.data.batch import Batch
+from pipelines.training.loop import LoopSettings, TrainState, train
+from pipelines.training.state import build_state
 from tests.fake_gpu.device import GPU
 from tests.fake_gpu.watch import Watch
 from tests.fake_gpu.workers import sum_gradients

@@ -21,7 +21,7 @@ from tests.fake_gpu.build import ROOT, runtime_path
 
 _OURS = ("sovit/", "pipelines/", "tuning/")
 # Whoever calls it is looked for.
-_BETWEEN = "pipelines/device.py"
+_BETWEEN = "pipelines/hardware/device.py"
 _MOVES = ("_to_copy", "copy_")
 _SHAPED_BY_VALUES = ("nonzero", "masked_select", "_unique", "unique_", "bincount")
 # Their CUDA kernels look at values before they return: no other operation shows it.

@@ -7,13 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipelines import tracking
-from pipelines.credentials import without_credentials
+from pipelines.cli.printed import command_line
 from pipelines.errors import RunFailedError
-from pipelines.printed import command_line
-from pipelines.retries import answering
+from pipelines.storage.redaction import without_credentials
+from pipelines.storage.retry import answering
 from pipelines.tracking.sweeps import log_metrics, save_view
-from tuning.entries import Entry, Ledger, Sweep
-from tuning.heads import HEAD_METRIC, foretold
 from tuning.report.figures import (
     draw_importances,
     draw_parallel,
@@ -23,6 +21,8 @@ from tuning.report.figures import (
 from tuning.report.recipe import winner_recipe
 from tuning.report.statistics import MIN_PAIRS, importances, rank_correlation
 from tuning.report.table import as_csv, compared, table, winner_of
+from tuning.trials.head_trial import HEAD_METRIC, foretold
+from tuning.trials.ledger import Entry, Ledger, Sweep
 
 REPORT = "report"
 WINNER_FILE = "winner.py"

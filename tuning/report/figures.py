@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuning.entries import Entry, Sweep
-from tuning.options import Mode
 from tuning.report.statistics import (
     MIN_PAIRS,
     importances,
@@ -17,6 +15,8 @@ from tuning.report.statistics import (
     study_of,
 )
 from tuning.report.table import compared, front, short_names, value_of
+from tuning.trials.ledger import Entry, Sweep
+from tuning.trials.options import Mode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

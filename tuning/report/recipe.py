@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pipelines.fields import change_fields
-from pipelines.own_code import OwnCode
-from pipelines.recipe import load_recipe, own_run
-from tuning.entries import Entry, Sweep
+from pipelines.config.overrides import change_fields
+from pipelines.config.own_code import OwnCode
+from pipelines.config.recipes import load_recipe, own_run
 from tuning.report.source import (
     INDENT,
     Group,
@@ -26,6 +25,7 @@ from tuning.report.source import (
     string,
 )
 from tuning.report.table import value_of
+from tuning.trials.ledger import Entry, Sweep
 
 FUNCTION = "best"
 # Said by whoever trains, not by what was found; unless it was searched.
@@ -57,8 +57,10 @@ def winner_recipe(sweep: Sweep, winner: Entry) -> str:
     )
     imports: Imports = {("pipelines.config", "Run")}
     if sweep.code:
-        imports.add(("pipelines.own_code", "OwnCode"))
-        imports |= {("pipelines.recipe", name) for name in ("load_code", "own_run")}
+        imports.add(("pipelines.config.own_code", "OwnCode"))
+        imports |= {
+            ("pipelines.config.recipes", name) for name in ("load_code", "own_run")
+        }
         start = f"own_run(CODE, function={string(function)})"
     else:
         start = _start(sweep.recipe, imports=imports)

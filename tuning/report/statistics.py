@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tuning.entries import Entry, Sweep
 from tuning.report.table import compared, values_of
+from tuning.trials.ledger import Entry, Sweep
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -16,9 +16,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tuning.entries import BAD, Entry, Sweep
-from tuning.names import short_tail
-from tuning.options import Mode, Search
+from pipelines.results.short_names import short_tail
+from tuning.trials.ledger import BAD, Entry, Sweep
+from tuning.trials.options import Mode, Search
 
 _BEST, _FRONT = "*", "+"
 

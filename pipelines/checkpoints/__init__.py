@@ -1,0 +1,1 @@
+"""Save and load checkpoints, pretrained weights, and the record of a run."""

@@ -1,0 +1,102 @@
+"""Write checkpoints on a thread while training goes on, and outlive faults there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from pipelines.checkpoints.snapshot import Snapshot
+from pipelines.checkpoints.store import CheckpointStore
+from pipelines.events.channel import Item, Kept, Measured, Noted, NotKept
+
+# How long a checkpoint within an epoch waits for the one before it to be written.
+_PATIENCE_S = 0.5
+
+
+class CheckpointWriter:
+    """Write snapshots one after the other.
+
+    A checkpoint that can't be written is told, and training goes on; those before it
+    are as they were. Where too many fail in a row, or the last one of the run does,
+    that ends the run.
+
+    Args:
+        tell: Gets what is to be told the driver.
+        max_failures: Failures in a row that training goes on after.
+    """
+
+    def __init__(
+        self, store: CheckpointStore, *, tell: Callable[[Item], None], max_failures: int
+    ) -> None:
+        self._store, self._tell = store, tell
+        self._max_failures = max_failures
+        self._num_failures = 0
+        self._error: Exception | None = None
+        self._pending: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def write(
+        self, take: Callable[[], Snapshot], *, name: str, can_wait: bool = False
+    ) -> bool:
+        """Take a snapshot and begin to write it; tell whether that was possible.
+
+        Args:
+            can_wait: Whether to wait until the one before it is written. Else it is
+                left out where that takes longer than half a second.
+
+        Raises ValueError where too many could not be written.
+        """
+        if self._pending is not None:
+            wait([self._pending], timeout=None if can_wait else _PATIENCE_S)
+            if not self._pending.done():
+                line = f"{name} is left out: the checkpoint before is being written"
+                self._tell(Noted(line=line))
+                return False
+        self._check(max_failures=self._max_failures)
+        self._pending = self._thread.submit(self._write, take(), name=name)
+        return True
+
+    def close(self, *, is_done: bool) -> None:
+        """Wait for what is being written.
+
+        Raises ValueError where training `is_done` and its last checkpoint is not there.
+        """
+        self._thread.shutdown(wait=True)
+        if is_done:
+            self._check(max_failures=0)
+
+    def _write(self, snapshot: Snapshot, *, name: str) -> None:
+        start_s = time.perf_counter()
+        step = snapshot.position.step
+        try:
+            self._store.write(snapshot, name=name)
+        # safetensors, torch and pyarrow each have their own for a disk that is full.
+        except Exception as error:
+            self._num_failures += 1
+            self._error = error
+            self._tell(NotKept(name=name, reason=_reason(error)))
+            return
+        self._num_failures, self._error = 0, None
+        self._tell(Kept(name=name, epoch=snapshot.position.epoch, step=step))
+        seconds = time.perf_counter() - start_s
+        self._tell(Measured(step=step, metrics={"train/checkpoint_write_s": seconds}))
+        try:
+            self._store.retire(until=step)
+        except (OSError, ValueError) as error:
+            line = f"old checkpoints are not deleted: {_reason(error)}"
+            self._tell(Noted(line=line))
+
+    def _check(self, *, max_failures: int) -> None:
+        if self._error is None or self._num_failures <= max_failures:
+            return
+        raise ValueError(
+            f"wanted to write a checkpoint, came {_reason(self._error)}, for the "
+            f"{self._num_failures}. time in a row; the one before is whole: see to it "
+            "and go on with --resume"
+        ) from self._error
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"

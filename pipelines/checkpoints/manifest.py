@@ -1,0 +1,232 @@
+"""Read checkpoints that are whole or refused, without pickled objects.
+
+A checkpoint is a folder: `model.safetensors`, `ema.safetensors` where an average is
+kept, `optimizer.pt` (read with `weights_only=True`) and, written last,
+`checkpoint.json` with the run, the position, the classes, the metrics, each file's
+size and CRC-32, and its own. A folder whose files do not match it is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pipelines.checkpoints.snapshot import (
+    EMA_FILE,
+    MANIFEST,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    Position,
+    crc_of,
+    fingerprint,
+    save_checkpoint,
+)
+from pipelines.config import Run
+from pipelines.config.serialization import from_json
+from pipelines.storage.path import Place
+from pipelines.storage.retry import answering
+from pipelines.training.model import PRETRAINED, build_model, without_weights
+
+__all__ = [
+    "EMA_FILE",
+    "MANIFEST",
+    "MODEL_FILE",
+    "OPTIMIZER_FILE",
+    "PRETRAINED",
+    "Manifest",
+    "Position",
+    "build_model",
+    "load_model",
+    "load_optimizer",
+    "load_weights",
+    "opened",
+    "peek",
+    "read_manifest",
+    "read_weights",
+    "save_checkpoint",
+    "without_weights",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Say what a checkpoint holds."""
+
+    run: Run
+    position: Position
+    classes: tuple[str, ...]
+    metrics: dict[str, float]
+    files: dict[str, dict[str, int]]
+    """Size in bytes and CRC-32 of each file."""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read what a checkpoint holds and check that every file is whole.
+
+    Raises ValueError where the folder is no checkpoint, or one that was cut off.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"wanted a checkpoint folder with {MANIFEST}, came {folder}; "
+            "name one that sovit-train printed"
+        )
+    raw = _parsed(path.read_bytes(), shown=str(path))
+    for name, wanted in _files_of(raw, shown=str(path)).items():
+        _check_file(folder / name, wanted=wanted, shown=str(folder / name))
+    return _manifest(raw)
+
+
+def _manifest(raw: Mapping[str, Any]) -> Manifest:
+    return Manifest(
+        run=from_json(json.dumps(raw["run"])),
+        position=Position(**raw["position"]),
+        classes=tuple(raw["classes"]),
+        metrics=raw["metrics"],
+        files=raw["files"],
+    )
+
+
+def peek(place: Place) -> Manifest | None:
+    """Read a checkpoint's manifest alone; None where it was cut off.
+
+    Raises ValueError where its manifest is damaged.
+    """
+    manifest = place.within(MANIFEST)
+    try:
+        with answering():
+            content = manifest.read()
+    except FileNotFoundError:
+        return None
+    return _manifest(_parsed(content, shown=str(manifest)))
+
+
+@contextlib.contextmanager
+def opened(address: str | Place) -> Iterator[Path]:
+    """Give the local folder of a checkpoint that may lie in a bucket.
+
+    A folder on a path is given as it is. Of a remote one, the manifest and the files
+    that it names are copied, each held against its size and CRC-32, and removed after
+    use. Raises ValueError, naming the address, where there is no checkpoint, it is
+    damaged, or the store does not answer.
+    """
+    place = Place(address) if isinstance(address, str) else address
+    if not place.is_remote:
+        yield Path(place.open()[1])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with answering():
+            _copy(place, Path(folder))
+        yield Path(folder)
+
+
+def _copy(place: Place, folder: Path) -> None:
+    manifest = place.within(MANIFEST)
+    try:
+        manifest.download(folder / MANIFEST)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"wanted a checkpoint with {MANIFEST}, came {str(place)!r}; "
+            "name one that sovit-train printed"
+        ) from error
+    raw = _parsed((folder / MANIFEST).read_bytes(), shown=str(manifest))
+    for name, wanted in _files_of(raw, shown=str(manifest)).items():
+        file = place.within(name)
+        with contextlib.suppress(FileNotFoundError):
+            file.download(folder / name)
+        _check_file(folder / name, wanted=wanted, shown=str(file))
+
+
+def _files_of(raw: Mapping[str, Any], *, shown: str) -> dict[str, dict[str, int]]:
+    for name in raw["files"]:
+        if Path(name).name != name:
+            why = f"wanted plain names of files, came {name!r}; do not trust it"
+            raise ValueError(f"{shown}: {why}")
+    return raw["files"]
+
+
+def _check_file(path: Path, *, wanted: dict[str, int], shown: str) -> None:
+    came = fingerprint(path) if path.is_file() else None
+    if came != wanted:
+        raise ValueError(
+            f"{shown}: wanted {wanted}, came {came}; "
+            "this checkpoint is damaged, use the one before it"
+        )
+
+
+def _parsed(manifest: bytes, *, shown: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(manifest)
+        whole = raw.pop("crc32") == crc_of(raw)
+    except (ValueError, AttributeError, KeyError):
+        whole, raw = False, {}
+    if not whole:
+        raise ValueError(
+            f"{shown}: wanted a whole manifest, came one that was cut off or "
+            "changed; this checkpoint is damaged, use the one before it"
+        )
+    return raw
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read tensors by name: the format has no room for anything else."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: wanted safetensors, came a file of something else ({error}); "
+            "use a checkpoint that sovit-train wrote"
+        ) from error
+
+
+def load_weights(model: nn.Module, folder: Path, *, ema: bool = False) -> None:
+    """Load a checkpoint's weights, or their moving average, into a model."""
+    path = folder / (EMA_FILE if ema else MODEL_FILE)
+    if not path.is_file():
+        raise ValueError(
+            f"wanted {path.name} in {folder}, came none; this run kept no moving "
+            "average, evaluate the weights themselves (--no-ema)"
+        )
+    model.load_state_dict(read_weights(path))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Load a checkpoint's optimiser state; only tensors and plain values are read.
+
+    Raises ValueError where the file is missing or holds any other object.
+    """
+    path = folder / OPTIMIZER_FILE
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: wanted an optimiser's state of tensors and plain values, came a "
+            f"file that can't be read as one ({str(error)[:200]}); "
+            "use a checkpoint that sovit-train wrote"
+        ) from error
+    optimizer.load_state_dict(state)
+
+
+def load_model(folder: Path, *, ema: bool | None = None) -> tuple[nn.Module, Manifest]:
+    """Build a checkpoint's model with its weights, in evaluation mode.
+
+    With `ema=None` the moving average is taken where the checkpoint has one.
+    """
+    manifest = read_manifest(folder)
+    # Who wrote it does not choose what else is read here.
+    settings = without_weights(manifest.run.model)
+    model = build_model(settings, num_classes=len(manifest.classes))
+    use_ema = EMA_FILE in manifest.files if ema is None else ema
+    load_weights(model, folder, ema=use_ema)
+    return model.eval(), manifest

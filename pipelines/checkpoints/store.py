@@ -1,0 +1,220 @@
+"""Keep a run's checkpoints in its folder: the last few, and the best.
+
+What is there is read from the folder alone, so whoever starts next, a worker after a
+failure or a driver on another machine, goes on from the newest that is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from pipelines.checkpoints.manifest import (
+    MANIFEST,
+    Manifest,
+    opened,
+    peek,
+    read_manifest,
+)
+from pipelines.checkpoints.snapshot import Snapshot, write_snapshot
+from pipelines.storage.path import Place, flush
+from pipelines.storage.retry import answering
+
+logger = logging.getLogger(__name__)
+
+SCORE = "val/top1"
+"""What the best checkpoint is best in."""
+VALIDATION_FILE = "validation.json"
+_NAME = re.compile(r"(epoch_\d{4,}|step_\d{8,})")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Say what is known of a checkpoint that is whole."""
+
+    name: str
+    step: int
+    metrics: Mapping[str, float]
+    is_measured: bool
+    """Whether its epoch has ended and been evaluated."""
+
+    @property
+    def score(self) -> float:
+        """Give what it is compared by; minus infinity where it was not evaluated."""
+        score = self.metrics.get(SCORE, math.nan)
+        return -math.inf if math.isnan(score) else score
+
+
+class CheckpointStore:
+    """Hold the checkpoints of one run.
+
+    Args:
+        folder: The run's.
+        num_to_keep: How many of the last are kept; the best is kept beside them.
+        waits: Whether checkpoints of epochs are evaluated later, by another process:
+            until then none is deleted.
+    """
+
+    def __init__(self, folder: Place, *, num_to_keep: int, waits: bool = False) -> None:
+        self._folder = folder
+        self._num_to_keep = num_to_keep
+        self._waits = waits
+
+    def kept(self) -> list[Kept]:
+        """List the whole checkpoints, by their steps.
+
+        One whose manifest is damaged is passed over with a warning. Raises ValueError
+        where the store does not answer: what it holds then is not known.
+        """
+        found = []
+        for name in self._names():
+            place = self._folder.within(name)
+            try:
+                manifest = peek(place)
+            except ValueError as error:
+                if isinstance(error.__cause__, ConnectionError):
+                    raise
+                logger.warning("%s", error)
+                continue
+            if manifest is not None:
+                found.append(_kept(place, name=name, manifest=manifest))
+        return sorted(found, key=lambda kept: kept.step)
+
+    def newest(self) -> str:
+        """Name the newest checkpoint whose files are whole; "" where there is none.
+
+        A local one is read: a disk may have lost what it said it had. Of a bucket's,
+        each file is there whole or not at all.
+        """
+        for kept in reversed(self.kept()):
+            try:
+                if not self._folder.is_remote:
+                    read_manifest(Path(self.place(kept.name).open()[1]))
+                return kept.name
+            except ValueError as error:
+                logger.warning("%s", error)
+        return ""
+
+    def best(self) -> Kept | None:
+        """Give the checkpoint with the best accuracy, of several the first."""
+        return _best(self.kept())
+
+    def place(self, name: str) -> Place:
+        """Say where a checkpoint lies."""
+        return self._folder.within(name)
+
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[Path]:
+        """Give a checkpoint's folder here; ValueError where a remote one is damaged."""
+        with opened(self.place(name)) as folder:
+            yield folder
+
+    def write(self, snapshot: Snapshot, *, name: str) -> None:
+        """Write a checkpoint.
+
+        Raises OSError, ValueError or RuntimeError where that fails: then it is not
+        there, and all others are as they were.
+        """
+        place = self.place(name)
+        with self._whole(place), answering():
+            place.make_folder()
+            # One of this name, from a life that was given up, is none from now on.
+            place.within(MANIFEST).delete()
+            place.within(VALIDATION_FILE).delete()
+            if self._folder.is_remote:
+                self._upload(snapshot, place=place)
+            else:
+                folder = Path(place.open()[1])
+                write_snapshot(folder, snapshot)
+                # Else one that is deleted after it could be gone before it is there.
+                flush(folder.parent)
+
+    def retire(self, *, until: int) -> None:
+        """Delete what is neither among the last nor the best nor to be evaluated.
+
+        Args:
+            until: Those of later steps are of a life that was given up, and left alone.
+        """
+        there = [kept for kept in self.kept() if kept.step <= until]
+        best = _best(there)
+        for kept in there[: -self._num_to_keep]:
+            is_due = (
+                self._waits and kept.name.startswith("epoch") and (not kept.is_measured)
+            )
+            if kept != best and not is_due:
+                with answering():
+                    # Its manifest first: what is half deleted is no checkpoint.
+                    self.place(kept.name).within(MANIFEST).delete()
+                    self.place(kept.name).delete_folder()
+
+    def clean(self) -> None:
+        """Delete what a killed process left half written."""
+        for name in self._names():
+            with contextlib.suppress(ValueError):
+                if peek(self.place(name)) is None:
+                    self.place(name).delete_folder()
+
+    @contextlib.contextmanager
+    def _whole(self, place: Place) -> Iterator[None]:
+        """Leave nothing of a folder that could not be written."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError, ValueError):
+                place.delete_folder()  # a full disk needs the room
+            raise
+
+    def _upload(self, snapshot: Snapshot, *, place: Place) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            write_snapshot(Path(scratch), snapshot)
+            # The manifest last: a checkpoint without it was cut off.
+            files = sorted(Path(scratch).iterdir(), key=lambda f: f.name == MANIFEST)
+            for file in files:
+                with place.within(file.name).writing() as partial:
+                    shutil.copyfile(file, partial)
+
+    def _names(self) -> list[str]:
+        try:
+            with answering():
+                entries = self._folder.entries()
+        except FileNotFoundError:  # a bucket has no folder before its first file
+            return []
+        return [
+            entry.base_name
+            for entry in entries
+            if entry.type == pafs.FileType.Directory
+            and _NAME.fullmatch(entry.base_name)
+        ]
+
+
+def write_validation(place: Place, *, metrics: Mapping[str, float]) -> None:
+    """Note in a checkpoint's folder what another process measured of it."""
+    with answering():
+        place.within(VALIDATION_FILE).write(json.dumps(dict(metrics)).encode())
+
+
+def _kept(place: Place, *, name: str, manifest: Manifest) -> Kept:
+    metrics, is_measured = dict(manifest.metrics), SCORE in manifest.metrics
+    if not is_measured:
+        # After a power cut it may be empty: then it is evaluated again.
+        gone = (FileNotFoundError, json.JSONDecodeError)
+        with contextlib.suppress(*gone), answering():
+            metrics |= json.loads(place.within(VALIDATION_FILE).read())
+            is_measured = True
+    step = manifest.position.step
+    return Kept(name=name, step=step, metrics=metrics, is_measured=is_measured)
+
+
+def _best(there: list[Kept]) -> Kept | None:
+    measured = [kept for kept in there if kept.score > -math.inf]
+    return max(measured, key=lambda kept: kept.score) if measured else None

@@ -1,0 +1,145 @@
+"""Read the weights that a training starts from: ours, or a file that others wrote.
+
+An address may name a checkpoint folder of ours, a folder as timm and Hugging Face write
+it (`config.json` beside the weights), or one file of weights: `.safetensors`, or what
+`torch.save` wrote, of which only tensors and plain values are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from pipelines.checkpoints.manifest import (
+    EMA_FILE,
+    MANIFEST,
+    MODEL_FILE,
+    Manifest,
+    peek,
+)
+from pipelines.checkpoints.snapshot import fingerprint
+from pipelines.storage.path import Place
+from pipelines.storage.retry import answering
+from sovit.weight_files import average_keys, find_weights, read_tensors
+
+_CONFIG = "config.json"
+_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
+_SAFETENSORS = ".safetensors"
+_SUFFIXES = (_SAFETENSORS, ".pth", ".pt", ".tar", ".bin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Hold weights by name, and what is known of them."""
+
+    weights: dict[str, Tensor]
+    is_average: bool
+    classes: tuple[str, ...] | None
+    """What the classifier tells apart, in its order; None where nothing says it."""
+
+
+def read_start(address: str) -> Start:
+    """Read the weights at an address, the moving average where there is one.
+
+    Of a bucket one file of weights is fetched, and what says which. Raises ValueError,
+    without credentials, where there is none, it is damaged or holds anything else, or
+    the store does not answer.
+    """
+    place = Place(address)
+    try:
+        with answering():
+            manifest = find_manifest(place)
+            if manifest is not None:
+                return _of_checkpoint(place, manifest=manifest)
+            return _of_file(place) if _is_file(place) else _of_folder(place)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise ValueError(
+            f"model.init_from: wanted a checkpoint folder with {MANIFEST}, a folder "
+            f"with {_CONFIG} and {_IN_FOLDERS[0]}, or a file that ends in "
+            f"{', '.join(_SUFFIXES)}, came {str(place)!r}; name one that is there"
+        ) from error
+    except PermissionError as error:
+        raise ValueError(
+            f"model.init_from: wanted weights that can be read, came {str(place)!r} "
+            f"({error.strerror}); see what is allowed there"
+        ) from error
+
+
+def find_manifest(place: Place) -> Manifest | None:
+    """Read the manifest of a checkpoint of ours; None where weights of others are.
+
+    Raises ValueError where it is damaged, or the store does not answer.
+    """
+    if not _is_file(place):
+        with contextlib.suppress(NotADirectoryError):
+            return peek(place)
+    return None
+
+
+def _is_file(place: Place) -> bool:
+    return place.name.endswith(_SUFFIXES)
+
+
+def _of_checkpoint(place: Place, *, manifest: Manifest) -> Start:
+    name = EMA_FILE if EMA_FILE in manifest.files else MODEL_FILE
+    file, wanted, came = place.within(name), manifest.files[name], None
+    with contextlib.suppress(FileNotFoundError), _at_hand(file) as path:
+        came = fingerprint(path)
+        if came == wanted:
+            return Start(
+                weights=dict(read_tensors(path, shown=str(file))),
+                is_average=name == EMA_FILE,
+                classes=manifest.classes,
+            )
+    raise ValueError(
+        f"{file}: wanted {wanted}, came {came}; "
+        "this checkpoint is damaged, use the one before it"
+    )
+
+
+def _of_folder(place: Place) -> Start:
+    """Read what timm's `save_for_hf` and `push_to_hf_hub` write."""
+    config = place.within(_CONFIG)
+    try:
+        described = json.loads(config.read())
+        named = {**described.get("pretrained_cfg", {}), **described}.get("label_names")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{config}: wanted a model's description in JSON, came something else; "
+            "name the file of weights beside it"
+        ) from error
+    is_list = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    classes = tuple(named) if is_list and named else None
+    for name in _IN_FOLDERS[:-1]:
+        with contextlib.suppress(FileNotFoundError):
+            return _of_file(place.within(name), classes=classes)
+    return _of_file(place.within(_IN_FOLDERS[-1]), classes=classes)
+
+
+def _of_file(place: Place, *, classes: tuple[str, ...] | None = None) -> Start:
+    with _at_hand(place) as path:
+        found = read_tensors(path, shown=str(place))
+    is_average = bool(average_keys(found))
+    try:
+        weights = find_weights(found, ema=is_average)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    return Start(weights=weights, is_average=is_average, classes=classes)
+
+
+@contextlib.contextmanager
+def _at_hand(place: Place) -> Iterator[Path]:
+    """Give a file on this machine: a remote one is copied, and removed after use."""
+    if not place.is_remote:
+        yield Path(place.open()[1])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, place.name)
+        place.download(path)
+        yield path

@@ -1,0 +1,138 @@
+"""Describe which shards are read, and how training changes their images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipelines.config.checks import check_fields
+from pipelines.config.rand_augment import RandAugment, parse_rand_augment
+
+# Reads wait for storage more than they compute, so four of them share a CPU.
+CPUS_PER_READ = 0.25
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Interpolation = Literal["bilinear", "bicubic"]
+Exif = Literal["ignore", "rotate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Say how training changes images; names and meanings are timm's."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area that a crop covers."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"
+    """random: one of the two for each image."""
+    auto_augment: str = ""
+    """RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1."""
+    color_jitter: float = 0.0
+    """Largest change of brightness, contrast and colour; 0 is off."""
+    re_prob: float = 0.0
+    """Probability of random erasing."""
+    re_mode: Literal["const", "rand", "pixel"] = "pixel"
+    """What erased boxes hold: zeros, one random colour, or noise."""
+    re_count: int = 1
+    """Boxes of one erasing, at most."""
+    num_repeats: int = 1
+    """Repeated augmentation: times an image comes, changed anew, in one batch. An
+    epoch keeps its length, so the whole set passes once in this many epochs."""
+
+    def __post_init__(self) -> None:
+        (low, high), (narrow, wide) = self.crop_scale, self.crop_ratio
+        one_of = "0 where auto_augment is set: timm too applies one of the two"
+        check_fields(
+            self,
+            "augment.",
+            crop_scale=(0 < low <= high <= 1, "0 < low <= high <= 1"),
+            crop_ratio=(0 < narrow <= wide, "0 < low <= high"),
+            hflip=(0 <= self.hflip <= 1, "a probability"),
+            color_jitter=(0 <= self.color_jitter <= 1, "0 <= strength <= 1"),
+            re_prob=(0 <= self.re_prob <= 1, "a probability"),
+            re_count=(self.re_count >= 1, "at least 1"),
+            num_repeats=(self.num_repeats >= 1, "at least 1"),
+        )
+        if self.rand_augment is not None:
+            check_fields(
+                self, "augment.", color_jitter=(self.color_jitter == 0, one_of)
+            )
+
+    @property
+    def rand_augment(self) -> RandAugment | None:
+        """Give RandAugment's settings; None where it is off."""
+        return parse_rand_augment(self.auto_augment) if self.auto_augment else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Say which shards are read, in what order, and how pixels are made of them."""
+
+    train: str
+    """Folder of training shards, as sovit-shards writes them."""
+    val: str = ""
+    """Folder of held-out shards; not read with --validation.no-held-out."""
+    batch_size: int
+    """Images a step sees, over all workers."""
+    eval_batch_size: int = 256
+    """Images an evaluation step sees, over all workers."""
+    eval_mirror: bool = False
+    """Evaluation averages the logits of every crop and of its mirror image."""
+    shuffle_rows: int = 2048
+    """Rows shuffled among each other: one read unit. Rounded up to whole batches."""
+    eval_interpolation: Interpolation = "bicubic"
+    crop_pct: float = 0.875
+    """Evaluation resizes the short side to img_size / crop_pct, then crops."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    exif: Exif = "ignore"
+    """rotate: photographs are turned upright by their EXIF orientation, in training,
+    evaluation and prediction alike. timm ignores it, and so do the papers."""
+    decoder: Literal["auto", "dali", "torch"] = "auto"
+    """auto: DALI where it is installed, else Pillow, which gives the same pixels."""
+    hw_decoder_load: float = 0.0
+    """Share of a batch that a GPU's JPEG engine decodes, where it has one. Its pixels
+    differ a little, and above 0 which images it gets depends on the batch: then an
+    image's pixels are no longer the same after a restart, or on other workers."""
+    decode_on: Literal["workers", "readers"] = "workers"
+    """readers: the machines that read also decode, and pixels travel."""
+    reader_label: str = ""
+    """Ray node label, `name=value`, of the machines that read; empty is any."""
+    num_decode_threads: int = 1
+    """Threads of one worker that decode."""
+    num_prefetch_batches: int = 4
+    """Decoded batches that wait for the model, at most."""
+    num_readers: int = 4
+    """Units that are read at the same time, at most, over all machines."""
+    read_ahead_mb: int = 64
+    """Encoded megabytes that wait for one worker, at most."""
+    max_bad_share: float = 0.01
+    """Share of a set's images that may fail to decode before a run stops."""
+
+    def __post_init__(self) -> None:
+        counts = (
+            "batch_size",
+            "eval_batch_size",
+            "shuffle_rows",
+            "num_decode_threads",
+            "num_prefetch_batches",
+            "num_readers",
+            "read_ahead_mb",
+        )
+        name, is_label, value = self.reader_label.partition("=")
+        check_fields(
+            self,
+            "data.",
+            **{name: (getattr(self, name) >= 1, "at least 1") for name in counts},
+            crop_pct=(0 < self.crop_pct <= 1, "0 < share <= 1"),
+            std=(min(self.std) > 0, "three numbers above 0"),
+            hw_decoder_load=(0 <= self.hw_decoder_load <= 1, "0 <= share <= 1"),
+            max_bad_share=(0 <= self.max_bad_share <= 1, "0 <= share <= 1"),
+            reader_label=(
+                not self.reader_label or bool(name and is_label and value),
+                "a Ray node label, name=value",
+            ),
+        )

@@ -1,0 +1,93 @@
+"""Describe what is measured on held-out images while a run trains, and where."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipelines.config.checks import check_fields
+
+# Their metrics are val_NAME/top1 and, of the raw weights, val_NAME_raw/top1.
+_NAME = re.compile(r"(?!.*raw$)[A-Za-z0-9_.-]+")
+MAX_WORST = 256
+"""Pictures of the worst images that a report can hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Say how often, of which weights and on what else a run is evaluated."""
+
+    held_out: bool = True
+    """no-held-out trains on without any held-out set: nothing is evaluated, and no
+    checkpoint is the best."""
+    every_epochs: int = 1
+    """Epochs from one evaluation to the next; the last epoch is always evaluated."""
+    weights: Literal["average", "both"] = "both"
+    """both: the raw weights too, where a moving average is kept."""
+    beside: bool = False
+    """Evaluate each epoch's checkpoint in a Ray task of its own, while training goes
+    on; not for a run in one process."""
+    num_gpus: float = 0.0
+    """GPUs that such a task takes; without one it evaluates on CPUs."""
+    num_cpus: float = 1.0
+    """CPUs that such a task takes, and threads that it computes and decodes with."""
+    real_labels: str = ""
+    """ImageNet-ReaL's real.json, a file or a bucket address; none if empty."""
+    also: tuple[str, ...] = ()
+    """Further held-out shard sets, NAME=SHARDS, such as v2=shards/imagenet_v2."""
+    num_worst: int = 32
+    """Images of the highest loss that are shown; 0 is none."""
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "validation.",
+            every_epochs=(self.every_epochs >= 1, "at least 1"),
+            num_gpus=(self.num_gpus >= 0, "at least 0"),
+            num_cpus=(self.num_cpus > 0, "above 0"),
+            num_worst=(0 <= self.num_worst <= MAX_WORST, f"0 to {MAX_WORST}"),
+        )
+        named_addresses(self.also, option="--validation.also")
+        if not self.held_out and (self.also or self.real_labels or self.beside):
+            raise ValueError(
+                "validation.held_out: expected a held-out set for --validation.also, "
+                "--validation.real-labels or --validation.beside, got "
+                "--validation.no-held-out; leave out either"
+            )
+
+    @property
+    def also_at(self) -> dict[str, str]:
+        """Give the further sets' addresses by name."""
+        return named_addresses(self.also, option="--validation.also")
+
+    def is_due(self, epoch: int, *, num_epochs: int) -> bool:
+        """Tell whether to evaluate after so many of a run's epochs."""
+        is_due = epoch % self.every_epochs == 0 or epoch == num_epochs
+        return self.held_out and is_due
+
+    def moved(self, move: Callable[[str], str]) -> Validation:
+        """Give the same with every path changed, to an absolute one say."""
+        also = tuple(f"{name}={move(at)}" for name, at in self.also_at.items())
+        real_labels = move(self.real_labels) if self.real_labels else ""
+        return dataclasses.replace(self, also=also, real_labels=real_labels)
+
+
+def named_addresses(also: Sequence[str], *, option: str) -> dict[str, str]:
+    """Split NAME=SHARDS of each set.
+
+    Raises ValueError, naming the option, where one has no name, a name that its metrics
+    could not be told apart by, or a name twice.
+    """
+    found: dict[str, str] = {}
+    for item in also:
+        name, _, address = item.partition("=")
+        if not _NAME.fullmatch(name) or not address or name in found:
+            raise ValueError(
+                f"wanted sets as NAME=SHARDS, each name once, of letters, digits and "
+                f"_.-, and none that ends in raw, came {item!r}; set {option}"
+            )
+        found[name] = address
+    return found

@@ -1,0 +1,83 @@
+"""Write a run as JSON, read it back, and flatten it for a table of runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from pipelines.config.run import (
+    Augment,
+    Data,
+    Model,
+    Optim,
+    Probe,
+    Run,
+    Scale,
+    Schedule,
+    Validation,
+)
+from sovit import Pooling
+
+
+def to_json(run: Run) -> str:
+    """Write a run as JSON that `from_json` reads back to an equal run."""
+    return json.dumps(dataclasses.asdict(run), indent=2, sort_keys=True)
+
+
+def from_json(text: str) -> Run:
+    """Read a run back; ValueError names what this version does not know."""
+    try:
+        raw = tuples(json.loads(text))
+        model = raw.pop("model")
+        pooling = model.pop("pooling")
+        optim = raw.pop("optim")
+        data = raw.pop("data")
+        # A flag of earlier versions for what is so by default now.
+        if data.pop("deterministic", False):
+            data["hw_decoder_load"] = 0.0
+        # Runs of earlier versions have none of the three.
+        schedule = Schedule(**optim.pop("schedule", {}))
+        return Run(
+            model=Model(**model, pooling=Pooling(**pooling) if pooling else None),
+            data=Data(**data),
+            optim=Optim(**optim, schedule=schedule),
+            probe=Probe(**raw.pop("probe", {})),
+            validation=Validation(**raw.pop("validation", {})),
+            augment=Augment(**raw.pop("augment")),
+            scale=Scale(**raw.pop("scale")),
+            **raw,
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"wanted a run as this version writes it, came one where {error}; "
+            "read it with the version that wrote it"
+        ) from error
+
+
+def tuples(value: Any) -> Any:
+    """Turn JSON's lists back into the tuples that the dataclasses hold."""
+    if isinstance(value, dict):
+        return {name: tuples(item) for name, item in value.items()}
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def flat_params(run: Run) -> dict[str, Any]:
+    """Flatten a run to dotted names; the pooling's stand without `model.` in front.
+
+    People look for `pooling.power` when they compare runs.
+    """
+    flat: dict[str, Any] = {}
+    _flatten(dataclasses.asdict(run), prefix="", out=flat)
+    return {
+        name.removeprefix("model.") if name.startswith("model.pooling") else name: value
+        for name, value in flat.items()
+    }
+
+
+def _flatten(value: Any, *, prefix: str, out: dict[str, Any]) -> None:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _flatten(item, prefix=f"{prefix}.{name}" if prefix else name, out=out)
+    else:
+        out[prefix] = value

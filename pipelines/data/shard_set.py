@@ -1,0 +1,254 @@
+"""Read what a shard set holds from its Parquet footers, or say why it can't be used."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from pipelines.data.epoch_plan import GroupTable
+from pipelines.shards.format import CLASSES_FILE, SCHEMA
+from pipelines.storage.path import Place
+from pipelines.storage.retry import answering, retrying
+
+T = TypeVar("T")
+# pyarrow's S3 client keeps 25 connections.
+_NUM_THREADS = 24
+_MAX_WAITING = 4096
+_COUNT = re.compile(r"-of-(\d+)\.parquet$")
+# Past this many files, or row groups in a bucket, labels are checked as they are read.
+_MAX_LABEL_REQUESTS = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSet:
+    """Describe a shard set: files, classes, row groups, and a digest of them all."""
+
+    address: str
+    classes: tuple[str, ...]
+    groups: GroupTable
+    digest: str
+
+
+def read_shard_set(address: str) -> ShardSet:
+    """Read the footers, classes and label range of a set.
+
+    A bucket is asked n + 3 times for a set of n shards, and once more for each further
+    thousand; for labels that no statistics cover, 2000 times more at most.
+
+    Raises ValueError, naming the file, where the folder is missing or empty, a footer
+    is damaged, columns are not those of a shard, a label lies outside the classes, or
+    the store does not answer.
+    """
+    with answering():
+        return _read_shard_set(Place(address))
+
+
+def _read_shard_set(place: Place) -> ShardSet:
+    files = _list_files(place)
+    paths = tuple(item.path for item in files)
+    _check_whole(paths, place=place)
+    classes = _read_classes(place.within(CLASSES_FILE))
+    reader = _Reader(place=place, num_files=len(files), num_classes=len(classes))
+    rows: list[list[int]] = []
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        # In parts: what waits in a pool takes 2 kB each, and there may be 10^5.
+        for start in range(0, len(files), _MAX_WAITING):
+            rows += pool.map(reader.read, files[start : start + _MAX_WAITING])
+    groups = _group_table(paths, rows=rows)
+    if groups.total_rows == 0:
+        raise ValueError(
+            f"wanted rows in {str(place)!r}, came {len(paths)} empty shards"
+        )
+    return ShardSet(
+        address=place.address,
+        classes=classes,
+        groups=groups,
+        digest=_digest(files, rows=rows, classes=classes),
+    )
+
+
+def _list_files(place: Place) -> list[pafs.FileInfo]:
+    try:
+        found = place.entries()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(
+            f"wanted a folder of shards, came {str(place)!r}, which is not there; "
+            "write one with sovit-shards or set --data.train and --data.val"
+        ) from error
+    files = [item for item in found if item.path.endswith(".parquet")]
+    if not files:
+        raise ValueError(
+            f"wanted *.parquet in {str(place)!r}, came an empty set; "
+            "write it with sovit-shards"
+        )
+    return files
+
+
+def check_labels(labels: pa.ChunkedArray, *, num_classes: int, path: str) -> None:
+    """Raise ValueError, naming the shard, where a label is not in the classes."""
+    if len(labels) == 0:
+        return
+    found = pc.call_function("min_max", [labels]).as_py()
+    if labels.null_count or found["min"] < 0 or found["max"] >= num_classes:
+        raise ValueError(
+            f"{path}: wanted labels 0 to {num_classes - 1} ({CLASSES_FILE} names "
+            f"{num_classes} classes), came {found['min']} to {found['max']} and "
+            f"{labels.null_count} missing; write the shards again with sovit-shards"
+        )
+
+
+def _check_whole(paths: Sequence[str], *, place: Place) -> None:
+    """Refuse a set of which files are missing: their names say how many there are."""
+    counts = {int(found[1]) for path in paths if (found := _COUNT.search(path))}
+    if counts and counts != {len(paths)}:
+        wanted = " or ".join(str(count) for count in sorted(counts))
+        raise ValueError(
+            f"wanted {wanted} shards in {str(place)!r} by their names, came "
+            f"{len(paths)}; run sovit-shards again to finish the set, or remove what "
+            "is not of it"
+        )
+
+
+def _read_classes(file: Place) -> tuple[str, ...]:
+    try:
+        classes = json.loads(file.read())
+    except ConnectionError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"wanted {file} with a JSON list of class names, came {error}; "
+            "write the set with sovit-shards"
+        ) from error
+    is_list = isinstance(classes, list) and len(classes) > 0
+    if not is_list or not all(isinstance(name, str) for name in classes):
+        raise ValueError(
+            f"{file}: wanted a JSON list of class names, came {classes!r:.60}; "
+            "write the set with sovit-shards"
+        )
+    return tuple(classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reader:
+    """Read a shard's footer, and its labels where that is cheap."""
+
+    place: Place
+    num_files: int
+    num_classes: int
+
+    def read(self, info: pafs.FileInfo) -> list[int]:
+        """Give the rows of each row group; ValueError as `read_shard_set`."""
+        name = str(self.place.within(info.base_name))
+        filesystem, _ = self.place.open()
+        # Told the size, a fragment needs one request: the file's end.
+        fragment = ds.ParquetFileFormat().make_fragment(
+            info.path, filesystem=filesystem, file_size=info.size
+        )
+        footer = _fetched(lambda: _metadata(fragment), name=name, part="footer")
+        _check_columns(footer, name=name)
+        labels = self._known_labels(footer)
+        if labels is None and self._may_read_labels(footer):
+            labels = _fetched(lambda: _labels(fragment), name=name, part="labels")
+        if labels is not None:
+            check_labels(labels, num_classes=self.num_classes, path=name)
+        return [footer.row_group(at).num_rows for at in range(footer.num_row_groups)]
+
+    def _may_read_labels(self, footer: pq.FileMetaData) -> bool:
+        # A bucket is asked for each row group's labels, a path for each file's.
+        num_requests = footer.num_row_groups if self.place.is_remote else 1
+        return num_requests * self.num_files <= _MAX_LABEL_REQUESTS
+
+    def _known_labels(self, footer: pq.FileMetaData) -> pa.ChunkedArray | None:
+        """Give the least and the greatest label of each row group by its statistics.
+
+        None where one has none, and on a path: there the labels themselves are read,
+        which shows damage too.
+        """
+        if not self.place.is_remote:
+            return None
+        column = footer.schema.names.index("label")
+        found: list[int | None] = []
+        for at in range(footer.num_row_groups):
+            known = footer.row_group(at).column(column).statistics
+            if known is None or not known.has_min_max or not known.has_null_count:
+                return None
+            found += [known.min, known.max, *[None] * known.null_count]
+        return pa.chunked_array([found], pa.int64())
+
+
+def _fetched(function: Callable[[], T], *, name: str, part: str) -> T:
+    try:
+        return retrying(function, address=name)
+    except ConnectionError:
+        raise
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(
+            f"{name}: wanted a Parquet shard, came one whose {part} can't be read "
+            f"({error}); write it again with sovit-shards"
+        ) from error
+
+
+def _metadata(fragment: ds.ParquetFileFragment) -> pq.FileMetaData:
+    try:
+        return fragment.metadata
+    except pa.ArrowInvalid:
+        raise
+    except (TypeError, ValueError):
+        # Of types that Ray registers with Arrow: it would name a switch that unpickles.
+        raise pa.ArrowInvalid("a column's type is not one of Arrow's own") from None
+
+
+def _labels(fragment: ds.ParquetFileFragment) -> pa.ChunkedArray:
+    return fragment.to_table(columns=["label"], use_threads=False)["label"]
+
+
+def _check_columns(footer: pq.FileMetaData, *, name: str) -> None:
+    columns = footer.schema.to_arrow_schema()
+    wrong = [
+        f"{field.name}: {field.type}"
+        for field in SCHEMA
+        if field.name not in columns.names
+        or columns.field(field.name).type != field.type
+    ]
+    if wrong:
+        raise ValueError(
+            f"{name}: wanted the columns {', '.join(wrong)}, came "
+            f"{', '.join(columns.names)}; write the shard with sovit-shards"
+        )
+
+
+def _group_table(paths: tuple[str, ...], *, rows: Sequence[list[int]]) -> GroupTable:
+    return GroupTable(
+        paths=paths,
+        num_groups=np.array([len(of_file) for of_file in rows], dtype=np.int32),
+        num_rows=np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32),
+    )
+
+
+def _digest(
+    files: Sequence[pafs.FileInfo],
+    *,
+    rows: Sequence[list[int]],
+    classes: Sequence[str],
+) -> str:
+    """Digest names, sizes, row counts and classes: what changes when a set changes."""
+    # The JSON of [[[name, size, counts], ...], classes], a shard at a time.
+    digest = hashlib.sha256(b"[[")
+    for at, (item, counts) in enumerate(zip(files, rows, strict=True)):
+        line = json.dumps([item.base_name, item.size, counts])
+        digest.update(f"{', ' if at else ''}{line}".encode())
+    digest.update(f"], {json.dumps(list(classes))}]".encode())
+    return digest.hexdigest()[:16]

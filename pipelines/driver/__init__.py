@@ -1,0 +1,1 @@
+"""Run a training from the driver: preflight, launch, listen, record."""

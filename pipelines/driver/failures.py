@@ -1,0 +1,115 @@
+"""Tell failures that a restart may mend from those that only the user can mend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ray.exceptions import RayTaskError
+from ray.train import (
+    ControllerError,
+    TrainingFailedError,
+    UserCallback,
+    WorkerGroupError,
+)
+
+from pipelines.errors import NonFiniteLossError, RewindError, RunFailedError
+from pipelines.events.channel import Failed
+
+
+class StopOnValueError(UserCallback):
+    """Tell of workers that failed; end a run where one raised a ValueError.
+
+    A ValueError is for the user: a damaged shard is as damaged at the next attempt.
+    Ray Train counts restarts but does not look at the error; an exception out of this
+    callback ends the run.
+
+    Args:
+        tell: Gets what is to be told the driver.
+        max_rewinds: How often the workers may go back to the last checkpoint because a
+            step was no number.
+    """
+
+    def __init__(
+        self, tell: Callable[[Failed], object], *, max_rewinds: int = 0
+    ) -> None:
+        self._tell = tell
+        self._rewinds = Rewinds(max_rewinds)
+
+    def after_exception(
+        self, run_context: object, worker_exceptions: dict[int, Exception]
+    ) -> None:
+        """Raise the first ValueError among the workers' errors; tell of the others."""
+        found = [c for e in worker_exceptions.values() for c in causes(e)]
+        for cause in found:
+            if isinstance(cause, ValueError):
+                raise _mendable(cause)
+        rewinds = [cause for cause in found if isinstance(cause, RewindError)]
+        if rewinds:  # all workers say the same
+            self._rewinds.count(rewinds[0])
+        for rank, error in worker_exceptions.items():
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            self._tell(Failed(rank=rank, reason=reason))
+
+
+class Rewinds:
+    """Count how often a run goes back to its last checkpoint.
+
+    A fault of the hardware is gone then. What comes again at the same step does not
+    go away.
+    """
+
+    def __init__(self, max_rewinds: int) -> None:
+        self._max_rewinds, self._num_rewinds, self._last_step = max_rewinds, 0, -1
+
+    def count(self, error: RewindError) -> None:
+        """Count once more; raise NonFiniteLossError where it is no use."""
+        self._num_rewinds += 1
+        is_same = error.step == self._last_step
+        if is_same or self._num_rewinds > self._max_rewinds:
+            again = "again" if is_same else f"for the {self._num_rewinds}. time"
+            raise NonFiniteLossError(
+                f"{error}, {again}; lower --optim.lr, lengthen the warm-up or set "
+                "--optim.on-nonfinite skip"
+            )
+        self._last_step = error.step
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from, through Ray's wrappers."""
+    seen: set[int] = set()
+    waiting: list[object] = [error]
+    while waiting:
+        found = waiting.pop(0)
+        if not isinstance(found, BaseException) or id(found) in seen:
+            continue
+        seen.add(id(found))
+        if not isinstance(found, RayTaskError):
+            yield found
+        waiting += [getattr(found, "cause", None), found.__cause__, found.__context__]
+        if isinstance(found, WorkerGroupError):
+            waiting += list(found.worker_failures.values())
+        if isinstance(found, ControllerError):
+            waiting.append(found.controller_failure)
+
+
+def end_of(error: TrainingFailedError) -> ValueError | RunFailedError:
+    """Say in one line how a training ended: a ValueError is for the user to mend."""
+    found = list(causes(error))
+    for cause in found:
+        if isinstance(cause, ValueError):
+            return _mendable(cause)
+    last = [cause for cause in found if not isinstance(cause, TrainingFailedError)]
+    cause = last[0] if last else error
+    return RunFailedError(f"{type(cause).__name__}: {first_line(cause)}")
+
+
+def _mendable(cause: ValueError) -> ValueError:
+    """Keep of a worker's error what survives the way to the driver."""
+    kind = NonFiniteLossError if isinstance(cause, NonFiniteLossError) else ValueError
+    return kind(first_line(cause))
+
+
+def first_line(error: BaseException) -> str:
+    """Give an error's first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

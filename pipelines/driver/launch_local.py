@@ -1,0 +1,129 @@
+"""Train in the calling process: no Ray, no other process.
+
+Everything but the group is what Ray's workers do: the same model, batches, checkpoints
+and metrics. What fails ends the run, which `--resume` goes on with; nothing starts it
+again by itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from ray.train import UserCallback
+
+from pipelines.config import Data
+from pipelines.data.reading import Reading
+from pipelines.data.stream import LocalOpener, Opener
+from pipelines.driver.failures import Rewinds, first_line
+from pipelines.driver.listener import Listener
+from pipelines.errors import RewindError, RunFailedError
+from pipelines.events.channel import Board, Item, Noted, wait_until_heard
+from pipelines.hardware.device import device_of, numerics_kept
+from pipelines.storage.path import Place
+from pipelines.worker.group import Small
+from pipelines.worker.job import Job, Trained, outcome
+from pipelines.worker.worker import Worker
+
+logger = logging.getLogger(__name__)
+# In one process that costs nothing, and a report waits for it.
+_LISTEN_EVERY_S = 0.02
+
+
+class Alone:
+    """Be a worker's `Group` of one: pass on what it reports.
+
+    Args:
+        folder: The run's.
+        callbacks: As Ray Train calls them; there is no run context.
+    """
+
+    rank = 0
+    world_size = 1
+    # Nobody would start it again.
+    is_watched = False
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        folder: Place,
+        callbacks: Sequence[UserCallback],
+        board: Board,
+    ) -> None:
+        self.device = device_of(job.run.scale.use_gpu, flag="--scale.use-gpu")
+        self.folder = folder
+        self._callbacks = callbacks
+        self._board = board
+
+    def opener(self, reading: Reading, *, data: Data) -> Opener:
+        """Give what reads in this process, as the batches are taken."""
+        return LocalOpener(reading)
+
+    def agreed(self, value: Small) -> Small:
+        """Give the value back."""
+        return value
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Tell the callbacks, once the driver's thread has heard all before."""
+        wait_until_heard(self._board.is_heard, every_s=_LISTEN_EVERY_S)
+        for callback in self._callbacks:
+            callback.after_report(None, [dict(metrics)], None)  # pyright: ignore[reportArgumentType]
+
+    def post(self, item: Item) -> None:
+        """Post to this process's board."""
+        self._board.post(item)
+
+    def is_ending(self) -> bool:
+        """Ask this process's board."""
+        return self._board.is_ending()
+
+    def is_leaving(self) -> bool:
+        """Know of no notice: who takes the machine ends the process."""
+        return False
+
+    def close(self) -> None:
+        """End nothing: nothing was started."""
+
+
+def train_alone(
+    job: Job, *, name: str, callbacks: Sequence[UserCallback], listener: Listener
+) -> Trained:
+    """Train to the end of the run, and show what it reports.
+
+    Raises ValueError for what the user can mend, and RunFailedError for all else.
+    """
+    board = Board()
+    num_threads = torch.get_num_threads()
+    logger.info("training in this process")
+    folder = Place(job.run.storage).within(name)
+    group = Alone(job, folder=folder, callbacks=callbacks, board=board)
+    rewinds = Rewinds(job.run.optim.max_nonfinite_steps)
+    try:
+        with numerics_kept(), listener.listening(board, every_s=_LISTEN_EVERY_S):
+            while not _trained_once(job, group=group, rewinds=rewinds):
+                # The next worker's state is not to lie beside the last one's, whose
+                # callbacks refer to it in circles.
+                gc.collect()
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise RunFailedError(reason) from error
+    finally:
+        torch.set_num_threads(num_threads)
+    return outcome(job.run, folder=folder)
+
+
+def _trained_once(job: Job, *, group: Alone, rewinds: Rewinds) -> bool:
+    """Train to the end, or until the run is to go back to its last checkpoint."""
+    try:
+        with Worker(job, group=group) as worker:
+            worker.train()
+    except RewindError as error:
+        rewinds.count(error)
+        group.post(Noted(line=f"back to the last checkpoint: {error}"))
+        return False
+    return True

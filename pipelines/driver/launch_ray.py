@@ -1,0 +1,201 @@
+"""Train on the workers of a Ray: the driver's part."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.actor import ActorClass, ActorHandle
+from ray.exceptions import RayError
+from ray.train import UserCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.config import Scale
+from pipelines.driver.async_evaluation import Validator
+from pipelines.driver.cluster import per_worker
+from pipelines.driver.failures import StopOnValueError, end_of, first_line
+from pipelines.driver.listener import Listener
+from pipelines.errors import RunFailedError
+from pipelines.events.channel import Board, Item, wait_until_heard
+from pipelines.storage.filesystem import open_place
+from pipelines.storage.path import Place
+from pipelines.storage.retry import is_remote
+from pipelines.worker.entry import work
+from pipelines.worker.job import Job, Trained, outcome
+
+logger = logging.getLogger(__name__)
+_LISTEN_EVERY_S = 0.5
+_LEAST_HEALTH_CHECK_S = 60.0
+_FIT = "fit"
+# What Ray Train takes from the environment of who starts it.
+_PASSED_ON = ("RAY_TRAIN_", "NCCL_RAS_", "TORCHFT_")
+
+
+def train_on_ray(
+    job: Job, *, name: str, callbacks: Sequence[UserCallback], listener: Listener
+) -> Trained:
+    """Start the workers, show what they report, and wait for their end.
+
+    Raises ValueError where a worker raised it, and RunFailedError where workers failed
+    more often than the run allows.
+    """
+    run = job.run
+    logger.info("starting %s workers", _num_text(run.scale))
+    board, folder = _begin_board(run.scale), Place(run.storage).within(name)
+    filesystem, path = open_place(run.storage)
+    trainer = ray.train.torch.TorchTrainer(
+        work,
+        train_loop_config={
+            "job": ray.put(job),
+            "board": board,
+            "folder": folder,
+            "is_preemptible": _is_preemptible(),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=_num_workers(run.scale),
+            elastic_resize_monitor_interval_s=run.scale.resize_every_s,
+            use_gpu=run.scale.use_gpu,
+            resources_per_worker=per_worker(run.scale),
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem if is_remote(run.storage) else None,
+            failure_config=ray.train.FailureConfig(max_failures=run.scale.max_failures),
+            callbacks=[
+                StopOnValueError(
+                    board.post.remote, max_rewinds=run.optim.max_nonfinite_steps
+                ),
+                *callbacks,
+            ],
+        ),
+    )
+    with _listening(job, folder=folder, listener=listener, board=board):
+        ended = board.fit.options(concurrency_group=_FIT).remote(trainer)
+        # In short waits: within one Ray would answer signals first.
+        while not ray.wait([ended], timeout=_LISTEN_EVERY_S)[0]:
+            pass
+        try:
+            error = cast(Exception | None, ray.get(ended))
+        except RayError as lost:  # its process is gone, or what it said can't be read
+            raise RunFailedError(f"{type(lost).__name__}: {first_line(lost)}") from lost
+    if error is not None:
+        raise error
+    return outcome(run, folder=folder)
+
+
+@contextlib.contextmanager
+def _listening(
+    job: Job, *, folder: Place, listener: Listener, board: ActorHandle
+) -> Iterator[None]:
+    """Hear the workers; where it is wanted evaluate beside them, and wait for that."""
+    doors = _ActorBoard(board)
+    if not job.run.validation.beside:
+        with listener.listening(doors, every_s=_LISTEN_EVERY_S):
+            yield
+        return
+    validator = Validator(job, folder=folder, hear=listener.hear)
+    with listener.listening(
+        doors,
+        every_s=_LISTEN_EVERY_S,
+        on_kept=validator.kept,
+        on_look=validator.look,
+    ):
+        try:
+            yield
+            wait_until_heard(doors.is_heard, every_s=_LISTEN_EVERY_S)
+            if validator.is_busy:
+                logger.info("evaluating the last checkpoints")
+            while validator.is_busy:
+                time.sleep(_LISTEN_EVERY_S)
+        finally:
+            validator.cancel()
+
+
+def _settings(scale: Scale) -> dict[str, str]:
+    """Make the environment of the actor that runs Ray Train, and of all below it.
+
+    Ray Train looks for its own Ray by RAY_ADDRESS. Without it, another Ray with a
+    dashboard on this machine would answer, know nothing of the run, and have its
+    workers' places removed.
+    """
+    settings = {
+        name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)
+    }
+    settings["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    if scale.hang_timeout_s:
+        # A process that answers nothing at all, its watchdog included. Later than the
+        # watchdogs, which say where their threads stand.
+        seconds = max(2 * scale.hang_timeout_s, _LEAST_HEALTH_CHECK_S)
+        settings["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(seconds)
+    if not _is_preemptible():
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    return settings
+
+
+def _is_preemptible() -> bool:
+    """Nobody takes a laptop away with notice; the watcher is a process more."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _num_workers(scale: Scale) -> int | tuple[int, int]:
+    """Count the workers as Ray Train wants it: a range where it may vary."""
+    if not scale.min_workers:
+        return scale.num_workers
+    return scale.min_workers, scale.num_workers
+
+
+def _num_text(scale: Scale) -> str:
+    least = f"{scale.min_workers} to " if scale.min_workers else ""
+    return f"{least}{scale.num_workers}"
+
+
+class _RunBoard(Board):
+    """Board whose process also runs Ray Train, in a thread of its own."""
+
+    def fit(self, trainer: ray.train.torch.TorchTrainer) -> Exception | None:
+        """Train; return how that failed, None where it did not."""
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            return end_of(error)
+        return None
+
+
+def _begin_board(scale: Scale) -> ActorHandle:
+    """Start the board beside the driver; it needs no CPU of its own."""
+    here = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    # Ray's annotations know no concurrency groups.
+    remote = cast(Any, ray.remote)(num_cpus=0, concurrency_groups={_FIT: 1})
+    actor = cast(ActorClass, remote(_RunBoard)).options(
+        scheduling_strategy=here, runtime_env={"env_vars": _settings(scale)}
+    )
+    return cast(ActorHandle, actor.remote())
+
+
+class _ActorBoard:
+    """Be the board's door to the driver."""
+
+    def __init__(self, actor: ActorHandle) -> None:
+        self._actor = actor
+
+    def take(self) -> list[Item]:
+        try:
+            return ray.get(self._actor.take.remote())
+        except RayError:
+            return []  # Ray is going down; the result will say how it ended.
+
+    def is_heard(self) -> bool:
+        return bool(ray.get(self._actor.is_heard.remote()))
+
+    def end(self) -> None:
+        self._actor.end.remote()

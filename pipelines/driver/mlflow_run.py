@@ -1,0 +1,108 @@
+"""Keep what the driver knows of a training in MLflow."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+
+from pipelines import tracking
+from pipelines.checkpoints.manifest import opened
+from pipelines.checkpoints.run_record import Record, write_record
+from pipelines.config.serialization import flat_params
+from pipelines.data.epoch_plan import plan_epoch
+from pipelines.data.loader import reading_of
+from pipelines.data.reading import read_rows
+from pipelines.data.shard_set import ShardSet
+from pipelines.storage.path import Place
+from pipelines.tracking.late_run import LateRun
+from pipelines.tracking.provenance import provenance_tags
+from pipelines.tracking.registry import register_model
+from pipelines.tracking.sweeps import NUM_PARAMS, log_metrics
+from pipelines.transforms.pillow_decode import is_whole
+from pipelines.worker.job import Job, Trained
+
+logger = logging.getLogger(__name__)
+_FIRST_METRIC = "val/top1"
+
+
+def open_tracking(
+    record: Record,
+    *,
+    uri: str,
+    num_params: int,
+    tags: Mapping[str, str],
+    is_begun: bool,
+    is_demanded: bool,
+) -> LateRun:
+    """Open the MLflow run of a record, new or not, now or once MLflow is back.
+
+    Raises ValueError, where that `is_demanded`, for what waiting won't mend.
+    """
+
+    def note(run_id: str) -> None:
+        write_record(dataclasses.replace(record, mlflow_run_id=run_id))
+
+    tracked = LateRun(
+        uri,
+        params=flat_params(record.run) | {NUM_PARAMS: num_params},
+        tags=provenance_tags() | dict(tags),
+        run={
+            "experiment": record.run.experiment,
+            "name": record.name,
+            "run_id": record.mlflow_run_id,
+            "place": str(Place(record.run.storage).within(record.name)),
+            "is_begun": is_begun,
+            "id": record.id,
+        },
+        on_open=note,
+    )
+    tracked.open(is_demanded=is_demanded)
+    if not record.mlflow_run_id:
+        # MLflow's compare page shows the first metric that all runs have had. No value
+        # yet, but one that failed early must not take the accuracy off the page.
+        first = {_FIRST_METRIC: math.nan}
+        tracked.do(lambda run_id: log_metrics(uri, run_id, metrics=first))
+    return tracked
+
+
+def log_shards(shards: ShardSet, *, uri: str, run_id: str, context: str) -> None:
+    """Record a shard set as an input of the run."""
+    tracking.log_dataset(
+        uri,
+        run_id,
+        name=Place(shards.address).name,
+        source=shards.address,
+        num_rows=shards.groups.total_rows,
+        num_shards=len(shards.groups.paths),
+        digest=shards.digest,
+        context=context,
+    )
+
+
+def log_model(trained: Trained, *, job: Job) -> None:
+    """Keep the final model in MLflow, with a held-out image, if any, as its example.
+
+    It becomes a version of the model that is registered under the recipe's name.
+    """
+    if trained.checkpoint is None or not job.mlflow_run_id:
+        return
+    logger.info("keeping the model in MLflow")
+    shards = job.val_shards or job.train_shards
+    plan = plan_epoch(shards.groups, batch_size=1, shuffle_rows=64, shuffle=False)
+    rows = read_rows(plan.unit(0), reading=reading_of(shards, run=job.run))
+    images = (image.as_py() or b"" for image in rows["image"])
+    example = next(filter(is_whole, images), b"")
+    uri, run_id = job.tracking_uri, job.mlflow_run_id
+    with opened(trained.checkpoint) as folder:
+        address = tracking.log_model(
+            uri, run_id, checkpoint=folder, example=example, code=job.code
+        )
+    register_model(
+        uri,
+        address,
+        name=job.run.recipe,
+        run_id=run_id,
+        top1=trained.metrics.get(_FIRST_METRIC, math.nan),
+    )

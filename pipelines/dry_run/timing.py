@@ -1,0 +1,171 @@
+"""Time a few real steps of a run's model on this machine, on random images."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipelines.checkpoints.manifest import without_weights
+from pipelines.config import Probe, Run
+from pipelines.data.batch import Batch
+from pipelines.hardware.device import autocast_dtype, numerics_kept, synchronize
+from pipelines.training.loop import LoopSettings, train
+from pipelines.training.state import build_state
+
+_NUM_WARM_STEPS = 1
+_MIN_STEPS, _MAX_STEPS = 2, 10
+# BatchNorm trains on no fewer images.
+_MIN_BATCH_SIZE = 2
+_STEP_S = 1.5
+"""How long a timed step may take, as the rate of matrix products lets expect it."""
+_LONGEST_STEP_S = 4.0
+EXPECTED_SHARE = 0.25
+"""Of the matrix rate, that a step is assumed to reach until one was timed."""
+_MATRIX_SIDES = {"cpu": 1024, "cuda": 8192}
+_MATRIX_S = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """Hold what was timed here; rates are of one worker, in FLOP/s."""
+
+    device: str
+    num_threads: int
+    matrix_rate: float
+    """Of large matrix products in the type that a step computes in."""
+    batch_size: int = 0
+    """Images of a timed step; 0 where a step would have taken too long, or too much
+    memory."""
+    images_per_s: float = 0.0
+
+
+def time_here(
+    run: Run,
+    *,
+    num_classes: int,
+    training_macs: int,
+    device: torch.device,
+    room_images: int,
+) -> Timed:
+    """Time matrix products, and steps of at most a micro-batch, for a few seconds.
+
+    A step is the loop's own: forward, backward, optimiser and average, eager, without
+    reading images and without other workers.
+
+    Args:
+        training_macs: Of one image, which says how long a step may take.
+        room_images: Images of a step that there is memory for.
+    """
+    num_threads = max(int(run.scale.cpus_per_worker), 1)
+    with _alone(num_threads):
+        dtype = autocast_dtype(device, amp=run.scale.amp)
+        rate = matrix_rate(device, dtype=dtype)
+        per_image_s = 2 * training_macs / (rate * EXPECTED_SHARE)
+        affordable = min(int(_STEP_S / per_image_s), room_images)
+        size = min(max(affordable, _MIN_BATCH_SIZE), run.micro_batch_size)
+        timed = Timed(device=str(device), num_threads=num_threads, matrix_rate=rate)
+        if size * per_image_s > _LONGEST_STEP_S or size > room_images:
+            return timed
+        num_steps = min(
+            max(int(_STEP_S / (size * per_image_s)), _MIN_STEPS), _MAX_STEPS
+        )
+        batch = _random_batch(run, device=device, num_images=size)
+        seconds = _time_steps(run, num_classes=num_classes, batch=batch, num=num_steps)
+    return dataclasses.replace(timed, batch_size=size, images_per_s=size / seconds)
+
+
+def matrix_rate(device: torch.device, *, dtype: torch.dtype) -> float:
+    """Measure the FLOP/s of products of large square matrices."""
+    side = _MATRIX_SIDES[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = a @ b
+    num_products, start_s, seconds = 0, _now_s(device), 0.0
+    while seconds < _MATRIX_S:
+        torch.mm(a, b, out=out)
+        num_products += 1
+        seconds = _now_s(device) - start_s
+    return num_products * 2 * side**3 / seconds
+
+
+def _time_steps(run: Run, *, num_classes: int, batch: Batch, num: int) -> float:
+    """Give the seconds of a step on a batch, warm, as the mean of so many."""
+    run = dataclasses.replace(
+        run,
+        model=without_weights(run.model),
+        # Compiling would take minutes, and no worker stands beside this one.
+        scale=dataclasses.replace(
+            run.scale, compile=False, num_workers=1, min_workers=0, sharding="none"
+        ),
+        probe=Probe(),
+        key_log="",
+        log_every_steps=1000,
+    )
+    device, times_s = batch.images.device, list[float]()
+    state = build_state(run, num_classes=num_classes, device=device)
+    settings = LoopSettings(
+        run=run,
+        num_classes=num_classes,
+        steps_per_epoch=1000,
+        images_per_epoch=1000 * len(batch.labels),
+        device=device,
+    )
+    train(
+        state,
+        _noting(batch, num=_NUM_WARM_STEPS + num, times_s=times_s),
+        settings=settings,
+        on_log=lambda metrics, position: None,
+        on_epoch_end=lambda state: None,
+    )
+    return (times_s[-1] - times_s[_NUM_WARM_STEPS]) / num
+
+
+def _noting(batch: Batch, *, num: int, times_s: list[float]) -> Iterator[Batch]:
+    """Give a batch for each step, and note when each step began and the last ended."""
+    device = batch.images.device
+    for index in range(num):
+        times_s.append(_now_s(device))
+        yield dataclasses.replace(batch, index=index)
+    times_s.append(_now_s(device))
+
+
+def _random_batch(run: Run, *, device: torch.device, num_images: int) -> Batch:
+    size = run.model.img_size
+    images = torch.randn(num_images, 3, size, size, device=device)
+    return Batch(
+        images=images.to(memory_format=torch.channels_last),
+        labels=torch.zeros(num_images, dtype=torch.int64, device=device),
+        weights=torch.ones(num_images, device=device),
+        draw_ids=np.arange(num_images),
+        epoch=0,
+        index=0,
+        micro=0,
+        global_rows=num_images,
+        ends_step=True,
+        ends_epoch=False,
+    )
+
+
+def _now_s(device: torch.device) -> float:
+    """Tell the time once a device has done all that it was given."""
+    synchronize(device)
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def _alone(num_threads: int) -> Iterator[None]:
+    """Compute with a worker's threads, and leave PyTorch as it was."""
+    before = torch.get_num_threads()
+    state = torch.get_rng_state()
+    torch.set_num_threads(num_threads)
+    try:
+        with numerics_kept():
+            yield
+    finally:
+        torch.set_num_threads(before)
+        torch.set_rng_state(state)

@@ -1,0 +1,87 @@
+"""Evaluate on all of a run's workers together, between two of its epochs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from pipelines.data.batch import Batch
+from pipelines.evaluation.checkpoint import named, reports_of
+from pipelines.evaluation.figures import pictured
+from pipelines.evaluation.held_out import HeldOut
+from pipelines.evaluation.measure import (
+    Outcome,
+    Score,
+    check_counted,
+    models_of,
+    validate,
+)
+from pipelines.events.channel import Pictured
+from pipelines.training.loop import LoopSettings, TrainState
+
+_PICTURES_EVERY_S = 600.0
+OpenBatches = Callable[[HeldOut], Iterable[Batch]]
+
+
+class Together:
+    """Evaluate a state on held-out sets, and say what was found.
+
+    All workers call it at the same step: it is a collective.
+
+    Args:
+        batches: Gives a set's batches, those of one worker; they may be broken off.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[HeldOut],
+        *,
+        settings: LoopSettings,
+        batches: OpenBatches,
+    ) -> None:
+        self._sets, self._settings, self._batches = sets, settings, batches
+        self._outcomes: dict[str, Outcome] = {}
+        self._pictured_s = time.monotonic()
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Give all metrics by the names that MLflow keeps them under.
+
+        Raises as `check_counted`.
+        """
+        run = self._settings.run
+        average = state.ema.module if state.ema is not None else None
+        models = models_of(state.model, average=average, weights=run.validation.weights)
+        metrics: dict[str, float] = {}
+        self._outcomes = {}
+        for one in self._sets:
+            outcome = validate(
+                models, self._batches(one), settings=self._settings, held_out=one
+            )
+            check_counted(
+                outcome,
+                num_rows=one.shards.groups.total_rows,
+                max_bad_share=run.data.max_bad_share,
+            )
+            self._outcomes[one.prefix] = outcome
+            metrics |= outcome.metrics(one.prefix)
+        return metrics
+
+    @property
+    def primary(self) -> Score:
+        """Give the score of the run's own set, the first."""
+        return next(iter(self._outcomes.values())).primary
+
+    def pictures(self, *, title: str, is_last: bool) -> Pictured | None:
+        """Give what draws the last evaluation, where it is the last, or it is time.
+
+        To draw them takes the driver seconds.
+        """
+        is_time = time.monotonic() - self._pictured_s > _PICTURES_EVERY_S
+        if not (is_last or is_time):
+            return None
+        self._pictured_s = time.monotonic()
+        outcomes: Mapping[str, Outcome] = {
+            one.prefix: named(self._outcomes[one.prefix], shards=one.shards)
+            for one in self._sets
+        }
+        return pictured(reports_of(outcomes), title=title)

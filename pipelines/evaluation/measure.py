@@ -1,0 +1,249 @@
+"""Evaluate one or more models in one pass over a held-out set, on all workers.
+
+The images are read and decoded once, however many models look at them; every image
+counts once. Torch alone: no Ray, no MLflow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.data.batch import Batch
+from pipelines.evaluation.held_out import HeldOut
+from pipelines.evaluation.report import Report
+from pipelines.evaluation.scores import ConfusionSums, RealSums, Seen, WorstSoFar
+from pipelines.hardware.device import upload
+from pipelines.training.loop import LoopSettings, check_bad_share, predict
+from pipelines.training.metrics import Sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Hold what one model came to over all workers: a mean loss, and percent."""
+
+    loss: float
+    top1: float
+    top5: float
+    num_images: float
+    num_bad: float
+    """Images that could not be decoded."""
+    real_top1: float | None = None
+    """Of the predictions among an image's ReaL labels; None where there are none."""
+    num_real: int = 0
+    """Images that have ReaL labels."""
+
+    def values(self) -> dict[str, float]:
+        """Give by name what was measured."""
+        found = dataclasses.asdict(self)
+        if self.real_top1 is None:
+            del found["real_top1"], found["num_real"]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Hold what an evaluation came to, the same on all workers."""
+
+    scores: Mapping[str, Score]
+    """By the models' names, the first one's first."""
+    report: Report | None = None
+    """Of the first model, where a held-out set was described."""
+
+    @property
+    def primary(self) -> Score:
+        """Give the first model's score."""
+        return next(iter(self.scores.values()))
+
+    def metrics(self, prefix: str = "val") -> dict[str, float]:
+        """Name all as MLflow keeps it: `val/top1`, of a second model `val_raw/top1`.
+
+        What is the same of all models, the images' counts, is there once.
+        """
+        found: dict[str, float] = {}
+        for name, score in self.scores.items():
+            values = score.values()
+            counts = {
+                "num_images": values.pop("num_images"),
+                "bad_images": values.pop("num_bad"),
+            }
+            num_real = values.pop("num_real", None)
+            if num_real is not None:
+                counts["num_real"] = num_real
+            if found:
+                prefix_of = f"{prefix}_{name}"
+            else:
+                prefix_of, values = prefix, values | counts
+            found |= {f"{prefix_of}/{key}": value for key, value in values.items()}
+        return found
+
+
+def models_of(
+    model: nn.Module, *, average: nn.Module | None, weights: Literal["average", "both"]
+) -> dict[str, nn.Module]:
+    """Say which models to evaluate: the average first, where one is kept."""
+    if average is None:
+        return {"raw": model}
+    if weights == "average":
+        return {"average": average}
+    return {"average": average, "raw": model}
+
+
+class Narrowed(nn.Module):
+    """Let a model choose among some of its classes alone, as ImageNet-A wants.
+
+    Args:
+        columns: The model's number of each class.
+    """
+
+    def __init__(self, model: nn.Module, columns: tuple[int, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self._columns = torch.tensor(columns)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Give the logits (B, len(columns)) of images (B, 3, H, W)."""
+        logits = self.model(images)
+        if self._columns.device != logits.device:
+            self._columns = self._columns.to(logits.device)
+        return logits.index_select(1, self._columns)
+
+
+def narrowed(model: nn.Module, columns: tuple[int, ...] | None) -> nn.Module:
+    """Give a model of a set's classes: see `HeldOut.columns`."""
+    return model if columns is None else Narrowed(model, columns)
+
+
+class _Tally:
+    """Add up what one model comes to; the first one's classes and worst images too."""
+
+    def __init__(
+        self,
+        *,
+        settings: LoopSettings,
+        held_out: HeldOut | None,
+        real: Tensor | None,
+        is_first: bool,
+    ) -> None:
+        device, run = settings.device, settings.run
+        self._held_out = held_out
+        self._sums = Sums(device)
+        self._real = None if real is None else RealSums(real)
+        self._confusions = self._worst = None
+        if held_out is not None and is_first:
+            self._confusions = ConfusionSums(len(held_out.classes), device=device)
+            self._worst = WorstSoFar(
+                run.validation.num_worst,
+                img_size=run.model.img_size,
+                data=run.data,
+                device=device,
+            )
+
+    def add(self, logits: Tensor, batch: Batch, *, rows: Tensor) -> None:
+        logits = logits.float()
+        losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+        self._sums.add(
+            logits, batch.labels, batch.weights, losses, num_bad=batch.num_bad
+        )
+        if self._real is None and self._worst is None:
+            return
+        predictions = logits.topk(1, dim=1).indices
+        seen = Seen(
+            images=batch.images,
+            labels=batch.labels,
+            weights=batch.weights,
+            rows=rows,
+            losses=losses,
+            predictions=predictions[:, 0],
+            probabilities=logits.softmax(dim=1).gather(1, predictions)[:, 0],
+        )
+        for part in (self._real, self._confusions, self._worst):
+            if part is not None:
+                part.add(seen)
+
+    def score(self) -> Score:
+        """Add up over all workers: a collective."""
+        means = self._sums.total()
+        real_top1, num_real = self._real.total() if self._real else (None, 0)
+        return Score(
+            loss=means["loss"],
+            top1=means["top1"],
+            top5=means["top5"],
+            num_images=means["num_images"],
+            num_bad=means["num_bad"],
+            real_top1=real_top1,
+            num_real=num_real,
+        )
+
+    def report(self) -> Report | None:
+        """Bring home what pictures are made of: a collective."""
+        if self._confusions is None or self._worst is None or self._held_out is None:
+            return None
+        return Report(
+            confusions=self._confusions.total(self._held_out.classes),
+            worst=self._worst.total(),
+        )
+
+
+@torch.no_grad()
+def validate(
+    models: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    *,
+    settings: LoopSettings,
+    held_out: HeldOut | None = None,
+) -> Outcome:
+    """Evaluate models on one epoch of batches; every image counts once.
+
+    All workers call it together, with the same models: it is a collective.
+
+    Args:
+        models: By name, the one whose metrics have plain names first; they are left in
+            evaluation mode.
+        held_out: Describes the set; without it labels are the models' own, and neither
+            classes nor images are reported.
+    """
+    device = settings.device
+    real = columns = None
+    if held_out is not None:
+        columns = held_out.columns
+        if held_out.real is not None:
+            real = torch.from_numpy(held_out.real).to(device)
+    seen_by = {name: narrowed(model, columns) for name, model in models.items()}
+    tallies: dict[str, _Tally] = {}
+    for name, model in seen_by.items():
+        model.eval()
+        tallies[name] = _Tally(
+            settings=settings, held_out=held_out, real=real, is_first=not tallies
+        )
+    for batch in batches:
+        rows = upload(torch.from_numpy(batch.draw_ids), device)
+        for name, model in seen_by.items():
+            logits = predict(model, batch.images, settings=settings)
+            tallies[name].add(logits, batch, rows=rows)
+        if batch.ends_epoch and batch.ends_step:
+            break
+    scores = {name: tally.score() for name, tally in tallies.items()}
+    reports = [tally.report() for tally in tallies.values()]
+    return Outcome(scores=scores, report=reports[0])
+
+
+def check_counted(outcome: Outcome, *, num_rows: int, max_bad_share: float) -> None:
+    """Raise where not every image of a set was counted once, or too many are bad.
+
+    ValueError for the first, BadImagesError for the second.
+    """
+    score = outcome.primary
+    num_bad = round(score.num_bad)
+    if score.num_images + num_bad != num_rows:
+        raise ValueError(
+            f"wanted each of the {num_rows} held-out images counted once, came "
+            f"{score.num_images:.0f} and {num_bad} that can't be decoded; the shards "
+            "changed while they were read"
+        )
+    check_bad_share(num_bad, num_images=num_rows, max_share=max_bad_share)

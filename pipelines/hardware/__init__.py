@@ -1,0 +1,1 @@
+"""CPU and GPU: the device API, and what a host computes on."""

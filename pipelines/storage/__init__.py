@@ -1,0 +1,1 @@
+"""Read and write files on disks and in buckets, with retries."""

@@ -1,0 +1,1 @@
+"""One training step and its loop: model, optimizer, mixup, metrics."""

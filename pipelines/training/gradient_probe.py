@@ -1,0 +1,93 @@
+"""Probe a training every few steps.
+
+`sovit.probes` says what is measured. One worker's share of the batch is probed, just
+before it is trained on, with the targets and the draws of that step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.data.batch import Batch
+from pipelines.training.loop import LoopSettings, TrainState, mixed
+from pipelines.training.mixup import soft_cross_entropy
+from pipelines.training.probe_figure import Band
+from sovit.probes import Probed, find_stem, probe
+
+
+class Prober:
+    """Probe the model where the run's `probe.every_steps` divides the step.
+
+    Raises ValueError where the model has no such stem.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        settings: LoopSettings,
+        on_probe: Callable[[Mapping[str, float], int], None],
+    ) -> None:
+        self._settings, self._on_probe = settings, on_probe
+        self._stem = find_stem(model, name=settings.run.probe.stem)
+        self.bands: list[Band] = []
+        """What was found since this process started."""
+        self._num_summed = 0
+
+    def summary(self) -> dict[str, float]:
+        """Average the width of both bands over the probes since the last summary.
+
+        The narrower, the smoother: `probe/loss_variation` is that of the losses,
+        `probe/gradient_predictiveness` that of the gradient changes.
+        """
+        bands, self._num_summed = self.bands[self._num_summed :], len(self.bands)
+        if not bands:
+            return {}
+        variation = fmean(band.loss_max - band.loss_min for band in bands)
+        change = fmean(
+            band.gradient_change_max - band.gradient_change_min for band in bands
+        )
+        return {
+            "probe/loss_variation": variation,
+            "probe/gradient_predictiveness": change,
+        }
+
+    def __call__(self, state: TrainState, batch: Batch) -> None:
+        """Probe before a step that is due; waits for the device then."""
+        every, step = self._settings.run.probe.every_steps, state.position.step
+        if not every or step % every:
+            return
+        band = _band(self._probe(state.model, batch), step=step)
+        self.bands.append(band)
+        self._on_probe(band.metrics, step)
+
+    def _probe(self, model: nn.Module, batch: Batch) -> Probed:
+        images, targets = mixed(batch, settings=self._settings)
+        num_images = batch.weights.sum().clamp(min=1)
+
+        def loss(logits: Tensor) -> Tensor:
+            losses = soft_cross_entropy(logits, targets)
+            return (losses * batch.weights).sum() / num_images
+
+        wanted = self._settings.run.probe
+        sizes = torch.linspace(
+            wanted.min_step_size, wanted.max_step_size, wanted.num_step_sizes
+        )
+        # Outside the run's autocast: bfloat16 loses the smallest steps.
+        return probe(model, images, loss=loss, stem=self._stem, step_sizes=sizes)
+
+
+def _band(found: Probed, *, step: int) -> Band:
+    losses, changes = found.losses, found.gradient_changes
+    return Band(
+        step=step,
+        loss=found.loss.item(),
+        loss_min=losses.min().item(),
+        loss_max=losses.max().item(),
+        gradient_change_min=changes.min().item(),
+        gradient_change_max=changes.max().item(),
+    )

@@ -1,0 +1,226 @@
+"""Keep a step that is no number from the weights, and tell all that is known of it.
+
+Nothing here waits for the device before it is asked: the fused optimisers leave weights
+and state alone where a flag on the device says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipelines.config.optim import Optim
+from pipelines.data.batch import Batch
+from pipelines.errors import NonFiniteLossError, RewindError
+from pipelines.training.fsdp import is_sharded, local
+
+_MAX_KEYS = 8
+# As torch.nn.utils.clip_grad_norm_ has it.
+_CLIP_EPS = 1e-6
+# What the fused optimisers take from a gradient scaler: 1 leaves the step out.
+_FLAG = "found_inf"
+KeysOf = Callable[[Sequence[int]], Mapping[int, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadStep:
+    """Tell of a step whose loss or gradients are no numbers."""
+
+    step: int
+    images: Mapping[int, tuple[str, ...]]
+    """Keys of the images of each worker whose loss is none."""
+    norms: Mapping[str, Mapping[str, float]]
+    """By layer group: of its `weight`, of its `gradient` then, and of the `before`
+    one, the last that was a number."""
+
+    @property
+    def line(self) -> str:
+        """Put it into one line."""
+        where = "in the gradients alone"
+        if self.images:
+            where = "; ".join(
+                f"worker {rank}, images {_shown(keys)}"
+                for rank, keys in sorted(self.images.items())
+            )
+        norms = ", ".join(
+            f"{name} {of['weight']:.3g}/{of['before']:.3g}/{of['gradient']:.3g}"
+            for name, of in self.norms.items()
+        )
+        return (
+            f"came nan or infinity at step {self.step}, {where}; norms of weights/"
+            f"gradients before/gradients then: {norms}"
+        )
+
+
+class Guard:
+    """Watch the steps of one worker.
+
+    With several workers `check` is a collective where a step was bad: the gradients,
+    and so what is found, are the same on all of them.
+
+    Args:
+        keys_of: Gives the keys of rows of the training set.
+        num_repeats: How many draws a row has.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        optim: Optim,
+        device: torch.device,
+        rank: int = 0,
+        keys_of: KeysOf = lambda rows: {},
+        num_repeats: int = 1,
+    ) -> None:
+        self._optimizer, self._optim, self._rank = optimizer, optim, rank
+        self._keys_of, self._num_repeats = keys_of, num_repeats
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self._params = [parameter for _, parameter in named]
+        self._is_sharded = is_sharded(self._params)
+        places = [group_of(name) for name, _ in named]
+        self._names = tuple(dict.fromkeys(places))
+        index = [self._names.index(place) for place in places]
+        self._index = torch.tensor(index, device=device)
+        self._buffers: list[Tensor] = []
+        if optim.on_nonfinite == "skip":
+            # Statistics of BatchNorm have seen the bad step's images by then.
+            self._buffers = [buffer for buffer in model.buffers() if buffer.numel()]
+        self._saved = [buffer.clone() for buffer in self._buffers]
+        self._before = torch.zeros(len(self._names), device=device)
+        self._then = torch.zeros_like(self._before)
+        self._flag = torch.zeros((), device=device)
+        self._has_bad = torch.zeros_like(self._flag)
+        self._bad: list[tuple[int, Tensor]] = []
+        self._seen: list[tuple[int, np.ndarray, Tensor]] = []
+        self._num_skipped = 0
+
+    def begin(self) -> None:
+        """Remember what a step changes in passing."""
+        if self._buffers:
+            torch._foreach_copy_(self._saved, self._buffers)  # pyright: ignore
+
+    def saw(self, batch: Batch, losses: Tensor, *, step: int) -> Tensor:
+        """Note a micro-batch; give its losses (B,) with 0 for what is no number."""
+        is_finite = torch.isfinite(losses.detach())
+        self._seen.append((step, batch.draw_ids, is_finite.all()))
+        return torch.where(is_finite, losses.detach(), 0.0)
+
+    def admit(self, *, step: int) -> None:
+        """Have the optimiser leave out a step that is no number; clip gradients."""
+        grads = local(p.grad for p in self._params if p.grad is not None)
+        squares = self._squares(grads)
+        total = squares.sum().sqrt()
+        self._flag = (~torch.isfinite(total)).float()
+        if self._optim.clip_grad_norm:
+            share = self._optim.clip_grad_norm / (total + _CLIP_EPS)
+            torch._foreach_mul_(grads, share.clamp(max=1.0))  # pyright: ignore
+        if len(grads) == len(self._params):
+            groups = self._by_group(squares)
+            is_first = self._flag > self._has_bad
+            self._then = torch.where(is_first, groups, self._then)
+            self._before = torch.where(self._flag > 0, self._before, groups)
+        self._has_bad = torch.maximum(self._has_bad, self._flag)
+        self._bad.append((step, self._flag))
+        setattr(self._optimizer, _FLAG, self._flag)
+
+    def end(self) -> None:
+        """Give buffers back what a step that was left out has changed."""
+        for buffer, saved in zip(self._buffers, self._saved, strict=True):
+            buffer.copy_(torch.where(self._flag > 0, saved, buffer))
+
+    def check(self) -> str:
+        """Ask the device, and do as the run wants with bad steps since the last time.
+
+        Returns a line to show where some were skipped, else nothing.
+
+        Raises NonFiniteLossError where the run is to stop, RewindError where it is to
+        go back to its last checkpoint.
+        """
+        bad, seen, self._bad, self._seen = self._bad, self._seen, [], []
+        self._has_bad = torch.zeros_like(self._flag)
+        if not bad:
+            return ""
+        flags = torch.stack([flag for _, flag in bad]).tolist()
+        steps = [step for (step, _), flag in zip(bad, flags, strict=True) if flag]
+        if not steps:
+            return ""
+        line = self._told(steps[0], seen=seen).line
+        self._num_skipped += len(steps)
+        if self._optim.on_nonfinite == "rewind":
+            raise RewindError(f"wanted a finite loss, {line}", steps[0])
+        is_over = self._num_skipped > self._optim.max_nonfinite_steps
+        if self._optim.on_nonfinite == "stop" or is_over:
+            raise NonFiniteLossError(
+                f"wanted a finite loss, {line}; lower --optim.lr, lengthen the warm-up "
+                "or set --optim.on-nonfinite"
+            )
+        return f"steps left out: {len(steps)}, {self._num_skipped} in all; {line}"
+
+    @torch.no_grad()
+    def _squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Give the squared norm of each tensor; of sharded ones, of all parts."""
+        squares = torch.stack(torch._foreach_norm(tensors)).square()  # pyright: ignore
+        if self._is_sharded:
+            dist.all_reduce(squares)
+        return squares
+
+    def _by_group(self, squares: Tensor) -> Tensor:
+        return torch.zeros_like(self._before).index_add_(0, self._index, squares)
+
+    def _told(
+        self, step: int, *, seen: list[tuple[int, np.ndarray, Tensor]]
+    ) -> BadStep:
+        rows = [
+            draw_id // self._num_repeats
+            for at, ids, is_finite in seen
+            if at == step and not bool(is_finite)
+            for draw_id in ids.tolist()
+            if draw_id >= 0
+        ]
+        try:
+            keys = self._keys_of(rows)
+        except ValueError:  # the others wait for what this worker has to tell
+            keys = {}
+        own = tuple(keys.get(row, f"row {row}") for row in rows)
+        groups = self._by_group(self._squares(local(self._params)))
+        columns = {"weight": groups, "before": self._before, "gradient": self._then}
+        values = {name: of.sqrt().tolist() for name, of in columns.items()}
+        return BadStep(
+            step=step,
+            images={rank: of for rank, of in _gathered(self._rank, own) if of},
+            norms={
+                group: {name: of[at] for name, of in values.items()}
+                for at, group in enumerate(self._names)
+            },
+        )
+
+
+def group_of(name: str) -> str:
+    """Name the layer group of a parameter: `blocks.3` of `blocks.3.attn.qkv.weight`."""
+    parts = name.split(".")
+    for at, part in enumerate(parts[:-1]):
+        if part.isdigit():
+            return ".".join(parts[: at + 1])
+    return parts[0]
+
+
+def _gathered(rank: int, value: Any) -> list[tuple[int, Any]]:
+    """Give what every worker has; a collective where there are several."""
+    if not dist.is_initialized():
+        return [(rank, value)]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (rank, value))
+    return found
+
+
+def _shown(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _MAX_KEYS} more" if len(keys) > _MAX_KEYS else ""
+    return ", ".join(keys[:_MAX_KEYS]) + more

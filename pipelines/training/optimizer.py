@@ -1,0 +1,143 @@
+"""Build the optimiser and give the learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from typing import Any
+
+import torch
+from timm.optim import (  # pyright: ignore
+    param_groups_layer_decay,  # pyright: ignore
+    param_groups_weight_decay,  # pyright: ignore
+)
+from torch import nn
+
+from pipelines.config import Optim
+
+# The key that timm's optimisers and schedulers give such a factor, too.
+_LR_SCALE = "lr_scale"
+
+
+def build_optimizer(model: nn.Module, *, optim: Optim) -> torch.optim.Optimizer:
+    """Build AdamW or SGD with the groups of parameters that the settings ask for.
+
+    Unless all are, parameters of one dimension and biases are not decayed. Layers have
+    groups of their own where the rate falls by layer, and the classifier has where its
+    rate is scaled. Layers are those of timm's `group_matcher`.
+    """
+    groups = _groups(model, optim=optim)
+    # Fused: one pass over the memory, and a step can be left out without asking the
+    # device (pipelines.training.nonfinite).
+    if optim.optimizer == "sgd":
+        sgd = torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
+        if optim.momentum:
+            # Else the first step makes them, without values where it is left out.
+            for group in sgd.param_groups:
+                for parameter in group["params"]:
+                    zeros = torch.zeros_like(parameter)
+                    sgd.state[parameter]["momentum_buffer"] = zeros
+        return sgd
+    return torch.optim.AdamW(
+        groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+    )
+
+
+def _groups(model: nn.Module, *, optim: Optim) -> list[dict[str, Any]]:
+    decay = optim.weight_decay
+    free = () if optim.decay_all else getattr(model, "no_weight_decay", tuple)()
+    if optim.layer_decay < 1:
+        groups = param_groups_layer_decay(
+            model,
+            weight_decay=decay,
+            no_weight_decay_list=tuple(free),
+            weight_decay_exclude_1d=not optim.decay_all,
+            layer_decay=optim.layer_decay,
+        )
+    elif optim.decay_all:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": trained, "weight_decay": decay}]
+    else:
+        groups = param_groups_weight_decay(
+            model, weight_decay=decay, no_weight_decay_list=tuple(free)
+        )
+    scale = optim.classifier_lr_scale
+    if scale == 1:
+        return groups
+    own = {id(p) for layer in classifiers(model) for p in layer.parameters()}
+    split = []
+    for inside, factor in ((False, 1.0), (True, scale)):
+        for group in groups:
+            params = [p for p in group["params"] if (id(p) in own) == inside]
+            factor_of_both = factor * group.get(_LR_SCALE, 1.0)
+            split.append({**group, "params": params, _LR_SCALE: factor_of_both})
+    return [group for group in split if group["params"]]
+
+
+def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the linear layers that give a timm model's logits, one or several."""
+    find = getattr(model, "get_classifier", None)
+    if find is None:
+        raise ValueError(
+            f"{type(model).__name__}: wanted a timm model with get_classifier, came "
+            "one without; leave --optim.classifier-lr-scale and --model.init-from"
+        )
+    found = find()
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+
+def learning_rate(step: int, *, optim: Optim, steps_per_epoch: int) -> float:
+    """Give the rate of a step: linear warm-up, then the schedule, then its end.
+
+    The schedule's clock starts with the warm-up, as in timm, so the rate jumps a little
+    where the warm-up ends. The papers step a cosine by epoch, we by step.
+    """
+    warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
+    if step < warmup_steps:
+        return optim.warmup_lr + (optim.lr - optim.warmup_lr) * step / warmup_steps
+    last = optim.num_epochs * steps_per_epoch
+    kind = optim.schedule.kind
+    if kind == "cosine":
+        wave = 1 + math.cos(math.pi * min(step / last, 1.0))
+        return optim.min_lr + (optim.lr - optim.min_lr) * wave / 2
+    if kind == "linear":
+        return optim.lr * (1 - min(step / last, 1.0))
+    if kind == "piecewise":
+        return _piecewise(step / steps_per_epoch, optim=optim)
+    # A cool-down stays in the schedule's last epoch.
+    return _by_epoch(min(step, last - 1) // steps_per_epoch, optim=optim)
+
+
+def _by_epoch(epoch: int, *, optim: Optim) -> float:
+    schedule = optim.schedule
+    if schedule.kind == "step":
+        return optim.lr * schedule.gamma ** bisect_right(schedule.milestones, epoch)
+    if schedule.kind == "exponential":
+        return optim.lr * schedule.gamma**epoch
+    if schedule.kind == "polynomial":
+        left = 1 - (epoch - 1) / (schedule.end_epoch - 1)
+        return optim.lr * max(left, 0.0) ** schedule.power
+    return optim.lr
+
+
+def _piecewise(epoch: float, *, optim: Optim) -> float:
+    """Interpolate between the milestones; the last value stays."""
+    ends = (0.0, *optim.schedule.milestones)
+    rates = (optim.lr, *optim.schedule.values)
+    i = bisect_right(ends, epoch)
+    if i == len(ends):
+        return rates[-1]
+    share = (epoch - ends[i - 1]) / (ends[i] - ends[i - 1])
+    return rates[i - 1] + share * (rates[i] - rates[i - 1])
+
+
+def current_learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the rate that was set last, without the factors of groups."""
+    first = optimizer.param_groups[0]
+    return first["lr"] / first.get(_LR_SCALE, 1.0)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, *, lr: float) -> None:
+    """Set the rate of all parameter groups, each by its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get(_LR_SCALE, 1.0)

@@ -1,0 +1,125 @@
+"""Build what a worker trains: model, average, optimiser, and how the step calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
+    bf16_compress_hook,
+)
+
+from pipelines.checkpoints.manifest import build_model
+from pipelines.config import Run
+from pipelines.hardware.device import is_gpu, set_numerics
+from pipelines.training.compiling import decide
+from pipelines.training.fsdp import shard
+from pipelines.training.loop import TrainState
+from pipelines.training.optimizer import build_optimizer
+
+
+def build_state(
+    run: Run,
+    *,
+    num_classes: int,
+    device: torch.device,
+    world_size: int = 1,
+    load: Callable[[nn.Module], None] = lambda model: None,
+    load_average: Callable[[nn.Module], None] = lambda average: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> TrainState:
+    """Build a run's model, on its device, with average and optimiser.
+
+    With several workers this is a collective: their process group must be there.
+
+    Args:
+        load: Puts weights into the model before the average is taken from it.
+        load_average: Puts others into the average.
+        tell: Gets what a person should know of how steps will be computed.
+
+    Raises ValueError where the model can't be what the run asks for.
+    """
+    scale = run.scale
+    # First, since cuBLAS looks at it when it starts.
+    set_numerics(
+        deterministic=scale.deterministic, matmul_precision=scale.matmul_precision
+    )
+    compiling = decide(scale, device=device, world_size=world_size)
+    tell(compiling.line)
+    torch.manual_seed(run.seed)
+    model = build_model(run.model, num_classes=num_classes)
+    if scale.grad_checkpointing:
+        checkpoint_gradients(model, name=run.model.name)
+    is_sharded = scale.sharding == "fsdp" and world_size > 1
+    if not is_sharded:  # else no device has to hold the whole
+        # Convolutions are faster so, on CPUs too, and decoders give their images so;
+        # FSDP2 takes no such weights.
+        model.to(device).to(memory_format=torch.channels_last)
+    load(model)
+    decay = run.optim.ema_decay
+    ema = ModelEmaV3(model, decay=decay) if decay else None
+    if ema is not None:
+        load_average(ema.module)
+    if is_sharded:
+        for whole in (model, ema.module if ema is not None else None):
+            if whole is not None:
+                shard(whole, device=device)
+    return TrainState(
+        model=model,
+        forward=wrapped(
+            model,
+            run=run,
+            device=device,
+            world_size=world_size,
+            is_compiled=compiling.is_on,
+        ),
+        optimizer=build_optimizer(model, optim=run.optim),
+        ema=ema,
+    )
+
+
+def wrapped(
+    model: nn.Module,
+    *,
+    run: Run,
+    device: torch.device,
+    world_size: int,
+    is_compiled: bool = False,
+) -> nn.Module:
+    """Wrap a model as the step calls it: data parallel, compiled, or as it is."""
+    forward = model
+    if world_size > 1 and run.scale.sharding == "none":
+        forward = nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device.index] if is_gpu(device) else None,
+            gradient_as_bucket_view=True,
+            # What a graph does at the second step it does at all: without
+            # accumulation, and where nothing is compiled into other graphs.
+            static_graph=run.num_micro(world_size) == 1 and not is_compiled,
+            # The papers keep BatchNorm's statistics by GPU; rank 0's are shared where
+            # they are used, at the epoch's end.
+            broadcast_buffers=False,
+        )
+        if run.scale.gradient_dtype == "bfloat16":
+            forward.register_comm_hook(state=None, hook=bf16_compress_hook)
+    if is_compiled:
+        # All batches have one shape. Around data parallelism, so that gradients are
+        # sent while others are still computed.
+        return torch.compile(forward, dynamic=False)  # pyright: ignore[reportReturnType]
+    return forward
+
+
+def checkpoint_gradients(model: nn.Module, *, name: str) -> None:
+    """Have a model compute activations again in its backward pass.
+
+    Raises ValueError where timm can't do that for it.
+    """
+    try:
+        model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
+    except (AttributeError, AssertionError) as error:  # timm asserts where it can't
+        raise ValueError(
+            f"scale.grad_checkpointing: wanted a model that timm can checkpoint, came "
+            f"{name}; set --scale.no-grad-checkpointing"
+        ) from error

@@ -1,0 +1,226 @@
+"""Decode with Pillow: the judge of what an image shows, and of what is bad.
+
+DALI's twin where DALI has no wheel, and what it is given for the kinds of images that
+it decodes otherwise; see `headers`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines.config.data import Exif
+from pipelines.transforms.crops import Geometry
+from pipelines.transforms.headers import (
+    BadImageError,
+    Header,
+    is_sound_png,
+    open_with_pillow,
+    png_chunks,
+    read_header,
+)
+from pipelines.transforms.orientation import is_lying, orientation_of, turn
+
+_ORIENTATION = 0x0112
+# What undoes the turn that Pillow gives a TIFF.
+_UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+_PICTURE_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+_CHUNK_BYTES, _STRIP_PIXELS = 1 << 20, 1 << 22
+
+
+class PillowWindows:
+    """Decode a window of each image: uint8 (height, width, 3)."""
+
+    def __init__(self, *, exif: Exif = "ignore") -> None:
+        self._exif: Exif = exif
+
+    def __call__(
+        self, encoded: Sequence[np.ndarray], geometry: Geometry
+    ) -> list[Tensor]:
+        """Decode windows; raises BadImageError where an image is bad."""
+        windows = []
+        for at, view in enumerate(encoded):
+            pixels = decode_image(view.tobytes(), exif=self._exif)
+            top, left = geometry.start[at].tolist()
+            height, width = geometry.window[at].tolist()
+            window = pixels[top : top + height, left : left + width]
+            if window.shape[:2] != (height, width):
+                raise BadImageError(
+                    f"an image of {pixels.shape[1]}x{pixels.shape[0]} pixels, smaller "
+                    "than the shard says"
+                )
+            windows.append(torch.from_numpy(np.ascontiguousarray(window)))
+        return windows
+
+    def reset(self) -> None:
+        """Do nothing: Pillow keeps nothing between images."""
+
+
+def decode_image(content: bytes, *, exif: Exif = "ignore") -> np.ndarray:
+    """Decode an image to uint8 (height, width, 3), RGB.
+
+    16-bit samples are scaled to 8 bits, alpha is dropped, an animation shows its first
+    picture. Pixels are as they are stored, a TIFF's too, unless `exif` turns them.
+
+    Raises BadImageError, which says why, where the image is bad.
+    """
+    pixels = to_rgb(load_image(content))
+    if exif == "rotate":
+        pixels = turn(pixels, orientation_of(memoryview(content)))
+    return pixels
+
+
+def load_image(content: bytes, *, header: Header | None = None) -> Image.Image:
+    """Decode an image as Pillow holds it, in the order in which it is stored.
+
+    Raises BadImageError where it is bad.
+    """
+    view = memoryview(content)
+    header = header or read_header(view)
+    try:
+        image = _loaded(content, header)
+    except (BadImageError, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
+        raise BadImageError(f"does not decode: {error}") from None
+    if image.size != (header.width, header.height):
+        raise BadImageError("does not decode: its header has another size")
+    if header.format == "PNG" and _ends_dark(image) and _is_short(view, image=image):
+        raise BadImageError("does not decode: a PNG whose pixels are cut off")
+    return image
+
+
+def _loaded(content: bytes, header: Header) -> Image.Image:
+    if header.frame is not None and header.is_plain:
+        # Without Pillow's reading of metadata, a third of the work on a small JPEG.
+        mode = "L" if header.frame.num_components == 1 else "RGB"
+        size = header.width, header.height
+        return Image.frombytes(mode, size, content, "jpeg", mode, "")
+    try:
+        return _opened(content, header)
+    except Exception:
+        alone = _picture_alone(content, header)
+        if len(alone) == len(content):
+            raise
+        return _opened(alone, header)
+
+
+def _opened(content: bytes, header: Header) -> Image.Image:
+    image = open_with_pillow(content, formats=(header.format,))
+    turned = image.getexif().get(_ORIENTATION) if header.format == "TIFF" else None
+    image.load()
+    return image.transpose(_UNDO[turned]) if turned in _UNDO else image
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Convert a loaded image to uint8 (height, width, 3).
+
+    Strip by strip: Pillow takes four bytes a pixel for RGB, beside the image's own.
+    """
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    num_rows = max(_STRIP_PIXELS // width, 1)
+    for top in range(0, height, num_rows):
+        bottom = min(top + num_rows, height)
+        whole = num_rows >= height
+        strip = image if whole else image.crop((0, top, width, bottom))
+        pixels[top:bottom] = _levels(strip)
+    return pixels
+
+
+def _levels(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own way would clip it
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        # Rounds grey / 257.
+        return ((grey * 255 + 32895) >> 16).astype(np.uint8)[..., None]
+    if image.mode == "L":
+        return np.asarray(image)[..., None]
+    try:
+        if image.mode in ("RGBa", "La"):  # premultiplied
+            image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    except ValueError as error:
+        raise BadImageError(f"does not decode: {error}") from None
+
+
+def is_plain(view: np.ndarray, *, exif: Exif) -> bool:
+    """Check whether DALI decodes an image to the pixels of `decode_image`.
+
+    Raises BadImageError where the image is bad.
+    """
+    content = view.data
+    header = read_header(content)
+    if not header.is_plain or (header.format == "PNG" and not is_sound_png(content)):
+        return False
+    return exif == "ignore" or orientation_of(content) == 1
+
+
+def as_ppm(pixels: np.ndarray) -> np.ndarray:
+    """Encode uint8 (height, width, 3) without loss or work, as uint8 (n,)."""
+    height, width, _ = pixels.shape
+    head = np.frombuffer(b"P6 %d %d 255\n" % (width, height), np.uint8)
+    return np.concatenate([head, pixels.reshape(-1)])
+
+
+def stored_size(data: bytes, *, exif: Exif = "ignore") -> tuple[int, int]:
+    """Read from an image's header its height and width, as `exif` turns them.
+
+    Raises BadImageError where it is none.
+    """
+    content = memoryview(data)
+    header = read_header(content)
+    if exif == "rotate" and is_lying(orientation_of(content)):
+        return header.width, header.height
+    return header.height, header.width
+
+
+def is_whole(data: np.ndarray | bytes) -> bool:
+    """Check whether an image can be decoded."""
+    try:
+        load_image(data if isinstance(data, bytes) else data.tobytes())
+    except BadImageError:
+        return False
+    return True
+
+
+def _picture_alone(content: bytes, header: Header) -> bytes:
+    """Leave out a PNG's texts and profiles, of which Pillow refuses large ones."""
+    if header.format != "PNG":
+        return content
+    chunks = png_chunks(memoryview(content))
+    kept = [content[s:e] for name, s, e in chunks if name in _PICTURE_CHUNKS]
+    return content[:8] + b"".join(kept)
+
+
+def _ends_dark(image: Image.Image) -> bool:
+    last = image.getpixel((image.width - 1, image.height - 1))
+    return not any(last) if isinstance(last, tuple) else not last
+
+
+def _is_short(view: memoryview, *, image: Image.Image) -> bool:
+    """Check whether a PNG's data end before its last row: Pillow leaves those at 0."""
+    depth, color, _, _, interlace = view[24:29]
+    num_bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(color, 1)
+    rows, row_bits = image.height, image.width * num_bits
+    # Interlaced rows are cut in seven passes: their pixels alone are a lower bound.
+    wanted = rows * (row_bits // 8 if interlace else 1 + (row_bits + 7) // 8)
+    inflate, found = zlib.decompressobj(), 0
+    for name, start, end in png_chunks(view):
+        data = bytes(view[start + 8 : end - 4]) if name == b"IDAT" else b""
+        while data and found < wanted:
+            found += len(inflate.decompress(data, _CHUNK_BYTES))
+            data = inflate.unconsumed_tail
+    return found < wanted

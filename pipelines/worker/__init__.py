@@ -1,0 +1,1 @@
+"""A worker process: its process group, job, checkpoints and watchdog."""

@@ -1,0 +1,147 @@
+"""Give a worker its state from the newest checkpoint, and have its state kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypedDict
+
+import torch
+from torch import nn
+
+from pipelines.checkpoints import manifest as ckpt
+from pipelines.checkpoints.async_writer import CheckpointWriter
+from pipelines.checkpoints.pretrained import load_initial
+from pipelines.checkpoints.snapshot import Snapshot, assist_snapshot, take_snapshot
+from pipelines.checkpoints.store import CheckpointStore
+from pipelines.events.channel import Measured, Noted
+from pipelines.training.fsdp import is_sharded, shard_state
+from pipelines.training.loop import TrainState
+from pipelines.training.state import build_state
+from pipelines.worker.group import Group
+from pipelines.worker.job import Job
+
+
+class Keeper:
+    """Hold a run's checkpoints for one of its workers; the first one writes them."""
+
+    def __init__(self, job: Job, *, group: Group) -> None:
+        self._job, self._run, self._group = job, job.run, group
+        self._classes = job.train_shards.classes
+        self._store = CheckpointStore(
+            group.folder,
+            num_to_keep=job.run.num_checkpoints_to_keep,
+            waits=job.run.validation.beside,
+        )
+        self._writer: CheckpointWriter | None = None
+        if group.rank == 0:
+            self._store.clean()
+            self._writer = CheckpointWriter(
+                self._store,
+                tell=group.post,
+                max_failures=job.run.max_failed_checkpoints,
+            )
+
+    def state(self) -> TrainState:
+        """Build the model, with weights and position of the newest checkpoint, if any.
+
+        A collective: all workers take the one that the first has found.
+        """
+        is_first = self._group.rank == 0
+        name = self._group.agreed(self._store.newest() if is_first else "")
+        if not name:
+            return self._built(self._start)
+        with self._store.opened(name) as folder:
+            manifest = ckpt.read_manifest(folder)
+            state = self._built(
+                lambda model: ckpt.load_weights(model, folder),
+                lambda average: ckpt.load_weights(average, folder, ema=True),
+            )
+            ckpt.load_optimizer(state.optimizer, folder)
+            shard_state(state.optimizer)
+        state.position = manifest.position
+        return state
+
+    def keep(
+        self,
+        state: TrainState,
+        *,
+        name: str,
+        metrics: Mapping[str, float],
+        can_wait: bool,
+    ) -> None:
+        """Have a checkpoint written; training waits for a copy of its state.
+
+        All workers call this alike. Raises as `CheckpointWriter.write`.
+        """
+        start_s = time.perf_counter()
+        sharded = is_sharded(state.model.parameters())
+        if self._writer is None:
+            if sharded:
+                assist_snapshot(**_parts_of(state))
+            return
+        take = partial(self._snapshot, state, metrics=metrics)
+        if sharded:
+            # Put together by all, whether the first can write it now or not.
+            take = partial(lambda taken: taken, take())
+        self._writer.write(take, name=name, can_wait=can_wait)
+        stall = {"train/checkpoint_s": time.perf_counter() - start_s}
+        self._group.post(Measured(step=state.position.step, metrics=stall))
+
+    def close(self, *, is_done: bool) -> None:
+        """Wait for what is being written; raises as `CheckpointWriter.close`."""
+        if self._writer is not None:
+            self._writer.close(is_done=is_done)
+
+    def _built(
+        self,
+        load: Callable[[nn.Module], None],
+        load_average: Callable[[nn.Module], None] = lambda average: None,
+    ) -> TrainState:
+        return build_state(
+            self._run,
+            num_classes=len(self._classes),
+            device=self._group.device,
+            world_size=self._group.world_size,
+            load=load,
+            load_average=load_average,
+            tell=self._tell,
+        )
+
+    def _tell(self, line: str) -> None:
+        """Tell the driver once what all workers know."""
+        if self._group.rank == 0:
+            self._group.post(Noted(line=line))
+
+    def _start(self, model: nn.Module) -> None:
+        """Put the weights of another training into a fresh model, if so wanted."""
+        settings = self._run.model
+        if settings.init_from:
+            load_initial(
+                model,
+                settings.init_from,
+                classes=self._classes,
+                triangle=settings.triangle,
+            )
+
+    def _snapshot(self, state: TrainState, *, metrics: Mapping[str, float]) -> Snapshot:
+        return take_snapshot(
+            run=self._run,
+            position=state.position,
+            classes=self._classes,
+            metrics=metrics,
+            **_parts_of(state),
+        )
+
+
+class _Parts(TypedDict):
+    model: nn.Module
+    ema: nn.Module | None
+    optimizer: torch.optim.Optimizer
+
+
+def _parts_of(state: TrainState) -> _Parts:
+    """Name what a checkpoint holds of a state."""
+    average = state.ema.module if state.ema is not None else None
+    return {"model": state.model, "ema": average, "optimizer": state.optimizer}

@@ -1,0 +1,17 @@
+"""Start a worker's part of a training, importing what it needs only there.
+
+Ray Train's controller unpickles this function too and never calls it: torch and timm
+would cost it seconds at every start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def work(config: Mapping[str, Any]) -> None:
+    """Train as one worker of a group: Ray Train's `train_loop_per_worker`."""
+    from pipelines.worker.ray_group import run_worker
+
+    run_worker(config)

@@ -1,0 +1,114 @@
+"""Run one worker of a training that Ray Train has started."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError
+from ray.train.collective import broadcast_from_rank_zero
+
+from pipelines.config import Data
+from pipelines.data.reading import Reading
+from pipelines.data.stream import Opener
+from pipelines.events.channel import Item, wait_until_heard
+from pipelines.storage.path import Place
+from pipelines.worker.group import Small
+from pipelines.worker.opener import RayOpener
+from pipelines.worker.worker import Worker
+
+# Of a driver that is there, answers come in milliseconds.
+_ANSWER_S = 5.0
+_POLL_S = 0.1
+
+
+class RayGroup:
+    """Be a worker's `Group`: the workers that Ray Train has started together.
+
+    Args:
+        board: The driver's actor that takes what is to be shown.
+        folder: The run's.
+        is_preemptible: Whether Ray looks out for machines that are to be taken.
+    """
+
+    is_watched = True
+
+    def __init__(
+        self, board: ActorHandle, *, folder: Place, is_preemptible: bool
+    ) -> None:
+        context = ray.train.get_context()
+        self.rank = context.get_world_rank()
+        self.world_size = context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.folder = folder
+        self._board = board
+        self._is_preemptible = is_preemptible
+        self._openers: list[RayOpener] = []
+
+    def opener(self, reading: Reading, *, data: Data) -> Opener:
+        """Give what makes Ray datasets."""
+        opener = RayOpener(reading, data=data, rank=self.rank)
+        self._openers.append(opener)
+        return opener
+
+    def agreed(self, value: Small) -> Small:
+        """Give all workers the first one's value."""
+        return broadcast_from_rank_zero(value)
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Hand an epoch's metrics to Ray Train: a barrier of all workers.
+
+        Checkpoints are not Ray's: it would restart training where one can't be
+        written, and knows no other than those of its own session. Of those within an
+        epoch it hears nothing, since it takes one report in two seconds.
+        """
+        if "epoch" not in metrics:
+            return
+        if self.rank == 0:
+            wait_until_heard(self._is_heard, every_s=_POLL_S)
+        ray.train.report(dict(metrics))
+
+    def post(self, item: Item) -> None:
+        """Post to the driver's board."""
+        self._board.post.remote(item)
+
+    def is_ending(self) -> bool:
+        """Ask the driver's board, as the first worker; the others need not know."""
+        if self.rank != 0:
+            return False
+        return _answer(self._board.is_ending.remote())
+
+    def is_leaving(self) -> bool:
+        """Ask Ray, together, whether it was told that a machine will be taken."""
+        return self._is_preemptible and ray.train.get_preemption_info() is not None
+
+    def _is_heard(self) -> bool:
+        return _answer(self._board.is_heard.remote())
+
+    def close(self) -> None:
+        """End the openers' threads."""
+        for opener in self._openers:
+            opener.close()
+
+
+def _answer(question: ray.ObjectRef) -> bool:
+    """Give the board's answer; False where none comes in time."""
+    with contextlib.suppress(GetTimeoutError):
+        return bool(ray.get(question, timeout=_ANSWER_S))
+    return False
+
+
+def run_worker(config: Mapping[str, Any]) -> None:
+    """Train as one worker of a group, with the job that `config` refers to."""
+    group = RayGroup(
+        config["board"],
+        folder=config["folder"],
+        is_preemptible=config["is_preemptible"],
+    )
+    with Worker(ray.get(config["job"]), group=group) as worker:
+        worker.train()

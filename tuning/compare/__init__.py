@@ -1,1 +1,0 @@
-"""Set runs of MLflow side by side: `sovit-compare`, `python -m tuning.compare`."""

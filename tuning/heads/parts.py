@@ -1,0 +1,40 @@
+"""Read the rows of one file of a token set: read tasks start here, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.data.epoch_plan import Unit
+from pipelines.data.reading import Reading, read_rows
+from pipelines.transforms.rows import REPEAT, nested
+
+SPLIT, VIEW, INDEX = "split", "view", "index"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Name the rows of one file of a set, and the view that it shows."""
+
+    split: str
+    view: int
+    index: int
+    unit: Unit
+
+
+def read_part(part: Part, *, reading: Reading) -> Iterator[pa.Table]:
+    """Read a part's rows, still encoded, and yield them as a table of one row, nested.
+
+    Ray never cuts a row in two. Raises as `read_rows`.
+    """
+    rows = read_rows(part.unit, reading=reading)
+    repeats = pa.array(np.zeros(len(rows), np.int64))
+    rows = rows.append_column(REPEAT, repeats)
+    columns = {
+        name: nested(pa.concat_arrays(rows[name].chunks)) for name in rows.column_names
+    }
+    name = {SPLIT: [part.split], VIEW: [part.view], INDEX: [part.index]}
+    yield pa.table(name | columns)

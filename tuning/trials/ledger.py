@@ -1,0 +1,205 @@
+"""Keep a sweep's folder: what it tries, and how each trial went.
+
+    STORAGE/NAME/sweep.json         the sweep, written once
+    STORAGE/NAME/full/0007.json     a trial, written whenever something happens to it
+    STORAGE/NAME/head/0007.json     a trial of the head alone, if any
+
+The driver alone writes here; a sweep that goes on reads it all again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow.fs as pafs
+
+from pipelines.config import Run
+from pipelines.config.own_code import OwnCode
+from pipelines.config.serialization import from_json, to_json, tuples
+from pipelines.storage.path import Place
+from pipelines.storage.retry import answering
+from tuning.trials.options import Search
+from tuning.trials.trial import last_report, trial_name
+
+Status = Literal[
+    "waiting", "running", "finished", "stopped", "failed", "diverged", "refused"
+]
+StageName = Literal["head", "full"]
+BAD: tuple[Status, ...] = ("failed", "diverged", "refused")
+ENDED: tuple[Status, ...] = ("finished", "stopped", *BAD)
+_FILE = "sweep.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Say what one trial tries, and how it went so far."""
+
+    number: int
+    setting: Mapping[str, Any]
+    """Values of the searched fields, by dotted names."""
+    status: Status = "waiting"
+    """stopped: by the scheduler, before its last epoch. diverged: its loss is no number
+    any more. refused: its settings, or something else that only the user can mend.
+    failed: its workers died more often than the run and the sweep allow."""
+    reports: tuple[Mapping[str, float], ...] = ()
+    """What each epoch reported, `epoch` among it."""
+    seconds: float = 0.0
+    """Wall time of all its attempts."""
+    num_attempts: int = 0
+    reason: str = ""
+    """Why it failed, diverged or was refused."""
+    mlflow_run_id: str = ""
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether nothing more will come."""
+        return self.status in ENDED
+
+    @property
+    def epoch(self) -> int:
+        """Count the epochs that it reported."""
+        return round(self.reports[-1]["epoch"]) if self.reports else 0
+
+    def told_again(self, *, metrics: Sequence[str]) -> list[Mapping[str, Any]]:
+        """Give what the trial reported, its bad end among it."""
+        if self.status not in ("diverged", "refused"):
+            return list(self.reports)
+        end = last_report(self.status, self.reason, metrics=metrics)
+        return [*self.reports, end]
+
+    def last(self, metric: str) -> float | None:
+        """Give a metric's last value, if there is one."""
+        return self.reports[-1].get(metric) if self.reports else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Say what a sweep searches, from where, and how."""
+
+    name: str
+    recipe: str
+    """What the base run was made of, as the command named it."""
+    run: Run
+    """The run that every trial changes."""
+    space: str
+    """The space as the command named it."""
+    domains: Mapping[str, str]
+    """Searched fields, each with its domain in words."""
+    search: Search
+    code: OwnCode | None = None
+    """The recipe's file, where that is the user's own."""
+    mlflow_run_id: str = ""
+    id: str = ""
+    """Random, as a run's: of its trials too, since names are used again. Sweeps of
+    earlier versions have none."""
+
+    @property
+    def folder(self) -> Place:
+        """Name the sweep's folder."""
+        return Place(self.run.storage).within(self.name)
+
+    def trial_name(self, number: int, *, stage: StageName = "full") -> str:
+        """Name a trial's run; a head has none but in MLflow."""
+        return trial_name(self.name, number, kind="head-" if stage == "head" else "")
+
+
+def write_sweep(sweep: Sweep) -> None:
+    """Write what a sweep is."""
+    content = dataclasses.asdict(sweep) | {"run": json.loads(to_json(sweep.run))}
+    with answering():
+        sweep.folder.make_folder()
+        sweep.folder.within(_FILE).write(_bytes(content))
+
+
+def read_sweep(storage: str, *, name: str) -> Sweep:
+    """Read a sweep that is to go on; ValueError where it is not there."""
+    file = Place(storage).within(name).within(_FILE)
+    try:
+        with answering():
+            text = file.read()
+    except OSError as error:
+        raise ValueError(
+            f"wanted a sweep to go on with, came {name!r}, of which "
+            f"{str(Place(storage))!r} holds no {_FILE}; look there for the names, or "
+            "set --storage"
+        ) from error
+    try:
+        raw = tuples(json.loads(text))
+        run = from_json(json.dumps(raw.pop("run")))
+        code = raw.pop("code", None)
+        return Sweep(
+            run=run,
+            search=Search(**raw.pop("search")),
+            code=OwnCode(**code) if code else None,
+            **raw,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: wanted a sweep as this version writes it, came one that can't "
+            f"be read ({error!r}); read it with the version that wrote it"
+        ) from error
+
+
+class Ledger:
+    """Hold the trials of one stage of a sweep, on disk as in memory."""
+
+    def __init__(self, sweep: Sweep, *, stage: StageName) -> None:
+        self.sweep = sweep
+        self.stage: StageName = stage
+        self._folder = sweep.folder.within(stage)
+        self._entries: dict[int, Entry] = {}
+        with answering():
+            if self._folder.kind() == pafs.FileType.NotFound:
+                return
+            names = [info.base_name for info in self._folder.entries()]
+        for name in sorted(name for name in names if name.endswith(".json")):
+            entry = self._read(name)
+            self._entries[entry.number] = entry
+
+    def __getitem__(self, number: int) -> Entry:
+        return self._entries[number]
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._entries
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Give all trials in the order of their numbers."""
+        return tuple(self._entries[number] for number in sorted(self._entries))
+
+    def put(self, entry: Entry) -> Entry:
+        """Keep a trial in place of what was known of it."""
+        if not self._entries:
+            with answering():
+                self._folder.make_folder()
+        self._entries[entry.number] = entry
+        with answering():
+            self._file(entry.number).write(_bytes(dataclasses.asdict(entry)))
+        return entry
+
+    def change(self, number: int, **changes: Any) -> Entry:
+        """Keep a trial with some fields changed."""
+        return self.put(dataclasses.replace(self[number], **changes))
+
+    def _file(self, number: int) -> Place:
+        return self._folder.within(f"{number:04d}.json")
+
+    def _read(self, name: str) -> Entry:
+        file = self._folder.within(name)
+        with answering():
+            text = file.read()
+        try:
+            return Entry(**tuples(json.loads(text)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{file}: wanted a trial's record, came one that can't be read "
+                f"({error!r}); delete it, and the trial is made again"
+            ) from error
+
+
+def _bytes(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2).encode()

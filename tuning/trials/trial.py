@@ -1,0 +1,232 @@
+"""Train one trial of a sweep: what Ray Tune calls.
+
+A recipe without workers is trained in Tune's own process. Of one with workers, that
+process only waits and passes reports on; the training is started by an actor below it,
+which ends with it when Tune stops the trial. Ray Train's helpers, which free
+the workers' resources after that, find their Ray by an address in their environment:
+without it they can't tell two Rays on a machine apart, and the sweep waits for ever.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+import ray.train
+from ray import tune
+from ray.actor import ActorClass
+from ray.exceptions import RayError
+from ray.train import UserCallback
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.config.own_code import OwnCode
+from pipelines.driver.failures import causes, first_line
+from pipelines.errors import NonFiniteLossError, RunFailedError, StoppedEarly
+
+# Settings that are known before lie one level deeper, in a list for Tune.
+NUMBER, SETTING, LISTED = "number", "setting", "listed"
+OUTCOME, REASON = "outcome", "reason"
+EPOCH = "epoch"
+_END_TIMEOUT_S = "60"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """Hold what every trial of a stage is told.
+
+    Plain values: what knows a run imports torch, which costs each of a trial's
+    processes seconds.
+    """
+
+    sweep: str
+    """Its name."""
+    sweep_id: str
+    run: str
+    """The run that every trial changes, as JSON."""
+    metrics: tuple[str, ...]
+    parent_id: str
+    """Id of the sweep's run in MLflow."""
+    tracking_uri: str
+    is_local: bool
+    """Whether the Ray was started for this sweep, on this machine."""
+    is_alone: bool
+    """Whether a trial trains in Tune's own process."""
+    node_id: str
+    """Ray's name of the machine that the sweep's driver runs on."""
+    told: Mapping[int, Sequence[Mapping[str, Any]]]
+    """What trials of an earlier start reported, by number, where they have ended."""
+    code: OwnCode | None = None
+    """The user's own recipe file, which may register the model."""
+
+
+def trial_name(sweep: str, number: int, *, kind: str = "") -> str:
+    """Name a trial's run; `sovit-train --resume` and `sovit-eval` know it so."""
+    return f"{sweep}-{kind}{number:04d}"
+
+
+def config_of(number: int, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what Tune hands to a trial."""
+    return {NUMBER: number, SETTING: dict(setting)}
+
+
+def number_of(config: Mapping[str, Any]) -> int:
+    """Take a trial's number out of what Tune hands to it."""
+    return config.get(LISTED, config)[NUMBER]
+
+
+def setting_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the searched fields out of what Tune hands to a trial."""
+    return tidy(config.get(LISTED, config)[SETTING])
+
+
+def tidy(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Round what steps of 0.05 make of 0.6, 0.6000000000000001, to ten digits."""
+    return {
+        name: float(f"{value:.10g}") if isinstance(value, float) else value
+        for name, value in setting.items()
+    }
+
+
+class ReportHere(UserCallback):
+    """Pass on to Tune what epochs report, where its own process trains."""
+
+    def after_report(
+        self,
+        run_context: Any,
+        metrics: list[dict[str, Any]],
+        checkpoint: ray.train.Checkpoint | None,
+    ) -> None:
+        """Tell Tune an epoch's metrics; raise StoppedEarly where it has enough."""
+        if EPOCH not in metrics[0]:
+            return
+        try:
+            tune.report(metrics[0])
+        except SystemExit as end:
+            raise StoppedEarly(end.code) from None
+
+
+def run_trial(config: Mapping[str, Any], *, known: Known) -> None:
+    """Train one setting, or tell again what an earlier start of the sweep found."""
+    number = number_of(config)
+    if number in known.told:
+        tell_again(known.told[number])
+        return
+    try:
+        train = _train_here if known.is_alone else _train_below
+        last = train(
+            known, name=trial_name(known.sweep, number), setting=setting_of(config)
+        )
+    except (RayError, RunFailedError, ValueError) as error:
+        end = bad_end(error, metrics=known.metrics)
+        tune.report(end)
+        if end[OUTCOME] == "failed":
+            raise  # Tune tries again
+        return
+    if last is not None:
+        tune.report(last)
+
+
+def _train_here(
+    known: Known, *, name: str, setting: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    # Before the next trial begins in this process, the last one ends its run.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", _END_TIMEOUT_S)
+    return Trainer().train(known, name=name, setting=setting, callback=ReportHere())
+
+
+def _train_below(
+    known: Known, *, name: str, setting: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    settings = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    if known.is_local:
+        # Nobody takes a laptop away with notice; the watcher is a process a trial.
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    trainer = cast(ActorClass, ray.remote(num_cpus=0)(Trainer)).options(
+        runtime_env={"env_vars": settings},
+        # It is this training's driver, so it must find MLflow where the sweep does.
+        scheduling_strategy=NodeAffinitySchedulingStrategy(known.node_id, soft=False),
+    )
+    trainer = trainer.remote()
+    return ray.get(
+        trainer.train.remote(
+            known, name=name, setting=setting, callback=TuneReportCallback()
+        )
+    )
+
+
+def tell_again(reports: Sequence[Mapping[str, Any]]) -> None:
+    """Report what is known: so scheduler and searcher are where they were."""
+    for report in reports:
+        tune.report(dict(report))
+
+
+def bad_end(error: BaseException, *, metrics: Sequence[str]) -> dict[str, Any]:
+    """Make the last report of a trial that has failed, diverged or was refused."""
+    outcome, reason = "failed", f"{type(error).__name__}: {first_line(error)}"
+    for cause in causes(error):
+        if isinstance(cause, ValueError):
+            outcome, reason = "refused", first_line(cause)
+            if isinstance(cause, NonFiniteLossError):
+                outcome = "diverged"
+            break
+        if isinstance(cause, RunFailedError):
+            reason = first_line(cause)
+    return last_report(outcome, reason, metrics=metrics)
+
+
+def last_report(outcome: str, reason: str, *, metrics: Sequence[str]) -> dict[str, Any]:
+    """Say that a trial has ended badly, and that there is no value of its metrics."""
+    # Before any epoch, so that asha compares it nowhere.
+    values = dict.fromkeys(metrics, math.nan) | {EPOCH: 0}
+    return values | {OUTCOME: outcome, REASON: reason}
+
+
+class Trainer:
+    """Train in Tune's process, or as an actor beside it that ends with it."""
+
+    def train(
+        self,
+        known: Known,
+        *,
+        name: str,
+        setting: Mapping[str, Any],
+        callback: UserCallback,
+    ) -> dict[str, Any] | None:
+        """Train a new run, or go on with it; give the last metrics of the latter.
+
+        They may have been reported just when the sweep was killed.
+        """
+        from pipelines.checkpoints.run_record import find_record
+        from pipelines.config.overrides import change_fields
+        from pipelines.config.recipes import load_code
+        from pipelines.config.serialization import from_json
+        from pipelines.tracking.sweeps import child_tags
+        from pipelines.train import fit
+
+        if known.code:
+            load_code(known.code)
+        run = change_fields(from_json(known.run), setting)
+        record = find_record(run.storage, name=name)
+        if record is not None and record.sweep_id != known.sweep_id:
+            raise ValueError(
+                f"expected no run {name!r} in {run.storage!r}, or one of this sweep, "
+                "got another's; move it away, or begin a sweep of another --name"
+            )
+        trained = fit(
+            run if record is None else record.run,
+            name=name,
+            record=record,
+            callbacks=[callback],
+            tracking_uri=known.tracking_uri,
+            tags=child_tags(known.sweep, parent_id=known.parent_id),
+            keep_model=False,
+            ends_on_sigterm=False,
+            code=known.code,
+            sweep_id=known.sweep_id,
+        )
+        return None if record is None else dict(trained.metrics)
