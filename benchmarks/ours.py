@@ -8,10 +8,10 @@ import pyarrow as pa
 import torch
 
 from benchmarks.work import Batches, Work, to_device
-from pipelines.checkpoints.manifest import Position
 from pipelines.config import Augment, Data, Model, Optim, Run, Scale
 from pipelines.data.epoch_plan import Unit
 from pipelines.data.loader import Supply, reading_of
+from pipelines.data.position import Position
 from pipelines.data.ray_source import shares, split_units
 from pipelines.data.reading import Reading
 from pipelines.data.shard_set import read_shard_set

@@ -23,10 +23,10 @@ from torch import nn
 
 from benchmarks import trainings
 from benchmarks.trainings import Results, mean_spread, train_all
-from pipelines.checkpoints.manifest import build_model
 from pipelines.cli.command import parse, run_command
 from pipelines.cli.outputs import check_plot
 from pipelines.config import Model
+from pipelines.training.model import build_model
 from recipes.demo import demo
 from sovit.tokens import TOKEN_STRIDES
 

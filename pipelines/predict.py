@@ -22,8 +22,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from pipelines.checkpoints.manifest import MANIFEST
 from pipelines.checkpoints.model_code import load_model_code
+from pipelines.checkpoints.snapshot import MANIFEST
 from pipelines.cli.command import fail, parse, run_command
 from pipelines.cli.outputs import check_file
 from pipelines.export.images import Encoded, decode, read_images

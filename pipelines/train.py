@@ -16,61 +16,25 @@ and places, and `--plot` draws the rate.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import Literal
+from collections.abc import Sequence
 
-from ray.train import UserCallback
-
-from pipelines import tracking
-from pipelines.checkpoints.model_code import trust
-from pipelines.checkpoints.run_record import (
-    Record,
-    delete_record,
-    new_record,
-    write_record,
-)
 from pipelines.cli.command import parse, run_command
 from pipelines.cli.help_text import COMMON, help_text, wants_help
 from pipelines.config import Run
-from pipelines.config.own_code import OwnCode
 from pipelines.config.recipes import load_recipe, own_code_of
-from pipelines.data.stream import Plans
-from pipelines.driver.cluster import ray_session
-from pipelines.driver.launch_local import train_alone
-from pipelines.driver.launch_ray import train_on_ray
-from pipelines.driver.listener import Listener
-from pipelines.driver.mlflow_run import log_model, log_shards, open_tracking
-from pipelines.driver.preflight import CheckedRun, with_absolute_paths
-from pipelines.driver.progress import Display
-from pipelines.driver.prometheus import Gauges
+from pipelines.driver.fit import fit
+from pipelines.driver.preflight import with_absolute_paths
 from pipelines.driver.resuming import (
     check_one_name,
     check_same,
-    check_start,
     load_recorded,
     record_to_resume,
-    resume_command,
     run_and_storage,
 )
-from pipelines.driver.signals import StopRequest, stop_requests
 from pipelines.driver.summary import print_summary
 from pipelines.dry_run.command import show_dry_run
-from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
-from pipelines.events.bad_images import FILE, BadImageLog
-from pipelines.events.channel import Began
-from pipelines.hardware.facts import tags_of, without_bfloat16
-from pipelines.storage.lease import claimed
-from pipelines.storage.path import Place
-from pipelines.storage.redaction import without_credentials
-from pipelines.tracking import LateRun
-from pipelines.worker.job import Job, Trained
 
-logger = logging.getLogger(__name__)
 _PROG = "sovit-train"
 _OWN_OPTIONS = {
     "--name NAME": "Name of a new run; by default the recipe's and the time.",
@@ -81,258 +45,9 @@ _OWN_OPTIONS = {
     "-h, --help": "Show this help, with the recipe's defaults where one is named.",
     "--help-all": "Show every field of a run.",
 }
+
+
 # A trial that is tried again may come before Ray has ended its last process.
-_TRIAL_PATIENCE_S = 60.0
-_UNSENT = "unsent.json"
-
-
-def fit(
-    run: Run,
-    *,
-    name: str,
-    record: Record | None = None,
-    callbacks: Sequence[UserCallback] = (),
-    tracking_uri: str = "",
-    tags: Mapping[str, str] = MappingProxyType({}),
-    keep_model: bool = True,
-    ends_on_sigterm: bool = True,
-    sweep_id: str = "",
-    code: OwnCode | None = None,
-) -> Trained:
-    """Train a run to its end, on Ray's workers or in this process.
-
-    Args:
-        name: The new run's name, or that of the one to go on with.
-        record: The record of the run to go on with; None starts a new run.
-        callbacks: Ray Train callbacks, such as Tune's. One that raises StoppedEarly in
-            this process ends the run as one that has finished.
-        tracking_uri: MLflow's address; by default that of the storage, or the
-            environment's.
-        tags: Further tags of the MLflow run.
-        keep_model: Whether the final model and pictures of what it gets wrong go to
-            MLflow; its checkpoint stays anyway.
-        ends_on_sigterm: Whether SIGTERM, SIGHUP and Ctrl-C are answered with a
-            checkpoint and InterruptedRun. Ray's own processes leave them to Ray.
-        sweep_id: Of the sweep that a new run is a trial of.
-        code: The user's own recipe file of a new run; one that goes on has its own.
-
-    Raises ValueError for what the user can mend, before or while it trains, and
-    RunFailedError where workers failed more often than the run allows. The MLflow run
-    is marked FAILED with the reason.
-    """
-    with stop_requests(is_wanted=ends_on_sigterm) as stop:
-        run = with_absolute_paths(run)
-        checked = check_start(run, name=name, record=record)
-        logger.info("run %s: %s", name, checked.summary)
-        if checked.few_tokens:
-            logger.warning(checked.few_tokens)
-        uri = tracking_uri or tracking.default_uri(run.storage)
-        # A sweep has asked for MLflow: once its trials run, nothing of it stops them.
-        if is_demanded := not sweep_id:
-            tracking.check_usable(uri, experiment=run.experiment)
-        folder, here = Place(run.storage).within(name), contextlib.nullcontext()
-        with (
-            claimed(folder, patience_s=_TRIAL_PATIENCE_S if sweep_id else 0.0),
-            here if run.scale.is_alone else ray_session(run.scale),
-        ):
-            stop.arm()
-            # Only now: a run that there is no room for leaves nothing behind. And
-            # whole: between its folder and its id in MLflow no signal is answered.
-            with stop.waiting():
-                is_begun = record is not None
-                if code and not is_begun:
-                    trust(code)
-                if record is None:
-                    record = new_record(run, name=name, sweep_id=sweep_id, code=code)
-                record = dataclasses.replace(record, run=run, digests=checked.digests)
-                write_record(record)
-                job, tracked = _begun(
-                    record,
-                    checked=checked,
-                    uri=uri,
-                    tags=tags,
-                    is_begun=is_begun,
-                    is_demanded=is_demanded,
-                )
-                job = dataclasses.replace(job, keeps_model=keep_model)
-            with (
-                _ended_in_mlflow(job, tracked=tracked, name=name, stop=stop),
-                stop.restored(),
-            ):
-                trained = _trained(
-                    job, tracked=tracked, name=name, callbacks=callbacks, stop=stop
-                )
-                if is_demanded:
-                    _check_recorded(tracked, job=job, name=name)
-                job = dataclasses.replace(job, mlflow_run_id=tracked.run_id)
-                if keep_model:
-                    log_model(trained, job=job)
-            _finish(record, tracked=tracked, stop=stop)
-    return trained
-
-
-def _finish(record: Record, *, tracked: LateRun, stop: StopRequest) -> None:
-    """Note in MLflow and in the record that a run has ended as it should."""
-    with stop.waiting():
-        tracked.end(status="FINISHED")
-        run_id = tracked.run_id or record.mlflow_run_id
-        write_record(
-            dataclasses.replace(record, mlflow_run_id=run_id, status="finished")
-        )
-    stop.finish()
-
-
-def _trained(
-    job: Job,
-    *,
-    tracked: LateRun,
-    name: str,
-    callbacks: Sequence[UserCallback],
-    stop: StopRequest,
-) -> Trained:
-    """Train to the end; InterruptedRun where a signal ended it after a checkpoint."""
-    stop.check()
-    run = job.run
-    train = train_alone if run.scale.is_alone else train_on_ray
-    with stop.noted() as is_over:
-        listener = _listener(job, tracked=tracked, name=name, stop=stop)
-        trained = train(job, name=name, callbacks=callbacks, listener=listener)
-        is_whole = trained.metrics.get("epoch") == run.optim.total_epochs
-        if is_over.is_set() and not is_whole:
-            raise InterruptedRun(f"ended by {stop.name} after a checkpoint")
-    return trained
-
-
-@contextlib.contextmanager
-def _ended_in_mlflow(
-    job: Job, *, tracked: LateRun, name: str, stop: StopRequest
-) -> Iterator[None]:
-    """Mark the MLflow run by how a block ends, where it does so early."""
-
-    def end(status: Literal["FINISHED", "FAILED", "KILLED"], reason: str = "") -> None:
-        with stop.waiting():
-            tracked.end(status=status, reason=reason)
-
-    go_on = f"go on with {resume_command(job.run, name=name)}"
-    try:
-        yield
-    except (ValueError, RunFailedError) as error:
-        end("FAILED", str(error))
-        raise
-    except StoppedEarly:
-        end("FINISHED")
-        raise
-    except KeyboardInterrupt as error:
-        end("KILLED", "interrupted")
-        raise KeyboardInterrupt(f"{error}; {go_on}".removeprefix("; ")) from error
-    except SystemExit as error:
-        end("KILLED", str(error))
-        status = error.code if isinstance(error.code, int) else 1
-        raise InterruptedRun(f"{error}; {go_on}", status=status) from error
-    except Exception as error:
-        end("FAILED", repr(error))
-        raise
-
-
-def _begun(
-    record: Record,
-    *,
-    checked: CheckedRun,
-    uri: str,
-    tags: Mapping[str, str],
-    is_begun: bool,
-    is_demanded: bool,
-) -> tuple[Job, LateRun]:
-    """Open a run in MLflow with its shard sets, and describe it to the workers.
-
-    A new run that MLflow refuses leaves no folder.
-    """
-    try:
-        tracked = open_tracking(
-            record,
-            uri=uri,
-            num_params=checked.num_params,
-            tags=tags,
-            is_begun=is_begun,
-            is_demanded=is_demanded,
-        )
-    except ValueError:
-        if not is_begun:
-            delete_record(record)
-        raise
-
-    train_shards, val_shards = checked.train_shards, checked.val_shards
-
-    def log_sets(run_id: str) -> None:
-        for context, shards in (("train", train_shards), ("val", val_shards)):
-            if shards is not None:
-                log_shards(shards, uri=uri, run_id=run_id, context=context)
-
-    tracked.do(log_sets)
-    job = Job(
-        run=record.run,
-        train_shards=train_shards,
-        val_shards=val_shards,
-        held_out=checked.held_out,
-        tracking_uri=uri,
-        mlflow_run_id=tracked.run_id,
-        code=record.code,
-    )
-    return job, tracked
-
-
-def _check_recorded(tracked: LateRun, *, job: Job, name: str) -> None:
-    """Raise RunFailedError where a training has ended that MLflow knows nothing of."""
-    if not tracked.is_open:
-        raise RunFailedError(
-            f"{name} is trained, but MLflow at {without_credentials(job.tracking_uri)} "
-            "has been away all along; see that it can be reached, then record it with "
-            f"{resume_command(job.run, name=name)}"
-        )
-
-
-def _listener(job: Job, *, tracked: LateRun, name: str, stop: StopRequest) -> Listener:
-    """Make what hears the workers: progress, MLflow, and on Ray the gauges."""
-    uri, folder = job.tracking_uri, Place(job.run.storage).within(name)
-    return Listener(
-        display=_display(job, tracked=tracked, stop=stop),
-        writer=tracking.MetricWriter(
-            uri, tracked.needed_id, unsent=folder.within(_UNSENT)
-        ),
-        figures=tracking.FigureWriter(uri, tracked.awaited_id),
-        is_over=stop.event,
-        gauges=None if job.run.scale.is_alone else Gauges(name),
-        wait_for_run=tracked.wait,
-    )
-
-
-def _display(job: Job, *, tracked: LateRun, stop: StopRequest) -> Display:
-    """Make what shows a run's progress; its bad images and hardware go to MLflow."""
-    uri = job.tracking_uri
-    plans = Plans(shards=job.train_shards, run=job.run, train=True)
-    num_epochs = job.run.optim.total_epochs
-    bad_images = BadImageLog(
-        keep=lambda text: tracked.do(
-            lambda run_id: tracking.log_text(uri, run_id, text=text, path=FILE)
-        ),
-        before=tracking.read_text(uri, job.mlflow_run_id, path=FILE),
-    )
-
-    def note(begun: Sequence[Began]) -> str:
-        stop.begun.set()
-        workers = [item.hardware for item in begun]
-        tags = tags_of(workers)
-        tracked.do(lambda run_id: tracking.tag_run(uri, run_id, tags=tags))
-        return without_bfloat16(workers) if job.run.scale.amp == "auto" else ""
-
-    return Display(
-        num_steps=plans.shape(0).num_batches * num_epochs,
-        num_epochs=num_epochs,
-        bad_images=bad_images,
-        on_begun=note,
-    )
-
-
 def main() -> None:
     """Run the command line."""
     run_command(_main, prog=_PROG)

@@ -10,12 +10,8 @@ from typing import Any
 import torch
 from ray.train import UserCallback
 
-from pipelines.checkpoints.manifest import (
-    EMA_FILE,
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    read_manifest,
-)
+from pipelines.checkpoints.manifest import read_manifest
+from pipelines.checkpoints.snapshot import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
 from pipelines.config import Run, Validation
 from tests.demo_runs import small_demo
 

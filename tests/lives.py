@@ -13,7 +13,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
-from pipelines.train import fit, main
+from pipelines.driver.fit import fit
+from pipelines.train import main
 from tests.waiting import wait_for
 
 # What a driver imports as it goes: one process does so, and all fork off it.

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from pipelines.checkpoints.snapshot import Position, Snapshot
+from pipelines.checkpoints.snapshot import Snapshot
 from pipelines.checkpoints.store import CheckpointStore
+from pipelines.data.position import Position
 from pipelines.storage.path import Place
 from tests.small_runs import small_run
 

@@ -15,14 +15,15 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 import sovit
-from pipelines.checkpoints.manifest import Position, build_model
 from pipelines.config import Augment, Data, Model, Optim, Run, Scale
 from pipelines.data.batch import Batch
 from pipelines.data.loader import Supply, pixel_settings
+from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.data.stream import Plans
 from pipelines.evaluation.measure import validate
 from pipelines.training.loop import LoopSettings, TrainState, share_buffers, train
+from pipelines.training.model import build_model
 from pipelines.training.optimizer import build_optimizer
 from pipelines.training.state import wrapped
 from tests.small_sets import WorkerOpener

@@ -16,12 +16,14 @@ import torch
 from ray.train import UserCallback
 from safetensors.torch import load_file
 
-from pipelines.checkpoints import manifest as ckpt
+from pipelines.checkpoints.manifest import read_manifest
 from pipelines.checkpoints.run_record import read_record
+from pipelines.checkpoints.snapshot import EMA_FILE, MANIFEST
 from pipelines.config import Run
 from pipelines.config.serialization import to_json
+from pipelines.driver.fit import fit
 from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
-from pipelines.train import _main, fit
+from pipelines.train import _main
 from pipelines.worker import worker
 from tests.demo_runs import RECIPE, small_demo
 from tests.mlflow_stores import prepare_store
@@ -79,7 +81,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor
 
 
 def weights_of(run: Run, name: str) -> dict[str, torch.Tensor]:
-    return load_file(Path(run.storage, name, "epoch_0003", ckpt.EMA_FILE))
+    return load_file(Path(run.storage, name, "epoch_0003", EMA_FILE))
 
 
 def test_it_trains_keeps_and_records_as_workers_do(
@@ -107,7 +109,7 @@ def test_it_trains_keeps_and_records_as_workers_do(
     }
     assert best == f"epoch_{max(top1s, key=lambda epoch: top1s[epoch]):04d}"
     assert str(trained.checkpoint) == str(folder / "epoch_0003")
-    manifest = ckpt.read_manifest(folder / "epoch_0003")
+    manifest = read_manifest(folder / "epoch_0003")
     assert (manifest.position.epoch, manifest.position.step) == (3, 30)
     assert manifest.metrics == trained.metrics
     assert trained.metrics["val/num_images"] == 101
@@ -185,7 +187,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(run: Run) -> None:
     with pytest.raises(StoppedEarly):
         fit(run, name="cut", callbacks=[Reports(last=4)])
     folder = Path(run.storage, "cut")
-    (folder / "step_00000012" / ckpt.MANIFEST).unlink()
+    (folder / "step_00000012" / MANIFEST).unlink()
     record = read_record(run.storage, name="cut")
     reports = Reports()
     callbacks = [reports]
@@ -220,7 +222,7 @@ def test_asked_to_end_it_writes_a_checkpoint_first(run: Run) -> None:
         fit(run, name="ended", callbacks=[reports])
     # After the fifth report, at step 16, the one that was not asked for at step 20.
     folder = Path(run.storage, "ended", "epoch_0002")
-    assert ckpt.read_manifest(folder).position.step == 20
+    assert read_manifest(folder).position.step == 20
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

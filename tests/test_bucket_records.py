@@ -10,21 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.checkpoints.manifest import (
-    Position,
-    build_model,
-    opened,
-    read_manifest,
-    save_checkpoint,
-)
+from pipelines.checkpoints.manifest import opened, read_manifest
 from pipelines.checkpoints.run_record import (
     check_name,
     new_record,
     read_record,
     write_record,
 )
+from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Run
+from pipelines.data.position import Position
 from pipelines.storage.path import Place
+from pipelines.training.model import build_model
 from tests.bucket_sets import ROOT, content, upload
 from tests.s3_server import BUCKET, Line, s3_server
 from tests.small_runs import small_run

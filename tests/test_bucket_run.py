@@ -18,9 +18,9 @@ from pipelines import tracking
 from pipelines.checkpoints.manifest import opened, read_manifest
 from pipelines.checkpoints.run_record import read_record
 from pipelines.data.shard_set import read_shard_set
+from pipelines.driver.fit import fit
 from pipelines.evaluate import Options, evaluate_checkpoint
 from pipelines.storage.filesystem import open_place
-from pipelines.train import fit
 from tests.demo_runs import small_demo
 from tests.s3_server import BUCKET, Line, s3_server
 

@@ -14,19 +14,21 @@ import torch
 
 import sovit
 from pipelines.checkpoints.manifest import (
-    EMA_FILE,
-    MANIFEST,
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    Position,
-    build_model,
     load_model,
     load_optimizer,
     load_weights,
     read_manifest,
+)
+from pipelines.checkpoints.snapshot import (
+    EMA_FILE,
+    MANIFEST,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
     save_checkpoint,
 )
 from pipelines.config import Model
+from pipelines.data.position import Position
+from pipelines.training.model import build_model
 from tests.small_runs import SO_VIT, plain, small_run, state_of
 
 RUN = small_run("none", model=SO_VIT, ema_decay=0.9)

@@ -22,11 +22,11 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import sovit
-from pipelines.checkpoints.manifest import build_model
 from pipelines.config import Run, Scale
 from pipelines.data.batch import Batch
 from pipelines.training.compiling import why_not
 from pipelines.training.loop import TrainState, train
+from pipelines.training.model import build_model
 from pipelines.training.nonfinite import Guard
 from pipelines.training.optimizer import build_optimizer
 from pipelines.training.state import build_state

@@ -18,12 +18,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.checkpoints.manifest import Position
 from pipelines.config import Augment, Data, Model, Optim, Run
 from pipelines.data import stream as stream_module
 from pipelines.data.batch import Batch
 from pipelines.data.batching import Shape, batches
 from pipelines.data.epoch_plan import GroupTable, Unit
+from pipelines.data.position import Position
 from pipelines.data.reading import Cutter
 from pipelines.data.shard_set import ShardSet
 from pipelines.data.stream import EpochStream, Plans

@@ -13,7 +13,6 @@ import torch
 
 import sovit
 from pipelines import train
-from pipelines.checkpoints.manifest import Position
 from pipelines.checkpoints.run_record import new_record
 from pipelines.checkpoints.snapshot import Snapshot
 from pipelines.checkpoints.store import CheckpointStore
@@ -21,6 +20,7 @@ from pipelines.config import Scale, Validation
 from pipelines.config.overrides import change_fields
 from pipelines.config.recipes import load_recipe
 from pipelines.config.serialization import to_json
+from pipelines.data.position import Position
 from pipelines.dry_run import explain
 from pipelines.dry_run.report import as_text, hours_text, size_text
 from pipelines.dry_run.timing import Timed

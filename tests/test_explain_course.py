@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.checkpoints.manifest import Position
 from pipelines.config import Optim, Run, Scale, Schedule
+from pipelines.data.position import Position
 from pipelines.data.shard_set import read_shard_set
 from pipelines.dry_run import timing
 from pipelines.dry_run.lr_plot import NUM_COLUMNS, NUM_ROWS, draw_text

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from pipelines import tracking
 from pipelines.checkpoints.manifest import load_model
+from pipelines.driver.fit import fit
 from pipelines.export import checks
 from pipelines.export.command import Options, export_checkpoint
 from pipelines.export.folder import MARK
 from pipelines.export.images import read_images
-from pipelines.train import fit
 from tests.demo_runs import small_demo
 from tests.exports import ROOT, Trained, blocks
 

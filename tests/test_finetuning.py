@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipelines.checkpoints.manifest import EMA_FILE, MODEL_FILE, build_model, load_model
+from pipelines.checkpoints.manifest import load_model
+from pipelines.checkpoints.snapshot import EMA_FILE, MODEL_FILE
 from pipelines.config import Run
 from pipelines.config.serialization import to_json
-from pipelines.train import _main, fit
+from pipelines.driver.fit import fit
+from pipelines.train import _main
+from pipelines.training.model import build_model
 from sovit.positions import sinusoid_table
 from tests.demo_runs import RECIPE, small_demo
 from tests.small_sets import write_set

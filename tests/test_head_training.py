@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import sovit
-from pipelines.checkpoints.manifest import build_model
 from pipelines.config import Data, Model, Optim, Run, Scale
 from pipelines.errors import NonFiniteLossError
 from pipelines.storage.path import Place
+from pipelines.training.model import build_model
 from tests.small_runs import SO_VIT
 from tests.token_sets import NUM_CLASSES, write_token_set
 from tuning.heads.backbone import feature_shape

@@ -13,10 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.checkpoints.manifest import (
-    Position,
-)
 from pipelines.data.batch import Batch
+from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.hardware import device
 from pipelines.training import throughput as timing

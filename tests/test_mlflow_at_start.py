@@ -24,10 +24,10 @@ from pipelines import tracking
 from pipelines.checkpoints.run_record import read_record
 from pipelines.config import Run
 from pipelines.driver import listener
+from pipelines.driver.fit import fit
 from pipelines.errors import RunFailedError
 from pipelines.tracking import LateRun, MetricWriter, late_run, sqlite_file, usable
 from pipelines.tracking.client import connect, sqlite_path
-from pipelines.train import fit
 from tests.fault_runs import brief_run
 from tests.mlflow_stores import prepare_store
 from tests.waiting import wait_for

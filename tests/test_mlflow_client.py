@@ -21,8 +21,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 
 from pipelines import tracking
+from pipelines.driver.fit import fit
 from pipelines.tracking.client import PATIENCE, attempt
-from pipelines.train import fit
 from tests.fault_runs import At, brief_run
 
 CLOSE_S = 120.0

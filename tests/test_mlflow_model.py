@@ -19,18 +19,17 @@ from mlflow.models import get_model_info
 from PIL import Image
 
 from pipelines import tracking
-from pipelines.checkpoints.manifest import (
+from pipelines.checkpoints.manifest import load_model, read_manifest
+from pipelines.checkpoints.snapshot import (
     EMA_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
-    Position,
-    build_model,
-    load_model,
-    read_manifest,
     save_checkpoint,
 )
 from pipelines.config import Data, Model, Optim, Run
+from pipelines.data.position import Position
 from pipelines.tracking.model import NUM_TOP, requirements, write_model
+from pipelines.training.model import build_model
 from pipelines.transforms.eval_transform import decode_eval
 
 CLASSES = tuple("abcdefg")

@@ -16,7 +16,6 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipelines import tracking, train
-from pipelines.checkpoints.manifest import build_model
 from pipelines.checkpoints.run_record import (
     Record,
     find_record,
@@ -27,6 +26,7 @@ from pipelines.cli.printed import command_line
 from pipelines.config import Run
 from pipelines.config.overrides import change_fields
 from pipelines.config.serialization import to_json
+from pipelines.driver.fit import fit
 from pipelines.driver.resuming import (
     check_same,
     check_shards,
@@ -41,7 +41,8 @@ from pipelines.results.compare import _main as compare
 from pipelines.storage.filesystem import absolute, open_place
 from pipelines.tracking.client import sqlite_path, sqlite_uri
 from pipelines.tracking.query import RunStore
-from pipelines.train import _main, fit
+from pipelines.train import _main
+from pipelines.training.model import build_model
 from tests.demo_runs import RECIPE
 from tests.fault_runs import At, brief_run
 from tests.mlflow_stores import prepare_store

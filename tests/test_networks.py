@@ -11,8 +11,8 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
-from pipelines.checkpoints.manifest import build_model
 from pipelines.config import Model
+from pipelines.training.model import build_model
 from sovit.attention import ATTENTIONS, Gsop
 from sovit.networks import deit_swin, eca_gsop, gcp
 from sovit.pooling import Pooling

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import Run, Validation
+from pipelines.driver.fit import fit
 from pipelines.driver.preflight import check_run
-from pipelines.train import _main, fit
+from pipelines.train import _main
 from tests.demo_runs import RECIPE, small_demo
 from tests.mlflow_stores import prepare_store
 from tests.test_train import runs_of

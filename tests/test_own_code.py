@@ -19,9 +19,10 @@ from pipelines.config import Run, Validation
 from pipelines.config.own_code import read_code
 from pipelines.config.recipes import load_recipe, own_code_of
 from pipelines.config.serialization import to_json
+from pipelines.driver.fit import fit
 from pipelines.evaluate import Options, evaluate_checkpoint
 from pipelines.predict import load_subject
-from pipelines.train import _main, fit
+from pipelines.train import _main
 from tests.demo_runs import small_demo
 from tests.mlflow_stores import prepare_store
 from tests.seen_environment import SeenEnvironment

@@ -27,10 +27,10 @@ from pipelines.checkpoints.run_record import (
 )
 from pipelines.config import Run, Validation
 from pipelines.config.serialization import to_json
+from pipelines.driver.fit import fit
 from pipelines.storage import lease
 from pipelines.storage.lease import OWNER_FILE, claimed
 from pipelines.storage.path import Place
-from pipelines.train import fit
 from tests.demo_runs import RECIPE
 from tests.fault_runs import brief_run
 from tests.mlflow_stores import prepare_store

@@ -13,16 +13,14 @@ import timm
 import torch
 from PIL import Image
 
-from pipelines.checkpoints.manifest import (
-    Position,
-    build_model,
-    load_model,
-    save_checkpoint,
-)
+from pipelines.checkpoints.manifest import load_model
+from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Data, Model, Run
+from pipelines.data.position import Position
 from pipelines.export.command import Options, export_checkpoint
 from pipelines.export.images import Encoded, read_images
 from pipelines.predict import _main, load_subject, predict
+from pipelines.training.model import build_model
 from pipelines.transforms.eval_transform import decode_eval
 from tests.image_kinds import encode
 from tests.small_runs import OPTIM

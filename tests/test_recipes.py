@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.checkpoints.manifest import build_model
 from pipelines.config import Model, Run
 from pipelines.config.recipes import load_recipe, recipes_of
 from pipelines.config.serialization import from_json, to_json
+from pipelines.training.model import build_model
 from pipelines.training.optimizer import learning_rate
 from sovit import SoViT
 

@@ -13,17 +13,15 @@ import torch
 from mlflow import MlflowClient
 
 from pipelines import tracking
-from pipelines.checkpoints.manifest import (
-    Position,
-    build_model,
-    load_model,
-    save_checkpoint,
-)
+from pipelines.checkpoints.manifest import load_model
+from pipelines.checkpoints.snapshot import save_checkpoint
+from pipelines.data.position import Position
 from pipelines.data.shard_set import read_shard_set
 from pipelines.driver.mlflow_run import log_model
 from pipelines.storage.path import Place
 from pipelines.tracking import registry
 from pipelines.tracking.registry import BEST, register_model, registered_name
+from pipelines.training.model import build_model
 from pipelines.transforms.eval_transform import decode_eval
 from pipelines.worker.job import Job, Trained
 from tests.small_runs import SO_VIT, small_run

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
-from pipelines.checkpoints.manifest import EMA_FILE, MANIFEST, MODEL_FILE
+from pipelines.checkpoints.snapshot import EMA_FILE, MANIFEST, MODEL_FILE
 from pipelines.checkpoints.weight_sources import read_start
 from pipelines.storage import retry
 from tests.bucket_sets import ROOT, upload

@@ -24,10 +24,11 @@ from pipelines.checkpoints.store import CheckpointStore
 from pipelines.config import Run
 from pipelines.data.batch import Batch
 from pipelines.driver.failures import StopOnValueError
+from pipelines.driver.fit import fit
 from pipelines.errors import NonFiniteLossError, RewindError
 from pipelines.storage import filesystem, retry
 from pipelines.storage.path import Place
-from pipelines.train import _main, fit
+from pipelines.train import _main
 from pipelines.training import loop
 from pipelines.training.loop import TrainState
 from pipelines.worker import checkpointing

@@ -11,14 +11,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from pipelines.checkpoints.manifest import (
-    Position,
-    load_optimizer,
-    load_weights,
-    read_manifest,
-    save_checkpoint,
-)
+from pipelines.checkpoints.manifest import load_optimizer, load_weights, read_manifest
+from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Augment
+from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.training.loop import TrainState
 from tests.small_runs import (

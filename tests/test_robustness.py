@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights
 
 from pipelines import evaluate
-from pipelines.checkpoints.manifest import Position, build_model, save_checkpoint
+from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Augment, Data, Model, Run
+from pipelines.data.position import Position
 from pipelines.evaluate import Options, evaluate_checkpoint
 from pipelines.robustness.corruptions import CORRUPTIONS, Corruption, corrupt
 from pipelines.robustness.levels import Levels
@@ -28,6 +29,7 @@ from pipelines.robustness.scores import (
     corruption_scores,
     flip_scores,
 )
+from pipelines.training.model import build_model
 from pipelines.transforms.eval_transform import decode_eval
 from pipelines.transforms.sampling import PixelSettings
 from tests.small_runs import small_run

@@ -27,23 +27,25 @@ import torch
 
 import sovit
 from pipelines.checkpoints.manifest import (
-    EMA_FILE,
-    MANIFEST,
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    Position,
-    build_model,
     load_model,
     load_optimizer,
     load_weights,
     read_manifest,
-    save_checkpoint,
 )
 from pipelines.checkpoints.pretrained import load_initial
 from pipelines.checkpoints.run_record import find_record
+from pipelines.checkpoints.snapshot import (
+    EMA_FILE,
+    MANIFEST,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    save_checkpoint,
+)
 from pipelines.config import Model
+from pipelines.data.position import Position
 from pipelines.data.shard_set import read_shard_set
 from pipelines.evaluate import Options, evaluate_checkpoint
+from pipelines.training.model import build_model
 from tests.small_runs import SO_VIT, plain, small_run, state_of
 from tests.small_sets import write_set
 from tuning.heads.backbone import load_backbone

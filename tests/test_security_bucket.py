@@ -15,9 +15,9 @@ import boto3
 import pytest
 from moto import settings
 
+from pipelines.driver.fit import fit
 from pipelines.evaluate import Options, evaluate_checkpoint
 from pipelines.storage.path import Place
-from pipelines.train import fit
 from tests.bucket_sets import ROOT, upload
 from tests.demo_runs import small_demo
 from tests.s3_server import BUCKET, Line, s3_server

@@ -19,18 +19,15 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines import tracking
-from pipelines.checkpoints.manifest import (
-    Position,
-    build_model,
-    load_model,
-    read_manifest,
-    save_checkpoint,
-)
+from pipelines.checkpoints.manifest import load_model, read_manifest
 from pipelines.checkpoints.pretrained import load_initial
 from pipelines.checkpoints.run_record import new_record, read_record
+from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.cli.command import refuse_secrets
 from pipelines.config.serialization import flat_params
+from pipelines.data.position import Position
 from pipelines.storage.redaction import without_credentials
+from pipelines.training.model import build_model
 from tests.small_runs import SO_VIT, small_run
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pipelines.checkpoints import store
-from pipelines.checkpoints.manifest import (
+from pipelines.checkpoints.snapshot import (
     EMA_FILE,
     MANIFEST,
     MODEL_FILE,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.checkpoints.manifest import Position
 from pipelines.data import stream as stream_module
+from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.data.stream import EpochStream, LocalOpener, Plans
 from pipelines.transforms.rows import rows_of

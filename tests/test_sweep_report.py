@@ -21,9 +21,10 @@ from pipelines.config import Run
 from pipelines.config.overrides import change_fields, differing
 from pipelines.config.own_code import read_code
 from pipelines.config.recipes import load_code, load_recipe, own_code_of
+from pipelines.driver.fit import fit
 from pipelines.driver.preflight import with_absolute_paths
 from pipelines.tracking.client import default_uri, sqlite_path
-from pipelines.train import _main, fit
+from pipelines.train import _main
 from recipes.demo import demo
 from sovit import Pooling
 from tests.mlflow_stores import prepare_store

@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.checkpoints.manifest import Position, build_model, save_checkpoint
+from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Run, Scale
 from pipelines.data.loader import opened_here, reading_of
+from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.storage.path import Place
+from pipelines.training.model import build_model
 from sovit.official import official_names
 from tests.demo_runs import small_demo
 from tuning.heads.backbone import Backbone, load_backbone

@@ -26,9 +26,10 @@ from pipelines.checkpoints.manifest import read_manifest
 from pipelines.checkpoints.run_record import read_record
 from pipelines.config import Augment, Run
 from pipelines.data.shard_set import read_shard_set
+from pipelines.driver.fit import fit
 from pipelines.errors import RunFailedError
 from pipelines.evaluate import Options, evaluate_checkpoint
-from pipelines.train import _main, fit
+from pipelines.train import _main
 from pipelines.worker.audit_log import KeyLog, Trained, trained
 from pipelines.worker.job import Trained as Ended
 from tests.demo_runs import part_of_demo, small_demo

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.checkpoints.manifest import Position, build_model, save_checkpoint
+from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Scale, Validation
+from pipelines.data.position import Position
 from pipelines.data.shard_set import read_shard_set
 from pipelines.evaluate import Options, _main, evaluate_checkpoint
 from pipelines.evaluation.checkpoint import measure_checkpoint, named
@@ -22,6 +23,7 @@ from pipelines.evaluation.held_out import held_out, held_out_of
 from pipelines.evaluation.measure import Outcome, Score
 from pipelines.robustness.options import Robustness
 from pipelines.shards.format import CLASSES_FILE
+from pipelines.training.model import build_model
 from pipelines.transforms.rows import BadImage
 from tests.small_runs import CPU, PLAIN_VIT, small_run
 from tests.small_sets import write_set

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from pipelines.checkpoints import async_writer
 from pipelines.checkpoints.async_writer import CheckpointWriter
-from pipelines.checkpoints.manifest import MODEL_FILE, Position
-from pipelines.checkpoints.snapshot import Snapshot, take_snapshot
+from pipelines.checkpoints.snapshot import MODEL_FILE, Snapshot, take_snapshot
 from pipelines.checkpoints.store import CheckpointStore
+from pipelines.data.position import Position
 from pipelines.events.channel import Item, Kept, Measured, Noted, NotKept
 from pipelines.storage.path import Place
 from tests.small_checkpoints import RUN, snapshot_of

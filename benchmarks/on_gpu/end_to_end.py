@@ -14,10 +14,10 @@ from benchmarks.on_gpu.images import shards_of
 from benchmarks.on_gpu.rates import device_of
 from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from benchmarks.on_gpu.steps import clean_up, name_of
-from pipelines.checkpoints.manifest import Position
 from pipelines.checkpoints.snapshot import take_snapshot
 from pipelines.config import Run
 from pipelines.data.loader import opened_here
+from pipelines.data.position import Position
 from pipelines.data.shard_set import read_shard_set
 from pipelines.data.stream import Plans
 from pipelines.hardware.device import PeakMemory

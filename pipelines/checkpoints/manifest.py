@@ -27,36 +27,15 @@ from pipelines.checkpoints.snapshot import (
     MANIFEST,
     MODEL_FILE,
     OPTIMIZER_FILE,
-    Position,
     crc_of,
     fingerprint,
-    save_checkpoint,
 )
 from pipelines.config import Run
 from pipelines.config.serialization import from_json
+from pipelines.data.position import Position
 from pipelines.storage.path import Place
 from pipelines.storage.retry import answering
-from pipelines.training.model import PRETRAINED, build_model, without_weights
-
-__all__ = [
-    "EMA_FILE",
-    "MANIFEST",
-    "MODEL_FILE",
-    "OPTIMIZER_FILE",
-    "PRETRAINED",
-    "Manifest",
-    "Position",
-    "build_model",
-    "load_model",
-    "load_optimizer",
-    "load_weights",
-    "opened",
-    "peek",
-    "read_manifest",
-    "read_weights",
-    "save_checkpoint",
-    "without_weights",
-]
+from pipelines.training.model import build_model, without_weights
 
 
 @dataclass(frozen=True, kw_only=True)

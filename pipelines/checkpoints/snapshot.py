@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipelines.config import Run
 from pipelines.config.serialization import to_json
+from pipelines.data.position import Position
 from pipelines.hardware.device import download, wait_for_stream
 from pipelines.storage.path import flush
 from pipelines.storage.redaction import without_credentials
@@ -29,17 +30,6 @@ MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 _CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """Point at the next global batch to train on."""
-
-    epoch: int = 0
-    batch: int = 0
-    """Batches of this epoch that were trained on."""
-    step: int = 0
-    """Batches of all epochs that were trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)

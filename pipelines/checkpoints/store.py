@@ -19,14 +19,8 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from pipelines.checkpoints.manifest import (
-    MANIFEST,
-    Manifest,
-    opened,
-    peek,
-    read_manifest,
-)
-from pipelines.checkpoints.snapshot import Snapshot, write_snapshot
+from pipelines.checkpoints.manifest import Manifest, opened, peek, read_manifest
+from pipelines.checkpoints.snapshot import MANIFEST, Snapshot, write_snapshot
 from pipelines.storage.path import Place, flush
 from pipelines.storage.retry import answering
 

@@ -16,14 +16,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipelines.checkpoints.manifest import (
-    EMA_FILE,
-    MANIFEST,
-    MODEL_FILE,
-    Manifest,
-    peek,
-)
-from pipelines.checkpoints.snapshot import fingerprint
+from pipelines.checkpoints.manifest import Manifest, peek
+from pipelines.checkpoints.snapshot import EMA_FILE, MANIFEST, MODEL_FILE, fingerprint
 from pipelines.storage.path import Place
 from pipelines.storage.retry import answering
 from sovit.weight_files import average_keys, find_weights, read_tensors

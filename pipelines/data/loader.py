@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from pipelines.checkpoints.manifest import Position
 from pipelines.config import Run
 from pipelines.data.batch import Batch
 from pipelines.data.batching import Shape, batches
+from pipelines.data.position import Position
 from pipelines.data.prefetch import Prefetcher
 from pipelines.data.reading import Reading
 from pipelines.data.shard_set import ShardSet

@@ -16,7 +16,6 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from pipelines.checkpoints.manifest import Position
 from pipelines.config import Run
 from pipelines.data.epoch_plan import (
     EpochPlan,
@@ -25,6 +24,7 @@ from pipelines.data.epoch_plan import (
     epoch_shape,
     plan_epoch,
 )
+from pipelines.data.position import Position
 from pipelines.data.reading import Reading, share_tables
 from pipelines.data.shard_set import ShardSet
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pipelines.checkpoints.manifest import build_model
 from pipelines.checkpoints.pretrained import load_initial
 from pipelines.config import Model, Run
 from pipelines.data.shard_set import ShardSet, read_shard_set
@@ -17,7 +16,7 @@ from pipelines.data.spot_check import spot_check
 from pipelines.evaluation.held_out import HeldOut, held_out_of
 from pipelines.storage.filesystem import absolute
 from pipelines.storage.redaction import error_summary
-from pipelines.training.model import title_of
+from pipelines.training.model import build_model, title_of
 from pipelines.training.state import checkpoint_gradients
 from sovit.probes import find_stem
 

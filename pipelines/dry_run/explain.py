@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from pipelines import tracking
-from pipelines.checkpoints.manifest import Position, peek
+from pipelines.checkpoints.manifest import peek
 from pipelines.checkpoints.run_record import Record
 from pipelines.checkpoints.store import CheckpointStore
 from pipelines.config import Run
+from pipelines.data.position import Position
 from pipelines.driver.preflight import with_absolute_paths
 from pipelines.driver.resuming import check_start
 from pipelines.dry_run.activation_memory import StepMemory, measure_step

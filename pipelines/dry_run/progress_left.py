@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipelines.checkpoints.manifest import Position
 from pipelines.config import Run
+from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet
 from pipelines.data.stream import Plans
 from pipelines.storage.path import Place

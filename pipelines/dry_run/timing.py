@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipelines.checkpoints.manifest import without_weights
 from pipelines.config import Probe, Run
 from pipelines.data.batch import Batch
 from pipelines.hardware.device import autocast_dtype, numerics_kept, synchronize
 from pipelines.training.loop import LoopSettings, train
+from pipelines.training.model import without_weights
 from pipelines.training.state import build_state
 
 _NUM_WARM_STEPS = 1

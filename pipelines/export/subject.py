@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from pipelines.checkpoints.manifest import EMA_FILE, load_model, opened, without_weights
+from pipelines.checkpoints.manifest import load_model, opened
+from pipelines.checkpoints.snapshot import EMA_FILE
 from pipelines.config import Data, Model
 from pipelines.export.names import readable_names
-from pipelines.training.model import architecture_of
+from pipelines.training.model import architecture_of, without_weights
 
 Weights = Literal["auto", "ema", "raw"]
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, MappingProxyType
 
-from pipelines.checkpoints.manifest import without_weights
 from pipelines.config import Model, Run
 from pipelines.config.recipes import load_recipe, recipes_of
 from pipelines.results.best_runs import Best
 from pipelines.shards.format import CLASSES_FILE
+from pipelines.training.model import without_weights
 from pipelines.training.model_cost import count_macs, count_parameters, shapes_of
 
 # Of sets that are not here, by the name that their address holds.

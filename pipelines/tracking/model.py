@@ -26,8 +26,10 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 
+import pipelines
 import sovit
-from pipelines.checkpoints import manifest as checkpoints
+from pipelines.checkpoints.manifest import load_model
+from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import serialization
 from pipelines.config.own_code import OwnCode
 from pipelines.config.recipes import load_code
@@ -57,7 +59,7 @@ class ImageClassifier(PythonModel):
             text = Path(context.artifacts[_CODE]).read_text()
             load_code(OwnCode(**json.loads(text)))
         folder = Path(context.artifacts[_CHECKPOINT])
-        model, self._manifest = checkpoints.load_model(folder)
+        model, self._manifest = load_model(folder)
         self._device = find_device("auto")
         self._model = model.to(self._device)
 
@@ -124,7 +126,7 @@ def write_model(
             folder,
             python_model=__file__,
             artifacts=artifacts,
-            code_paths=[_package_folder(sovit), _package_folder(checkpoints)],
+            code_paths=[_package_folder(sovit), _package_folder(pipelines)],
             signature=signature(),
             input_example=pd.DataFrame({"image": [example]}),
             pip_requirements=requirements(),
@@ -157,9 +159,9 @@ def requirements() -> list[str]:
 
 def _reduce(checkpoint: Path, folder: Path) -> None:
     """Write a checkpoint again with the evaluated weights only, and no password."""
-    model, manifest = checkpoints.load_model(checkpoint)
+    model, manifest = load_model(checkpoint)
     clean = without_credentials(serialization.to_json(manifest.run))
-    checkpoints.save_checkpoint(
+    save_checkpoint(
         folder,
         run=serialization.from_json(clean),
         position=manifest.position,

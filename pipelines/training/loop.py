@@ -15,9 +15,9 @@ import torch.distributed as dist
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from pipelines.checkpoints.manifest import Position
 from pipelines.config import Run
 from pipelines.data.batch import Batch
+from pipelines.data.position import Position
 from pipelines.hardware.device import autocast_dtype, is_gpu
 from pipelines.rng import Purpose, key
 from pipelines.training.fsdp import update_average

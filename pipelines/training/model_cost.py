@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from pipelines.checkpoints.manifest import build_model, without_weights
 from pipelines.config import Model
+from pipelines.training.model import build_model, without_weights
 from pipelines.training.state import checkpoint_gradients
 
 Shape = Sequence[int]

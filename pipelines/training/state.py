@@ -11,12 +11,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     bf16_compress_hook,
 )
 
-from pipelines.checkpoints.manifest import build_model
 from pipelines.config import Run
 from pipelines.hardware.device import is_gpu, set_numerics
 from pipelines.training.compiling import decide
 from pipelines.training.fsdp import shard
 from pipelines.training.loop import TrainState
+from pipelines.training.model import build_model
 from pipelines.training.optimizer import build_optimizer
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from pipelines.checkpoints.manifest import Position
 from pipelines.config.recipes import load_code
 from pipelines.data.batch import Batch
 from pipelines.data.loader import Supply, reading_of
+from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet
 from pipelines.data.stream import Plans
 from pipelines.evaluation.image_keys import keys_of

@@ -17,7 +17,6 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from pipelines import predict
-from pipelines.checkpoints.manifest import build_model
 from pipelines.config import Probe, Run
 from pipelines.data import prefetch, stream
 from pipelines.data.loader import opened_here
@@ -27,6 +26,7 @@ from pipelines.evaluation.held_out import HeldOut
 from pipelines.export.images import Encoded
 from pipelines.export.subject import Subject
 from pipelines.training.gradient_probe import Prober
+from pipelines.training.model import build_model
 from tests.fake_gpu.device import GPU
 from tests.fake_gpu.steps import batch_of, fake_run, settings_of
 from tests.fake_gpu.watch import Watch

@@ -10,18 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.checkpoints.manifest import (
-    PRETRAINED,
-    build_model,
-    load_model,
-    opened,
-    without_weights,
-)
+from pipelines.checkpoints.manifest import load_model, opened
 from pipelines.checkpoints.model_code import load_model_code
 from pipelines.checkpoints.pretrained import load_initial
 from pipelines.checkpoints.weight_sources import find_manifest
 from pipelines.config import Model, Run
 from pipelines.storage.path import Place
+from pipelines.training.model import PRETRAINED, build_model, without_weights
 from sovit.trunks import image_shape
 
 

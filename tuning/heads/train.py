@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.checkpoints.manifest import build_model
 from pipelines.config import Optim, Run, Schedule
 from pipelines.errors import NonFiniteLossError
 from pipelines.hardware.device import find_device, forked_rng, upload
 from pipelines.training.loop import LoopSettings
 from pipelines.training.metrics import Sums
 from pipelines.training.mixup import smooth_targets, soft_cross_entropy
+from pipelines.training.model import build_model
 from pipelines.training.optimizer import (
     build_optimizer,
     learning_rate,

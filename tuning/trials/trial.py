@@ -205,8 +205,8 @@ class Trainer:
         from pipelines.config.overrides import change_fields
         from pipelines.config.recipes import load_code
         from pipelines.config.serialization import from_json
+        from pipelines.driver.fit import fit
         from pipelines.tracking.sweeps import child_tags
-        from pipelines.train import fit
 
         if known.code:
             load_code(known.code)

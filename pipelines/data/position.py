@@ -1,0 +1,16 @@
+"""Where a training stands in its data: the next global batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Point at the next global batch to train on."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Batches of this epoch that were trained on."""
+    step: int = 0
+    """Batches of all epochs that were trained on."""
