@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import ray
 
 from pipelines.config import Scale
 from pipelines.driver.cluster import ray_session, wait_for_address
+from pipelines.driver.signals import stop_requests
 from pipelines.errors import InterruptedRun
 
 
@@ -97,14 +99,35 @@ def test_what_ray_raises_is_one_line(
     assert advice in str(caught.value)
 
 
+def in_a_finalizer(number: int, frame: object) -> None:
+    """Raise as Ray's own handler does, where Python ignores what is raised."""
+    with contextlib.suppress(SystemExit):
+        sys.exit(number)
+
+
+def raised_in_ray(number: int, frame: object) -> None:
+    sys.exit(1)
+
+
+@pytest.mark.parametrize("handler", [in_a_finalizer, raised_in_ray])
 def test_sigterm_while_ray_starts_ends_as_any_other(
-    no_ray: None, monkeypatch: pytest.MonkeyPatch
+    handler: Callable[[int, object], None],
+    no_ray: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ray answers it by sys.exit(1), as if something had failed."""
-    monkeypatch.setattr(ray, "init", lambda **settings: sys.exit(1))
+    def init(**settings: object) -> None:
+        signal.signal(signal.SIGTERM, handler)
+        signal.raise_signal(signal.SIGTERM)
+
+    def begin() -> None:
+        with stop_requests() as stop, ray_session(Scale()):
+            stop.arm()
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0})
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(InterruptedRun, match="SIGTERM") as caught, ray_session(Scale()):
-        pass
+    with pytest.raises(InterruptedRun, match="SIGTERM") as caught:
+        begin()
     assert caught.value.code == 128 + signal.SIGTERM
 
 

@@ -19,7 +19,6 @@ from ray.autoscaler.sdk import request_resources
 from pipelines.cli.own_packages import away_from_clashes
 from pipelines.config import Scale
 from pipelines.config.data import CPUS_PER_READ
-from pipelines.errors import InterruptedRun
 from pipelines.storage.redaction import error_summary, without_credentials
 from pipelines.tracking.client import environment
 
@@ -62,12 +61,11 @@ def ray_session(
         _check_machine(scale, num_runs=num_runs)
     try:
         with environment({} if on_cluster else _without_proxy()):
-            with _interruptible():
-                if on_cluster:
-                    _join(scale)
-                else:
-                    _start(dashboard=dashboard)
-                _wait_for_room(scale, num_runs=num_runs)
+            if on_cluster:
+                _join(scale)
+            else:
+                _start(dashboard=dashboard)
+            _wait_for_room(scale, num_runs=num_runs)
             yield
     finally:
         ray.shutdown()
@@ -163,18 +161,6 @@ def _refused(wanted: str, *, hint: str) -> Iterator[None]:
             f"expected {wanted}, got {type(error).__name__}: "
             f"{reason[:_MAX_REASON_CHARS]}; {hint}"
         ) from error
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """End as any command that gets SIGTERM, which Ray takes as it starts, and exits."""
-    try:
-        yield
-    except InterruptedRun:  # of a signal that Ray left alone
-        raise
-    except SystemExit as error:
-        status = 128 + signal.SIGTERM
-        raise InterruptedRun("ended by SIGTERM", status=status) from error
 
 
 @contextlib.contextmanager

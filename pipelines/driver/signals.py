@@ -24,6 +24,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 Answer = Literal["end", "note", "wait"]
 # `timeout` and some shells signal a process and then its group: that asks once.
 ECHO_S = 0.5
+_MOST_SIGNALS = 4096
 
 
 class StopRequest:
@@ -38,20 +39,42 @@ class StopRequest:
         self._asked_s = -math.inf
         self._answer: Answer = "end"
         self._answered: tuple[int, ...] = ()
+        self._came: int | None = None  # a pipe's end, from which signals are read
         self._terminals = [fd for fd in (0, 1, 2) if _is_terminal(fd)]
 
     def arm(self) -> None:
         """Answer signals again after a library took them: `ray.init` takes SIGTERM.
 
-        Those that `stop_requests` leaves alone stay so.
+        Those that `stop_requests` leaves alone stay so. Raises as `check` does.
         """
         for number in self._answered:
             signal.signal(number, self.handle)
+        self.check()
 
-    def begin(self, numbers: Iterable[int]) -> None:
-        """Answer these signals from now on."""
+    @contextlib.contextmanager
+    def answering(self, numbers: Iterable[int]) -> Iterator[None]:
+        """Answer these signals within a block; note those that a library answers.
+
+        Its handler may raise what is lost: within a finalizer Python ignores it.
+        """
         self._answered = tuple(numbers)
-        self.arm()
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        handlers = {number: signal.getsignal(number) for number in self._answered}
+        self._came = reader
+        try:
+            with self.restored():
+                self.arm()
+                yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            self._came = None
+            os.close(reader)
+            os.close(writer)
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[threading.Event]:
@@ -74,18 +97,21 @@ class StopRequest:
 
     def check(self) -> None:
         """Raise as the signal would have where one has come in the meantime."""
+        self._note_what_came()
         if self.event.is_set():
             raise self._interruption()
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Raise a signal's own end where Ray made `SystemExit(1)` of it.
+        """Raise a signal's own end where Ray made another SystemExit of it.
 
-        Ray does so with what a handler raises while it waits in its own C++ code.
+        Its own handler of SIGTERM does, and so does its C++ code with whatever a
+        handler raises while it waits.
         """
         try:
             yield
         except SystemExit as error:
+            self._note_what_came()
             is_known = error.code in (CHECKPOINTED, 128 + self._number)
             if is_known or not self.event.is_set():
                 raise
@@ -120,6 +146,15 @@ class StopRequest:
         if self._answer == "note":
             _say(f"{self.name}: writing a checkpoint, then ending; again: at once")
 
+    def _note_what_came(self) -> None:
+        if self._came is None or self.event.is_set():
+            return
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self._came, _MOST_SIGNALS):
+                if number in self._answered:
+                    self._number = signal.Signals(number)
+                    self.event.set()
+
     def _interruption(self) -> BaseException:
         if self._number == signal.SIGINT:
             return KeyboardInterrupt()
@@ -144,18 +179,9 @@ def stop_requests(*, is_wanted: bool = True) -> Iterator[StopRequest]:
     if not is_wanted or threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {
-        number: signal.getsignal(number)
-        for number in SIGNALS
-        if signal.getsignal(number) != signal.SIG_IGN
-    }
-    stop.begin(before)
-    try:
-        with stop.restored():
-            yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    ignored = [n for n in SIGNALS if signal.getsignal(n) == signal.SIG_IGN]
+    with stop.answering(n for n in SIGNALS if n not in ignored):
+        yield stop
 
 
 def _is_terminal(descriptor: int) -> bool:
