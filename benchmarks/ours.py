@@ -10,7 +10,7 @@ import torch
 from benchmarks.work import Batches, Work, to_device
 from pipelines.config import Augment, Data, Model, Optim, Run, Scale
 from pipelines.data.epoch_plan import Unit
-from pipelines.data.loader import Supply, reading_of
+from pipelines.data.loader import Loader, reading_of
 from pipelines.data.position import Position
 from pipelines.data.ray_source import shares, split_units
 from pipelines.data.reading import Reading
@@ -53,7 +53,7 @@ def ours(work: Work, *, num_epochs: int = _NUM_EPOCHS) -> Batches:
     run = describe_run(work, num_epochs=num_epochs)
     shards = read_shard_set(run.data.train)
     reading = reading_of(shards, run=run, train=True)
-    supply = Supply(
+    supply = Loader(
         shards,
         run=run,
         train=True,

@@ -40,7 +40,7 @@ from pipelines.data.shard_set import read_shard_set
 from pipelines.evaluation.checkpoint import here, load_models, measure_set, named
 from pipelines.evaluation.figures import write_report
 from pipelines.evaluation.held_out import HeldOut, held_out
-from pipelines.evaluation.measure import Outcome, narrowed
+from pipelines.evaluation.measure import EvaluationResult, narrowed
 from pipelines.hardware.device import Wanted, find_device
 from pipelines.robustness import report
 from pipelines.robustness.measure import Subject, measure
@@ -164,7 +164,7 @@ def _evaluated(run: Run, *, options: Options) -> Run:
 
 def _measured(
     models: Mapping[str, nn.Module], one: HeldOut, *, run: Run, device: torch.device
-) -> Outcome:
+) -> EvaluationResult:
     """Evaluate on the images as they are; name those that can't be decoded."""
     bad: list[BadImage] = []
     try:
@@ -175,12 +175,12 @@ def _measured(
             logger.warning("%s of %s left out: %s", image.key, shard, image.reason)
 
 
-def _values(outcome: Outcome) -> dict[str, Any]:
+def _values(outcome: EvaluationResult) -> dict[str, Any]:
     first, *others = outcome.scores.items()
     return first[1].values() | {name: score.values() for name, score in others}
 
 
-def _write_report(outcome: Outcome, one: HeldOut, *, options: Options) -> None:
+def _write_report(outcome: EvaluationResult, one: HeldOut, *, options: Options) -> None:
     found = named(outcome, shards=one.shards).report
     assert found is not None
     checkpoint, shards = (

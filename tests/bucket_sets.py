@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.shards.command import Arguments, Summary, in_process, make_shards
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from tests.s3_server import BUCKET
 from tests.small_sets import jpeg
 
@@ -28,7 +28,7 @@ def make(source: Path | str, out: str, **options) -> Summary:
     return make_shards(arguments, execute=in_process)
 
 
-def content(folder: Place) -> dict[str, bytes]:
+def content(folder: StoragePath) -> dict[str, bytes]:
     """Read all files of a folder."""
     names = [entry.base_name for entry in folder.entries()]
     return {name: folder.within(name).read() for name in names}
@@ -37,5 +37,5 @@ def content(folder: Place) -> dict[str, bytes]:
 def upload(folder: Path, address: str) -> str:
     """Copy a local set, or another folder of files, to an address."""
     for file in folder.iterdir():
-        Place(address).within(file.name).write(file.read_bytes())
+        StoragePath(address).within(file.name).write(file.read_bytes())
     return address

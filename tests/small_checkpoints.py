@@ -11,7 +11,7 @@ import torch
 from pipelines.checkpoints.snapshot import Snapshot
 from pipelines.checkpoints.store import CheckpointStore
 from pipelines.data.position import Position
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from tests.small_runs import small_run
 
 RUN = small_run("none")
@@ -40,5 +40,5 @@ def write_and_be_killed(folder: Path, *, name: str, flush: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.fsync = flushed
-    here = CheckpointStore(Place(str(folder)), num_to_keep=2)
+    here = CheckpointStore(StoragePath(str(folder)), num_to_keep=2)
     here.write(snapshot_of(2), name=name)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import sovit
 from pipelines.config import Augment, Data, Model, Optim, Run, Scale
 from pipelines.data.batch import Batch
-from pipelines.data.loader import Supply, pixel_settings
+from pipelines.data.loader import Loader, pixel_settings
 from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.data.stream import Plans
@@ -77,7 +77,7 @@ def supply_of(
     num_workers: int = 1,
     worker: int = 0,
     **settings: Any,
-) -> Supply:
+) -> Loader:
     """Supply one worker's batches, read and planned in this process."""
     decodes = run.data.decode_on == "readers"
     opener = WorkerOpener(
@@ -86,7 +86,7 @@ def supply_of(
         worker=worker,
         decode=pixel_settings(run, train=train) if decodes else None,
     )
-    supply = Supply(
+    supply = Loader(
         shards,
         run=run,
         train=train,

@@ -14,7 +14,7 @@ from torch import nn
 from pipelines.config import Run, Validation
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.evaluation.held_out import HeldOut
-from pipelines.evaluation.measure import Outcome, validate
+from pipelines.evaluation.measure import EvaluationResult, validate
 from tests.small_runs import meeting, settings_of, small_run, supply_of
 from tests.small_sets import jpeg, write_set
 
@@ -86,7 +86,7 @@ def measured(
     described: HeldOut | None = None,
     num_workers: int = 1,
     worker: int = 0,
-) -> Outcome:
+) -> EvaluationResult:
     """Evaluate in this process, or as one worker of a group."""
     run = run or run_of(shards.address)
     supply = supply_of(

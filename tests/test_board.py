@@ -8,44 +8,51 @@ import pytest
 
 from pipelines.driver.progress import Display
 from pipelines.events.bad_images import BadImageLog
-from pipelines.events.channel import Began, Board, Failed, Item, Measured, heard
+from pipelines.events.channel import (
+    Channel,
+    Event,
+    Metrics,
+    WorkerFailed,
+    WorkerStarted,
+    consumed,
+)
 from tests.waiting import wait_for
 
 
-def begun(rank: int, *, host: str, world_size: int = 3, step: int = 0) -> Began:
-    return Began(rank=rank, world_size=world_size, host=host, step=step)
+def begun(rank: int, *, host: str, world_size: int = 3, step: int = 0) -> WorkerStarted:
+    return WorkerStarted(rank=rank, world_size=world_size, host=host, step=step)
 
 
 def test_all_that_was_posted_is_heard_in_order_the_last_after_the_end() -> None:
-    board, found = Board(), list[Item]()
-    items = [Measured(step=step, metrics={"loss": 1.0}) for step in range(5)]
+    board, found = Channel(), list[Event]()
+    items = [Metrics(step=step, metrics={"loss": 1.0}) for step in range(5)]
     for item in items[:4]:
         board.post(item)
-    with heard(board, hear=found.append, is_over=threading.Event(), every_s=0.02):
-        wait_for(board.is_heard, what="the driver", seconds=10)
+    with consumed(board, hear=found.append, is_over=threading.Event(), every_s=0.02):
+        wait_for(board.is_handled, what="the driver", seconds=10)
         assert found == items[:4]
         board.post(items[4])
-        assert not board.is_heard()
+        assert not board.is_handled()
     assert found == items
-    assert not board.is_ending()
+    assert not board.should_stop()
 
 
 def test_what_was_taken_is_heard_when_the_driver_comes_again() -> None:
-    board = Board()
-    assert board.is_heard()
+    board = Channel()
+    assert board.is_handled()
     board.post(begun(0, host="a"))
-    assert not board.is_heard()
+    assert not board.is_handled()
     assert len(board.take()) == 1
-    assert not board.is_heard()
+    assert not board.is_handled()
     assert board.take() == []
-    assert board.is_heard()
+    assert board.is_handled()
 
 
 def test_the_driver_s_word_to_end_reaches_the_board() -> None:
-    board, is_over = Board(), threading.Event()
-    with heard(board, hear=lambda item: None, is_over=is_over, every_s=0.02):
+    board, is_over = Channel(), threading.Event()
+    with consumed(board, hear=lambda item: None, is_over=is_over, every_s=0.02):
         is_over.set()
-        wait_for(board.is_ending, what="the driver's word", seconds=10)
+        wait_for(board.should_stop, what="the driver's word", seconds=10)
 
 
 def test_hosts_are_named_when_all_workers_have_begun(
@@ -59,7 +66,7 @@ def test_hosts_are_named_when_all_workers_have_begun(
     display.show(begun(2, host="a"))
     assert capsys.readouterr().out == "3 workers on a: 2, b: 1; from step 0\n"
 
-    display.show(Failed(rank=1, reason="it died"))
+    display.show(WorkerFailed(rank=1, reason="it died"))
     assert capsys.readouterr().out == "worker 1 failed: it died\n"
     # One that began and died before the others did is forgotten.
     display.show(begun(0, host="a", step=7))

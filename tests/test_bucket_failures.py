@@ -14,7 +14,7 @@ from pipelines.checkpoints.manifest import opened
 from pipelines.checkpoints.run_record import check_name
 from pipelines.data.shard_set import read_shard_set
 from pipelines.storage import filesystem, retry
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from tests.bucket_sets import ROOT, content, make, upload, write_images
 from tests.s3_server import BUCKET, Fault, Line, checked_credentials, s3_server
 from tests.small_sets import write_set
@@ -50,7 +50,7 @@ def test_a_store_that_fails_for_a_moment_changes_nothing(
         line.fail(pattern, num=4, fault=fault)
     there = read_shard_set(out)
     assert there.digest == read_shard_set(str(tmp_path / "train")).digest
-    assert content(Place(out)) == content(Place(str(tmp_path / "train")))
+    assert content(StoragePath(out)) == content(StoragePath(str(tmp_path / "train")))
     warned = Counter(
         record.getMessage().partition(": ")[0] for record in caplog.records
     )
@@ -72,11 +72,11 @@ def test_an_upload_that_fails_leaves_nothing(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(filesystem, "_CLIENT_TRIES", 1)
-    file = Place(f"{ROOT}/large.bin")
+    file = StoragePath(f"{ROOT}/large.bin")
     line.fail("PUT .*partNumber=2", num=100)
     with pytest.raises(ConnectionError), file.writing() as path:
         path.write_bytes(bytes(25_000_000))
-    assert [entry.base_name for entry in Place(ROOT).entries()] == []
+    assert [entry.base_name for entry in StoragePath(ROOT).entries()] == []
     line.mend()
     with file.writing() as path:
         path.write_bytes(bytes(25_000_000))
@@ -87,16 +87,16 @@ def test_a_shard_that_vanishes_is_named_at_once(
     line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = upload(Path(write_set(tmp_path / "set", groups=[[3]] * 2)), f"{ROOT}/set")
-    gone = Place(address).within("set-00001-of-00002.parquet")
-    listed = Place.entries
+    gone = StoragePath(address).within("set-00001-of-00002.parquet")
+    listed = StoragePath.entries
 
-    def listing_then_losing(place: Place) -> list:
+    def listing_then_losing(place: StoragePath) -> list:
         found = listed(place)
         gone.delete()
         line.taken()
         return found
 
-    monkeypatch.setattr(Place, "entries", listing_then_losing)
+    monkeypatch.setattr(StoragePath, "entries", listing_then_losing)
     with pytest.raises(ValueError, match=f"{gone}: .*not in the store"):
         read_shard_set(address)
     assert len([r for r in line.taken() if r.endswith(gone.name)]) == 1

@@ -20,7 +20,7 @@ from pipelines.checkpoints.run_record import (
 from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Run
 from pipelines.data.position import Position
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.training.model import build_model
 from tests.bucket_sets import ROOT, content, upload
 from tests.s3_server import BUCKET, Line, s3_server
@@ -43,7 +43,7 @@ def test_a_record_comes_back_from_a_bucket(line: Line) -> None:
     # One request, so that no reader meets half a record or none.
     assert line.taken() == [f"PUT /{BUCKET}/runs/a/run.json"]
     assert read_record(run.storage, name="a") == later
-    assert list(content(Place(run.storage, "a"))) == ["run.json"]
+    assert list(content(StoragePath(run.storage, "a"))) == ["run.json"]
     with pytest.raises(ValueError, match=r"'a'.* another --name or .* --resume a"):
         check_name(run.storage, name="a")
     check_name(run.storage, name="b")
@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_named(
 ) -> None:
     folder = write_checkpoint(tmp_path / "epoch_0001", small_run("none"))
     address = upload(folder, f"{ROOT}/epoch_0001")
-    weights = Place(address).within("model.safetensors")
+    weights = StoragePath(address).within("model.safetensors")
     whole = weights.read()
     if damage == "gone":
         weights.delete()
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_named(
         opened(address),
     ):
         pass
-    manifest = Place(address).within("checkpoint.json")
+    manifest = StoragePath(address).within("checkpoint.json")
     manifest.write(manifest.read()[:-9])
     with pytest.raises(ValueError, match=f"{manifest}: .*cut off"), opened(address):
         pass

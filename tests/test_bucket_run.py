@@ -20,7 +20,7 @@ from pipelines.checkpoints.run_record import read_record
 from pipelines.data.shard_set import read_shard_set
 from pipelines.driver.fit import fit
 from pipelines.evaluate import Options, evaluate_checkpoint
-from pipelines.storage.filesystem import open_place
+from pipelines.storage.filesystem import open_filesystem
 from tests.demo_runs import small_demo
 from tests.s3_server import BUCKET, Line, s3_server
 
@@ -42,7 +42,7 @@ def addresses(*names: str) -> list[str]:
 
 
 def upload(folder: str, address: str) -> None:
-    filesystem, path = open_place(address)
+    filesystem, path = open_filesystem(address)
     pafs.copy_files(
         folder,
         path,

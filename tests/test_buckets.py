@@ -15,7 +15,7 @@ from pipelines.data.reading import read_rows
 from pipelines.data.shard_set import read_shard_set
 from pipelines.shards.command import Arguments, make_shards
 from pipelines.shards.planning import Done
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from tests.bucket_sets import NUM_SHARDS, ROOT, content, make, upload, write_images
 from tests.s3_server import BUCKET, Line, s3_server
 from tests.small_sets import jpeg, reading_of, write_set
@@ -46,7 +46,7 @@ def test_a_set_in_a_bucket_is_the_set_on_a_path(
     out = f"{scheme}://{BUCKET}/{tmp_path.name}/train"
     local = str(tmp_path / "train")
     assert make(images, local).done == make(images, out).done
-    assert content(Place(out)) == content(Place(local))
+    assert content(StoragePath(out)) == content(StoragePath(local))
     there, here = read_shard_set(out), read_shard_set(local)
     assert there.digest == here.digest
     assert there.classes == here.classes
@@ -90,16 +90,16 @@ def test_stopped_work_goes_on_in_a_bucket(
     arguments = Arguments(images, out, num_shards=NUM_SHARDS)
     with pytest.raises(Stopped):
         make_shards(arguments, execute=stopping)
-    names = [entry.base_name for entry in Place(out).entries()]
+    names = [entry.base_name for entry in StoragePath(out).entries()]
     assert len([name for name in names if name.endswith(".parquet")]) == num
     # What a store keeps of another writer, and of another run.
-    Place(out).within("train-00002-of-00003.parquet").write(b"PAR1 cut")
+    StoragePath(out).within("train-00002-of-00003.parquet").write(b"PAR1 cut")
     line.taken()
     assert not make(images, out).was_finished
     written = {request for request in line.taken() if request.startswith("PUT")}
     kept = [f"PUT /{BUCKET}/train/train-{i:05d}-of-00003.parquet" for i in range(num)]
     assert not written & set(kept)
-    assert content(Place(out)) == content(Place(str(tmp_path / "train")))
+    assert content(StoragePath(out)) == content(StoragePath(str(tmp_path / "train")))
 
 
 def test_nothing_but_our_own_set_is_replaced(line: Line, images: Path) -> None:
@@ -109,7 +109,7 @@ def test_nothing_but_our_own_set_is_replaced(line: Line, images: Path) -> None:
         make(images, out, seed=1)
     make(images, out, seed=1, overwrite=True)
     assert read_shard_set(out).groups.total_rows == 24
-    other = Place(f"{ROOT}/other")
+    other = StoragePath(f"{ROOT}/other")
     other.within("thesis.txt").write(b"precious")
     with pytest.raises(ValueError, match="not a set that this command began"):
         make(images, str(other), overwrite=True)
@@ -127,7 +127,9 @@ def test_unpacking_needs_a_folder_of_its_own(line: Line, tmp_path: Path) -> None
     scratch = tmp_path / "scratch"
     make(source, f"{ROOT}/train", scratch=scratch)
     make(source, str(tmp_path / "train"))
-    assert content(Place(f"{ROOT}/train")) == content(Place(str(tmp_path / "train")))
+    assert content(StoragePath(f"{ROOT}/train")) == content(
+        StoragePath(str(tmp_path / "train"))
+    )
     assert list(scratch.iterdir()) == []
 
 
@@ -188,10 +190,10 @@ def test_a_source_in_a_bucket_is_that_on_a_path(
         with tarfile.open(source, "w") as tar:
             tar.add(images, arcname=".")
         far = f"{far}.tar"
-        Place(far).write(source.read_bytes())
+        StoragePath(far).write(source.read_bytes())
     else:
         for file in images.rglob("*.jpg"):
-            Place(f"{far}/{file.relative_to(images)}").write(file.read_bytes())
+            StoragePath(f"{far}/{file.relative_to(images)}").write(file.read_bytes())
     here, there = tmp_path / "a" / "set", tmp_path / "b" / "set"
     assert make(source, str(here)).done == make(far, str(there)).done
     shards = [path.name for path in here.glob("*.parquet")]

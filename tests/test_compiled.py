@@ -27,7 +27,7 @@ from pipelines.data.batch import Batch
 from pipelines.training.compiling import why_not
 from pipelines.training.loop import TrainState, train
 from pipelines.training.model import build_model
-from pipelines.training.nonfinite import Guard
+from pipelines.training.nonfinite import NonFiniteGuard
 from pipelines.training.optimizer import build_optimizer
 from pipelines.training.state import build_state
 from tests.small_runs import CPU, SO_VIT, settings_of, small_run
@@ -255,7 +255,7 @@ def test_a_step_takes_no_value_from_its_tensors(
         # On a CPU the loop asks after each step whether it was good.
         with pytest.raises(DataDependentOutputException):
             take_steps(state, items[:1], run=run)
-        monkeypatch.setattr(Guard, "check", lambda self: "")
+        monkeypatch.setattr(NonFiniteGuard, "check", lambda self: "")
         take_steps(state, items[1:], run=run)
     assert state.position.step == len(items)
 

@@ -109,7 +109,7 @@ def test_a_process_that_trains_alone_has_the_whole_batch() -> None:
     alone = dataclasses.replace(RUN, scale=Scale(num_workers=0))
     one = dataclasses.replace(RUN, scale=Scale(num_workers=1))
     assert alone.micro_batch_size == one.micro_batch_size
-    assert (alone.scale.is_alone, one.scale.is_alone) == (True, False)
+    assert (alone.scale.is_local, one.scale.is_local) == (True, False)
 
 
 def test_repeats_must_fit_a_batch_and_a_policy_be_one() -> None:

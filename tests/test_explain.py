@@ -172,7 +172,7 @@ def test_a_resumed_run_is_explained_from_its_last_checkpoint(
         ema=None,
         optimizer=None,
     )
-    place = explain.Place(run.storage).within("mine")
+    place = explain.StoragePath(run.storage).within("mine")
     CheckpointStore(place, num_to_keep=2).write(snapshot, name="step_00000004")
     before = sorted(tmp_path.rglob("*"))
     train._main(["--resume", "mine", "--storage", run.storage, "--dry-run"])

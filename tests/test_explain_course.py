@@ -14,7 +14,7 @@ from pipelines.data.shard_set import read_shard_set
 from pipelines.dry_run import timing
 from pipelines.dry_run.lr_plot import NUM_COLUMNS, NUM_ROWS, draw_text
 from pipelines.dry_run.machine import Machine, warnings_of
-from pipelines.dry_run.progress_left import course_of
+from pipelines.dry_run.progress_left import remaining_of
 from pipelines.dry_run.report import hours_text, size_text
 from pipelines.dry_run.timing import time_here
 from tests.small_runs import small_run
@@ -68,7 +68,7 @@ def test_steps_and_images_are_counted_to_the_end(address: str) -> None:
 
     def course(**position: int) -> Any:
         start = Position(**position)
-        return course_of(run, train_shards=shards, num_held_out=29, start=start)
+        return remaining_of(run, train_shards=shards, num_held_out=29, start=start)
 
     new = course()
     assert (new.steps_per_epoch, new.num_steps, new.last_batch_size) == (4, 12, 5)
@@ -88,7 +88,7 @@ def test_repeated_images_count_as_often_as_they_come(address: str) -> None:
         run, augment=dataclasses.replace(run.augment, num_repeats=2)
     )
     shards = read_shard_set(address)
-    found = course_of(run, train_shards=shards, num_held_out=0, start=Position())
+    found = remaining_of(run, train_shards=shards, num_held_out=0, start=Position())
     # 15, 14 and 15 rows of 29, in batches of four rows.
     assert found.num_steps == 4 + 4 + 4
     assert found.num_images_left == 2 * (15 + 14 + 15)

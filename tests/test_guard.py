@@ -16,7 +16,7 @@ from pipelines.config import Model, Run
 from pipelines.data.batch import Batch
 from pipelines.errors import NonFiniteLossError, RewindError
 from pipelines.training.loop import TrainState
-from pipelines.training.nonfinite import Guard, group_of
+from pipelines.training.nonfinite import NonFiniteGuard, group_of
 from tests.small_runs import CPU, SO_VIT, plain, small_run, state_of
 from tests.test_loop import batch_of, pictures, run_loop
 
@@ -45,7 +45,7 @@ def guarded(state: TrainState, run: Run) -> TrainState:
     def keys_of(rows: Sequence[int]) -> dict[int, str]:
         return {row: f"cat/{row}.jpg" for row in rows}
 
-    state.guard = Guard(
+    state.guard = NonFiniteGuard(
         state.model, state.optimizer, optim=run.optim, device=CPU, keys_of=keys_of
     )
     return state

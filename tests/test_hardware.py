@@ -10,7 +10,7 @@ import torch
 
 from pipelines.driver.progress import Display
 from pipelines.events.bad_images import BadImageLog
-from pipelines.events.channel import Began
+from pipelines.events.channel import WorkerStarted
 from pipelines.hardware import device, facts
 from pipelines.hardware.device import CPU, PeakMemory
 from pipelines.hardware.facts import host_facts, tags_of, without_bfloat16, worker_facts
@@ -97,7 +97,7 @@ def test_all_that_have_begun_are_told_of_together_in_their_order(
         on_begun=note,
     )
     for rank, told in ((1, V100), (0, H200)):
-        item = Began(rank=rank, world_size=2, host="a", step=3, hardware=told)
+        item = WorkerStarted(rank=rank, world_size=2, host="a", step=3, hardware=told)
         display.show(item)
     display.close()
     first, second = capsys.readouterr().out.splitlines()

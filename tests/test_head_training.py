@@ -14,7 +14,7 @@ from torch import Tensor
 import sovit
 from pipelines.config import Data, Model, Optim, Run, Scale
 from pipelines.errors import NonFiniteLossError
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.training.model import build_model
 from tests.small_runs import SO_VIT
 from tests.token_sets import NUM_CLASSES, write_token_set
@@ -202,7 +202,7 @@ def test_a_set_is_whole_or_refused(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     tokens = write_token_set(folder)
     assert TokenSet.open(str(folder)) == tokens
-    assert tokens.place == Place(str(folder))
+    assert tokens.place == StoragePath(str(folder))
     file = min(folder.glob("*.parquet"))
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match=rf"{file.name}: wanted a whole file"):

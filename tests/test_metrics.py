@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines.training.metrics import Sums, correct
+from pipelines.training.metrics import MetricSums, correct
 
 
 def test_correct_counts_the_best_k() -> None:
@@ -17,7 +17,7 @@ def test_correct_counts_the_best_k() -> None:
 
 
 def test_sums_are_weighted_means_and_start_again() -> None:
-    sums = Sums(torch.device("cpu"))
+    sums = MetricSums(torch.device("cpu"))
     ranks = torch.arange(8.0)
     # The label comes first, first, sixth; a filling row counts nowhere.
     logits = torch.stack([-ranks, -(ranks - 1).abs(), -ranks, ranks])

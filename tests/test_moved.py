@@ -38,7 +38,7 @@ from pipelines.evaluate import _main as evaluate
 from pipelines.export.command import _main as export
 from pipelines.predict import _main as predict
 from pipelines.results.compare import _main as compare
-from pipelines.storage.filesystem import absolute, open_place
+from pipelines.storage.filesystem import absolute, open_filesystem
 from pipelines.tracking.client import sqlite_path, sqlite_uri
 from pipelines.tracking.query import RunStore
 from pipelines.train import _main
@@ -171,7 +171,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert absolute("~/runs") == "/home/someone/runs"
     assert absolute("a~/runs") == os.path.abspath("a~/runs")
     assert absolute("s3://bucket/~/x") == "s3://bucket/~/x"
-    assert open_place("~/x")[1] == "/home/someone/x"
+    assert open_filesystem("~/x")[1] == "/home/someone/x"
     assert tracking.default_uri("~/runs") == "sqlite:////home/someone/runs/mlflow.db"
 
 

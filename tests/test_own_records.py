@@ -30,7 +30,7 @@ from pipelines.config.serialization import to_json
 from pipelines.driver.fit import fit
 from pipelines.storage import lease
 from pipelines.storage.lease import OWNER_FILE, claimed
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from tests.demo_runs import RECIPE
 from tests.fault_runs import brief_run
 from tests.mlflow_stores import prepare_store
@@ -38,16 +38,16 @@ from tests.waiting import wait_for
 from tuning import sweep as sweep_module
 from tuning.checks import check_sweep_name
 from tuning.search import _main as tune
-from tuning.trials.ledger import Entry, Ledger, Sweep, read_sweep
+from tuning.trials.ledger import Ledger, Sweep, TrialRecord, read_sweep
 from tuning.trials.options import Search
-from tuning.trials.trial import Known, Trainer
+from tuning.trials.trial import Trainer, TrialContext
 
 NUM_AT_ONCE = 6
 BUSY = r"expected a name that nobody works on, got 'a'.*process \d+ on .*--name"
 
 
 def test_a_folder_is_one_processs_at_a_time_and_left_as_it_was(tmp_path: Path) -> None:
-    folder = Place(str(tmp_path / "runs/a"))
+    folder = StoragePath(str(tmp_path / "runs/a"))
     with claimed(folder):
         with pytest.raises(ValueError, match=BUSY) as caught, claimed(folder):
             pass
@@ -61,28 +61,26 @@ def test_a_folder_is_one_processs_at_a_time_and_left_as_it_was(tmp_path: Path) -
 
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "a"
-    code = "import sys, time; from pipelines.storage.path import Place\n"
+    code = "import sys, time; from pipelines.storage.path import StoragePath\n"
     code += "from pipelines.storage.lease import claimed\n"
-    code += (
-        "with claimed(Place(sys.argv[1])): print('held', flush=True); time.sleep(99)"
-    )
+    code += "with claimed(StoragePath(sys.argv[1])): print('held', flush=True); time.sleep(99)"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, folder], stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(ValueError, match=f"process {holder.pid} on"):
-        claimed(Place(str(folder))).__enter__()
+        claimed(StoragePath(str(folder))).__enter__()
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert (folder / OWNER_FILE).exists()
-    with claimed(Place(str(folder))):
+    with claimed(StoragePath(str(folder))):
         pass
 
 
 def _claim_once(folder: str, barrier: Any, won: Any) -> None:
     barrier.wait()
-    with contextlib.suppress(ValueError), claimed(Place(folder)):
+    with contextlib.suppress(ValueError), claimed(StoragePath(folder)):
         with won.get_lock():
             won.value += 1
         barrier.wait()
@@ -106,12 +104,14 @@ def test_of_several_at_once_one_has_it(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+def bucket(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> StoragePath:
     """Give a run's folder in a store without locks, where waits are short."""
     monkeypatch.setattr(lease, "_BEAT_S", 0.02)
     monkeypatch.setattr(lease, "_SETTLE_S", 0.01)
     monkeypatch.setattr(lease, "_WATCH_S", 0.2)
-    return Place(f"memory://{request.node.name}/runs/a")
+    return StoragePath(f"memory://{request.node.name}/runs/a")
 
 
 def _other(**fields: Any) -> lease.Owner:
@@ -119,7 +119,7 @@ def _other(**fields: Any) -> lease.Owner:
 
 
 def test_in_a_bucket_who_lives_is_seen_by_what_it_writes(
-    bucket: Place, monkeypatch: pytest.MonkeyPatch
+    bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with claimed(bucket):
         before = lease._read(bucket)
@@ -135,7 +135,7 @@ def test_in_a_bucket_who_lives_is_seen_by_what_it_writes(
 
 
 def test_in_a_bucket_a_process_of_this_machine_is_looked_at(
-    bucket: Place, monkeypatch: pytest.MonkeyPatch
+    bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "_WATCH_S", 1e6)
     lease._write(bucket, owner=_other())
@@ -147,11 +147,11 @@ def test_in_a_bucket_a_process_of_this_machine_is_looked_at(
 
 
 def test_of_two_in_a_bucket_at_once_the_last_to_write_has_it(
-    bucket: Place, monkeypatch: pytest.MonkeyPatch
+    bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = lease._write
 
-    def overwritten(folder: Place, *, owner: lease.Owner) -> None:
+    def overwritten(folder: StoragePath, *, owner: lease.Owner) -> None:
         write(folder, owner=owner)
         write(folder, owner=_other())
 
@@ -204,7 +204,7 @@ def test_a_run_and_a_sweep_of_a_name_that_is_worked_on_are_refused(
     (tmp_path / "run.json").write_text(to_json(searched))
     (tmp_path / "recipe.py").write_text(RECIPE)
     arguments = [f"{tmp_path}/recipe.py:small", "pooling", "--name", "s"]
-    with claimed(Place(base.storage).within("s")):
+    with claimed(StoragePath(base.storage).within("s")):
         with pytest.raises(ValueError, match=r"nobody works on, got 's'.*process \d+"):
             tune([*arguments, "--scheduler", "none"])
         assert find_record(base.storage, name="s") is None
@@ -236,7 +236,7 @@ def test_a_sweep_takes_no_trials_of_another(
     (tmp_path / "s-0000").rmdir()
 
     new_record(run, name="s-0000", sweep_id="theirs")
-    known = Known(
+    known = TrialContext(
         sweep="s",
         sweep_id="ours",
         run=to_json(run),
@@ -255,7 +255,7 @@ def test_a_sweep_takes_no_trials_of_another(
     monkeypatch.setattr(
         tracking, "tag_run", lambda *arguments, **tags: tagged.append(arguments)
     )
-    entry = ledger.put(Entry(number=0, setting={}, status="refused"))
+    entry = ledger.put(TrialRecord(number=0, setting={}, status="refused"))
     sweep_module._end(entry, ledger=ledger, uri="")
     assert tagged == []
     theirs = Ledger(_sweep(run, id="theirs"), stage="full")

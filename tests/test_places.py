@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.shards.format import SCHEMA, write_shard
-from pipelines.storage.filesystem import open_place
-from pipelines.storage.path import Place
+from pipelines.storage.filesystem import open_filesystem
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import is_remote, retrying
 from tests.small_sets import jpeg
 
@@ -29,7 +29,7 @@ STORE = "s3://bucket/folder"
 
 def test_paths_and_file_addresses_are_local(tmp_path: Path) -> None:
     for address in (str(tmp_path), f"file://{tmp_path}"):
-        filesystem, path = open_place(address)
+        filesystem, path = open_filesystem(address)
         assert isinstance(filesystem, pafs.LocalFileSystem)
         assert path == str(tmp_path)
         assert not is_remote(address)
@@ -55,37 +55,37 @@ def settings_of(filesystem: pafs.FileSystem) -> dict[str, object]:
 def test_s3_takes_its_settings_from_the_environment(
     s3_environment: pytest.MonkeyPatch,
 ) -> None:
-    filesystem, path = open_place("s3://bucket/a/b/")
+    filesystem, path = open_filesystem("s3://bucket/a/b/")
     found = settings_of(filesystem)
     assert path == "bucket/a/b"
     assert found["region"] == "eu-north-1"
     assert found["endpoint_override"] == "http://127.0.0.1:9"
-    assert open_place("s3://bucket/other")[0] is filesystem
+    assert open_filesystem("s3://bucket/other")[0] is filesystem
     s3_environment.setenv("AWS_CA_BUNDLE", __file__)
     s3_environment.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:7")
     s3_environment.delenv("AWS_REGION")
     s3_environment.setenv("AWS_DEFAULT_REGION", "eu-west-3")
-    found = settings_of(open_place("s3://bucket/a")[0])
+    found = settings_of(open_filesystem("s3://bucket/a")[0])
     assert found["endpoint_override"] == "http://127.0.0.1:7"
     assert found["region"] == "eu-west-3"
     assert found["tls_ca_file_path"] == __file__
 
 
 def test_someone_else_gets_another_client(s3_environment: pytest.MonkeyPatch) -> None:
-    before = open_place(STORE)[0]
+    before = open_filesystem(STORE)[0]
     s3_environment.setenv("AWS_ACCESS_KEY_ID", "another")
-    assert open_place(STORE)[0] is not before
+    assert open_filesystem(STORE)[0] is not before
 
 
 @pytest.mark.usefixtures("s3_environment")
 def test_an_address_has_the_last_word() -> None:
     address = "s3://me:sec%2Fret@bucket/a%20b?region=ap-east-1&scheme=http"
-    filesystem, path = open_place(address)
+    filesystem, path = open_filesystem(address)
     found = settings_of(filesystem)
     assert path == "bucket/a b"
     assert (found["access_key"], found["secret_key"]) == ("me", "sec/ret")
     assert (found["region"], found["scheme"]) == ("ap-east-1", "http")
-    found = settings_of(open_place("s3://bucket/a?anonymous=true")[0])
+    found = settings_of(open_filesystem("s3://bucket/a?anonymous=true")[0])
     assert found["anonymous"] is True
 
 
@@ -106,7 +106,7 @@ def test_what_cannot_be_opened_is_said_without_secrets(
     address: str, saying: str
 ) -> None:
     with pytest.raises(ValueError, match=r"wanted .* such as s3://bucket") as caught:
-        open_place(address)
+        open_filesystem(address)
     assert saying in str(caught.value)
     shown = "".join(map(str, [caught.value, caught.value.__cause__]))
     assert "hidden" not in shown
@@ -115,7 +115,7 @@ def test_what_cannot_be_opened_is_said_without_secrets(
 
 def test_google_s_store_is_not_waited_for_15_minutes() -> None:
     for option, limit_s in (("", 10), ("?retry_limit_seconds=77", 77)):
-        filesystem, path = open_place(f"gs://anonymous@bucket/x{option}")
+        filesystem, path = open_filesystem(f"gs://anonymous@bucket/x{option}")
         assert path == "bucket/x"
         assert isinstance(filesystem, pafs.GcsFileSystem)
         limit = filesystem.__reduce__()[1][0]["retry_time_limit"]
@@ -257,12 +257,14 @@ def test_no_damage_of_a_shard_is_taken_for_the_network(at: int, kind: str) -> No
 
 
 @pytest.fixture(params=["path", "file://", "memory://"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> StoragePath:
     roots = {"path": str(tmp_path), "file://": f"file://{tmp_path}"}
-    return Place(roots.get(request.param, f"memory://{tmp_path.name}"), "a/b")
+    return StoragePath(roots.get(request.param, f"memory://{tmp_path.name}"), "a/b")
 
 
-def test_a_file_is_written_whole_and_read_back(folder: Place, tmp_path: Path) -> None:
+def test_a_file_is_written_whole_and_read_back(
+    folder: StoragePath, tmp_path: Path
+) -> None:
     assert folder.kind() == pafs.FileType.NotFound
     folder.make_folder()
     assert folder.kind() == pafs.FileType.Directory
@@ -284,7 +286,7 @@ def test_a_file_is_written_whole_and_read_back(folder: Place, tmp_path: Path) ->
     assert folder.entries() == []
 
 
-def test_a_file_that_was_not_finished_does_not_appear(folder: Place) -> None:
+def test_a_file_that_was_not_finished_does_not_appear(folder: StoragePath) -> None:
     folder.make_folder()
     file = folder.within("x.bin")
     file.write(b"before")
@@ -295,6 +297,8 @@ def test_a_file_that_was_not_finished_does_not_appear(folder: Place) -> None:
 
 
 def test_a_place_is_small_and_shows_no_secret() -> None:
-    place = Place("s3://key:hidden@bucket/a?region=eu-west-1", "b").within("c.json")
+    place = StoragePath("s3://key:hidden@bucket/a?region=eu-west-1", "b").within(
+        "c.json"
+    )
     assert str(place) == "s3://bucket/a/b/c.json?region=eu-west-1"
     assert pickle.loads(pickle.dumps(place)) == place

@@ -18,7 +18,7 @@ from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.data.position import Position
 from pipelines.data.shard_set import read_shard_set
 from pipelines.driver.mlflow_run import log_model
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.tracking import registry
 from pipelines.tracking.registry import BEST, register_model, registered_name
 from pipelines.training.model import build_model
@@ -87,7 +87,7 @@ def test_a_runs_model_is_loaded_as_the_best_of_its_recipe(
         ema=None,
         optimizer=None,
     )
-    trained = Trained(metrics={"val/top1": 61.5}, checkpoint=Place(str(folder)))
+    trained = Trained(metrics={"val/top1": 61.5}, checkpoint=StoragePath(str(folder)))
     job = Job(
         run=run,
         train_shards=shards,

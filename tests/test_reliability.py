@@ -27,7 +27,7 @@ from pipelines.driver.failures import StopOnValueError
 from pipelines.driver.fit import fit
 from pipelines.errors import NonFiniteLossError, RewindError
 from pipelines.storage import filesystem, retry
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.train import _main
 from pipelines.training import loop
 from pipelines.training.loop import TrainState
@@ -96,7 +96,7 @@ def tracked(uri: str, name: str) -> MlflowRun:
 
 
 def newest_of(run: Run, name: str) -> str:
-    store = CheckpointStore(Place(run.storage).within(name), num_to_keep=2)
+    store = CheckpointStore(StoragePath(run.storage).within(name), num_to_keep=2)
     return store.newest()
 
 

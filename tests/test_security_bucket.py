@@ -17,7 +17,7 @@ from moto import settings
 
 from pipelines.driver.fit import fit
 from pipelines.evaluate import Options, evaluate_checkpoint
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from tests.bucket_sets import ROOT, upload
 from tests.demo_runs import small_demo
 from tests.s3_server import BUCKET, Line, s3_server
@@ -96,12 +96,12 @@ def test_the_rights_are_enough(
             checkpoint=str(trained.checkpoint), shards=run.data.val, batch_size=64
         )
         assert evaluate_checkpoint(options)["num_images"] == 101
-        names = {item.base_name for item in Place(f"{ROOT}/runs/far").entries()}
+        names = {item.base_name for item in StoragePath(f"{ROOT}/runs/far").entries()}
         assert {"run.json", "epoch_0003"} <= names
         # The last is kept, and the best, which may be it.
         assert not {"epoch_0001", "epoch_0002"} <= names, "deleting was tried"
         with pytest.raises(ValueError, match="AWS_ACCESS_KEY_ID"):
-            Place(f"{ROOT}/shards/train/x").write(b"")
+            StoragePath(f"{ROOT}/shards/train/x").write(b"")
     assert any("DELETE" in request or "?delete" in request for request in line.taken())
 
 

@@ -19,12 +19,12 @@ from pipelines.checkpoints import snapshot
 from pipelines.checkpoints.manifest import load_optimizer, load_weights, read_manifest
 from pipelines.config import Run
 from pipelines.data.batch import Batch
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.training import compiling
 from pipelines.training.fsdp import shard_state, update_average
 from pipelines.training.loop import TrainState, train
 from pipelines.training.state import build_state
-from pipelines.worker.checkpointing import Keeper
+from pipelines.worker.checkpointing import Checkpointer
 from tests.small_runs import CPU, evaluated, meeting, settings_of, small_run
 from tests.test_loop import batch_of, pictures
 
@@ -81,9 +81,9 @@ def keep(state: TrainState, run: Run, *, rank: int, folder: Path) -> None:
     classes = ("a", "b", "c")
     job: Any = SimpleNamespace(run=run, train_shards=SimpleNamespace(classes=classes))
     group: Any = SimpleNamespace(
-        rank=rank, folder=Place(str(folder.parent)), post=lambda item: None
+        rank=rank, folder=StoragePath(str(folder.parent)), post=lambda item: None
     )
-    keeper = Keeper(job, group=group)
+    keeper = Checkpointer(job, group=group)
     with pytest.MonkeyPatch.context() as patch:
         if rank:
             patch.delattr(snapshot, "download")

@@ -22,7 +22,7 @@ from pipelines.shards.command import (
     on_ray,
 )
 from pipelines.shards.planning import Done
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from tests.imagenet_files import tar_bytes
 from tests.small_sets import jpeg
 from tests.understood import classes, parquet, samples, tars, write, zipped
@@ -262,7 +262,7 @@ def test_a_source_in_a_bucket_gives_the_same_set(store: str, tmp_path: Path) -> 
     files = STORES[store]
     address = f"memory://{tmp_path.name}-{re.sub('[^a-z]', '', store.lower())}/images"
     for name, data in files.items():
-        Place(f"{address}/{name}").write(data)
+        StoragePath(f"{address}/{name}").write(data)
     here, there = tmp_path / "a" / "set", tmp_path / "b" / "set"
     make(write(tmp_path / "images", files), here)
     summary = make(address, there)

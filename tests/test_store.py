@@ -22,7 +22,7 @@ from pipelines.checkpoints.snapshot import (
 )
 from pipelines.checkpoints.store import CheckpointStore, write_validation
 from pipelines.storage import filesystem, retry
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from tests.s3_server import BUCKET, Line, s3_server
 from tests.small_checkpoints import snapshot_of, write_and_be_killed
 
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def here(folder: Path) -> CheckpointStore:
-    return CheckpointStore(Place(str(folder)), num_to_keep=2)
+    return CheckpointStore(StoragePath(str(folder)), num_to_keep=2)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_life_that_was_given_up_is_left_alone(here: CheckpointStore) -> None:
 
 
 def test_what_is_evaluated_later_is_kept_until_then(folder: Path) -> None:
-    waiting = CheckpointStore(Place(str(folder)), num_to_keep=1, waits=True)
+    waiting = CheckpointStore(StoragePath(str(folder)), num_to_keep=1, waits=True)
     write_epochs(waiting, None, None, None)
     assert names_of(waiting) == ["epoch_0001", "epoch_0002", "epoch_0003"]
     for epoch, top1 in ((1, 20.0), (2, 30.0)):
@@ -136,7 +136,7 @@ def test_cut_off_at_any_moment_it_is_whole_or_none(folder: Path) -> None:
     # torch takes seconds to import: one process does, and others fork off it.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tests.small_runs"])
-    here = CheckpointStore(Place(str(folder)), num_to_keep=2)
+    here = CheckpointStore(StoragePath(str(folder)), num_to_keep=2)
     here.write(snapshot_of(1), name="epoch_0001")
     found: list[tuple[str, list[str]]] = []
     writer = None
@@ -217,11 +217,11 @@ def test_what_is_half_deleted_is_no_checkpoint(
     for step in (1, 2, 3):
         here.write(snapshot_of(step), name=f"epoch_{step:04d}")
 
-    def cut(place: Place) -> None:
+    def cut(place: StoragePath) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Place, "delete_folder", cut)
+        patch.setattr(StoragePath, "delete_folder", cut)
         with pytest.raises(OSError, match="Input/output"):
             here.retire(until=3)
     assert sorted(os.listdir(folder)) == ["epoch_0001", "epoch_0002", "epoch_0003"]
@@ -233,7 +233,7 @@ def test_what_is_half_deleted_is_no_checkpoint(
 
 
 def test_in_a_bucket_it_is_the_same(line: Line) -> None:
-    there = CheckpointStore(Place(f"s3://{BUCKET}/run"), num_to_keep=1)
+    there = CheckpointStore(StoragePath(f"s3://{BUCKET}/run"), num_to_keep=1)
     assert there.newest() == ""
     write_epochs(there, 20.0, 10.0, 10.0)
     assert names_of(there) == ["epoch_0001", "epoch_0003"]
@@ -252,7 +252,9 @@ def test_in_a_bucket_it_is_the_same(line: Line) -> None:
             there.write(snapshot_of(5), name="step_00000005")
         line.mend()
         assert there.newest() == "step_00000004"
-        names = {entry.base_name for entry in Place(f"s3://{BUCKET}/run").entries()}
+        names = {
+            entry.base_name for entry in StoragePath(f"s3://{BUCKET}/run").entries()
+        }
         assert "step_00000005" not in names
     # A killed process leaves what it had put so far.
     there.place("step_00000006").within(MODEL_FILE).write(b"some")
@@ -265,7 +267,7 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
     line: Line,
 ) -> None:
     """Else a run would begin anew for a bucket that was away for a minute."""
-    there = CheckpointStore(Place(f"s3://{BUCKET}/run"), num_to_keep=1)
+    there = CheckpointStore(StoragePath(f"s3://{BUCKET}/run"), num_to_keep=1)
     there.write(snapshot_of(1), name="epoch_0001")
     for pattern in ("list-type", f"GET .*{MANIFEST}"):
         line.fail(pattern, num=100)

@@ -33,7 +33,7 @@ from tests.test_train import runs_of
 from tests.waiting import wait_for
 from tuning.search import _begun, _main, _split
 from tuning.stage import placement_groups
-from tuning.trials.ledger import Entry, Ledger, Sweep, read_sweep, write_sweep
+from tuning.trials.ledger import Ledger, Sweep, TrialRecord, read_sweep, write_sweep
 
 ROOT = Path(__file__).parents[1]
 # Good, without end, and so small that nothing is learnt.
@@ -85,12 +85,12 @@ def killed_when(command: list[str], *, ledger_of: Path) -> None:
         process.wait()
 
 
-def as_ended(entries: Iterable[Entry]) -> list[Entry]:
+def as_ended(entries: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Give trials without their MLflow runs: a kill may come before they are noted."""
     return [dataclasses.replace(entry, mlflow_run_id="") for entry in entries]
 
 
-def by_rate(entries: tuple[Entry, ...]) -> dict[float, Entry]:
+def by_rate(entries: tuple[TrialRecord, ...]) -> dict[float, TrialRecord]:
     return {entry.setting["optim.lr"]: entry for entry in entries}
 
 
@@ -129,7 +129,7 @@ def test_a_killed_sweep_goes_on_to_its_end(
     check_report(tmp_path, entries=found.entries, storage=storage)
 
 
-def check_mlflow(storage: str, *, entries: tuple[Entry, ...]) -> None:
+def check_mlflow(storage: str, *, entries: tuple[TrialRecord, ...]) -> None:
     """One parent, and below it each trial once, with what it came to."""
     store = RunStore(tracking.default_uri(storage))
     children = store.find(["searched"])
@@ -153,7 +153,9 @@ def check_mlflow(storage: str, *, entries: tuple[Entry, ...]) -> None:
             assert run.metrics["epoch"] == entry.epoch
 
 
-def check_report(folder: Path, *, entries: tuple[Entry, ...], storage: str) -> None:
+def check_report(
+    folder: Path, *, entries: tuple[TrialRecord, ...], storage: str
+) -> None:
     """The winner is the best of those that finished, and can be trained as it is."""
     report = Path(storage) / "searched" / "report"
     names = {file.name for file in report.iterdir()}

@@ -12,14 +12,14 @@ import pytest
 
 from recipes.demo import demo
 from tuning.budget import Budget
-from tuning.trials.head_trial import HEAD_METRIC, foretold, promoted
-from tuning.trials.ledger import Entry, Ledger, Sweep, read_sweep, write_sweep
+from tuning.trials.head_trial import HEAD_METRIC, promoted, rank_pairs
+from tuning.trials.ledger import Ledger, Sweep, TrialRecord, read_sweep, write_sweep
 from tuning.trials.options import Search
 from tuning.trials.trial import bad_end, config_of
-from tuning.watch import Watch
+from tuning.watch import TrialRecorder
 
 
-def trial_of(entry: Entry) -> Any:
+def trial_of(entry: TrialRecord) -> Any:
     """Stand for Tune's trial: only its configuration is looked at."""
     return SimpleNamespace(config=config_of(entry.number, entry.setting))
 
@@ -39,7 +39,7 @@ def a_ledger(folder: Path, *, num_trials: int = 3, **search: Any) -> Ledger:
     ledger = Ledger(a_sweep(folder, **search), stage="full")
     for number in range(num_trials):
         setting = {"pooling.power": 0.1 + number / 10, "pooling.reduced_dim": (8, 4)}
-        ledger.put(Entry(number=number, setting=setting))
+        ledger.put(TrialRecord(number=number, setting=setting))
     return ledger
 
 
@@ -72,9 +72,9 @@ def test_what_can_not_be_read_is_named(tmp_path: Path) -> None:
         read_sweep(str(tmp_path), name="searched")
 
 
-def watched(ledger: Ledger) -> tuple[Watch, list[Entry]]:
-    ended: list[Entry] = []
-    watch = Watch(
+def watched(ledger: Ledger) -> tuple[TrialRecorder, list[TrialRecord]]:
+    ended: list[TrialRecord] = []
+    watch = TrialRecorder(
         ledger, metric="val/top1", num_epochs=2, num_trials=3, on_end=ended.append
     )
     return watch, ended
@@ -146,9 +146,9 @@ def test_the_budget_counts_what_was_spent_before_a_stop(tmp_path: Path) -> None:
 
 
 def test_the_best_heads_are_promoted_and_some_of_the_others() -> None:
-    def head(number: int, value: float, status: Any = "finished") -> Entry:
+    def head(number: int, value: float, status: Any = "finished") -> TrialRecord:
         reports = ({"epoch": 1.0, HEAD_METRIC: value},)
-        return Entry(number=number, setting={}, status=status, reports=reports)
+        return TrialRecord(number=number, setting={}, status=status, reports=reports)
 
     heads = [head(n, v) for n, v in enumerate([5.0, 9.0, 7.0, 1.0, 3.0, 8.0])]
     heads.append(head(6, 99.0, status="diverged"))
@@ -161,13 +161,13 @@ def test_the_best_heads_are_promoted_and_some_of_the_others() -> None:
     assert chosen(num_promoted=9) == [0, 1, 2, 3, 4, 5]
 
     sweep = a_sweep(Path("none"))
-    full = Entry(
+    full = TrialRecord(
         number=1,
         setting={},
         status="finished",
         reports=({"epoch": 8.0, "val/top1": 80.0},),
     )
-    assert foretold(heads, [full], sweep=sweep) == ([9.0], [80.0], [1])
+    assert rank_pairs(heads, [full], sweep=sweep) == ([9.0], [80.0], [1])
 
 
 @pytest.mark.parametrize(

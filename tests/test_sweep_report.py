@@ -42,7 +42,7 @@ from tuning.report.recipe import winner_recipe
 from tuning.report.statistics import importances, rank_correlation
 from tuning.report.table import as_csv, ranked, table, winner_of
 from tuning.search import _begun, _resumed, _split
-from tuning.trials.ledger import Entry, Sweep, read_sweep, write_sweep
+from tuning.trials.ledger import Sweep, TrialRecord, read_sweep, write_sweep
 from tuning.trials.options import Search
 
 DOMAINS = {
@@ -64,12 +64,12 @@ def a_sweep(run: Run | None = None, **search: Any) -> Sweep:
     )
 
 
-def trial(number: int, *values: float, status: Any = "finished") -> Entry:
+def trial(number: int, *values: float, status: Any = "finished") -> TrialRecord:
     """Make a trial whose result hangs on its power alone."""
     power = round(0.3 + 0.05 * number, 2)
     dims = [(24, 12), (48, 24)][number % 2]
     rate = 1e-3 * (1 + number % 3)
-    return Entry(
+    return TrialRecord(
         number=number,
         setting={
             "pooling.power": power,
@@ -148,7 +148,7 @@ def test_the_winner_is_a_recipe(tmp_path: Path, changes: dict[str, Any]) -> None
     check_recipe(a_sweep(change_fields(demo(), changes)), ENTRIES[1], folder=tmp_path)
 
 
-def check_recipe(sweep: Sweep, winner: Entry, *, folder: Path) -> None:
+def check_recipe(sweep: Sweep, winner: TrialRecord, *, folder: Path) -> None:
     """Hold the written recipe to the trial's run, and to our layout."""
     file = folder / "winner.py"
     file.write_text(winner_recipe(sweep, winner))
@@ -244,7 +244,9 @@ def test_a_winner_of_ones_own_file_trains_from_any_folder(
     sweep, _ = _begun(*_split(["mine.py:run", "space.py:rates", "--name", "searched"]))
     write_sweep(sweep)
     assert read_sweep("runs", name="searched") == sweep
-    check_recipe(sweep, Entry(number=0, setting={"optim.lr": 2}), folder=elsewhere)
+    check_recipe(
+        sweep, TrialRecord(number=0, setting={"optim.lr": 2}), folder=elsewhere
+    )
 
     (home / "mine.py").unlink()
     shutil.rmtree(home / "layers")

@@ -16,7 +16,7 @@ from pipelines.errors import InterruptedRun
 from tests.mlflow_stores import prepare_store
 from tests.test_sweep_ledger import a_sweep
 from tuning.sweep import _Carried, _ended_early
-from tuning.trials.ledger import Entry, Ledger, write_sweep
+from tuning.trials.ledger import Ledger, TrialRecord, write_sweep
 
 
 def opened(uri: str, name: str) -> str:
@@ -46,7 +46,7 @@ def test_what_ran_is_killed_in_mlflow_and_what_had_ended_is_not(
     statuses = ("running", "finished", "waiting", "running")
     runs: dict[int, str] = {}
     for number, status in enumerate(statuses):
-        ledger.put(Entry(number=number, setting={}, status=status))
+        ledger.put(TrialRecord(number=number, setting={}, status=status))
         if status == "waiting":
             continue
         name = sweep.trial_name(number)

@@ -18,7 +18,7 @@ from pipelines.config import Run, Scale
 from pipelines.data.loader import opened_here, reading_of
 from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet, read_shard_set
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.training.model import build_model
 from sovit.official import official_names
 from tests.demo_runs import small_demo
@@ -110,7 +110,12 @@ def check_view(tokens: TokenSet, *, view: int, wanted: dict[int, Tensor]) -> Non
 
 
 def written(
-    trained: Trained, out: Place, *, split: str, backbone: Backbone, num_views: int = 1
+    trained: Trained,
+    out: StoragePath,
+    *,
+    split: str,
+    backbone: Backbone,
+    num_views: int = 1,
 ) -> None:
     """Write a split's files in this process, without Ray."""
     shards = read_shard_set(getattr(trained.run.data, split))
@@ -163,7 +168,7 @@ def test_what_is_there_is_used_again_and_nothing_else(
 ) -> None:
     """Without Ray: files of a job that was stopped are enough to finish the set."""
     caplog.set_level(logging.INFO)
-    run, out = trained.run, Place(str(tmp_path / "tokens"))
+    run, out = trained.run, StoragePath(str(tmp_path / "tokens"))
     backbone = load_backbone(run, checkpoint=trained.checkpoint, num_classes=10)
     for split in ("train", "val"):
         written(trained, out.within(split), split=split, backbone=backbone)
@@ -192,7 +197,7 @@ def test_what_is_there_is_used_again_and_nothing_else(
 def test_further_views_are_those_of_the_trainings_epochs(
     trained: Trained, tmp_path: Path
 ) -> None:
-    out = Place(str(tmp_path))
+    out = StoragePath(str(tmp_path))
     backbone = load_backbone(trained.run, checkpoint=trained.checkpoint, num_classes=10)
     for split, num_views in (("train", 2), ("val", 1)):
         written(
@@ -222,7 +227,7 @@ def test_what_float16_cant_hold_is_refused_by_name(
     with pytest.raises(
         ValueError, match=r"^\S+: wanted tokens up to 65,504, .* so_vit"
     ):
-        written(trained, Place(str(tmp_path)), split="val", backbone=backbone)
+        written(trained, StoragePath(str(tmp_path)), split="val", backbone=backbone)
 
 
 def test_a_backbone_is_found_or_refused(trained: Trained, tmp_path: Path) -> None:

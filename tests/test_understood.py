@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.shards.listing import Fields, Listing
 from pipelines.shards.sources import list_source
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from tests.small_sets import jpeg
 from tests.understood import (
     CAT_DOG,
@@ -311,7 +311,7 @@ def test_it_is_the_same_in_a_bucket(name: str, tmp_path: Path) -> None:
     if len(files) < len(row.files):
         pytest.skip("a bucket has no empty folders")
     for path, data in files.items():
-        Place(f"{address}/{path}").write(data)
+        StoragePath(f"{address}/{path}").write(data)
     if row.refused:
         with pytest.raises(ValueError, match=row.refused):
             understand(row, address)

@@ -18,7 +18,7 @@ from pipelines.data.batch import Batch
 from pipelines.data.shard_set import ShardSet
 from pipelines.evaluation import scores as sums
 from pipelines.evaluation.measure import (
-    Outcome,
+    EvaluationResult,
     Score,
     check_counted,
     models_of,
@@ -48,7 +48,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return write_damaged_set(tmp_path_factory.mktemp("validation") / "set")
 
 
-def check(outcome: Outcome, logits: np.ndarray, *, labels: np.ndarray) -> None:
+def check(outcome: EvaluationResult, logits: np.ndarray, *, labels: np.ndarray) -> None:
     """Hold what the first model came to against the formulas, written out."""
     shares = np.exp(logits[GOOD])
     shares /= shares.sum(axis=1, keepdims=True)
@@ -282,7 +282,9 @@ def test_two_workers_measure_what_one_does(shards: ShardSet, tmp_path: Path) -> 
     alone = measured(models, shards, described=held_out(shards))
     assert alone.report is not None
     for rank in range(2):
-        found: Outcome = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        found: EvaluationResult = torch.load(
+            tmp_path / f"rank{rank}.pt", weights_only=False
+        )
         for name, score in found.scores.items():
             wanted = alone.scores[name].values()
             assert score.values() == pytest.approx(wanted, rel=1e-6)
@@ -307,11 +309,11 @@ def test_the_average_comes_first_where_there_is_one() -> None:
 
 
 def test_an_image_that_is_not_counted_is_noticed() -> None:
-    def outcome(num_images: int, num_bad: int) -> Outcome:
+    def outcome(num_images: int, num_bad: int) -> EvaluationResult:
         score = Score(
             loss=1.0, top1=0.0, top5=0.0, num_images=num_images, num_bad=num_bad
         )
-        return Outcome(scores={"raw": score})
+        return EvaluationResult(scores={"raw": score})
 
     check_counted(outcome(36, 1), num_rows=37, max_bad_share=0.03)
     for num_images in (35, 37):

@@ -20,7 +20,7 @@ from pipelines.data.shard_set import read_shard_set
 from pipelines.evaluate import Options, _main, evaluate_checkpoint
 from pipelines.evaluation.checkpoint import measure_checkpoint, named
 from pipelines.evaluation.held_out import held_out, held_out_of
-from pipelines.evaluation.measure import Outcome, Score
+from pipelines.evaluation.measure import EvaluationResult, Score
 from pipelines.robustness.options import Robustness
 from pipelines.shards.format import CLASSES_FILE
 from pipelines.training.model import build_model
@@ -240,5 +240,5 @@ def test_keys_that_can_not_be_read_do_not_end_a_training(
     assert "go by their rows" in caplog.text
     assert again.report is found.outcomes["val"].report
     score = Score(loss=1.0, top1=0.0, top5=0.0, num_images=1, num_bad=0)
-    bare = Outcome(scores={"raw": score})
+    bare = EvaluationResult(scores={"raw": score})
     assert named(bare, shards=shards) == bare

@@ -14,8 +14,8 @@ from pipelines.data.position import Position
 from pipelines.data.shard_set import read_shard_set
 from pipelines.driver.async_evaluation import Validator
 from pipelines.evaluation.held_out import held_out_of
-from pipelines.events.channel import Item, Kept, Measured, Noted, Pictured
-from pipelines.storage.path import Place
+from pipelines.events.channel import CheckpointSaved, Event, Figure, Message, Metrics
+from pipelines.storage.path import StoragePath
 from pipelines.worker.job import Job, outcome
 from tests.small_runs import small_run, state_of
 from tests.small_sets import write_set
@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> Run:
     return dataclasses.replace(run, validation=validation)
 
 
-def keep(run: Run, folder: Path, epoch: int) -> Kept:
+def keep(run: Run, folder: Path, epoch: int) -> CheckpointSaved:
     """Keep a checkpoint as a worker does that evaluates nothing."""
     state = state_of(run, seed=epoch)
     name = f"epoch_{epoch:04d}"
@@ -47,7 +47,7 @@ def keep(run: Run, folder: Path, epoch: int) -> Kept:
         ema=state_of(run, seed=100 + epoch).model,
         optimizer=None,
     )
-    return Kept(name=name, epoch=epoch, step=NUM_STEPS * epoch)
+    return CheckpointSaved(name=name, epoch=epoch, step=NUM_STEPS * epoch)
 
 
 def job_of(run: Run) -> Job:
@@ -74,10 +74,10 @@ def test_checkpoints_are_measured_in_turn_and_by_the_next_driver(
     ray_local: None, tmp_path: Path, run: Run
 ) -> None:
     folder = tmp_path / "runs" / "mine"
-    job, place = job_of(run), Place(str(folder))
+    job, place = job_of(run), StoragePath(str(folder))
     # The driver before was killed when this one was written.
     left = keep(run, folder, 2)
-    heard: list[Item] = []
+    heard: list[Event] = []
     validator = Validator(job, folder=place, hear=heard.append)
     for epoch in (3, 4):
         validator.kept(keep(run, folder, epoch))
@@ -87,15 +87,15 @@ def test_checkpoints_are_measured_in_turn_and_by_the_next_driver(
     validator.kept(damaged)
     finish(validator)
 
-    measured = {item.step: item.metrics for item in heard if isinstance(item, Measured)}
+    measured = {item.step: item.metrics for item in heard if isinstance(item, Metrics)}
     assert measured.keys() == {20, 40}
     for metrics in measured.values():
         assert metrics["val/num_images"] == 20
         assert metrics["val/top1"] != metrics["val_raw/top1"] or (
             metrics["val/loss"] != metrics["val_raw/loss"]
         )
-    assert sum(isinstance(item, Pictured) for item in heard) == 2
-    lines = [item.line for item in heard if isinstance(item, Noted)]
+    assert sum(isinstance(item, Figure) for item in heard) == 2
+    lines = [item.line for item in heard if isinstance(item, Message)]
     assert lines[0].startswith(f"{left.name}  held-out top-1 ")
     assert any("epoch_0006 is not evaluated" in line for line in lines)
 
@@ -115,8 +115,8 @@ def test_what_training_is_too_far_ahead_of_is_left_out(
     ray_local: None, tmp_path: Path, run: Run
 ) -> None:
     folder = tmp_path / "runs" / "mine"
-    place = Place(str(folder))
-    heard: list[Item] = []
+    place = StoragePath(str(folder))
+    heard: list[Event] = []
     every = dataclasses.replace(run.validation, every_epochs=1)
     run = dataclasses.replace(run, validation=every)
     validator = Validator(job_of(run), folder=place, hear=heard.append)
@@ -124,7 +124,7 @@ def test_what_training_is_too_far_ahead_of_is_left_out(
         validator.kept(keep(run, folder, epoch))
     validator.look()
     validator.cancel()
-    lines = [item.line for item in heard if isinstance(item, Noted)]
+    lines = [item.line for item in heard if isinstance(item, Message)]
     assert lines == ["epoch_0002 is not evaluated: training is ahead"]
     # So that it does not stay for ever; the others are for the next driver.
     store = CheckpointStore(place, num_to_keep=1, waits=True)
@@ -139,4 +139,6 @@ def test_there_must_be_room_beside_the_workers(
     validation = dataclasses.replace(run.validation, num_gpus=1)
     wanting = dataclasses.replace(run, validation=validation)
     with pytest.raises(ValueError, match=r"wanted 1 GPU beside .* came 0;"):
-        Validator(job_of(wanting), folder=Place(str(tmp_path)), hear=lambda item: None)
+        Validator(
+            job_of(wanting), folder=StoragePath(str(tmp_path)), hear=lambda item: None
+        )

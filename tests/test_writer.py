@@ -16,8 +16,14 @@ from pipelines.checkpoints.async_writer import CheckpointWriter
 from pipelines.checkpoints.snapshot import MODEL_FILE, Snapshot, take_snapshot
 from pipelines.checkpoints.store import CheckpointStore
 from pipelines.data.position import Position
-from pipelines.events.channel import Item, Kept, Measured, Noted, NotKept
-from pipelines.storage.path import Place
+from pipelines.events.channel import (
+    CheckpointFailed,
+    CheckpointSaved,
+    Event,
+    Message,
+    Metrics,
+)
+from pipelines.storage.path import StoragePath
 from tests.small_checkpoints import RUN, snapshot_of
 
 
@@ -25,7 +31,7 @@ class Store(CheckpointStore):
     """Be a store that waits, or is full at some steps, as it is told."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(Place(str(folder)), num_to_keep=2)
+        super().__init__(StoragePath(str(folder)), num_to_keep=2)
         self.begun, self.may_write = threading.Event(), threading.Event()
         self.may_write.set()
         self.full_at: set[int] = set()
@@ -47,13 +53,13 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def told() -> list[Item]:
+def told() -> list[Event]:
     return []
 
 
 @pytest.fixture
 def writing(
-    store: Store, told: list[Item], monkeypatch: pytest.MonkeyPatch
+    store: Store, told: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> CheckpointWriter:
     monkeypatch.setattr(async_writer, "_PATIENCE_S", 0.01)
     return CheckpointWriter(store, tell=told.append, max_failures=1)
@@ -66,7 +72,7 @@ def written(writing: CheckpointWriter, *steps: int) -> None:
 
 
 def test_training_goes_on_while_a_store_is_slow(
-    store: Store, writing: CheckpointWriter, told: list[Item], tmp_path: Path
+    store: Store, writing: CheckpointWriter, told: list[Event], tmp_path: Path
 ) -> None:
     """What is kept are the weights of the moment, whatever training does to them."""
     store.may_write.clear()
@@ -92,7 +98,7 @@ def test_training_goes_on_while_a_store_is_slow(
     for step in (8, 12):
         name = f"step_{step:08d}"
         assert not writing.write(lambda: pytest.fail("copied"), name=name)
-    assert [type(item) for item in told] == [Noted, Noted]
+    assert [type(item) for item in told] == [Message, Message]
     assert "step_00000008 is left out" in str(told[0])
     threading.Timer(0.05, store.may_write.set).start()
     written(writing, 16)
@@ -103,29 +109,30 @@ def test_training_goes_on_while_a_store_is_slow(
 
 
 def test_what_is_written_is_told_and_old_ones_go(
-    store: Store, writing: CheckpointWriter, told: list[Item]
+    store: Store, writing: CheckpointWriter, told: list[Event]
 ) -> None:
     written(writing, 1, 2, 3)
     writing.close(is_done=True)
-    assert [item for item in told if isinstance(item, Kept)] == [
-        Kept(name=f"step_{step:08d}", epoch=step, step=step) for step in (1, 2, 3)
+    assert [item for item in told if isinstance(item, CheckpointSaved)] == [
+        CheckpointSaved(name=f"step_{step:08d}", epoch=step, step=step)
+        for step in (1, 2, 3)
     ]
-    measured = [item for item in told if isinstance(item, Measured)]
+    measured = [item for item in told if isinstance(item, Metrics)]
     assert [item.step for item in measured] == [1, 2, 3]
     assert all(item.metrics["train/checkpoint_write_s"] > 0 for item in measured)
     assert [kept.step for kept in store.kept()] == [2, 3]
 
 
 def test_one_that_fails_is_told_and_the_next_begins_to_count_anew(
-    store: Store, writing: CheckpointWriter, told: list[Item]
+    store: Store, writing: CheckpointWriter, told: list[Event]
 ) -> None:
     store.full_at = {1, 3, 5}
     written(writing, 1, 2, 3, 4, 5, 6)
     writing.close(is_done=True)
     assert [kept.step for kept in store.kept()] == [4, 6]
     reason = "OSError: [Errno 28] No space left on device"
-    assert [item for item in told if isinstance(item, NotKept)] == [
-        NotKept(name=f"step_{step:08d}", reason=reason) for step in (1, 3, 5)
+    assert [item for item in told if isinstance(item, CheckpointFailed)] == [
+        CheckpointFailed(name=f"step_{step:08d}", reason=reason) for step in (1, 3, 5)
     ]
 
 
@@ -155,7 +162,7 @@ def test_the_last_one_must_be_there(store: Store, writing: CheckpointWriter) -> 
 def test_old_ones_that_can_not_be_deleted_are_no_failure(
     store: Store,
     writing: CheckpointWriter,
-    told: list[Item],
+    told: list[Event],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*, until: int) -> None:
@@ -166,5 +173,5 @@ def test_old_ones_that_can_not_be_deleted_are_no_failure(
     writing.close(is_done=True)
     assert [kept.step for kept in store.kept()] == [1, 2, 3]
     reason = "PermissionError: [Errno 13] Permission denied"
-    notes = [item.line for item in told if isinstance(item, Noted)]
+    notes = [item.line for item in told if isinstance(item, Message)]
     assert notes == [f"old checkpoints are not deleted: {reason}"] * 3

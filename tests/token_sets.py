@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.transforms.rows import ROW_ID
 from tuning.heads.feature_set import TokenSet, part_name, schema, write_part
 
@@ -59,13 +59,16 @@ def write_token_set(
             )
             name = part_name(view=view, index=part, num_parts=num_parts)
             write_part(
-                Place(str(folder), name), rows=rows, shape=shape, rows_per_group=30
+                StoragePath(str(folder), name),
+                rows=rows,
+                shape=shape,
+                rows_per_group=30,
             )
             groups, rest = divmod(len(ids), 30)
             files[name] = [30] * groups + [rest] * bool(rest)
         views.append(files)
     found = TokenSet(
-        place=Place(str(folder)),
+        place=StoragePath(str(folder)),
         shape=shape,
         classes=tuple(f"c{at}" for at in range(NUM_CLASSES)),
         num_images=num_rows,

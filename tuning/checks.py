@@ -8,7 +8,7 @@ import re
 from pipelines.checkpoints.run_record import check_name
 from pipelines.config import Run
 from pipelines.driver.preflight import check_run
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering
 from tuning.trials.options import Search
 
@@ -47,14 +47,14 @@ def check_sweep_name(storage: str, *, name: str) -> None:
     trial = re.compile(rf"{re.escape(name)}-\d{{4,}}")
     try:
         with answering():
-            names = [entry.base_name for entry in Place(storage).entries()]
+            names = [entry.base_name for entry in StoragePath(storage).entries()]
     except FileNotFoundError:
         return
     if taken := [other for other in names if trial.fullmatch(other)]:
         shown = ", ".join(taken[:_NUM_SHOWN])
         raise ValueError(
             f"expected a new name for this sweep, got {name!r}, of which "
-            f"{str(Place(storage))!r} holds {len(taken)} trials of another sweep "
+            f"{str(StoragePath(storage))!r} holds {len(taken)} trials of another sweep "
             f"({shown}{', ...' if len(taken) > _NUM_SHOWN else ''}); choose another "
             "--name, or move them away"
         )

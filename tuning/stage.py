@@ -26,7 +26,7 @@ from tuning.trials.ledger import Ledger, StageName, Sweep
 from tuning.trials.options import Search
 from tuning.trials.spaces import Space, choices_of
 from tuning.trials.trial import EPOCH, LISTED, SETTING, config_of, number_of
-from tuning.watch import Watch
+from tuning.watch import TrialRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def run_stage(
     ledger: Ledger,
     *,
     trainable: Callable[[Mapping[str, Any]], None],
-    watch: Watch,
+    watch: TrialRecorder,
     scheduler: TrialScheduler,
     searcher: Searcher | None = None,
     space: Space | None = None,

@@ -29,7 +29,7 @@ from pipelines.tracking.sweeps import (
     open_sweep,
 )
 from tuning.checks import check_sweep, check_sweep_name
-from tuning.report.conclude import check_something_came, conclude
+from tuning.report.conclude import check_something_came, write_report
 from tuning.stage import (
     TRIAL_RESOURCES,
     check_state_api,
@@ -40,11 +40,11 @@ from tuning.stage import (
     wait_until_free,
 )
 from tuning.trials.head_trial import HEAD_METRIC, TOKENS, promoted, run_head_trial
-from tuning.trials.ledger import BAD, Entry, Ledger, StageName, Sweep, write_sweep
+from tuning.trials.ledger import BAD, Ledger, StageName, Sweep, TrialRecord, write_sweep
 from tuning.trials.settings import list_settings
 from tuning.trials.spaces import Space
-from tuning.trials.trial import Known, run_trial
-from tuning.watch import Watch
+from tuning.trials.trial import TrialContext, run_trial
+from tuning.watch import TrialRecorder
 
 logger = logging.getLogger(__name__)
 _PROG = "sovit-tune"
@@ -60,7 +60,7 @@ class _Carried:
     num_concurrent: int
     retries_failed: bool
 
-    def ledger(self, stage: StageName, settings: Sequence[Entry]) -> Ledger:
+    def ledger(self, stage: StageName, settings: Sequence[TrialRecord]) -> Ledger:
         """Open a stage's ledger, with further trials to make."""
         ledger = Ledger(self.sweep, stage=stage)
         for entry in ledger.entries:
@@ -71,12 +71,12 @@ class _Carried:
                 ledger.put(entry)
         return ledger
 
-    def known(self, ledger: Ledger) -> Known:
+    def known(self, ledger: Ledger) -> TrialContext:
         """Tell trials what is known of those that have ended."""
         metrics = self.sweep.search.metrics
         if ledger.stage == "head":
             metrics = (HEAD_METRIC,)
-        return Known(
+        return TrialContext(
             sweep=self.sweep.name,
             sweep_id=self.sweep.id,
             run=to_json(self.sweep.run),
@@ -84,7 +84,7 @@ class _Carried:
             parent_id=self.sweep.mlflow_run_id,
             tracking_uri=self.uri,
             is_local=not os.environ.get("RAY_ADDRESS"),
-            is_alone=self.sweep.run.scale.is_alone,
+            is_alone=self.sweep.run.scale.is_local,
             node_id=ray.get_runtime_context().get_node_id(),
             code=self.sweep.code,
             told={
@@ -108,7 +108,9 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
     check_sweep(run, search=search)
     _scheduler(sweep)
     settings = [] if search.method == "optuna" else list_settings(space, search=search)
-    listed = [Entry(number=n, setting=setting) for n, setting in enumerate(settings)]
+    listed = [
+        TrialRecord(number=n, setting=setting) for n, setting in enumerate(settings)
+    ]
     uri = tracking.default_uri(run.storage)
     num_runs = max(search.num_concurrent, 1)
     with stop_requests() as stop, claimed(sweep.folder):
@@ -132,11 +134,12 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
                     heads = _try_heads(carried, listed)
                     chosen = promoted(list(heads.entries), search=search)
                     listed = [
-                        Entry(number=one.number, setting=one.setting) for one in chosen
+                        TrialRecord(number=one.number, setting=one.setting)
+                        for one in chosen
                     ]
                 ledger = _train(carried, listed)
             stop.finish()
-        conclude(carried.sweep, ledger=ledger, heads=heads, uri=uri)
+        write_report(carried.sweep, ledger=ledger, heads=heads, uri=uri)
     check_something_came(ledger)
     return ledger
 
@@ -198,7 +201,7 @@ def _opened(sweep: Sweep, *, uri: str) -> Sweep:
     return sweep
 
 
-def _train(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
+def _train(carried: _Carried, listed: Sequence[TrialRecord]) -> Ledger:
     """Train settings in full."""
     ledger = carried.ledger("full", listed)
     sweep, search = carried.sweep, carried.sweep.search
@@ -209,7 +212,7 @@ def _train(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
     _mend(ledger, end)
     num_epochs = sweep.run.optim.total_epochs
     num_trials = search.num_trials if searcher else len(ledger.entries)
-    watch = Watch(
+    watch = TrialRecorder(
         ledger,
         metric=search.metric,
         num_epochs=num_epochs,
@@ -234,15 +237,15 @@ def _train(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
             space=space,
             num_concurrent=carried.num_concurrent,
             # Alone, Tune's processes train, and torch starts once for many trials.
-            resources=per_worker(scale) if scale.is_alone else TRIAL_RESOURCES,
-            reuse_actors=scale.is_alone,
+            resources=per_worker(scale) if scale.is_local else TRIAL_RESOURCES,
+            reuse_actors=scale.is_local,
             num_devices=needed(scale).get("GPU", scale.world_size),
         ),
     )
     return ledger
 
 
-def _try_heads(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
+def _try_heads(carried: _Carried, listed: Sequence[TrialRecord]) -> Ledger:
     """Compute the backbone's tokens, and train a head on them for each setting."""
     from tuning.heads.extract import write_tokens
 
@@ -252,7 +255,7 @@ def _try_heads(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
     ledger = carried.ledger("head", listed)
     end = functools.partial(_end_head, ledger=ledger, uri=carried.uri)
     _mend(ledger, end)
-    watch = Watch(
+    watch = TrialRecorder(
         ledger,
         metric=HEAD_METRIC,
         num_epochs=search.head_epochs,
@@ -283,7 +286,7 @@ def _try_heads(carried: _Carried, listed: Sequence[Entry]) -> Ledger:
     return ledger
 
 
-def _watched(watch: Watch, run: Callable[[], None]) -> None:
+def _watched(watch: TrialRecorder, run: Callable[[], None]) -> None:
     """Run a stage; wait until what its stopped trials held is free."""
     before = placement_groups()
     try:
@@ -293,7 +296,7 @@ def _watched(watch: Watch, run: Callable[[], None]) -> None:
     wait_until_free(before)
 
 
-def _end(entry: Entry, *, ledger: Ledger, uri: str) -> None:
+def _end(entry: TrialRecord, *, ledger: Ledger, uri: str) -> None:
     """Give a trial's run in MLflow its end: a stopped trial can't do it itself."""
     sweep = ledger.sweep
     record = find_record(sweep.run.storage, name=sweep.trial_name(entry.number))
@@ -309,14 +312,14 @@ def _end(entry: Entry, *, ledger: Ledger, uri: str) -> None:
     ledger.change(entry.number, mlflow_run_id=run_id)
 
 
-def _mend(ledger: Ledger, end: Callable[[Entry], None]) -> None:
+def _mend(ledger: Ledger, end: Callable[[TrialRecord], None]) -> None:
     """Give those their end in MLflow that the sweep was killed in the middle of."""
     for entry in ledger.entries:
         if entry.has_ended and not entry.mlflow_run_id:
             end(entry)
 
 
-def _end_head(entry: Entry, *, ledger: Ledger, uri: str) -> None:
+def _end_head(entry: TrialRecord, *, ledger: Ledger, uri: str) -> None:
     """Record a head's trial in MLflow; it was too short to do so itself."""
     sweep = ledger.sweep
     try:

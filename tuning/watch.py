@@ -12,14 +12,14 @@ from ray import tune
 from ray.tune.experiment import Trial
 from tqdm import tqdm
 
-from tuning.trials.ledger import Entry, Ledger
+from tuning.trials.ledger import Ledger, TrialRecord
 from tuning.trials.trial import EPOCH, OUTCOME, REASON, number_of, setting_of
 
 _SECONDS_PER_HOUR = 3600
 _DIED = "its process died"
 
 
-class Watch(tune.Callback):
+class TrialRecorder(tune.Callback):
     """Keep the ledger of a stage while Tune runs it, and show its progress.
 
     Args:
@@ -35,7 +35,7 @@ class Watch(tune.Callback):
         metric: str,
         num_epochs: int,
         num_trials: int,
-        on_end: Callable[[Entry], None],
+        on_end: Callable[[TrialRecord], None],
     ) -> None:
         self._ledger, self._num_epochs, self._on_end = ledger, num_epochs, on_end
         self._metric = metric
@@ -76,7 +76,7 @@ class Watch(tune.Callback):
         number = number_of(trial.config)
         if number not in self._ledger:
             setting = setting_of(trial.config)
-            self._ledger.put(Entry(number=number, setting=setting))
+            self._ledger.put(TrialRecord(number=number, setting=setting))
         entry = self._ledger[number]
         if entry.has_ended:
             return
@@ -150,7 +150,7 @@ class Watch(tune.Callback):
         since_s = time.monotonic() - self._started_s[number]
         return self._seconds_before[number] + since_s
 
-    def _show_epoch(self, entry: Entry) -> None:
+    def _show_epoch(self, entry: TrialRecord) -> None:
         value = entry.last(self._metric)
         if value is None:
             return
@@ -176,7 +176,7 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _end_line(entry: Entry, *, metric: str) -> str:
+def _end_line(entry: TrialRecord, *, metric: str) -> str:
     value = entry.last(metric)
     shown = f"  {metric} {value:.4g}" if value is not None else ""
     fields = "  ".join(

@@ -22,7 +22,7 @@ from pipelines.data.epoch_plan import plan_epoch
 from pipelines.data.reading import Reading, read_rows, share_tables
 from pipelines.data.shard_set import read_shard_set
 from pipelines.shards.format import CLASSES_FILE, SCHEMA, shard_name, write_shard
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.training.state import build_state
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def measure_bucket(folder: Path, *, latency_ms: float, tiny: bool) -> dict[str, 
 def _upload(folder: Path) -> str:
     address = f"s3://bucket/{folder.name}"
     for file in folder.iterdir():
-        Place(address).within(file.name).write(file.read_bytes())
+        StoragePath(address).within(file.name).write(file.read_bytes())
     return address
 
 

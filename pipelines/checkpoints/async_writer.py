@@ -8,7 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from pipelines.checkpoints.snapshot import Snapshot
 from pipelines.checkpoints.store import CheckpointStore
-from pipelines.events.channel import Item, Kept, Measured, Noted, NotKept
+from pipelines.events.channel import (
+    CheckpointFailed,
+    CheckpointSaved,
+    Event,
+    Message,
+    Metrics,
+)
 
 # How long a checkpoint within an epoch waits for the one before it to be written.
 _PATIENCE_S = 0.5
@@ -27,7 +33,11 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, store: CheckpointStore, *, tell: Callable[[Item], None], max_failures: int
+        self,
+        store: CheckpointStore,
+        *,
+        tell: Callable[[Event], None],
+        max_failures: int,
     ) -> None:
         self._store, self._tell = store, tell
         self._max_failures = max_failures
@@ -51,7 +61,7 @@ class CheckpointWriter:
             wait([self._pending], timeout=None if can_wait else _PATIENCE_S)
             if not self._pending.done():
                 line = f"{name} is left out: the checkpoint before is being written"
-                self._tell(Noted(line=line))
+                self._tell(Message(line=line))
                 return False
         self._check(max_failures=self._max_failures)
         self._pending = self._thread.submit(self._write, take(), name=name)
@@ -75,17 +85,17 @@ class CheckpointWriter:
         except Exception as error:
             self._num_failures += 1
             self._error = error
-            self._tell(NotKept(name=name, reason=_reason(error)))
+            self._tell(CheckpointFailed(name=name, reason=_reason(error)))
             return
         self._num_failures, self._error = 0, None
-        self._tell(Kept(name=name, epoch=snapshot.position.epoch, step=step))
+        self._tell(CheckpointSaved(name=name, epoch=snapshot.position.epoch, step=step))
         seconds = time.perf_counter() - start_s
-        self._tell(Measured(step=step, metrics={"train/checkpoint_write_s": seconds}))
+        self._tell(Metrics(step=step, metrics={"train/checkpoint_write_s": seconds}))
         try:
             self._store.retire(until=step)
         except (OSError, ValueError) as error:
             line = f"old checkpoints are not deleted: {_reason(error)}"
-            self._tell(Noted(line=line))
+            self._tell(Message(line=line))
 
     def _check(self, *, max_failures: int) -> None:
         if self._error is None or self._num_failures <= max_failures:

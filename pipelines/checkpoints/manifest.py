@@ -33,7 +33,7 @@ from pipelines.checkpoints.snapshot import (
 from pipelines.config import Run
 from pipelines.config.serialization import from_json
 from pipelines.data.position import Position
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering
 from pipelines.training.model import build_model, without_weights
 
@@ -77,7 +77,7 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
     )
 
 
-def peek(place: Place) -> Manifest | None:
+def peek(place: StoragePath) -> Manifest | None:
     """Read a checkpoint's manifest alone; None where it was cut off.
 
     Raises ValueError where its manifest is damaged.
@@ -92,7 +92,7 @@ def peek(place: Place) -> Manifest | None:
 
 
 @contextlib.contextmanager
-def opened(address: str | Place) -> Iterator[Path]:
+def opened(address: str | StoragePath) -> Iterator[Path]:
     """Give the local folder of a checkpoint that may lie in a bucket.
 
     A folder on a path is given as it is. Of a remote one, the manifest and the files
@@ -100,7 +100,7 @@ def opened(address: str | Place) -> Iterator[Path]:
     use. Raises ValueError, naming the address, where there is no checkpoint, it is
     damaged, or the store does not answer.
     """
-    place = Place(address) if isinstance(address, str) else address
+    place = StoragePath(address) if isinstance(address, str) else address
     if not place.is_remote:
         yield Path(place.open()[1])
         return
@@ -110,7 +110,7 @@ def opened(address: str | Place) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _copy(place: Place, folder: Path) -> None:
+def _copy(place: StoragePath, folder: Path) -> None:
     manifest = place.within(MANIFEST)
     try:
         manifest.download(folder / MANIFEST)

@@ -18,7 +18,7 @@ from pipelines.checkpoints.weight_sources import find_manifest
 from pipelines.config.own_code import OwnCode, read_code
 from pipelines.config.recipes import load_code
 from pipelines.storage.filesystem import parent_address
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary
 
 logger = logging.getLogger(__name__)
@@ -38,11 +38,11 @@ def load_model_code(checkpoint: str, *, given: str = "") -> OwnCode | None:
         code = read_code(Path(given))
         load_code(code)
         return code
-    manifest = find_manifest(Place(checkpoint))
+    manifest = find_manifest(StoragePath(checkpoint))
     if manifest is None or timm.is_model(manifest.run.model.name):
         return None
     folder = parent_address(checkpoint)
-    name = Place(folder).name
+    name = StoragePath(folder).name
     record = find_record(parent_address(folder), name=name)
     if record is None or record.code is None:
         return None
@@ -50,8 +50,9 @@ def load_model_code(checkpoint: str, *, given: str = "") -> OwnCode | None:
         raise ValueError(
             f"expected a checkpoint of a model that timm knows, got "
             f"{manifest.run.model.name!r} of {record.code.file}, code that was not "
-            f"trained with by this user on this machine and is not run by itself; read "
-            f"it in {Place(folder).within('run.json')}, and name its file: --code FILE"
+            "trained with by this user on this machine and is not run by itself; read "
+            f"it in {StoragePath(folder).within('run.json')}, "
+            "and name its file: --code FILE"
         )
     load_code(record.code)
     return record.code

@@ -9,7 +9,7 @@ from timm.data import ImageNetInfo  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
 from pipelines.checkpoints.weight_sources import Start, read_start
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary
 from pipelines.training.optimizer import classifiers
 from sovit import SecondOrderNet, SoViT
@@ -55,7 +55,7 @@ def load_initial(
     Raises ValueError naming tensors that are missing, unexpected or of another shape,
     and where there are no weights.
     """
-    start, name = read_start(address), str(Place(address))
+    start, name = read_start(address), str(StoragePath(address))
     weights, report = _adapted(start.weights, model, name=name, triangle=triangle)
     own, classifier = model.state_dict(), _classifier_names(model)
     theirs = [weights[key] for key in classifier & set(weights)]

@@ -18,7 +18,7 @@ from pipelines.config.own_code import OwnCode
 from pipelines.config.serialization import from_json, to_json
 from pipelines.storage.filesystem import absolute
 from pipelines.storage.lease import OWNER_FILE
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary
 from pipelines.storage.retry import answering
 
@@ -55,7 +55,7 @@ def check_name(storage: str, *, name: str) -> None:
             f"wanted a run's name of letters, digits, '.', '_' and '-', came {name!r}; "
             "choose another --name"
         )
-    root = Place(storage)
+    root = StoragePath(storage)
     with answering():
         if _is_taken(root.within(name)):
             raise ValueError(
@@ -65,7 +65,7 @@ def check_name(storage: str, *, name: str) -> None:
         root.check_bucket()
 
 
-def _is_taken(folder: Place) -> bool:
+def _is_taken(folder: StoragePath) -> bool:
     """Tell whether a folder holds anything but the sign of who works on it now."""
     if (kind := folder.kind()) != pafs.FileType.Directory:
         return kind != pafs.FileType.NotFound
@@ -91,7 +91,7 @@ def new_record(
         digests=dict(digests),
         code=code,
     )
-    place = Place(run.storage).within(name)
+    place = StoragePath(run.storage).within(name)
     try:
         with answering():
             place.make_folder()
@@ -109,8 +109,8 @@ def read_record(storage: str, *, name: str) -> Record:
     record = find_record(storage, name=name)
     if record is None:
         raise ValueError(
-            f"wanted a run to resume, came {name!r}, which {str(Place(storage))!r} "
-            "does not hold; look there for the names, or set --storage"
+            f"wanted a run to resume, came {name!r}, which "
+            f"{str(StoragePath(storage))!r} does not hold; look there for the names, or set --storage"
         )
     if record.status == "finished":
         raise ValueError(
@@ -133,7 +133,7 @@ def find_record(storage: str, *, name: str) -> Record | None:
 
     Its storage is where it was found: folders are moved.
     """
-    file = Place(storage).within(name).within(_RECORD)
+    file = StoragePath(storage).within(name).within(_RECORD)
     try:
         with answering():
             text = file.read()
@@ -162,7 +162,7 @@ def find_record(storage: str, *, name: str) -> Record | None:
 def write_record(record: Record) -> None:
     """Write a run's record in place of the one before, whole or not at all."""
     content = dataclasses.asdict(record) | {"run": json.loads(to_json(record.run))}
-    file = Place(record.run.storage).within(record.name).within(_RECORD)
+    file = StoragePath(record.run.storage).within(record.name).within(_RECORD)
     with answering():
         file.write(json.dumps(content, indent=2).encode())
 
@@ -170,4 +170,4 @@ def write_record(record: Record) -> None:
 def delete_record(record: Record) -> None:
     """Take back a new run's record, before anything else is in its folder."""
     with answering():
-        Place(record.run.storage).within(record.name).within(_RECORD).delete()
+        StoragePath(record.run.storage).within(record.name).within(_RECORD).delete()

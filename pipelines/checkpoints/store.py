@@ -21,7 +21,7 @@ import pyarrow.fs as pafs
 
 from pipelines.checkpoints.manifest import Manifest, opened, peek, read_manifest
 from pipelines.checkpoints.snapshot import MANIFEST, Snapshot, write_snapshot
-from pipelines.storage.path import Place, flush
+from pipelines.storage.path import StoragePath, flush
 from pipelines.storage.retry import answering
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _NAME = re.compile(r"(epoch_\d{4,}|step_\d{8,})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Kept:
+class CheckpointInfo:
     """Say what is known of a checkpoint that is whole."""
 
     name: str
@@ -59,12 +59,14 @@ class CheckpointStore:
             until then none is deleted.
     """
 
-    def __init__(self, folder: Place, *, num_to_keep: int, waits: bool = False) -> None:
+    def __init__(
+        self, folder: StoragePath, *, num_to_keep: int, waits: bool = False
+    ) -> None:
         self._folder = folder
         self._num_to_keep = num_to_keep
         self._waits = waits
 
-    def kept(self) -> list[Kept]:
+    def kept(self) -> list[CheckpointInfo]:
         """List the whole checkpoints, by their steps.
 
         One whose manifest is damaged is passed over with a warning. Raises ValueError
@@ -99,11 +101,11 @@ class CheckpointStore:
                 logger.warning("%s", error)
         return ""
 
-    def best(self) -> Kept | None:
+    def best(self) -> CheckpointInfo | None:
         """Give the checkpoint with the best accuracy, of several the first."""
         return _best(self.kept())
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> StoragePath:
         """Say where a checkpoint lies."""
         return self._folder.within(name)
 
@@ -159,7 +161,7 @@ class CheckpointStore:
                     self.place(name).delete_folder()
 
     @contextlib.contextmanager
-    def _whole(self, place: Place) -> Iterator[None]:
+    def _whole(self, place: StoragePath) -> Iterator[None]:
         """Leave nothing of a folder that could not be written."""
         try:
             yield
@@ -168,7 +170,7 @@ class CheckpointStore:
                 place.delete_folder()  # a full disk needs the room
             raise
 
-    def _upload(self, snapshot: Snapshot, *, place: Place) -> None:
+    def _upload(self, snapshot: Snapshot, *, place: StoragePath) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             write_snapshot(Path(scratch), snapshot)
             # The manifest last: a checkpoint without it was cut off.
@@ -191,13 +193,13 @@ class CheckpointStore:
         ]
 
 
-def write_validation(place: Place, *, metrics: Mapping[str, float]) -> None:
+def write_validation(place: StoragePath, *, metrics: Mapping[str, float]) -> None:
     """Note in a checkpoint's folder what another process measured of it."""
     with answering():
         place.within(VALIDATION_FILE).write(json.dumps(dict(metrics)).encode())
 
 
-def _kept(place: Place, *, name: str, manifest: Manifest) -> Kept:
+def _kept(place: StoragePath, *, name: str, manifest: Manifest) -> CheckpointInfo:
     metrics, is_measured = dict(manifest.metrics), SCORE in manifest.metrics
     if not is_measured:
         # After a power cut it may be empty: then it is evaluated again.
@@ -206,9 +208,11 @@ def _kept(place: Place, *, name: str, manifest: Manifest) -> Kept:
             metrics |= json.loads(place.within(VALIDATION_FILE).read())
             is_measured = True
     step = manifest.position.step
-    return Kept(name=name, step=step, metrics=metrics, is_measured=is_measured)
+    return CheckpointInfo(
+        name=name, step=step, metrics=metrics, is_measured=is_measured
+    )
 
 
-def _best(there: list[Kept]) -> Kept | None:
+def _best(there: list[CheckpointInfo]) -> CheckpointInfo | None:
     measured = [kept for kept in there if kept.score > -math.inf]
     return max(measured, key=lambda kept: kept.score) if measured else None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipelines.checkpoints.manifest import Manifest, peek
 from pipelines.checkpoints.snapshot import EMA_FILE, MANIFEST, MODEL_FILE, fingerprint
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering
 from sovit.weight_files import average_keys, find_weights, read_tensors
 
@@ -45,7 +45,7 @@ def read_start(address: str) -> Start:
     without credentials, where there is none, it is damaged or holds anything else, or
     the store does not answer.
     """
-    place = Place(address)
+    place = StoragePath(address)
     try:
         with answering():
             manifest = find_manifest(place)
@@ -65,7 +65,7 @@ def read_start(address: str) -> Start:
         ) from error
 
 
-def find_manifest(place: Place) -> Manifest | None:
+def find_manifest(place: StoragePath) -> Manifest | None:
     """Read the manifest of a checkpoint of ours; None where weights of others are.
 
     Raises ValueError where it is damaged, or the store does not answer.
@@ -76,11 +76,11 @@ def find_manifest(place: Place) -> Manifest | None:
     return None
 
 
-def _is_file(place: Place) -> bool:
+def _is_file(place: StoragePath) -> bool:
     return place.name.endswith(_SUFFIXES)
 
 
-def _of_checkpoint(place: Place, *, manifest: Manifest) -> Start:
+def _of_checkpoint(place: StoragePath, *, manifest: Manifest) -> Start:
     name = EMA_FILE if EMA_FILE in manifest.files else MODEL_FILE
     file, wanted, came = place.within(name), manifest.files[name], None
     with contextlib.suppress(FileNotFoundError), _at_hand(file) as path:
@@ -97,7 +97,7 @@ def _of_checkpoint(place: Place, *, manifest: Manifest) -> Start:
     )
 
 
-def _of_folder(place: Place) -> Start:
+def _of_folder(place: StoragePath) -> Start:
     """Read what timm's `save_for_hf` and `push_to_hf_hub` write."""
     config = place.within(_CONFIG)
     try:
@@ -116,7 +116,7 @@ def _of_folder(place: Place) -> Start:
     return _of_file(place.within(_IN_FOLDERS[-1]), classes=classes)
 
 
-def _of_file(place: Place, *, classes: tuple[str, ...] | None = None) -> Start:
+def _of_file(place: StoragePath, *, classes: tuple[str, ...] | None = None) -> Start:
     with _at_hand(place) as path:
         found = read_tensors(path, shown=str(place))
     is_average = bool(average_keys(found))
@@ -128,7 +128,7 @@ def _of_file(place: Place, *, classes: tuple[str, ...] | None = None) -> Start:
 
 
 @contextlib.contextmanager
-def _at_hand(place: Place) -> Iterator[Path]:
+def _at_hand(place: StoragePath) -> Iterator[Path]:
     """Give a file on this machine: a remote one is copied, and removed after use."""
     if not place.is_remote:
         yield Path(place.open()[1])

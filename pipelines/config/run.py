@@ -165,7 +165,7 @@ class Scale:
         )
 
     @property
-    def is_alone(self) -> bool:
+    def is_local(self) -> bool:
         """Tell whether the calling process trains, without Ray."""
         return not self.num_workers
 
@@ -232,7 +232,7 @@ class Run:
                 f"{self.augment.num_repeats} and {self.data.batch_size}; set "
                 "--augment.num-repeats or --data.batch-size"
             )
-        if self.validation.beside and self.scale.is_alone:
+        if self.validation.beside and self.scale.is_local:
             raise ValueError(
                 "validation.beside: wanted workers of Ray to evaluate beside, came "
                 "--scale.num-workers 0; leave out --validation.beside"

@@ -15,7 +15,7 @@ from pipelines.data.position import Position
 from pipelines.data.prefetch import Prefetcher
 from pipelines.data.reading import Reading
 from pipelines.data.shard_set import ShardSet
-from pipelines.data.stream import EpochStream, LocalOpener, Opener, Plans
+from pipelines.data.stream import EpochStream, LocalOpener, Plans, ShardOpener
 from pipelines.hardware.device import autocast_dtype, is_gpu
 from pipelines.transforms.decoder import BatchDecoder
 from pipelines.transforms.rows import BadImage
@@ -66,7 +66,7 @@ def reading_of(
     )
 
 
-class Supply:
+class Loader:
     """Iterate over the batches of all epochs that are left, decoded ahead.
 
     Breaking off the iteration and beginning again goes on with the next batch, so that
@@ -86,7 +86,7 @@ class Supply:
         run: Run,
         train: bool,
         start: Position,
-        opener: Opener,
+        opener: ShardOpener,
         device: torch.device,
         num_epochs: int | None = None,
         rank: int = 0,
@@ -150,9 +150,9 @@ def opened_here(
     device: torch.device,
     train: bool = False,
     on_bad: OnBad = ignore_bad,
-) -> Iterator[Supply]:
+) -> Iterator[Loader]:
     """Supply batches in this process without Ray: evaluation's epoch, or the run's."""
-    supply = Supply(
+    supply = Loader(
         shards,
         run=run,
         train=train,

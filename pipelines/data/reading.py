@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from pipelines.data.epoch_plan import Slice, Unit, share
 from pipelines.data.shard_set import check_labels
 from pipelines.shards.format import SCHEMA
-from pipelines.storage.filesystem import open_place
+from pipelines.storage.filesystem import open_filesystem
 from pipelines.storage.retry import is_remote, retrying
 from pipelines.transforms.rows import REPEAT, ROW_ID, image_views, nested
 
@@ -58,7 +58,7 @@ def read_rows(unit: Unit, *, reading: Reading) -> pa.Table:
     Raises ValueError, naming the shard, where it is gone, damaged or mislabelled, and
     ConnectionError where a store does not answer.
     """
-    filesystem, _ = open_place(reading.address)
+    filesystem, _ = open_filesystem(reading.address)
     by_path = attrgetter("path")
     files = {
         path: list(slices)

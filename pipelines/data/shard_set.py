@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipelines.data.epoch_plan import GroupTable
 from pipelines.shards.format import CLASSES_FILE, SCHEMA
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering, retrying
 
 T = TypeVar("T")
@@ -53,10 +53,10 @@ def read_shard_set(address: str) -> ShardSet:
     the store does not answer.
     """
     with answering():
-        return _read_shard_set(Place(address))
+        return _read_shard_set(StoragePath(address))
 
 
-def _read_shard_set(place: Place) -> ShardSet:
+def _read_shard_set(place: StoragePath) -> ShardSet:
     files = _list_files(place)
     paths = tuple(item.path for item in files)
     _check_whole(paths, place=place)
@@ -80,7 +80,7 @@ def _read_shard_set(place: Place) -> ShardSet:
     )
 
 
-def _list_files(place: Place) -> list[pafs.FileInfo]:
+def _list_files(place: StoragePath) -> list[pafs.FileInfo]:
     try:
         found = place.entries()
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -110,7 +110,7 @@ def check_labels(labels: pa.ChunkedArray, *, num_classes: int, path: str) -> Non
         )
 
 
-def _check_whole(paths: Sequence[str], *, place: Place) -> None:
+def _check_whole(paths: Sequence[str], *, place: StoragePath) -> None:
     """Refuse a set of which files are missing: their names say how many there are."""
     counts = {int(found[1]) for path in paths if (found := _COUNT.search(path))}
     if counts and counts != {len(paths)}:
@@ -122,7 +122,7 @@ def _check_whole(paths: Sequence[str], *, place: Place) -> None:
         )
 
 
-def _read_classes(file: Place) -> tuple[str, ...]:
+def _read_classes(file: StoragePath) -> tuple[str, ...]:
     try:
         classes = json.loads(file.read())
     except ConnectionError:
@@ -145,7 +145,7 @@ def _read_classes(file: Place) -> tuple[str, ...]:
 class _Reader:
     """Read a shard's footer, and its labels where that is cheap."""
 
-    place: Place
+    place: StoragePath
     num_files: int
     num_classes: int
 

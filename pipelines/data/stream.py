@@ -46,7 +46,7 @@ class EpochUnits:
 Segment = tuple[EpochUnits, ...]
 
 
-class Opener(Protocol):
+class ShardOpener(Protocol):
     """Starts datasets on all workers together; all of them call it in step."""
 
     def prepare(self, plan: Callable[[], list[Unit]]) -> None:
@@ -153,7 +153,7 @@ class EpochStream:
         self,
         plans: Plans,
         *,
-        opener: Opener,
+        opener: ShardOpener,
         is_planner: bool,
         start: Position,
         num_epochs: int,

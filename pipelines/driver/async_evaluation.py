@@ -20,12 +20,12 @@ from pipelines.driver.cluster import needed
 from pipelines.driver.failures import first_line
 from pipelines.evaluation.figures import pictured
 from pipelines.events.bad_images import BadImageTeller, NamedBadImage
-from pipelines.events.channel import Item, Kept, Measured, Noted
-from pipelines.storage.path import Place
+from pipelines.events.channel import CheckpointSaved, Event, Message, Metrics
+from pipelines.storage.path import StoragePath
 from pipelines.worker.job import Job
 
 if TYPE_CHECKING:
-    from pipelines.evaluation.checkpoint import Found
+    from pipelines.evaluation.checkpoint import CheckpointEvaluation
 
 logger = logging.getLogger(__name__)
 _MAX_WAITING = 2
@@ -43,7 +43,7 @@ class Validator:
     """
 
     def __init__(
-        self, job: Job, *, folder: Place, hear: Callable[[Item], None]
+        self, job: Job, *, folder: StoragePath, hear: Callable[[Event], None]
     ) -> None:
         self._run, self._folder, self._hear = job.run, folder, hear
         settings = job.run.validation
@@ -63,7 +63,7 @@ class Validator:
             if not kept.is_measured and self._is_due(kept.name)
         ]
 
-    def kept(self, item: Kept) -> None:
+    def kept(self, item: CheckpointSaved) -> None:
         """Take a checkpoint that was written, if it is to be evaluated."""
         if self._is_due(item.name):
             self._waiting.append(item.name)
@@ -108,25 +108,25 @@ class Validator:
         while len(self._waiting) > _MAX_WAITING:
             name = self._waiting.pop(0)
             self._note(name, metrics={})
-            self._hear(Noted(line=f"{name} is not evaluated: training is ahead"))
+            self._hear(Message(line=f"{name} is not evaluated: training is ahead"))
 
     def _take(self, name: str, found: ray.ObjectRef) -> None:
         try:
-            measured: tuple[Found, list[NamedBadImage]] = ray.get(found)
+            measured: tuple[CheckpointEvaluation, list[NamedBadImage]] = ray.get(found)
         except (RayError, ValueError) as error:
             self._note(name, metrics={})
-            self._hear(Noted(line=f"{name} is not evaluated: {first_line(error)}"))
+            self._hear(Message(line=f"{name} is not evaluated: {first_line(error)}"))
             return
         result, bad = measured
         for image in bad:
             self._hear(image)
         self._note(name, metrics=result.metrics)
         step, metrics = result.position.step, result.metrics
-        self._hear(Measured(step=step, metrics=metrics))
+        self._hear(Metrics(step=step, metrics=metrics))
         if result.reports:
             self._hear(pictured(result.reports, title=f"{self._run.recipe}, {name}"))
         line = f"{name}  held-out top-1 {metrics['val/top1']:.2f} %"
-        self._hear(Noted(line=f"{line} of {metrics['val/num_images']:,.0f} images"))
+        self._hear(Message(line=f"{line} of {metrics['val/num_images']:,.0f} images"))
 
     def _note(self, name: str, *, metrics: dict[str, float]) -> None:
         try:
@@ -149,7 +149,9 @@ def _check_room(run: Run) -> None:
             )
 
 
-def measure(job: Job, place: Place) -> tuple[Found, list[NamedBadImage]]:
+def measure(
+    job: Job, place: StoragePath
+) -> tuple[CheckpointEvaluation, list[NamedBadImage]]:
     """Evaluate a checkpoint on a run's held-out sets: the Ray task.
 
     Beside what was found come the images that can't be decoded.

@@ -13,7 +13,7 @@ from ray.train import (
 )
 
 from pipelines.errors import NonFiniteLossError, RewindError, RunFailedError
-from pipelines.events.channel import Failed
+from pipelines.events.channel import WorkerFailed
 
 
 class StopOnValueError(UserCallback):
@@ -30,7 +30,7 @@ class StopOnValueError(UserCallback):
     """
 
     def __init__(
-        self, tell: Callable[[Failed], object], *, max_rewinds: int = 0
+        self, tell: Callable[[WorkerFailed], object], *, max_rewinds: int = 0
     ) -> None:
         self._tell = tell
         self._rewinds = Rewinds(max_rewinds)
@@ -48,7 +48,7 @@ class StopOnValueError(UserCallback):
             self._rewinds.count(rewinds[0])
         for rank, error in worker_exceptions.items():
             reason = f"{type(error).__name__}: {first_line(error)}"
-            self._tell(Failed(rank=rank, reason=reason))
+            self._tell(WorkerFailed(rank=rank, reason=reason))
 
 
 class Rewinds:

@@ -37,10 +37,10 @@ from pipelines.driver.resuming import (
 from pipelines.driver.signals import StopRequest, stop_requests
 from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
 from pipelines.events.bad_images import FILE, BadImageLog
-from pipelines.events.channel import Began
+from pipelines.events.channel import WorkerStarted
 from pipelines.hardware.facts import tags_of, without_bfloat16
 from pipelines.storage.lease import claimed
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import LateRun
 from pipelines.worker.job import Job, Trained
@@ -94,10 +94,10 @@ def fit(
         # A sweep has asked for MLflow: once its trials run, nothing of it stops them.
         if is_demanded := not sweep_id:
             tracking.check_usable(uri, experiment=run.experiment)
-        folder, here = Place(run.storage).within(name), contextlib.nullcontext()
+        folder, here = StoragePath(run.storage).within(name), contextlib.nullcontext()
         with (
             claimed(folder, patience_s=_TRIAL_PATIENCE_S if sweep_id else 0.0),
-            here if run.scale.is_alone else ray_session(run.scale),
+            here if run.scale.is_local else ray_session(run.scale),
         ):
             stop.arm()
             # Only now: a run that there is no room for leaves nothing behind. And
@@ -157,7 +157,7 @@ def _trained(
     """Train to the end; InterruptedRun where a signal ended it after a checkpoint."""
     stop.check()
     run = job.run
-    train = train_alone if run.scale.is_alone else train_on_ray
+    train = train_alone if run.scale.is_local else train_on_ray
     with stop.noted() as is_over:
         listener = _listener(job, tracked=tracked, name=name, stop=stop)
         trained = train(job, name=name, callbacks=callbacks, listener=listener)
@@ -257,7 +257,7 @@ def _check_recorded(tracked: LateRun, *, job: Job, name: str) -> None:
 
 def _listener(job: Job, *, tracked: LateRun, name: str, stop: StopRequest) -> Listener:
     """Make what hears the workers: progress, MLflow, and on Ray the gauges."""
-    uri, folder = job.tracking_uri, Place(job.run.storage).within(name)
+    uri, folder = job.tracking_uri, StoragePath(job.run.storage).within(name)
     return Listener(
         display=_display(job, tracked=tracked, stop=stop),
         writer=tracking.MetricWriter(
@@ -265,7 +265,7 @@ def _listener(job: Job, *, tracked: LateRun, name: str, stop: StopRequest) -> Li
         ),
         figures=tracking.FigureWriter(uri, tracked.awaited_id),
         is_over=stop.event,
-        gauges=None if job.run.scale.is_alone else Gauges(name),
+        gauges=None if job.run.scale.is_local else Gauges(name),
         wait_for_run=tracked.wait,
     )
 
@@ -282,7 +282,7 @@ def _display(job: Job, *, tracked: LateRun, stop: StopRequest) -> Display:
         before=tracking.read_text(uri, job.mlflow_run_id, path=FILE),
     )
 
-    def note(begun: Sequence[Began]) -> str:
+    def note(begun: Sequence[WorkerStarted]) -> str:
         stop.begun.set()
         workers = [item.hardware for item in begun]
         tags = tags_of(workers)

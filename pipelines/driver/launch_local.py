@@ -16,13 +16,13 @@ from ray.train import UserCallback
 
 from pipelines.config import Data
 from pipelines.data.reading import Reading
-from pipelines.data.stream import LocalOpener, Opener
+from pipelines.data.stream import LocalOpener, ShardOpener
 from pipelines.driver.failures import Rewinds, first_line
 from pipelines.driver.listener import Listener
 from pipelines.errors import RewindError, RunFailedError
-from pipelines.events.channel import Board, Item, Noted, wait_until_heard
+from pipelines.events.channel import Channel, Event, Message, wait_until_handled
 from pipelines.hardware.device import device_of, numerics_kept
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.worker.group import Small
 from pipelines.worker.job import Job, Trained, outcome
 from pipelines.worker.worker import Worker
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _LISTEN_EVERY_S = 0.02
 
 
-class Alone:
+class LocalGroup:
     """Be a worker's `Group` of one: pass on what it reports.
 
     Args:
@@ -49,38 +49,38 @@ class Alone:
         self,
         job: Job,
         *,
-        folder: Place,
+        folder: StoragePath,
         callbacks: Sequence[UserCallback],
-        board: Board,
+        board: Channel,
     ) -> None:
         self.device = device_of(job.run.scale.use_gpu, flag="--scale.use-gpu")
         self.folder = folder
         self._callbacks = callbacks
         self._board = board
 
-    def opener(self, reading: Reading, *, data: Data) -> Opener:
+    def opener(self, reading: Reading, *, data: Data) -> ShardOpener:
         """Give what reads in this process, as the batches are taken."""
         return LocalOpener(reading)
 
-    def agreed(self, value: Small) -> Small:
+    def broadcast(self, value: Small) -> Small:
         """Give the value back."""
         return value
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Tell the callbacks, once the driver's thread has heard all before."""
-        wait_until_heard(self._board.is_heard, every_s=_LISTEN_EVERY_S)
+        wait_until_handled(self._board.is_handled, every_s=_LISTEN_EVERY_S)
         for callback in self._callbacks:
             callback.after_report(None, [dict(metrics)], None)  # pyright: ignore[reportArgumentType]
 
-    def post(self, item: Item) -> None:
+    def post(self, item: Event) -> None:
         """Post to this process's board."""
         self._board.post(item)
 
-    def is_ending(self) -> bool:
+    def should_stop(self) -> bool:
         """Ask this process's board."""
-        return self._board.is_ending()
+        return self._board.should_stop()
 
-    def is_leaving(self) -> bool:
+    def is_preempted(self) -> bool:
         """Know of no notice: who takes the machine ends the process."""
         return False
 
@@ -95,11 +95,11 @@ def train_alone(
 
     Raises ValueError for what the user can mend, and RunFailedError for all else.
     """
-    board = Board()
+    board = Channel()
     num_threads = torch.get_num_threads()
     logger.info("training in this process")
-    folder = Place(job.run.storage).within(name)
-    group = Alone(job, folder=folder, callbacks=callbacks, board=board)
+    folder = StoragePath(job.run.storage).within(name)
+    group = LocalGroup(job, folder=folder, callbacks=callbacks, board=board)
     rewinds = Rewinds(job.run.optim.max_nonfinite_steps)
     try:
         with numerics_kept(), listener.listening(board, every_s=_LISTEN_EVERY_S):
@@ -117,13 +117,13 @@ def train_alone(
     return outcome(job.run, folder=folder)
 
 
-def _trained_once(job: Job, *, group: Alone, rewinds: Rewinds) -> bool:
+def _trained_once(job: Job, *, group: LocalGroup, rewinds: Rewinds) -> bool:
     """Train to the end, or until the run is to go back to its last checkpoint."""
     try:
         with Worker(job, group=group) as worker:
             worker.train()
     except RewindError as error:
         rewinds.count(error)
-        group.post(Noted(line=f"back to the last checkpoint: {error}"))
+        group.post(Message(line=f"back to the last checkpoint: {error}"))
         return False
     return True

@@ -23,9 +23,9 @@ from pipelines.driver.cluster import per_worker
 from pipelines.driver.failures import StopOnValueError, end_of, first_line
 from pipelines.driver.listener import Listener
 from pipelines.errors import RunFailedError
-from pipelines.events.channel import Board, Item, wait_until_heard
-from pipelines.storage.filesystem import open_place
-from pipelines.storage.path import Place
+from pipelines.events.channel import Channel, Event, wait_until_handled
+from pipelines.storage.filesystem import open_filesystem
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import is_remote
 from pipelines.worker.entry import work
 from pipelines.worker.job import Job, Trained, outcome
@@ -48,8 +48,8 @@ def train_on_ray(
     """
     run = job.run
     logger.info("starting %s workers", _num_text(run.scale))
-    board, folder = _begin_board(run.scale), Place(run.storage).within(name)
-    filesystem, path = open_place(run.storage)
+    board, folder = _begin_board(run.scale), StoragePath(run.storage).within(name)
+    filesystem, path = open_filesystem(run.storage)
     trainer = ray.train.torch.TorchTrainer(
         work,
         train_loop_config={
@@ -93,7 +93,7 @@ def train_on_ray(
 
 @contextlib.contextmanager
 def _listening(
-    job: Job, *, folder: Place, listener: Listener, board: ActorHandle
+    job: Job, *, folder: StoragePath, listener: Listener, board: ActorHandle
 ) -> Iterator[None]:
     """Hear the workers; where it is wanted evaluate beside them, and wait for that."""
     doors = _ActorBoard(board)
@@ -110,7 +110,7 @@ def _listening(
     ):
         try:
             yield
-            wait_until_heard(doors.is_heard, every_s=_LISTEN_EVERY_S)
+            wait_until_handled(doors.is_handled, every_s=_LISTEN_EVERY_S)
             if validator.is_busy:
                 logger.info("evaluating the last checkpoints")
             while validator.is_busy:
@@ -157,7 +157,7 @@ def _num_text(scale: Scale) -> str:
     return f"{least}{scale.num_workers}"
 
 
-class _RunBoard(Board):
+class _RunBoard(Channel):
     """Board whose process also runs Ray Train, in a thread of its own."""
 
     def fit(self, trainer: ray.train.torch.TorchTrainer) -> Exception | None:
@@ -188,14 +188,14 @@ class _ActorBoard:
     def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor
 
-    def take(self) -> list[Item]:
+    def take(self) -> list[Event]:
         try:
             return ray.get(self._actor.take.remote())
         except RayError:
             return []  # Ray is going down; the result will say how it ended.
 
-    def is_heard(self) -> bool:
-        return bool(ray.get(self._actor.is_heard.remote()))
+    def is_handled(self) -> bool:
+        return bool(ray.get(self._actor.is_handled.remote()))
 
     def end(self) -> None:
         self._actor.end.remote()

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from pipelines.driver.progress import Display
 from pipelines.driver.prometheus import Gauges
 from pipelines.events.channel import (
-    Began,
-    DriversBoard,
-    Item,
-    Kept,
-    Measured,
-    Pictured,
-    heard,
+    CheckpointSaved,
+    DriversChannel,
+    Event,
+    Figure,
+    Metrics,
+    WorkerStarted,
+    consumed,
 )
 from pipelines.tracking import FigureWriter, MetricWriter
 
@@ -54,10 +54,10 @@ class Listener:
     @contextlib.contextmanager
     def listening(
         self,
-        board: DriversBoard,
+        board: DriversChannel,
         *,
         every_s: float,
-        on_kept: Callable[[Kept], None] = lambda item: None,
+        on_kept: Callable[[CheckpointSaved], None] = lambda item: None,
         on_look: Callable[[], None] = lambda: None,
     ) -> Iterator[None]:
         """Listen, on a thread, while a `with` block runs; then write what waits.
@@ -67,9 +67,9 @@ class Listener:
             on_look: Is called each time that the thread looks.
         """
 
-        def hear(item: Item) -> None:
+        def hear(item: Event) -> None:
             self.hear(item)
-            if isinstance(item, Kept):
+            if isinstance(item, CheckpointSaved):
                 on_kept(item)
 
         def look() -> None:
@@ -78,7 +78,7 @@ class Listener:
                 self._gauges.keep()
 
         try:
-            with heard(
+            with consumed(
                 board,
                 hear=hear,
                 is_over=self._is_over,
@@ -92,17 +92,17 @@ class Listener:
             self._figures.close(_FLUSH_S)
             self._writer.close(_FLUSH_S)
 
-    def hear(self, item: Item) -> None:
+    def hear(self, item: Event) -> None:
         """Pass on one thing that was told."""
-        if isinstance(item, Measured):
+        if isinstance(item, Metrics):
             self._writer.log(item.metrics, step=item.step)
-        elif isinstance(item, Pictured):
+        elif isinstance(item, Figure):
             self._figures.log(item.draw, path=item.path)
         else:
             self._display.show(item)
         if self._gauges is None:
             return
-        if isinstance(item, Measured):
+        if isinstance(item, Metrics):
             self._gauges.measured(item.metrics, step=item.step)
-        elif isinstance(item, Began) and item.rank == 0:
+        elif isinstance(item, WorkerStarted) and item.rank == 0:
             self._gauges.began()

@@ -15,7 +15,7 @@ from pipelines.data.epoch_plan import plan_epoch
 from pipelines.data.loader import reading_of
 from pipelines.data.reading import read_rows
 from pipelines.data.shard_set import ShardSet
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.tracking.late_run import LateRun
 from pipelines.tracking.provenance import provenance_tags
 from pipelines.tracking.registry import register_model
@@ -52,7 +52,7 @@ def open_tracking(
             "experiment": record.run.experiment,
             "name": record.name,
             "run_id": record.mlflow_run_id,
-            "place": str(Place(record.run.storage).within(record.name)),
+            "place": str(StoragePath(record.run.storage).within(record.name)),
             "is_begun": is_begun,
             "id": record.id,
         },
@@ -72,7 +72,7 @@ def log_shards(shards: ShardSet, *, uri: str, run_id: str, context: str) -> None
     tracking.log_dataset(
         uri,
         run_id,
-        name=Place(shards.address).name,
+        name=StoragePath(shards.address).name,
         source=shards.address,
         num_rows=shards.groups.total_rows,
         num_shards=len(shards.groups.paths),

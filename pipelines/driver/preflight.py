@@ -89,7 +89,7 @@ def reserves_too_few(run: Run) -> str:
     It would give hosts more workers than they have CPUs for, and GPUs would wait.
     """
     scale, num_threads = run.scale, run.data.num_decode_threads
-    is_here = run.data.decode_on == "workers" and not scale.is_alone
+    is_here = run.data.decode_on == "workers" and not scale.is_local
     if not is_here or scale.cpus_per_worker >= num_threads:
         return ""
     # One more launches a GPU's kernels; on a CPU steps and decoding take turns.

@@ -9,7 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from tqdm import tqdm
 
 from pipelines.events.bad_images import BadImageLog, NamedBadImage
-from pipelines.events.channel import Began, Event, Failed, Item, Noted, NotKept
+from pipelines.events.channel import (
+    CheckpointFailed,
+    Event,
+    Message,
+    Progress,
+    WorkerFailed,
+    WorkerStarted,
+)
 from pipelines.hardware.facts import GPU, gpu_summary
 
 
@@ -27,30 +34,30 @@ class Display:
         num_steps: int,
         num_epochs: int,
         bad_images: BadImageLog,
-        on_begun: Callable[[Sequence[Began]], str] = lambda begun: "",
+        on_begun: Callable[[Sequence[WorkerStarted]], str] = lambda begun: "",
     ) -> None:
         self._bad_images, self._on_begun = bad_images, on_begun
         self._num_epochs = num_epochs
-        self._begun: dict[int, Began] = {}
+        self._begun: dict[int, WorkerStarted] = {}
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=num_steps, unit="step", disable=not self._is_terminal, leave=False
         )
 
-    def show(self, item: Item) -> None:
+    def show(self, item: Event) -> None:
         """Show something; what is not to be seen is passed over."""
         if isinstance(item, NamedBadImage):
             if line := self._bad_images.add(item):
                 self._say(line)
-        elif isinstance(item, Event):
+        elif isinstance(item, Progress):
             self._show_event(item)
-        elif isinstance(item, Began):
+        elif isinstance(item, WorkerStarted):
             self._show_begin(item)
-        elif isinstance(item, Failed):
+        elif isinstance(item, WorkerFailed):
             self._say(f"worker {item.rank} failed: {item.reason}")
-        elif isinstance(item, NotKept):
+        elif isinstance(item, CheckpointFailed):
             self._say(f"no checkpoint {item.name}, the one before stays: {item.reason}")
-        elif isinstance(item, Noted):
+        elif isinstance(item, Message):
             self._say(item.line)
 
     def close(self) -> None:
@@ -58,7 +65,7 @@ class Display:
         self._bad_images.flush()
         self._bar.close()
 
-    def _show_begin(self, item: Began) -> None:
+    def _show_begin(self, item: WorkerStarted) -> None:
         """Say on which hosts workers have begun, once all of them have."""
         if item.rank in self._begun:
             self._begun.clear()
@@ -70,7 +77,7 @@ class Display:
             if line := self._on_begun(begun):
                 self._say(line)
 
-    def _show_event(self, event: Event) -> None:
+    def _show_event(self, event: Progress) -> None:
         if event.epoch_metrics is not None:
             self._say(epoch_line(event, num_epochs=self._num_epochs))
             self._bad_images.flush()
@@ -89,7 +96,7 @@ class Display:
         sys.stdout.flush()
 
 
-def begin_line(begun: list[Began]) -> str:
+def begin_line(begun: list[WorkerStarted]) -> str:
     """Say how many workers train on which hosts, and from which step on."""
     on = Counter(item.host for item in begun)
     hosts = ", ".join(f"{host}: {num}" for host, num in sorted(on.items()))
@@ -108,7 +115,7 @@ def step_text(metrics: Mapping[str, float]) -> str:
     )
 
 
-def epoch_line(event: Event, *, num_epochs: int) -> str:
+def epoch_line(event: Progress, *, num_epochs: int) -> str:
     """Put an epoch's training loss and held-out accuracy into one line."""
     found = ""
     if held_out := event.epoch_metrics:

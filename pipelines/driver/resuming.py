@@ -28,7 +28,7 @@ from pipelines.config.recipes import load_code, load_recipe
 from pipelines.config.serialization import flat_params
 from pipelines.driver.preflight import CheckedRun, check_run
 from pipelines.storage.filesystem import absolute
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import without_credentials
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def check_same(before: Run, now: Run, *, advice: str = "leave them out") -> None
             f"wanted the settings that the run began with, came others for "
             f"{', '.join(changed)}; {advice}, or start a new run"
         )
-    if before.scale.is_alone != now.scale.is_alone:
+    if before.scale.is_local != now.scale.is_local:
         raise ValueError(
             "scale.num_workers: wanted 0 again for a run that began so, and at least "
             f"1 for one that did not, came {now.scale.num_workers} after "
@@ -138,7 +138,7 @@ def check_start(run: Run, *, name: str, record: Record | None) -> CheckedRun:
         return check_run(run)
     if record.code:
         load_code(record.code)
-    folder = Place(run.storage).within(name)
+    folder = StoragePath(run.storage).within(name)
     store = CheckpointStore(folder, num_to_keep=run.num_checkpoints_to_keep)
     # What another training's weights were may be gone once they are in a checkpoint.
     checked = check_run(run, reads_start=not store.newest())

@@ -18,10 +18,10 @@ from pipelines.driver.resuming import check_start
 from pipelines.dry_run.activation_memory import StepMemory, measure_step
 from pipelines.dry_run.machine import this_machine, warnings_of
 from pipelines.dry_run.memory import Memory, checkpoint_bytes, estimate_memory
-from pipelines.dry_run.progress_left import Course, SetFacts, course_of, facts_of
+from pipelines.dry_run.progress_left import Remaining, SetFacts, facts_of, remaining_of
 from pipelines.dry_run.timing import Timed, time_here
 from pipelines.hardware.device import autocast_dtype, device_of, free_memory, has_gpu
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary, without_credentials
 from pipelines.training.model_cost import (
     Parameters,
@@ -65,7 +65,7 @@ class Explanation:
     train: SetFacts
     held_out: Mapping[str, SetFacts]
     """By name; the run's own set has none."""
-    course: Course
+    course: Remaining
     is_bfloat16: bool
     memory: Memory | None
     """None where the model's step can't be measured without its values."""
@@ -118,7 +118,7 @@ def explain_run(run: Run, *, name: str, record: Record | None = None) -> Explana
         training_macs=training_macs,
         train=facts_of(checked.train_shards),
         held_out={one.name: facts_of(one.shards) for one in checked.held_out},
-        course=course_of(
+        course=remaining_of(
             run,
             train_shards=checked.train_shards,
             num_held_out=sum(one.shards.groups.total_rows for one in checked.held_out),
@@ -145,7 +145,11 @@ def _places(
     run: Run, *, name: str, is_new: bool, parameters: Parameters
 ) -> tuple[Places, Position]:
     """Say where a run writes, and from which position it goes on."""
-    folder, goes_on_from, start = Place(run.storage).within(name), None, Position()
+    folder, goes_on_from, start = (
+        StoragePath(run.storage).within(name),
+        None,
+        Position(),
+    )
     if not is_new:
         store = CheckpointStore(folder, num_to_keep=run.num_checkpoints_to_keep)
         goes_on_from = store.newest()

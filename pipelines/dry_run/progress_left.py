@@ -8,7 +8,7 @@ from pipelines.config import Run
 from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet
 from pipelines.data.stream import Plans
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering
 
 
@@ -25,7 +25,7 @@ class SetFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
+class Remaining:
     """Count a run's steps and images, from where it stands to its end."""
 
     steps_per_epoch: int
@@ -44,7 +44,7 @@ class Course:
 
 def facts_of(shards: ShardSet) -> SetFacts:
     """Describe a shard set; a bucket is asked once for a thousand files."""
-    place = Place(shards.address)
+    place = StoragePath(shards.address)
     with answering():
         files = [info for info in place.entries() if info.path.endswith(".parquet")]
     return SetFacts(
@@ -55,9 +55,9 @@ def facts_of(shards: ShardSet) -> SetFacts:
     )
 
 
-def course_of(
+def remaining_of(
     run: Run, *, train_shards: ShardSet, num_held_out: int, start: Position
-) -> Course:
+) -> Remaining:
     """Count from a position to a run's end."""
     plans = Plans(shards=train_shards, run=run, train=True)
     num_epochs = run.optim.total_epochs
@@ -66,7 +66,7 @@ def course_of(
     last_rows = first.num_rows - (first.num_batches - 1) * first.batch_size
     num_done = sum(shape.num_images for shape in shapes[: start.epoch])
     num_done += start.batch * first.batch_size * first.num_repeats
-    return Course(
+    return Remaining(
         steps_per_epoch=first.num_batches,
         num_steps=sum(shape.num_batches for shape in shapes),
         num_steps_done=start.step,

@@ -110,7 +110,7 @@ def _steps(found: Explanation) -> Iterator[str]:
     )
     scale = run.scale
     num_micro = run.num_micro(scale.world_size)
-    where = "this process" if scale.is_alone else _count(scale.world_size, "worker")
+    where = "this process" if scale.is_local else _count(scale.world_size, "worker")
     yield (
         f"{where} on {'a GPU each' if scale.use_gpu else 'CPUs'}, "
         f"{_count(num_micro, 'micro-batch')} of {run.micro_batch_size:,} images"

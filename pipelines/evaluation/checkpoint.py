@@ -25,7 +25,7 @@ from pipelines.data.shard_set import ShardSet
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.image_keys import keys_of
 from pipelines.evaluation.measure import (
-    Outcome,
+    EvaluationResult,
     check_counted,
     models_of,
     validate,
@@ -37,14 +37,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class CheckpointEvaluation:
     """Hold what the evaluation of a checkpoint came to."""
 
     position: Position
     """Where the checkpoint's training stood."""
     metrics: dict[str, float]
     """By the names that MLflow keeps them under."""
-    outcomes: dict[str, Outcome]
+    outcomes: dict[str, EvaluationResult]
     """By the sets' prefixes, `val` for the run's own; worst images have their keys."""
 
     @property
@@ -61,7 +61,7 @@ def measure_checkpoint(
     device: torch.device,
     num_threads: int = 1,
     on_bad: Callable[[HeldOut], OnBad] = lambda held_out: ignore_bad,
-) -> Found:
+) -> CheckpointEvaluation:
     """Evaluate a checkpoint's weights on some sets, as its run evaluates.
 
     A batch is a worker's share of an evaluation step of the run.
@@ -80,12 +80,14 @@ def measure_checkpoint(
     for model in models.values():
         model.to(device).to(memory_format=torch.channels_last)
     metrics: dict[str, float] = {}
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, EvaluationResult] = {}
     for one in sets:
         outcome = measure_set(models, one, run=run, device=device, on_bad=on_bad(one))
         outcomes[one.prefix] = named(outcome, shards=one.shards)
         metrics |= outcome.metrics(one.prefix)
-    return Found(position=manifest.position, metrics=metrics, outcomes=outcomes)
+    return CheckpointEvaluation(
+        position=manifest.position, metrics=metrics, outcomes=outcomes
+    )
 
 
 def load_models(
@@ -123,7 +125,7 @@ def measure_set(
     run: Run,
     device: torch.device,
     on_bad: OnBad = ignore_bad,
-) -> Outcome:
+) -> EvaluationResult:
     """Evaluate models on a set in this process; a terminal shows how far it is.
 
     Raises as `check_counted`, and ValueError where the set can't be read.
@@ -148,7 +150,7 @@ def measure_set(
     return outcome
 
 
-def named(outcome: Outcome, *, shards: ShardSet) -> Outcome:
+def named(outcome: EvaluationResult, *, shards: ShardSet) -> EvaluationResult:
     """Look up the keys of the worst images; where that fails their rows must do."""
     report = outcome.report
     if report is None:
@@ -160,7 +162,7 @@ def named(outcome: Outcome, *, shards: ShardSet) -> Outcome:
     return dataclasses.replace(outcome, report=report)
 
 
-def reports_of(outcomes: Mapping[str, Outcome]) -> dict[str, Report]:
+def reports_of(outcomes: Mapping[str, EvaluationResult]) -> dict[str, Report]:
     """Give the reports of outcomes that have one."""
     return {
         name: outcome.report

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluation.report import Confusions, Report, Worst
-from pipelines.events.channel import Pictured
+from pipelines.events.channel import Figure
 
 ARTIFACT_FOLDER = "validation"
 PER_CLASS_FILE = "per_class.csv"
@@ -34,14 +34,14 @@ _DOTS_PER_INCH = 110
 _COLORS = "YlGnBu"
 
 
-def pictured(reports: Mapping[str, Report], *, title: str) -> Pictured:
+def pictured(reports: Mapping[str, Report], *, title: str) -> Figure:
     """Give what the driver keeps in MLflow: a folder for each set, by its prefix.
 
     Each evaluation's takes the place of the one before, so that a long run's do not
     pile up; the title says which it was.
     """
     draw = partial(write_reports, dict(reports), title=title)
-    return Pictured(draw=draw, path=ARTIFACT_FOLDER)
+    return Figure(draw=draw, path=ARTIFACT_FOLDER)
 
 
 def write_reports(reports: Mapping[str, Report], folder: Path, *, title: str) -> None:

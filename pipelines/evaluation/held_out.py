@@ -12,7 +12,7 @@ import numpy as np
 from pipelines.config import Validation
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.evaluation.image_keys import read_keys
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering
 
 # The images of ImageNet's validation set go by their number, whoever has packed them:
@@ -118,7 +118,7 @@ def read_real(path: str) -> list[list[int]]:
 
     Raises ValueError where the file is not there or holds anything else.
     """
-    place = Place(path)
+    place = StoragePath(path)
     try:
         with answering():
             found = json.loads(place.read())
@@ -136,7 +136,7 @@ def _is_numbers(value: object) -> bool:
 def _no_real(path: str, *, came: str) -> ValueError:
     return ValueError(
         f"wanted ImageNet-ReaL's real.json, a list of lists of class numbers, came "
-        f"{str(Place(path))!r} ({came}); fetch it from google-research/"
+        f"{str(StoragePath(path))!r} ({came}); fetch it from google-research/"
         "reassessed-imagenet"
     )
 

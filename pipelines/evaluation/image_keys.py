@@ -14,7 +14,7 @@ from pipelines.data.epoch_plan import Slice
 from pipelines.data.reading import read_shard
 from pipelines.data.shard_set import ShardSet, check_labels
 from pipelines.shards.format import SCHEMA
-from pipelines.storage.filesystem import open_place
+from pipelines.storage.filesystem import open_filesystem
 from pipelines.storage.retry import answering
 
 _COLUMNS = ("key", "label")
@@ -65,7 +65,7 @@ def keys_of(shards: ShardSet, row_ids: Sequence[int]) -> dict[int, str]:
 
 def _read(shards: ShardSet, *, path: str, place: int | None = None) -> pa.Table:
     """Read keys and labels of a file, or of one of its row groups."""
-    filesystem, _ = open_place(shards.address)
+    filesystem, _ = open_filesystem(shards.address)
 
     def read() -> pa.Table:
         with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as file:

@@ -10,20 +10,20 @@ from pipelines.evaluation.checkpoint import named, reports_of
 from pipelines.evaluation.figures import pictured
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.measure import (
-    Outcome,
+    EvaluationResult,
     Score,
     check_counted,
     models_of,
     validate,
 )
-from pipelines.events.channel import Pictured
+from pipelines.events.channel import Figure
 from pipelines.training.loop import LoopSettings, TrainState
 
 _PICTURES_EVERY_S = 600.0
 OpenBatches = Callable[[HeldOut], Iterable[Batch]]
 
 
-class Together:
+class InTrainingEvaluator:
     """Evaluate a state on held-out sets, and say what was found.
 
     All workers call it at the same step: it is a collective.
@@ -40,7 +40,7 @@ class Together:
         batches: OpenBatches,
     ) -> None:
         self._sets, self._settings, self._batches = sets, settings, batches
-        self._outcomes: dict[str, Outcome] = {}
+        self._outcomes: dict[str, EvaluationResult] = {}
         self._pictured_s = time.monotonic()
 
     def __call__(self, state: TrainState) -> dict[str, float]:
@@ -71,7 +71,7 @@ class Together:
         """Give the score of the run's own set, the first."""
         return next(iter(self._outcomes.values())).primary
 
-    def pictures(self, *, title: str, is_last: bool) -> Pictured | None:
+    def pictures(self, *, title: str, is_last: bool) -> Figure | None:
         """Give what draws the last evaluation, where it is the last, or it is time.
 
         To draw them takes the driver seconds.
@@ -80,7 +80,7 @@ class Together:
         if not (is_last or is_time):
             return None
         self._pictured_s = time.monotonic()
-        outcomes: Mapping[str, Outcome] = {
+        outcomes: Mapping[str, EvaluationResult] = {
             one.prefix: named(self._outcomes[one.prefix], shards=one.shards)
             for one in self._sets
         }

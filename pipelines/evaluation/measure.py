@@ -20,7 +20,7 @@ from pipelines.evaluation.report import Report
 from pipelines.evaluation.scores import ConfusionSums, RealSums, Seen, WorstSoFar
 from pipelines.hardware.device import upload
 from pipelines.training.loop import LoopSettings, check_bad_share, predict
-from pipelines.training.metrics import Sums
+from pipelines.training.metrics import MetricSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class EvaluationResult:
     """Hold what an evaluation came to, the same on all workers."""
 
     scores: Mapping[str, Score]
@@ -132,7 +132,7 @@ class _Tally:
     ) -> None:
         device, run = settings.device, settings.run
         self._held_out = held_out
-        self._sums = Sums(device)
+        self._sums = MetricSums(device)
         self._real = None if real is None else RealSums(real)
         self._confusions = self._worst = None
         if held_out is not None and is_first:
@@ -197,7 +197,7 @@ def validate(
     *,
     settings: LoopSettings,
     held_out: HeldOut | None = None,
-) -> Outcome:
+) -> EvaluationResult:
     """Evaluate models on one epoch of batches; every image counts once.
 
     All workers call it together, with the same models: it is a collective.
@@ -230,10 +230,12 @@ def validate(
             break
     scores = {name: tally.score() for name, tally in tallies.items()}
     reports = [tally.report() for tally in tallies.values()]
-    return Outcome(scores=scores, report=reports[0])
+    return EvaluationResult(scores=scores, report=reports[0])
 
 
-def check_counted(outcome: Outcome, *, num_rows: int, max_bad_share: float) -> None:
+def check_counted(
+    outcome: EvaluationResult, *, num_rows: int, max_bad_share: float
+) -> None:
     """Raise where not every image of a set was counted once, or too many are bad.
 
     ValueError for the first, BadImagesError for the second.

@@ -21,7 +21,7 @@ _PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Began:
+class WorkerStarted:
     """Say that a worker has begun, again after a restart."""
 
     rank: int
@@ -33,7 +33,7 @@ class Began:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Event:
+class Progress:
     """Report a step, or the end of an epoch where `epoch_metrics` is given."""
 
     step: int
@@ -43,7 +43,7 @@ class Event:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Metrics:
     """Give values by the names that MLflow keeps them under."""
 
     step: int
@@ -51,7 +51,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictured:
+class Figure:
     """Give what draws a picture into a file, and the path that MLflow keeps it at."""
 
     draw: Callable[[Path], None]
@@ -59,7 +59,7 @@ class Pictured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failed:
+class WorkerFailed:
     """Say that a worker has failed, and why."""
 
     rank: int
@@ -67,7 +67,7 @@ class Failed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class CheckpointSaved:
     """Say that a checkpoint is written."""
 
     name: str
@@ -76,7 +76,7 @@ class Kept:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NotKept:
+class CheckpointFailed:
     """Say that a checkpoint could not be written, and why."""
 
     name: str
@@ -84,46 +84,46 @@ class NotKept:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noted:
+class Message:
     """Say something that a person should see, in one line."""
 
     line: str
 
 
-Item = (
-    Began
-    | Event
-    | Measured
-    | Pictured
-    | Failed
-    | Kept
-    | NotKept
-    | Noted
+Event = (
+    WorkerStarted
+    | Progress
+    | Metrics
+    | Figure
+    | WorkerFailed
+    | CheckpointSaved
+    | CheckpointFailed
+    | Message
     | NamedBadImage
 )
 
 
-class Board:
+class Channel:
     """Hold what is posted until the driver takes it; on Ray it is an actor."""
 
     def __init__(self) -> None:
         # Training alone, a thread takes while another posts.
-        self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._is_being_heard = False
         self._is_ending = False
 
-    def post(self, item: Item) -> None:
+    def post(self, item: Event) -> None:
         """Add something."""
         self._items.put(item)
 
-    def take(self) -> list[Item]:
+    def take(self) -> list[Event]:
         """Hand over all that is there, and forget it."""
         items = [self._items.get() for _ in range(self._items.qsize())]
         # Who takes again has done with what it took before.
         self._is_being_heard = bool(items)
         return items
 
-    def is_heard(self) -> bool:
+    def is_handled(self) -> bool:
         """Tell whether the driver has done with all that was posted."""
         return self._items.empty() and not self._is_being_heard
 
@@ -131,25 +131,25 @@ class Board:
         """Ask the workers to write a checkpoint and end."""
         self._is_ending = True
 
-    def is_ending(self) -> bool:
+    def should_stop(self) -> bool:
         """Tell whether the workers are to end."""
         return self._is_ending
 
 
-def wait_until_heard(is_heard: Callable[[], bool], *, every_s: float) -> None:
+def wait_until_handled(is_handled: Callable[[], bool], *, every_s: float) -> None:
     """Wait until the driver has done with all, but not for one that does not listen.
 
     With a report a sweep may end the run: what was measured is to be kept first.
     """
     deadline_s = time.monotonic() + _PATIENCE_S
-    while not is_heard() and time.monotonic() < deadline_s:
+    while not is_handled() and time.monotonic() < deadline_s:
         time.sleep(every_s)
 
 
-class DriversBoard(Protocol):
+class DriversChannel(Protocol):
     """Be a board as the driver sees it, wherever it is."""
 
-    def take(self) -> Sequence[Item]:
+    def take(self) -> Sequence[Event]:
         """Take what is there."""
         ...
 
@@ -159,10 +159,10 @@ class DriversBoard(Protocol):
 
 
 @contextlib.contextmanager
-def heard(
-    board: DriversBoard,
+def consumed(
+    board: DriversChannel,
     *,
-    hear: Callable[[Item], None],
+    hear: Callable[[Event], None],
     is_over: threading.Event,
     every_s: float,
     on_look: Callable[[], None] = lambda: None,
@@ -182,9 +182,9 @@ def heard(
             if is_over.is_set() and not is_asked:
                 board.end()
                 is_asked = True
-            _hear_all(board.take(), hear=hear)
+            _handle_all(board.take(), hear=hear)
             on_look()
-        _hear_all(board.take(), hear=hear)
+        _handle_all(board.take(), hear=hear)
 
     thread = threading.Thread(target=run, name="board", daemon=True)
     thread.start()
@@ -195,6 +195,6 @@ def heard(
         thread.join()
 
 
-def _hear_all(items: Sequence[Item], *, hear: Callable[[Item], None]) -> None:
+def _handle_all(items: Sequence[Event], *, hear: Callable[[Event], None]) -> None:
     for item in items:
         hear(item)

@@ -17,7 +17,7 @@ from pipelines.data.reading import Reading, read_rows
 from pipelines.data.shard_set import read_shard_set
 from pipelines.shards.format import CLASSES_FILE
 from pipelines.shards.suffixes import is_picture_name
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering
 from pipelines.transforms.eval_transform import decode_eval
 from pipelines.transforms.headers import BadImageError
@@ -46,10 +46,10 @@ def read_images(addresses: Sequence[str]) -> Iterator[Encoded]:
     """
     for address in addresses:
         with answering():
-            yield from _read(Place(address))
+            yield from _read(StoragePath(address))
 
 
-def _read(place: Place) -> Iterator[Encoded]:
+def _read(place: StoragePath) -> Iterator[Encoded]:
     if place.kind() != pafs.FileType.Directory:
         yield _file(place)
         return
@@ -78,7 +78,7 @@ def _read(place: Place) -> Iterator[Encoded]:
         logger.info("%s: files that are no pictures by their names: %s", place, passed)
 
 
-def _file(place: Place) -> Encoded:
+def _file(place: StoragePath) -> Encoded:
     try:
         return Encoded(name=str(place), content=place.read())
     except ConnectionError:  # the store is down, all further files would fail too
@@ -90,8 +90,8 @@ def _file(place: Place) -> Encoded:
 
 
 def _below(
-    place: Place, *, others: Counter[str], above: tuple[str, ...]
-) -> Iterator[Place]:
+    place: StoragePath, *, others: Counter[str], above: tuple[str, ...]
+) -> Iterator[StoragePath]:
     """Walk a folder by name; what begins with a dot is left out.
 
     Args:

@@ -20,7 +20,7 @@ from pipelines.shards.planning import Done, Plan
 from pipelines.shards.state import NUM_THREADS, read_records
 from pipelines.shards.stored import child, open_stored
 from pipelines.shards.zips import read_member
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import is_remote, retrying
 
 
@@ -103,13 +103,15 @@ def _read_images(plan: Plan, *, records: pa.Table) -> list[bytes | BadImageError
 
 def _read_files(root: str, *, keys: Sequence[str]) -> list[bytes | BadImageError]:
     if not is_remote(root):
-        return [_read_file(Place(os.path.join(root, key))) for key in keys]
+        return [_read_file(StoragePath(os.path.join(root, key))) for key in keys]
     # A request takes tens of milliseconds, most of them waiting.
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        return list(pool.map(lambda key: _read_file(Place(child(root, key))), keys))
+        return list(
+            pool.map(lambda key: _read_file(StoragePath(child(root, key))), keys)
+        )
 
 
-def _read_file(place: Place) -> bytes | BadImageError:
+def _read_file(place: StoragePath) -> bytes | BadImageError:
     try:
         if place.is_remote:
             return place.read()

@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 
 from pipelines.shards.format import CLASSES_FILE
 from pipelines.shards.stored import child, read_text
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 
 MAX_NAME_LENGTH = 255
 # Labels that are numbers make as many classes: more than these, and most of them
@@ -78,15 +78,15 @@ def read_classes(address: str | Path) -> list[str]:
         ValueError: There is nothing, no name, or one occurs twice.
         OSError: It cannot be read.
     """
-    kind = Place(str(address)).kind()
+    kind = StoragePath(str(address)).kind()
     if kind == pafs.FileType.NotFound:
-        raise ValueError(f"There is no {Place(str(address))}.")
+        raise ValueError(f"There is no {StoragePath(str(address))}.")
     if kind == pafs.FileType.Directory:
         address = child(str(address), CLASSES_FILE)
     if str(address).lower().endswith((".yaml", ".yml")):
         raise ValueError(f"Expected a text or JSON of class names, got {address}.")
     text = read_text(address)
-    return parse_classes(text, name=str(Place(str(address))))
+    return parse_classes(text, name=str(StoragePath(str(address))))
 
 
 def parse_classes(text: str, *, name: str) -> list[str]:

@@ -52,7 +52,7 @@ from pipelines.shards.understood import (
     summarize,
     warnings,
 )
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 
 logger = logging.getLogger(__name__)
 
@@ -217,8 +217,8 @@ def make_shards(arguments: Arguments, *, execute: Executor = on_ray) -> Summary:
             f"Wanted a share from 0 to 1, got {arguments.max_bad_share}: mend "
             "--max-bad-share."
         )
-    source = _absolute(Place(str(arguments.source)))  # tasks run in other folders
-    out = _absolute(Place(str(arguments.out)))
+    source = _absolute(StoragePath(str(arguments.source)))  # tasks run in other folders
+    out = _absolute(StoragePath(str(arguments.out)))
     if _is_within(out, source):
         raise ValueError(f"OUT is within the source: put {out} elsewhere.")
     listing = list_source(
@@ -269,7 +269,7 @@ def _told(summary: Summary) -> Summary:
     return summary
 
 
-def _is_within(out: Place, source: Place) -> bool:
+def _is_within(out: StoragePath, source: StoragePath) -> bool:
     if out.is_remote or source.is_remote:
         return out.is_remote == source.is_remote and (
             f"{out}/".startswith(f"{str(source).rstrip('/')}/")
@@ -277,10 +277,10 @@ def _is_within(out: Place, source: Place) -> bool:
     return Path(source.address) in (Path(out.address), *Path(out.address).parents)
 
 
-def _absolute(place: Place) -> Place:
+def _absolute(place: StoragePath) -> StoragePath:
     if place.is_remote:
         return place
-    return Place(str(Path(place.open()[1]).absolute()))
+    return StoragePath(str(Path(place.open()[1]).absolute()))
 
 
 def _run(plan: Plan, *, execute: Executor) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from pipelines.shards.matfile import read_structs
 from pipelines.shards.stored import base_name, child, decode_text, read_stored
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import is_remote
 
 GROUND_TRUTH = "validation_ground_truth"
@@ -101,13 +101,13 @@ def ids_beside(address: str) -> str | None:
 
 
 def _is_folder(address: str) -> bool:
-    return Place(address).kind().name == "Directory"
+    return StoragePath(address).kind().name == "Directory"
 
 
 def _find(folder: str, name: str) -> str | None:
     for inner in _IN_FOLDER:
         address = child(folder, f"{inner}{name}")
-        if Place(address).kind().name == "File":
+        if StoragePath(address).kind().name == "File":
             return address
     return None
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 
 CLASSES_FILE = "classes.json"
 SCHEMA = pa.schema(
@@ -63,7 +63,7 @@ def group_bounds(
 
 
 def write_shard(
-    file: Place | Path,
+    file: StoragePath | Path,
     *,
     rows: pa.Table,
     rows_per_group: int = ROWS_PER_GROUP,
@@ -105,11 +105,11 @@ def write_shard(
             writer.add_key_value_metadata(metadata)
 
 
-def write_json(file: Place | Path, *, value: object) -> None:
+def write_json(file: StoragePath | Path, *, value: object) -> None:
     """Write a JSON file whole or not at all."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     _place(file).write(f"{text}\n".encode())
 
 
-def _place(file: Place | Path) -> Place:
-    return file if isinstance(file, Place) else Place(str(file))
+def _place(file: StoragePath | Path) -> StoragePath:
+    return file if isinstance(file, StoragePath) else StoragePath(str(file))

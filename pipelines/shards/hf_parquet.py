@@ -32,7 +32,7 @@ from pipelines.shards.classes import (
 from pipelines.shards.format import CLASSES_FILE
 from pipelines.shards.listing import USUAL_FIELDS, Builder, Fields, Listing
 from pipelines.shards.stored import base_name, child, open_stored, read_text
-from pipelines.storage.path import Place, partial_name
+from pipelines.storage.path import StoragePath, partial_name
 
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view())
 _BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
@@ -233,7 +233,7 @@ def _names_beside(path: str, *, fields: Fields) -> list[str] | None:
     name = child(str(path)[: -len(base_name(path))].rstrip("/") or ".", CLASSES_FILE)
     if fields != _DEFAULT or "?" in path:
         return None
-    if Place(name).kind() != pafs.FileType.File:
+    if StoragePath(name).kind() != pafs.FileType.File:
         return None
     return parse_classes(read_text(name), name=name)
 

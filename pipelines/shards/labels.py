@@ -30,7 +30,7 @@ from pipelines.shards.devkit import (
 from pipelines.shards.listing import Builder, Listing
 from pipelines.shards.stored import base_name, child, read_text
 from pipelines.shards.suffixes import is_picture_name
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 
 _LABEL_COLUMNS = ("label", "class", "category", "target", "predictionstring")
 # Kaggle's LOC_val_solution.csv: a class and a box, as often as there are boxes.
@@ -99,7 +99,7 @@ def label_by_file(
 
 def _read(file: LabelFile) -> tuple[str, str | None]:
     """Give the text of labels, and what maps its ids, where they are a devkit's."""
-    place = Place(file.address)
+    place = StoragePath(file.address)
     kind = place.kind()
     if kind == pafs.FileType.NotFound:
         raise ValueError(f"There is no {place}.")
@@ -107,7 +107,7 @@ def _read(file: LabelFile) -> tuple[str, str | None]:
         for folder in ("data/", ""):
             name = f"{folder}ILSVRC2012_{GROUND_TRUTH}.txt"
             inner = child(file.address, name)
-            if Place(inner).kind() == pafs.FileType.File:
+            if StoragePath(inner).kind() == pafs.FileType.File:
                 return read_text(inner), file.synsets or ids_beside(inner)
         raise ValueError(f"Expected a text of labels, got the folder {place}.")
     if is_devkit(file.address):

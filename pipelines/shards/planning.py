@@ -12,7 +12,7 @@ import numpy as np
 
 from pipelines.shards.format import ROWS_PER_GROUP, shard_name
 from pipelines.shards.listing import USUAL_FIELDS, Fields, Listing
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 
 UNPACKED_FOLDER = "_unpacked"
 BYTES_PER_SHARD = 128 * 2**20
@@ -52,7 +52,7 @@ class Recipe:
 class Plan:
     """All that a process needs to make one shard; small enough to send around."""
 
-    out: Place
+    out: StoragePath
     scratch: Path | None
     """Folder for what is unpacked on the way; None where nothing is."""
     name: str
@@ -64,7 +64,7 @@ class Plan:
     recipe: Recipe
     fields: Fields = USUAL_FIELDS
 
-    def shard(self, index: int) -> Place:
+    def shard(self, index: int) -> StoragePath:
         """Give the place of one shard."""
         name = shard_name(self.name, index=index, num_shards=self.num_shards)
         return self.out.within(name)
@@ -86,7 +86,7 @@ class Done:
 def make_plan(
     listing: Listing,
     *,
-    out: Place,
+    out: StoragePath,
     name: str,
     recipe: Recipe,
     scratch: Path | None = None,
@@ -121,7 +121,7 @@ def make_plan(
 
 
 def _unpacked(
-    listing: Listing, *, out: Place, scratch: Path | None, digest: str
+    listing: Listing, *, out: StoragePath, scratch: Path | None, digest: str
 ) -> Path | None:
     if listing.kind != "parquet":
         return None

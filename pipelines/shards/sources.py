@@ -35,7 +35,7 @@ from pipelines.shards.tars import (
 from pipelines.shards.tree import Tree, empty_folders, label_by_folder, walk
 from pipelines.shards.webdataset import list_webdataset
 from pipelines.shards.zips import list_zip
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 
 Kind = Literal["folder", "ilsvrc-train", "ilsvrc-val", "webdataset", "parquet"]
 _CONTENTS = {
@@ -157,7 +157,7 @@ def _list_folder(root: str, *, wishes: Wishes) -> Listing:
 
 
 def _is_folder(address: str) -> bool:
-    return Place(address).kind() == pafs.FileType.Directory
+    return StoragePath(address).kind() == pafs.FileType.Directory
 
 
 def _refuse_two_sources(tree: Tree, *, files: Sequence[str]) -> None:

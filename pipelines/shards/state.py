@@ -28,7 +28,7 @@ from pipelines.shards.listing import RECORD_SCHEMA, Listing, Skipped, printable
 from pipelines.shards.planning import UNPACKED_FOLDER, Done, Plan
 from pipelines.shards.stored import child
 from pipelines.shards.understood import Report, class_counts, describe, left_out
-from pipelines.storage.path import PARTIAL_SUFFIX, Place
+from pipelines.storage.path import PARTIAL_SUFFIX, StoragePath
 from pipelines.storage.retry import retrying
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def _clear_unpacked(plan: Plan) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _names(folder: Place) -> list[str]:
+def _names(folder: StoragePath) -> list[str]:
     try:
         return [entry.base_name for entry in folder.entries()]
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def _difference(found: dict[str, object], plan: Plan) -> str:
     return "; ".join(parts) or "the source's files, labels or classes changed"
 
 
-def _read_plan(out: Place) -> dict[str, object]:
+def _read_plan(out: StoragePath) -> dict[str, object]:
     if all(name.endswith(PARTIAL_SUFFIX) for name in _names(out)):
         return {}
     try:
@@ -211,7 +211,7 @@ def _read_footers(plan: Plan) -> list[_Footer | None]:
 
 
 def _read_footer(
-    plan: Plan, file: Place, sizes_bytes: dict[str, int]
+    plan: Plan, file: StoragePath, sizes_bytes: dict[str, int]
 ) -> _Footer | None:
     filesystem, path = file.open()
     size_bytes = sizes_bytes.get(path.rpartition("/")[2])

@@ -11,7 +11,7 @@ from typing import BinaryIO, cast
 
 import pyarrow.fs as pafs
 
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import is_remote, retrying
 
 # A tar in a bucket is read from front to back: a request for each header would take a
@@ -49,7 +49,7 @@ def find(source: str) -> tuple[list[str], bool]:
 
     Raises ValueError where there is nothing.
     """
-    kind = Place(source).kind()
+    kind = StoragePath(source).kind()
     if kind != pafs.FileType.NotFound:
         return [source], kind == pafs.FileType.Directory
     options = source.partition("?")[2] if is_remote(source) else ""
@@ -64,13 +64,14 @@ def find(source: str) -> tuple[list[str], bool]:
         if found:
             return found, False
     raise ValueError(
-        f"There is no {Place(source)}: name a folder, a tar, a zip or Parquet files."
+        f"There is no {StoragePath(source)}: "
+        "name a folder, a tar, a zip or Parquet files."
     )
 
 
 def _names(folder: str) -> list[str]:
     try:
-        return [entry.base_name for entry in Place(folder).entries()]
+        return [entry.base_name for entry in StoragePath(folder).entries()]
     except (FileNotFoundError, NotADirectoryError):
         return []
 
@@ -84,7 +85,7 @@ def open_stored(address: str | Path, *, reads_on: bool = True) -> BinaryIO:
     """
     if not is_remote(str(address)):
         return Path(str(address)).open("rb")
-    filesystem, path = Place(str(address)).open()
+    filesystem, path = StoragePath(str(address)).open()
     file = retrying(lambda: filesystem.open_input_file(path), address=str(address))
     if not reads_on:
         return cast("BinaryIO", file)
@@ -93,7 +94,7 @@ def open_stored(address: str | Path, *, reads_on: bool = True) -> BinaryIO:
 
 def read_stored(address: str | Path) -> bytes:
     """Read a whole file; ValueError names the file where there is none."""
-    place = Place(str(address))
+    place = StoragePath(str(address))
     try:
         return place.read()
     except FileNotFoundError:
@@ -104,7 +105,7 @@ def read_stored(address: str | Path) -> bytes:
 
 def read_text(address: str | Path) -> str:
     """Read a text of UTF-8, with or without a byte order mark."""
-    return decode_text(read_stored(address), name=str(Place(str(address))))
+    return decode_text(read_stored(address), name=str(StoragePath(str(address))))
 
 
 def decode_text(data: bytes, *, name: str) -> str:
@@ -128,7 +129,7 @@ def order_of(key: str) -> tuple[tuple[int, str], ...]:
 
 def list_remote(address: str) -> Iterator[tuple[str, int]]:
     """Yield path and size of all files below a folder of a bucket, in walking order."""
-    filesystem, root = Place(address).open()
+    filesystem, root = StoragePath(address).open()
     selector = pafs.FileSelector(root, recursive=True)
     found = retrying(lambda: filesystem.get_file_info(selector), address=address)
     start = len(root.rstrip("/")) + 1

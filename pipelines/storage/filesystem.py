@@ -44,7 +44,7 @@ def absolute(place: str) -> str:
     return place if "://" in place else os.path.abspath(os.path.expanduser(place))
 
 
-def open_place(address: str) -> tuple[pafs.FileSystem, str]:
+def open_filesystem(address: str) -> tuple[pafs.FileSystem, str]:
     """Find the filesystem and the path of a folder or a file.
 
     Raises ValueError, without any credentials, where the address can't be read, its

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary
 from pipelines.storage.retry import answering
 
@@ -62,7 +62,7 @@ class Owner:
 
 
 @contextlib.contextmanager
-def claimed(folder: Place, *, patience_s: float = 0.0) -> Iterator[None]:
+def claimed(folder: StoragePath, *, patience_s: float = 0.0) -> Iterator[None]:
     """Hold a run's or a sweep's folder, which is made where it is not there.
 
     Folders that were made for that and are empty at the end are deleted again.
@@ -84,7 +84,7 @@ def claimed(folder: Place, *, patience_s: float = 0.0) -> Iterator[None]:
 
 
 def _taken(
-    folder: Place, *, owner: Owner
+    folder: StoragePath, *, owner: Owner
 ) -> contextlib.AbstractContextManager[None] | None:
     """Take hold of a folder; None where another process has it."""
     if folder.is_remote:
@@ -166,7 +166,7 @@ def _unlocked_at_end(lock: _Lock) -> Iterator[None]:
 
 
 def _beating(
-    folder: Place, *, owner: Owner
+    folder: StoragePath, *, owner: Owner
 ) -> contextlib.AbstractContextManager[None] | None:
     with answering():
         before = _read(folder)
@@ -192,7 +192,7 @@ def _beating(
 
 
 @contextlib.contextmanager
-def _beaten_until_end(folder: Place, *, owner: Owner) -> Iterator[None]:
+def _beaten_until_end(folder: StoragePath, *, owner: Owner) -> Iterator[None]:
     is_over = threading.Event()
 
     def beat() -> None:
@@ -255,14 +255,14 @@ def _start_of(pid: int) -> str:
     return "" if state in "ZX" else rest[18]
 
 
-def _read(folder: Place) -> Owner | None:
+def _read(folder: StoragePath) -> Owner | None:
     try:
         return Owner(**json.loads(folder.within(OWNER_FILE).read()))
     except (FileNotFoundError, TypeError, json.JSONDecodeError):
         return None  # nobody's, or one that is being written
 
 
-def _write(folder: Place, *, owner: Owner) -> None:
+def _write(folder: StoragePath, *, owner: Owner) -> None:
     folder.within(OWNER_FILE).write(_bytes(owner))
 
 
@@ -276,7 +276,7 @@ def _named(owner: Owner | None) -> str:
     return f"{owner.command} (process {owner.pid} on {owner.host}, since {owner.since})"
 
 
-def _busy(folder: Place, *, owner: Owner | None) -> ValueError:
+def _busy(folder: StoragePath, *, owner: Owner | None) -> ValueError:
     return ValueError(
         f"expected a name that nobody works on, got {folder.name!r} in "
         f"{str(folder)!r}, which {_named(owner)} works on; wait for its end, or choose "

@@ -15,7 +15,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipelines.storage.filesystem import open_place
+from pipelines.storage.filesystem import open_filesystem
 from pipelines.storage.redaction import without_credentials
 from pipelines.storage.retry import is_remote, retrying
 
@@ -27,7 +27,7 @@ _CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
-class Place:
+class StoragePath:
     """Name a file or a folder at an address; nothing is opened before it is used.
 
     The methods try again where a store fails, and raise as `retrying` does.
@@ -56,13 +56,13 @@ class Place:
         return PurePosixPath(self.open()[1]).name
 
     def open(self) -> tuple[pafs.FileSystem, str]:
-        """Give the filesystem and the path; ValueError as `open_place`."""
-        filesystem, root = open_place(self.address)
+        """Give the filesystem and the path; ValueError as `open_filesystem`."""
+        filesystem, root = open_filesystem(self.address)
         return filesystem, f"{root.rstrip('/')}/{self.inner}" if self.inner else root
 
-    def within(self, name: str) -> Place:
+    def within(self, name: str) -> StoragePath:
         """Name something in this folder."""
-        return Place(self.address, f"{self.inner}/{name}" if self.inner else name)
+        return StoragePath(self.address, f"{self.inner}/{name}" if self.inner else name)
 
     def kind(self) -> pafs.FileType:
         """Say whether a file, a folder or nothing is there."""

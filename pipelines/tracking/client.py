@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
-from pipelines.storage.filesystem import open_place
+from pipelines.storage.filesystem import open_filesystem
 from pipelines.storage.redaction import error_summary, without_credentials
 from pipelines.tracking.sqlite_file import (
     check_writable,
@@ -55,7 +55,7 @@ def default_uri(storage: str) -> str:
             f"{without_credentials(storage)!r}; set {ADDRESS_VARIABLE} to a server or "
             f"to {_SQLITE}/a/folder/{_DATABASE}"
         )
-    folder = Path(open_place(storage)[1]).expanduser().absolute()
+    folder = Path(open_filesystem(storage)[1]).expanduser().absolute()
     return sqlite_uri(folder / _DATABASE)
 
 

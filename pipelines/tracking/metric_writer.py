@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary, without_credentials
 from pipelines.tracking.buffer import MetricBuffer, Point, RefusedError
 from pipelines.tracking.client import PATIENCE, connect, environment
@@ -37,7 +37,7 @@ class MetricWriter:
         uri: str,
         run_id: str | Callable[[], str],
         *,
-        unsent: Place | None = None,
+        unsent: StoragePath | None = None,
     ) -> None:
         self._uri = uri
         self._is_recorded = bool(run_id)

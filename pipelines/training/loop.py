@@ -21,16 +21,16 @@ from pipelines.data.position import Position
 from pipelines.hardware.device import autocast_dtype, is_gpu
 from pipelines.rng import Purpose, key
 from pipelines.training.fsdp import update_average
-from pipelines.training.metrics import Sums
+from pipelines.training.metrics import MetricSums
 from pipelines.training.mixup import draw_mix, mix, smooth_targets, soft_cross_entropy
-from pipelines.training.nonfinite import Guard, KeysOf
+from pipelines.training.nonfinite import KeysOf, NonFiniteGuard
 from pipelines.training.optimizer import (
     current_learning_rate,
     learning_rate,
     set_learning_rate,
 )
 from pipelines.training.step_errors import step_errors
-from pipelines.training.throughput import Clock
+from pipelines.training.throughput import Throughput
 
 _MINUTES_WHILE_FEW = 5.0
 
@@ -46,7 +46,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
     position: Position = field(default_factory=Position)
-    guard: Guard | None = None
+    guard: NonFiniteGuard | None = None
     """What watches for losses that are no numbers; `train` makes one where none is."""
 
 
@@ -133,8 +133,8 @@ def train(
     """
     run = settings.run
     guard = state.guard = state.guard or guard_of(state, settings=settings)
-    sums = Sums(settings.device)
-    clock = Clock()
+    sums = MetricSums(settings.device)
+    clock = Throughput()
     epoch_bad = 0
     state.forward.train()
     for batch in clock.waiting(batches):
@@ -183,9 +183,9 @@ def train(
 
 def guard_of(
     state: TrainState, *, settings: LoopSettings, keys_of: KeysOf = lambda rows: {}
-) -> Guard:
+) -> NonFiniteGuard:
     """Make what watches a state's steps; `keys_of` gives the keys of rows."""
-    return Guard(
+    return NonFiniteGuard(
         state.model,
         state.optimizer,
         optim=settings.run.optim,
@@ -234,9 +234,9 @@ def _forward_backward(
     state: TrainState,
     batch: Batch,
     *,
-    guard: Guard,
+    guard: NonFiniteGuard,
     settings: LoopSettings,
-    sums: Sums,
+    sums: MetricSums,
 ) -> None:
     images, targets = mixed(batch, settings=settings)
     no_sync = getattr(state.forward, "no_sync", contextlib.nullcontext)
@@ -248,12 +248,12 @@ def _forward_backward(
         # global batch, however its rows lie on the workers.
         scale = settings.world_size / batch.global_rows
         ((losses * batch.weights).sum() * scale).backward()
-    counted = guard.saw(batch, losses, step=state.position.step)
+    counted = guard.observe(batch, losses, step=state.position.step)
     sums.add(logits, batch.labels, batch.weights, counted, num_bad=batch.num_bad)
 
 
-def _end_step(state: TrainState, batch: Batch, *, guard: Guard) -> None:
-    guard.admit(step=state.position.step)
+def _end_step(state: TrainState, batch: Batch, *, guard: NonFiniteGuard) -> None:
+    guard.mask_bad_step(step=state.position.step)
     state.optimizer.step()
     guard.end()
     state.optimizer.zero_grad(set_to_none=True)

@@ -18,7 +18,7 @@ def correct(logits: Tensor, labels: Tensor, *, k: int) -> Tensor:
     return (best == labels[:, None]).any(dim=1)
 
 
-class Sums:
+class MetricSums:
     """Add up weighted loss, top-1, top-5 and images; no step waits for the device."""
 
     def __init__(self, device: torch.device) -> None:

@@ -58,7 +58,7 @@ class BadStep:
         )
 
 
-class Guard:
+class NonFiniteGuard:
     """Watch the steps of one worker.
 
     With several workers `check` is a collective where a step was bad: the gradients,
@@ -107,13 +107,13 @@ class Guard:
         if self._buffers:
             torch._foreach_copy_(self._saved, self._buffers)  # pyright: ignore
 
-    def saw(self, batch: Batch, losses: Tensor, *, step: int) -> Tensor:
+    def observe(self, batch: Batch, losses: Tensor, *, step: int) -> Tensor:
         """Note a micro-batch; give its losses (B,) with 0 for what is no number."""
         is_finite = torch.isfinite(losses.detach())
         self._seen.append((step, batch.draw_ids, is_finite.all()))
         return torch.where(is_finite, losses.detach(), 0.0)
 
-    def admit(self, *, step: int) -> None:
+    def mask_bad_step(self, *, step: int) -> None:
         """Have the optimiser leave out a step that is no number; clip gradients."""
         grads = local(p.grad for p in self._params if p.grad is not None)
         squares = self._squares(grads)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pipelines.data.batch import Batch
 
 
-class Clock:
+class Throughput:
     """Measure the rate of images and the share of time that waits for them."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from pipelines.checkpoints.async_writer import CheckpointWriter
 from pipelines.checkpoints.pretrained import load_initial
 from pipelines.checkpoints.snapshot import Snapshot, assist_snapshot, take_snapshot
 from pipelines.checkpoints.store import CheckpointStore
-from pipelines.events.channel import Measured, Noted
+from pipelines.events.channel import Message, Metrics
 from pipelines.training.fsdp import is_sharded, shard_state
 from pipelines.training.loop import TrainState
 from pipelines.training.state import build_state
@@ -23,7 +23,7 @@ from pipelines.worker.group import Group
 from pipelines.worker.job import Job
 
 
-class Keeper:
+class Checkpointer:
     """Hold a run's checkpoints for one of its workers; the first one writes them."""
 
     def __init__(self, job: Job, *, group: Group) -> None:
@@ -49,7 +49,7 @@ class Keeper:
         A collective: all workers take the one that the first has found.
         """
         is_first = self._group.rank == 0
-        name = self._group.agreed(self._store.newest() if is_first else "")
+        name = self._group.broadcast(self._store.newest() if is_first else "")
         if not name:
             return self._built(self._start)
         with self._store.opened(name) as folder:
@@ -87,7 +87,7 @@ class Keeper:
             take = partial(lambda taken: taken, take())
         self._writer.write(take, name=name, can_wait=can_wait)
         stall = {"train/checkpoint_s": time.perf_counter() - start_s}
-        self._group.post(Measured(step=state.position.step, metrics=stall))
+        self._group.post(Metrics(step=state.position.step, metrics=stall))
 
     def close(self, *, is_done: bool) -> None:
         """Wait for what is being written; raises as `CheckpointWriter.close`."""
@@ -112,7 +112,7 @@ class Keeper:
     def _tell(self, line: str) -> None:
         """Tell the driver once what all workers know."""
         if self._group.rank == 0:
-            self._group.post(Noted(line=line))
+            self._group.post(Message(line=line))
 
     def _start(self, model: nn.Module) -> None:
         """Put the weights of another training into a fresh model, if so wanted."""

@@ -9,9 +9,9 @@ import torch
 
 from pipelines.config import Data
 from pipelines.data.reading import Reading
-from pipelines.data.stream import Opener
-from pipelines.events.channel import Item
-from pipelines.storage.path import Place
+from pipelines.data.stream import ShardOpener
+from pipelines.events.channel import Event
+from pipelines.storage.path import StoragePath
 
 Small = TypeVar("Small", int, str)
 
@@ -20,22 +20,22 @@ class Group(Protocol):
     """Connect a worker to the others and to the driver, of which there may be none.
 
     What all workers call together, and in the same order, is a collective: opening
-    datasets, `agreed`, `report` and `is_leaving`.
+    datasets, `broadcast`, `report` and `is_preempted`.
     """
 
     rank: int
     world_size: int
     device: torch.device
-    folder: Place
+    folder: StoragePath
     """The run's, where its checkpoints lie."""
     is_watched: bool
     """Whether a worker that ends itself is started again."""
 
-    def opener(self, reading: Reading, *, data: Data) -> Opener:
+    def opener(self, reading: Reading, *, data: Data) -> ShardOpener:
         """Give what opens a split's datasets on all workers together."""
         ...
 
-    def agreed(self, value: Small) -> Small:
+    def broadcast(self, value: Small) -> Small:
         """Give all workers the first one's value."""
         ...
 
@@ -43,15 +43,15 @@ class Group(Protocol):
         """Tell those who decide on runs, such as a sweep, what was measured."""
         ...
 
-    def post(self, item: Item) -> None:
+    def post(self, item: Event) -> None:
         """Tell the driver something, without waiting for it."""
         ...
 
-    def is_ending(self) -> bool:
+    def should_stop(self) -> bool:
         """Tell one worker at least whether the driver wants all of them to end."""
         ...
 
-    def is_leaving(self) -> bool:
+    def is_preempted(self) -> bool:
         """Tell all workers whether a machine of theirs is about to be taken."""
         ...
 

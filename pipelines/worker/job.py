@@ -10,7 +10,7 @@ from pipelines.config import Run
 from pipelines.config.own_code import OwnCode
 from pipelines.data.shard_set import ShardSet
 from pipelines.evaluation.held_out import HeldOut
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,13 @@ class Trained:
 
     metrics: Mapping[str, float]
     """What its last epoch reported."""
-    checkpoint: Place | None
+    checkpoint: StoragePath | None
     """Its last checkpoint; None where it ended before the first."""
-    best: Place | None = None
+    best: StoragePath | None = None
     """Its best checkpoint, where one was evaluated."""
 
 
-def outcome(run: Run, *, folder: Place) -> Trained:
+def outcome(run: Run, *, folder: StoragePath) -> Trained:
     """Read from a run's folder what it has come to."""
     store = CheckpointStore(folder, num_to_keep=run.num_checkpoints_to_keep)
     there, best = store.kept(), store.best()

@@ -15,9 +15,9 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from pipelines.config import Data
 from pipelines.data.reading import Reading
-from pipelines.data.stream import Opener
-from pipelines.events.channel import Item, wait_until_heard
-from pipelines.storage.path import Place
+from pipelines.data.stream import ShardOpener
+from pipelines.events.channel import Event, wait_until_handled
+from pipelines.storage.path import StoragePath
 from pipelines.worker.group import Small
 from pipelines.worker.opener import RayOpener
 from pipelines.worker.worker import Worker
@@ -39,7 +39,7 @@ class RayGroup:
     is_watched = True
 
     def __init__(
-        self, board: ActorHandle, *, folder: Place, is_preemptible: bool
+        self, board: ActorHandle, *, folder: StoragePath, is_preemptible: bool
     ) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
@@ -50,13 +50,13 @@ class RayGroup:
         self._is_preemptible = is_preemptible
         self._openers: list[RayOpener] = []
 
-    def opener(self, reading: Reading, *, data: Data) -> Opener:
+    def opener(self, reading: Reading, *, data: Data) -> ShardOpener:
         """Give what makes Ray datasets."""
         opener = RayOpener(reading, data=data, rank=self.rank)
         self._openers.append(opener)
         return opener
 
-    def agreed(self, value: Small) -> Small:
+    def broadcast(self, value: Small) -> Small:
         """Give all workers the first one's value."""
         return broadcast_from_rank_zero(value)
 
@@ -70,25 +70,25 @@ class RayGroup:
         if "epoch" not in metrics:
             return
         if self.rank == 0:
-            wait_until_heard(self._is_heard, every_s=_POLL_S)
+            wait_until_handled(self._is_heard, every_s=_POLL_S)
         ray.train.report(dict(metrics))
 
-    def post(self, item: Item) -> None:
+    def post(self, item: Event) -> None:
         """Post to the driver's board."""
         self._board.post.remote(item)
 
-    def is_ending(self) -> bool:
+    def should_stop(self) -> bool:
         """Ask the driver's board, as the first worker; the others need not know."""
         if self.rank != 0:
             return False
-        return _answer(self._board.is_ending.remote())
+        return _answer(self._board.should_stop.remote())
 
-    def is_leaving(self) -> bool:
+    def is_preempted(self) -> bool:
         """Ask Ray, together, whether it was told that a machine will be taken."""
         return self._is_preemptible and ray.train.get_preemption_info() is not None
 
     def _is_heard(self) -> bool:
-        return _answer(self._board.is_heard.remote())
+        return _answer(self._board.is_handled.remote())
 
     def close(self) -> None:
         """End the openers' threads."""

@@ -12,14 +12,14 @@ import torch
 
 from pipelines.config.recipes import load_code
 from pipelines.data.batch import Batch
-from pipelines.data.loader import Supply, reading_of
+from pipelines.data.loader import Loader, reading_of
 from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet
 from pipelines.data.stream import Plans
 from pipelines.evaluation.image_keys import keys_of
-from pipelines.evaluation.in_training import Together
+from pipelines.evaluation.in_training import InTrainingEvaluator
 from pipelines.events.bad_images import BadImageTeller
-from pipelines.events.channel import Began, Event, Measured, Noted, Pictured
+from pipelines.events.channel import Figure, Message, Metrics, Progress, WorkerStarted
 from pipelines.hardware.device import PeakMemory, is_gpu
 from pipelines.hardware.facts import worker_facts
 from pipelines.training.gradient_probe import Prober
@@ -32,7 +32,7 @@ from pipelines.training.loop import (
 )
 from pipelines.training.probe_figure import draw_bands
 from pipelines.worker.audit_log import KeyLog
-from pipelines.worker.checkpointing import Keeper
+from pipelines.worker.checkpointing import Checkpointer
 from pipelines.worker.group import Group
 from pipelines.worker.job import Job
 from pipelines.worker.watchdog import Watchdog
@@ -59,7 +59,7 @@ class Worker:
             world_size=group.world_size,
             rank=group.rank,
         )
-        self.keeper = Keeper(job, group=group)
+        self.keeper = Checkpointer(job, group=group)
         self.state = self.keeper.state()
         self.state.guard = guard_of(
             self.state,
@@ -71,7 +71,7 @@ class Worker:
         self.supplies = {"train": self._supply(job.train_shards, split="train")}
         for one in sets:
             self.supplies[one.prefix] = self._supply(one.shards, split=one.prefix)
-        self.together = Together(
+        self.together = InTrainingEvaluator(
             sets,
             settings=self.settings,
             batches=lambda one: self.watchdog.watching(
@@ -91,7 +91,7 @@ class Worker:
         self.watchdog.__enter__()
         for supply in self.supplies.values():
             supply.start()
-        begun = Began(
+        begun = WorkerStarted(
             rank=self.rank,
             world_size=self.settings.world_size,
             host=socket.gethostname(),
@@ -128,8 +128,8 @@ class Worker:
             on_batch=self._log_keys,
             on_step_begin=self._probe,
             on_note=self._note,
-            is_ending=self.group.is_ending,
-            is_leaving=self.group.is_leaving,
+            is_ending=self.group.should_stop,
+            is_leaving=self.group.is_preempted,
         )
 
     def _probe(self, state: TrainState, batch: Batch) -> None:
@@ -141,12 +141,12 @@ class Worker:
             return None
 
         def log(metrics: Mapping[str, float], step: int) -> None:
-            self.group.post(Measured(step=step, metrics=dict(metrics)))
+            self.group.post(Metrics(step=step, metrics=dict(metrics)))
 
         return Prober(self.state.model, settings=self.settings, on_probe=log)
 
     def _note(self, line: str) -> None:
-        self.group.post(Noted(line=line))
+        self.group.post(Message(line=line))
 
     def _log_keys(self, batch: Batch, step: int) -> None:
         if self.key_log is not None:
@@ -157,17 +157,17 @@ class Worker:
             return None
         return KeyLog(
             Path(self.run.key_log),
-            attempt=self.group.agreed(time.time_ns()),
+            attempt=self.group.broadcast(time.time_ns()),
             step=self.state.position.step,
             rank=self.rank,
             num_repeats=self.run.augment.num_repeats,
         )
 
-    def _supply(self, shards: ShardSet, *, split: str) -> Supply:
+    def _supply(self, shards: ShardSet, *, split: str) -> Loader:
         run, is_train = self.run, split == "train"
         world_size = self.settings.world_size
         reading = reading_of(shards, run=run, train=is_train, num_workers=world_size)
-        return Supply(
+        return Loader(
             shards,
             run=run,
             train=is_train,
@@ -185,12 +185,12 @@ class Worker:
         if self.rank == 0:
             self._post(position)
             named = {f"train/{name}": value for name, value in metrics.items()}
-            self.group.post(Measured(step=position.step, metrics=named))
+            self.group.post(Metrics(step=position.step, metrics=named))
 
     def _post(
         self, position: Position, *, held_out: Mapping[str, float] | None = None
     ) -> None:
-        event = Event(
+        event = Progress(
             step=position.step,
             epoch=position.epoch,
             metrics=self._last_log,
@@ -224,7 +224,7 @@ class Worker:
         position = state.position
         if self.rank == 0:
             # Before the report, with which a sweep may end this run.
-            self.group.post(Measured(step=position.step, metrics=metrics))
+            self.group.post(Metrics(step=position.step, metrics=metrics))
             self._post(position, held_out=held_out)
         name = f"epoch_{position.epoch:04d}"
         self._report(state, name=name, metrics=metrics, can_wait=True)
@@ -232,13 +232,13 @@ class Worker:
             title = f"{self.run.recipe}, to epoch {position.epoch}"
             draw = partial(draw_bands, tuple(self.prober.bands), title=title)
             path = f"probes/epoch_{position.epoch:04d}.png"
-            self.group.post(Pictured(draw=draw, path=path))
+            self.group.post(Figure(draw=draw, path=path))
 
     def _keep(self, state: TrainState) -> None:
         """Write a checkpoint within an epoch: nothing is evaluated."""
         name = f"step_{state.position.step:08d}"
         # Asked to end, it is the last one.
-        is_last = self.group.is_ending()
+        is_last = self.group.should_stop()
         self._report(state, name=name, metrics={}, can_wait=is_last)
 
     def _report(

@@ -15,7 +15,7 @@ from pipelines.checkpoints.model_code import load_model_code
 from pipelines.checkpoints.pretrained import load_initial
 from pipelines.checkpoints.weight_sources import find_manifest
 from pipelines.config import Model, Run
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.training.model import PRETRAINED, build_model, without_weights
 from sovit.trunks import image_shape
 
@@ -69,7 +69,7 @@ def load_backbone(run: Run, *, checkpoint: str, num_classes: int) -> Backbone:
     Raises ValueError where that is none of them, or there are no weights at all.
     """
     source = checkpoint or run.model.init_from
-    if source and find_manifest(Place(source)) is not None:
+    if source and find_manifest(StoragePath(source)) is not None:
         load_model_code(source)
         with opened(source) as folder:
             model, manifest = load_model(folder)
@@ -91,7 +91,7 @@ def load_backbone(run: Run, *, checkpoint: str, num_classes: int) -> Backbone:
         num_classes=num_classes,
         weights={name: value.detach() for name, value in model.state_dict().items()},
         shape=feature_shape(model, img_size=settings.img_size),
-        source=str(Place(source)),
+        source=str(StoragePath(source)),
     )
 
 

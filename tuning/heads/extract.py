@@ -24,7 +24,7 @@ from pipelines.data.loader import reading_of
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.driver.preflight import with_absolute_paths
 from pipelines.storage.filesystem import absolute
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering, retrying
 from pipelines.training.loop import check_bad_share
 from tuning.heads.backbone import Backbone, load_backbone
@@ -67,7 +67,7 @@ def write_tokens(
             f"num_views: wanted at least 1, came {num_views}; 1 is evaluation's view"
         )
     run = with_absolute_paths(run)
-    place = Place(absolute(out))
+    place = StoragePath(absolute(out))
     shards = {"train": read_shard_set(run.data.train)}
     shards["val"] = read_shard_set(run.data.val)
     backbone = load_backbone(

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pipelines.data.epoch_plan import GroupTable, Slice, Unit, plan_epoch
 from pipelines.shards.format import write_json
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering, retrying
 from pipelines.transforms.rows import ROW_ID
 
@@ -65,7 +65,7 @@ def bytes_per_image(shape: Sequence[int]) -> int:
 
 
 def write_part(
-    file: Place,
+    file: StoragePath,
     *,
     rows: pa.Table,
     shape: Sequence[int],
@@ -89,7 +89,7 @@ def write_part(
 class TokenSet:
     """Describe a finished token set; its tokens stay where they are."""
 
-    place: Place
+    place: StoragePath
     shape: tuple[int, ...]
     """What the backbone gives for one image: (N, D) tokens, or a map."""
     classes: tuple[str, ...]
@@ -103,9 +103,9 @@ class TokenSet:
     """Of each view, the rows of each row group by the file's name."""
 
     @classmethod
-    def open(cls, place: str | Place) -> TokenSet:
+    def open(cls, place: str | StoragePath) -> TokenSet:
         """Read what a folder holds; ValueError where it is no finished set."""
-        place = place if isinstance(place, Place) else Place(place)
+        place = place if isinstance(place, StoragePath) else StoragePath(place)
         file = place.within(TOKENS_FILE)
         try:
             with answering():

@@ -18,7 +18,7 @@ from pipelines.data.epoch_plan import EpochPlan, plan_epoch
 from pipelines.data.loader import pixel_settings
 from pipelines.data.shard_set import ShardSet
 from pipelines.hardware.device import device_of
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.training.loop import LoopSettings
 from pipelines.transforms.decoder import BatchDecoder
 from pipelines.transforms.rows import BadImage, Rows, rows_of
@@ -44,7 +44,7 @@ class TokenJob:
 
     run: Run
     """Its model is the backbone's, which also says the images' size."""
-    out: Place
+    out: StoragePath
     shape: tuple[int, ...]
     num_views: int
     num_parts: int
@@ -62,7 +62,7 @@ def make_job(
     run: Run,
     *,
     shards: ShardSet,
-    out: Place,
+    out: StoragePath,
     backbone: Backbone,
     num_views: int,
 ) -> TokenJob:

@@ -19,7 +19,7 @@ from pipelines.config import Optim, Run, Schedule
 from pipelines.errors import NonFiniteLossError
 from pipelines.hardware.device import find_device, forked_rng, upload
 from pipelines.training.loop import LoopSettings
-from pipelines.training.metrics import Sums
+from pipelines.training.metrics import MetricSums
 from pipelines.training.mixup import smooth_targets, soft_cross_entropy
 from pipelines.training.model import build_model
 from pipelines.training.optimizer import (
@@ -147,7 +147,7 @@ class _Trainer:
         }
 
     def _train(self, epoch: int) -> float:
-        sums = Sums(self._device)
+        sums = MetricSums(self._device)
         self._head.train()
         batches = self._tokens.epoch(
             epoch, batch_size=self._batch_size, seed=self._seed
@@ -178,7 +178,7 @@ class _Trainer:
 
     @torch.inference_mode()
     def _evaluate(self) -> dict[str, float]:
-        sums = Sums(self._device)
+        sums = MetricSums(self._device)
         self._head.eval()
         batches = self._val.epoch(0, batch_size=_EVAL_BATCH_SIZE, shuffle=False)
         for tokens, labels in batches:

@@ -21,16 +21,16 @@ from tuning.report.figures import (
 from tuning.report.recipe import winner_recipe
 from tuning.report.statistics import MIN_PAIRS, importances, rank_correlation
 from tuning.report.table import as_csv, compared, table, winner_of
-from tuning.trials.head_trial import HEAD_METRIC, foretold
-from tuning.trials.ledger import Entry, Ledger, Sweep
+from tuning.trials.head_trial import HEAD_METRIC, rank_pairs
+from tuning.trials.ledger import Ledger, Sweep, TrialRecord
 
 REPORT = "report"
 WINNER_FILE = "winner.py"
 
 
-def conclude(
+def write_report(
     sweep: Sweep, *, ledger: Ledger, heads: Ledger | None, uri: str
-) -> Entry | None:
+) -> TrialRecord | None:
     """Print the table, keep table, plots and winner, and end the sweep's MLflow run.
 
     Returns the winner, None where no trial has a value.
@@ -114,7 +114,7 @@ def _foretelling(
     search = dataclasses.replace(sweep.search, metrics=(HEAD_METRIC,), modes=("max",))
     ranked_by_head = dataclasses.replace(sweep, search=search)
     (folder / "heads.csv").write_text(as_csv(ranked_by_head, heads.entries))
-    cheap, full, numbers = foretold(
+    cheap, full, numbers = rank_pairs(
         list(heads.entries), list(ledger.entries), sweep=sweep
     )
     if len(cheap) < MIN_PAIRS:
@@ -146,7 +146,7 @@ def _keep(sweep: Sweep, *, folder: Path, uri: str) -> None:
 
 
 def _print_next(
-    sweep: Sweep, *, winner: Entry | None, is_whole: bool, uri: str, view: str
+    sweep: Sweep, *, winner: TrialRecord | None, is_whole: bool, uri: str, view: str
 ) -> None:
     """Say what can be done now."""
     lines: dict[str, str] = {}

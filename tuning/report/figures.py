@@ -15,7 +15,7 @@ from tuning.report.statistics import (
     study_of,
 )
 from tuning.report.table import compared, front, short_names, value_of
-from tuning.trials.ledger import Entry, Sweep
+from tuning.trials.ledger import Sweep, TrialRecord
 from tuning.trials.options import Mode
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _RATES = ("train/images_per_s", "head/images_per_s")
 _FRONT_COLOR, _POINT_COLOR, _STOPPED_COLOR = "crimson", "tab:blue", "lightsteelblue"
 
 
-def draw_parallel(sweep: Sweep, entries: Sequence[Entry], path: Path) -> None:
+def draw_parallel(sweep: Sweep, entries: Sequence[TrialRecord], path: Path) -> None:
     """Draw each trial that has a value as a line over its fields, into a PNG."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ def draw_parallel(sweep: Sweep, entries: Sequence[Entry], path: Path) -> None:
         pyplot.close(figure)
 
 
-def _title(sweep: Sweep, found: Sequence[Entry], *, num_all: int) -> str:
+def _title(sweep: Sweep, found: Sequence[TrialRecord], *, num_all: int) -> str:
     title = f"{sweep.name}: {len(found)} trials"
     if found:
         title += f", best {found[0].number}"
@@ -62,7 +62,7 @@ def _title(sweep: Sweep, found: Sequence[Entry], *, num_all: int) -> str:
     return title
 
 
-def draw_pareto(sweep: Sweep, entries: Sequence[Entry], path: Path) -> None:
+def draw_pareto(sweep: Sweep, entries: Sequence[TrialRecord], path: Path) -> None:
     """Draw the first metric over the second as a PNG, with the Pareto front.
 
     Over the images a second where the search has one metric. Trials that did not finish
@@ -97,7 +97,7 @@ def draw_pareto(sweep: Sweep, entries: Sequence[Entry], path: Path) -> None:
     _save(axes, path)
 
 
-def _second(sweep: Sweep, entries: Sequence[Entry]) -> tuple[str, Mode]:
+def _second(sweep: Sweep, entries: Sequence[TrialRecord]) -> tuple[str, Mode]:
     """Name the metric that the first is drawn over."""
     search = sweep.search
     if len(search.metrics) > 1:
@@ -114,7 +114,7 @@ def _better(mode: Mode) -> str:
 
 def draw_importances(
     sweep: Sweep,
-    entries: Sequence[Entry],
+    entries: Sequence[TrialRecord],
     path: Path,
     *,
     found: tuple[int, Mapping[str, float]] | None = None,

@@ -25,14 +25,14 @@ from tuning.report.source import (
     string,
 )
 from tuning.report.table import value_of
-from tuning.trials.ledger import Entry, Sweep
+from tuning.trials.ledger import Sweep, TrialRecord
 
 FUNCTION = "best"
 # Said by whoever trains, not by what was found; unless it was searched.
 _LEFT_OUT = ("storage", "experiment", "num_checkpoints_to_keep", "seed")
 
 
-def winner_recipe(sweep: Sweep, winner: Entry) -> str:
+def winner_recipe(sweep: Sweep, winner: TrialRecord) -> str:
     """Write a module with a function `best() -> Run`: the winner's run.
 
     It changes the recipe that the sweep started from in the fields that differ, save
@@ -90,7 +90,7 @@ def winner_recipe(sweep: Sweep, winner: Entry) -> str:
     )
 
 
-def _header(sweep: Sweep, winner: Entry) -> list[str]:
+def _header(sweep: Sweep, winner: TrialRecord) -> list[str]:
     scale = sweep.run.scale
     workers = "1 worker" if scale.world_size == 1 else f"{scale.world_size} workers"
     return docstring(
@@ -101,7 +101,7 @@ def _header(sweep: Sweep, winner: Entry) -> list[str]:
     )
 
 
-def _says(sweep: Sweep, winner: Entry) -> list[str]:
+def _says(sweep: Sweep, winner: TrialRecord) -> list[str]:
     metric = sweep.search.metric
     value = value_of(winner, metric)
     came = "no value" if value is None else f"{value:.6g}"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tuning.report.table import compared, values_of
-from tuning.trials.ledger import Entry, Sweep
+from tuning.trials.ledger import Sweep, TrialRecord
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -25,7 +25,7 @@ MIN_PAIRS = 3
 _LOG = "loguniform"
 
 
-def common_epoch(sweep: Sweep, entries: Sequence[Entry]) -> int:
+def common_epoch(sweep: Sweep, entries: Sequence[TrialRecord]) -> int:
     """Find the last epoch in which all trials that did not end badly have a value.
 
     Trials without any value don't count. 0 where there is no such epoch.
@@ -35,7 +35,9 @@ def common_epoch(sweep: Sweep, entries: Sequence[Entry]) -> int:
     return max(set.intersection(*epochs), default=0) if epochs else 0
 
 
-def importances(sweep: Sweep, entries: Sequence[Entry]) -> tuple[int, dict[str, float]]:
+def importances(
+    sweep: Sweep, entries: Sequence[TrialRecord]
+) -> tuple[int, dict[str, float]]:
     """Compute the share of the first metric's variance by field: fANOVA.
 
     Values of one epoch are compared, so that stopped trials count like the others. A
@@ -66,7 +68,7 @@ def importances(sweep: Sweep, entries: Sequence[Entry]) -> tuple[int, dict[str, 
 
 
 def study_of(
-    sweep: Sweep, entries: Sequence[Entry], *, values: Sequence[float]
+    sweep: Sweep, entries: Sequence[TrialRecord], *, values: Sequence[float]
 ) -> Study:
     """Rebuild an Optuna study from trials, with a value for each.
 
@@ -91,7 +93,7 @@ def study_of(
     return study
 
 
-def _column(field: str, entries: Sequence[Entry]) -> list[Any]:
+def _column(field: str, entries: Sequence[TrialRecord]) -> list[Any]:
     """Collect a field's values; all as words where one is no number."""
     values = [entry.setting.get(field) for entry in entries]
     are_numbers = all(type(value) in (int, float) for value in values)

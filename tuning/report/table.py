@@ -17,19 +17,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipelines.results.short_names import short_tail
-from tuning.trials.ledger import BAD, Entry, Sweep
+from tuning.trials.ledger import BAD, Sweep, TrialRecord
 from tuning.trials.options import Mode, Search
 
 _BEST, _FRONT = "*", "+"
 
 
-def value_of(entry: Entry, metric: str) -> float | None:
+def value_of(entry: TrialRecord, metric: str) -> float | None:
     """Give a metric's last value; None where there is none or it is not finite."""
     value = entry.last(metric)
     return value if value is not None and math.isfinite(value) else None
 
 
-def values_of(entry: Entry, metric: str) -> dict[int, float]:
+def values_of(entry: TrialRecord, metric: str) -> dict[int, float]:
     """Give a metric's values by epoch, where they are finite."""
     found = ((round(one["epoch"]), one.get(metric)) for one in entry.reports)
     return {
@@ -39,10 +39,10 @@ def values_of(entry: Entry, metric: str) -> dict[int, float]:
     }
 
 
-def ranked(search: Search, entries: Iterable[Entry]) -> list[Entry]:
+def ranked(search: Search, entries: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Sort trials, the best first: see the top of this file."""
 
-    def key(entry: Entry) -> tuple[int, int, float, int]:
+    def key(entry: TrialRecord) -> tuple[int, int, float, int]:
         value = value_of(entry, search.metric)
         if entry.status in BAD:
             return 3, 0, 0.0, entry.number
@@ -55,7 +55,7 @@ def ranked(search: Search, entries: Iterable[Entry]) -> list[Entry]:
     return sorted(entries, key=key)
 
 
-def compared(search: Search, entries: Iterable[Entry]) -> list[Entry]:
+def compared(search: Search, entries: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Keep the trials that have a value and did not end badly, the best first."""
     return [
         entry
@@ -64,14 +64,14 @@ def compared(search: Search, entries: Iterable[Entry]) -> list[Entry]:
     ]
 
 
-def winner_of(search: Search, entries: Iterable[Entry]) -> Entry | None:
+def winner_of(search: Search, entries: Iterable[TrialRecord]) -> TrialRecord | None:
     """Give the best trial, if any has a value."""
     return next(iter(compared(search, entries)), None)
 
 
 def front(
-    entries: Iterable[Entry], *, metrics: Sequence[str], modes: Sequence[Mode]
-) -> list[Entry]:
+    entries: Iterable[TrialRecord], *, metrics: Sequence[str], modes: Sequence[Mode]
+) -> list[TrialRecord]:
     """Keep the trials that no other one beats in one metric and equals in the rest.
 
     Trials that ended badly or lack one of the values are left out.
@@ -94,7 +94,7 @@ def front(
     return [found[at] for at, point in points.items() if not is_beaten(point)]
 
 
-def best_epoch(search: Search, entry: Entry) -> int | None:
+def best_epoch(search: Search, entry: TrialRecord) -> int | None:
     """Find the epoch in which the first metric was best; None without a value."""
     values = values_of(entry, search.metric)
     return max(values, key=lambda epoch: search.sign * values[epoch], default=None)
@@ -106,7 +106,7 @@ def short_names(fields: Iterable[str]) -> dict[str, str]:
     return {name: short_tail(name, among=names) for name in names}
 
 
-def table(sweep: Sweep, entries: Sequence[Entry]) -> str:
+def table(sweep: Sweep, entries: Sequence[TrialRecord]) -> str:
     """Set the trials as lines of text, the best first, and why some failed."""
     search = sweep.search
     ordered = ranked(search, entries)
@@ -131,7 +131,7 @@ def table(sweep: Sweep, entries: Sequence[Entry]) -> str:
     return "\n".join(lines)
 
 
-def _columns(sweep: Sweep, ordered: Sequence[Entry]) -> dict[str, list[str]]:
+def _columns(sweep: Sweep, ordered: Sequence[TrialRecord]) -> dict[str, list[str]]:
     search = sweep.search
     num_compared = len(compared(search, ordered))
     columns = {
@@ -168,9 +168,9 @@ def _columns(sweep: Sweep, ordered: Sequence[Entry]) -> dict[str, list[str]]:
     return columns
 
 
-def _marks(search: Search, ordered: Sequence[Entry]) -> list[str]:
+def _marks(search: Search, ordered: Sequence[TrialRecord]) -> list[str]:
     best = winner_of(search, ordered)
-    found: list[Entry] = []
+    found: list[TrialRecord] = []
     if len(search.metrics) > 1:
         found = front(ordered, metrics=search.metrics, modes=search.modes)
     return [
@@ -209,13 +209,13 @@ def _aligned(columns: Mapping[str, Sequence[str]]) -> list[str]:
     return ["  ".join(row).rstrip() for row in zip(*set_columns, strict=True)]
 
 
-def as_csv(sweep: Sweep, entries: Sequence[Entry]) -> str:
+def as_csv(sweep: Sweep, entries: Sequence[TrialRecord]) -> str:
     """Write the trials as CSV, the best first, with full names and all digits."""
     rows = [
         _row(sweep, entry, rank=rank)
         for rank, entry in enumerate(ranked(sweep.search, entries), start=1)
     ]
-    head = list(_row(sweep, Entry(number=0, setting={}), rank=0))
+    head = list(_row(sweep, TrialRecord(number=0, setting={}), rank=0))
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=head, lineterminator="\n")
     writer.writeheader()
@@ -223,7 +223,7 @@ def as_csv(sweep: Sweep, entries: Sequence[Entry]) -> str:
     return text.getvalue()
 
 
-def _row(sweep: Sweep, entry: Entry, *, rank: int) -> dict[str, Any]:
+def _row(sweep: Sweep, entry: TrialRecord, *, rank: int) -> dict[str, Any]:
     search = sweep.search
     best = best_epoch(search, entry)
     values = values_of(entry, search.metric)

@@ -7,18 +7,18 @@ from typing import Any
 
 from ray import tune
 
-from pipelines.storage.path import Place
-from tuning.trials.ledger import Entry, Sweep
+from pipelines.storage.path import StoragePath
+from tuning.trials.ledger import Sweep, TrialRecord
 from tuning.trials.options import Search
 from tuning.trials.settings import spread
-from tuning.trials.trial import Known, bad_end, number_of, setting_of, tell_again
+from tuning.trials.trial import TrialContext, bad_end, number_of, setting_of, tell_again
 
 HEAD_METRIC = "head/top1"
 TOKENS = "tokens"
 
 
 def run_head_trial(
-    config: Mapping[str, Any], *, known: Known, tokens: str, num_epochs: int
+    config: Mapping[str, Any], *, known: TrialContext, tokens: str, num_epochs: int
 ) -> None:
     """Train the head of one setting, or tell again what is known of it.
 
@@ -40,7 +40,7 @@ def run_head_trial(
     run = from_json(known.run)
     if not run.scale.use_gpu:
         torch.set_num_threads(1)
-    folder = Place(tokens)
+    folder = StoragePath(tokens)
     try:
         train_head(
             change_fields(run, setting_of(config)),
@@ -54,7 +54,7 @@ def run_head_trial(
         tune.report(bad_end(error, metrics=(HEAD_METRIC,)))
 
 
-def promoted(heads: list[Entry], *, search: Search) -> list[Entry]:
+def promoted(heads: list[TrialRecord], *, search: Search) -> list[TrialRecord]:
     """Choose the heads' settings that are trained in full.
 
     The best, and if it is wanted further ones, evenly over the other ranks.
@@ -70,8 +70,8 @@ def promoted(heads: list[Entry], *, search: Search) -> list[Entry]:
     return [entry for entry in heads if entry.number in chosen]
 
 
-def foretold(
-    heads: list[Entry], trained: list[Entry], *, sweep: Sweep
+def rank_pairs(
+    heads: list[TrialRecord], trained: list[TrialRecord], *, sweep: Sweep
 ) -> tuple[list[float], list[float], list[int]]:
     """Pair the heads' results with those of full training, with the numbers."""
     metric = sweep.search.metric

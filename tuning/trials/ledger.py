@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 from pipelines.config import Run
 from pipelines.config.own_code import OwnCode
 from pipelines.config.serialization import from_json, to_json, tuples
-from pipelines.storage.path import Place
+from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering
 from tuning.trials.options import Search
 from tuning.trials.trial import last_report, trial_name
@@ -35,7 +35,7 @@ _FILE = "sweep.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class TrialRecord:
     """Say what one trial tries, and how it went so far."""
 
     number: int
@@ -98,9 +98,9 @@ class Sweep:
     earlier versions have none."""
 
     @property
-    def folder(self) -> Place:
+    def folder(self) -> StoragePath:
         """Name the sweep's folder."""
-        return Place(self.run.storage).within(self.name)
+        return StoragePath(self.run.storage).within(self.name)
 
     def trial_name(self, number: int, *, stage: StageName = "full") -> str:
         """Name a trial's run; a head has none but in MLflow."""
@@ -117,15 +117,15 @@ def write_sweep(sweep: Sweep) -> None:
 
 def read_sweep(storage: str, *, name: str) -> Sweep:
     """Read a sweep that is to go on; ValueError where it is not there."""
-    file = Place(storage).within(name).within(_FILE)
+    file = StoragePath(storage).within(name).within(_FILE)
     try:
         with answering():
             text = file.read()
     except OSError as error:
         raise ValueError(
             f"wanted a sweep to go on with, came {name!r}, of which "
-            f"{str(Place(storage))!r} holds no {_FILE}; look there for the names, or "
-            "set --storage"
+            f"{str(StoragePath(storage))!r} holds no {_FILE}; look there for the "
+            "names, or set --storage"
         ) from error
     try:
         raw = tuples(json.loads(text))
@@ -151,7 +151,7 @@ class Ledger:
         self.sweep = sweep
         self.stage: StageName = stage
         self._folder = sweep.folder.within(stage)
-        self._entries: dict[int, Entry] = {}
+        self._entries: dict[int, TrialRecord] = {}
         with answering():
             if self._folder.kind() == pafs.FileType.NotFound:
                 return
@@ -160,18 +160,18 @@ class Ledger:
             entry = self._read(name)
             self._entries[entry.number] = entry
 
-    def __getitem__(self, number: int) -> Entry:
+    def __getitem__(self, number: int) -> TrialRecord:
         return self._entries[number]
 
     def __contains__(self, number: object) -> bool:
         return number in self._entries
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[TrialRecord, ...]:
         """Give all trials in the order of their numbers."""
         return tuple(self._entries[number] for number in sorted(self._entries))
 
-    def put(self, entry: Entry) -> Entry:
+    def put(self, entry: TrialRecord) -> TrialRecord:
         """Keep a trial in place of what was known of it."""
         if not self._entries:
             with answering():
@@ -181,19 +181,19 @@ class Ledger:
             self._file(entry.number).write(_bytes(dataclasses.asdict(entry)))
         return entry
 
-    def change(self, number: int, **changes: Any) -> Entry:
+    def change(self, number: int, **changes: Any) -> TrialRecord:
         """Keep a trial with some fields changed."""
         return self.put(dataclasses.replace(self[number], **changes))
 
-    def _file(self, number: int) -> Place:
+    def _file(self, number: int) -> StoragePath:
         return self._folder.within(f"{number:04d}.json")
 
-    def _read(self, name: str) -> Entry:
+    def _read(self, name: str) -> TrialRecord:
         file = self._folder.within(name)
         with answering():
             text = file.read()
         try:
-            return Entry(**tuples(json.loads(text)))
+            return TrialRecord(**tuples(json.loads(text)))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{file}: wanted a trial's record, came one that can't be read "

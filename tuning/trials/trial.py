@@ -36,7 +36,7 @@ _END_TIMEOUT_S = "60"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
+class TrialContext:
     """Hold what every trial of a stage is told.
 
     Plain values: what knows a run imports torch, which costs each of a trial's
@@ -110,14 +110,14 @@ class ReportHere(UserCallback):
             raise StoppedEarly(end.code) from None
 
 
-def run_trial(config: Mapping[str, Any], *, known: Known) -> None:
+def run_trial(config: Mapping[str, Any], *, known: TrialContext) -> None:
     """Train one setting, or tell again what an earlier start of the sweep found."""
     number = number_of(config)
     if number in known.told:
         tell_again(known.told[number])
         return
     try:
-        train = _train_here if known.is_alone else _train_below
+        train = _train_here if known.is_local else _train_below
         last = train(
             known, name=trial_name(known.sweep, number), setting=setting_of(config)
         )
@@ -132,7 +132,7 @@ def run_trial(config: Mapping[str, Any], *, known: Known) -> None:
 
 
 def _train_here(
-    known: Known, *, name: str, setting: Mapping[str, Any]
+    known: TrialContext, *, name: str, setting: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     # Before the next trial begins in this process, the last one ends its run.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", _END_TIMEOUT_S)
@@ -140,7 +140,7 @@ def _train_here(
 
 
 def _train_below(
-    known: Known, *, name: str, setting: Mapping[str, Any]
+    known: TrialContext, *, name: str, setting: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     settings = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     if known.is_local:
@@ -191,7 +191,7 @@ class Trainer:
 
     def train(
         self,
-        known: Known,
+        known: TrialContext,
         *,
         name: str,
         setting: Mapping[str, Any],
