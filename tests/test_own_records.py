@@ -63,7 +63,9 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     code = "import sys, time; from pipelines.storage.path import StoragePath\n"
     code += "from pipelines.storage.lease import claimed\n"
-    code += "with claimed(StoragePath(sys.argv[1])): print('held', flush=True); time.sleep(99)"
+    code += "with claimed(StoragePath(sys.argv[1])):\n"
+    code += " print('held', flush=True)\n"
+    code += " time.sleep(99)"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, folder], stdout=subprocess.PIPE, text=True
     )

@@ -110,7 +110,8 @@ def read_record(storage: str, *, name: str) -> Record:
     if record is None:
         raise ValueError(
             f"wanted a run to resume, came {name!r}, which "
-            f"{str(StoragePath(storage))!r} does not hold; look there for the names, or set --storage"
+            f"{str(StoragePath(storage))!r} does not hold; "
+            "look there for the names, or set --storage"
         )
     if record.status == "finished":
         raise ValueError(

@@ -12,9 +12,9 @@ from tests.fake_gpu.cases import ENTERED
 from tests.fake_gpu.steps import NUM_STEPS
 
 _LOGGED = (
-    "reads a value: pipelines/training/nonfinite.py Guard.check",
-    "copies to the device, waiting: pipelines/training/metrics.py Sums.total",
-    "reads a value: pipelines/training/metrics.py Sums.total",
+    "reads a value: pipelines/training/nonfinite.py NonFiniteGuard.check",
+    "copies to the device, waiting: pipelines/training/metrics.py MetricSums.total",
+    "reads a value: pipelines/training/metrics.py MetricSums.total",
 )
 # The decomposition itself, or the way to the host and back.
 _EIGEN = (
