@@ -28,7 +28,7 @@ HOMES = {
         "pipelines/driver/failures.py",
         "pipelines/driver/launch_local.py",
         "pipelines/driver/launch_ray.py",
-        "pipelines/train.py",
+        "pipelines/driver/fit.py",
         "pipelines/worker/opener.py",
         "pipelines/worker/ray_group.py",
     },
@@ -200,7 +200,7 @@ def test_the_loop_the_data_and_the_recipes_know_nothing_that_runs(start: str) ->
 
 def test_what_runs_is_seen_where_it_is() -> None:
     """Hold the test above: from the driver, all that runs is reached."""
-    reached = reached_from("pipelines/train.py", when_called=True)
+    reached = reached_from("pipelines/driver/fit.py", when_called=True)
     for library in RUNNING:
         assert any(is_of(name, library) for name in reached)
 
