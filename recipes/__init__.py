@@ -1,1 +1,1 @@
-"""Runs only: each function returns one `pipelines.config.Run`."""
+"""Recipes: each function returns one `pipelines.config.Run`."""

@@ -1,1 +1,1 @@
-"""Hyperparameter search over the pipelines; above them, below the recipes."""
+"""Hyperparameter search with Ray Tune over runs of `pipelines`."""

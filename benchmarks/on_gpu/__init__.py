@@ -1,1 +1,1 @@
-"""Measure all that a GPU decides about, in stages, each in a process of its own."""
+"""Measure what only a GPU can show, in stages, each in its own process."""

@@ -1,1 +1,1 @@
-"""Bring shards to the model: plan, read, stream, decode."""
+"""Feed shards to the model: plan, read, stream, batch, prefetch."""

@@ -13,7 +13,7 @@ class Batch:
     """Hold one micro-batch of one worker on its device."""
 
     images: Tensor
-    """float32 or bfloat16 (B, 3, H, W), normalised; see `supply.image_dtype`."""
+    """float32 or bfloat16 (B, 3, H, W), normalised; see `loader.image_dtype`."""
     labels: Tensor
     """int64 (B,)."""
     weights: Tensor

@@ -1,1 +1,1 @@
-"""Say what a run will do before it does anything: sizes, memory, time, places."""
+"""Report what a run will do before it starts: sizes, memory, time, paths."""

@@ -1,1 +1,1 @@
-"""Measure weights on held-out images: which, on what, and what comes of it."""
+"""Evaluate weights on held-out sets: labels, scores, reports, figures."""

@@ -74,7 +74,7 @@ def _read(shards: ShardSet, *, path: str, place: int | None = None) -> pa.Table:
             else:
                 table = file.read_row_group(place, columns=list(_COLUMNS))
         table = table.select(_COLUMNS)
-        # Exchanged since its footer was checked: see `ingest.reading`.
+        # Exchanged since its footer was checked: see `data.reading`.
         if table.schema.types != [SCHEMA.field(name).type for name in _COLUMNS]:
             raise pa.ArrowInvalid("its columns are of other types than a shard's")
         return table

@@ -1,1 +1,1 @@
-"""Take a trained model elsewhere: to timm, to torch.export, to ONNX."""
+"""Export a trained model to timm, torch.export and ONNX."""

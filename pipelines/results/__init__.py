@@ -1,1 +1,1 @@
-"""Set runs of MLflow side by side: `sovit-compare`, `python -m pipelines.results`."""
+"""Compare runs that MLflow has: `sovit-compare` and `sovit-scoreboard`."""

@@ -1,1 +1,1 @@
-"""Measure how a checkpoint bears corrupted and slightly moved images."""
+"""Measure accuracy on corrupted and perturbed images: ImageNet-C and -P."""

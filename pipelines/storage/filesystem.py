@@ -20,7 +20,7 @@ from pipelines.storage.redaction import error_summary, without_credentials
 from pipelines.storage.retry import retrying
 
 # How often pyarrow's S3 client makes a request before it reports a failure; see
-# `retries` for what that comes to.
+# `retry` for what that comes to.
 _CLIENT_TRIES = 3
 _OF_ARROW = frozenset({"file", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
 _S3_TEXTS = ("region", "scheme", "endpoint_override", "tls_ca_file_path")

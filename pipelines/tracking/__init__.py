@@ -1,4 +1,4 @@
-"""Keep a training as one MLflow run: the door to everything that talks to MLflow."""
+"""Track trainings and sweeps in MLflow: only this package talks to it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Turn encoded images into what a model sees: draw, decode, augment, normalise."""
+"""Turn encoded images into model inputs: sample, decode, augment, normalise."""

@@ -1,1 +1,1 @@
-"""Compute the tokens of a trained backbone once, and read them again and again."""
+"""Compute a backbone's tokens once, and train heads on them."""

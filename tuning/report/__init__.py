@@ -1,1 +1,1 @@
-"""Tell what a sweep found: table, plots, importances, the winner as a recipe."""
+"""Report a sweep: table, plots, importances, the winner as a recipe."""

@@ -1,1 +1,1 @@
-"""One trial of a sweep: its settings, its ledger entry, its training."""
+"""One trial of a sweep: its settings, its ledger record, its training."""
