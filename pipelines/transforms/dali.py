@@ -1,7 +1,7 @@
 """Decode with NVIDIA DALI, on the CPU or on a GPU.
 
-DALI is stateless here: windows, flips and operations come in as numbers (see `sampling`),
-so a pipeline can be rebuilt at any moment and its own random state does not exist.
+DALI is stateless here: windows, flips and operations come in as numbers, see
+`sampling`. So a pipeline can be rebuilt at any moment and has no random state.
 """
 
 from __future__ import annotations
