@@ -54,7 +54,7 @@ def is_file(name: str) -> bool:
 
 def dotted_in(text: str) -> set[str]:
     """Find names such as `pipelines.train` and `sovit.Pooling.named`."""
-    pattern = rf"(?<![\w/.:@-])(?:{'|'.join(PACKAGES)})(?:\.[A-Za-z_]\w*)+"
+    pattern = rf"(?<![\w/.:@-])(?:{'|'.join(PACKAGES)})(?:\.(?!md\b)[A-Za-z_]\w*)+"
     return set(re.findall(pattern, text)) - NO_CODE
 
 
