@@ -33,8 +33,7 @@ from pipelines.checkpoints.manifest import Manifest, load_model, opened
 from pipelines.checkpoints.model_code import load_model_code
 from pipelines.cli.command import parse, run_command
 from pipelines.cli.outputs import check_file, check_folder
-from pipelines.config import Run
-from pipelines.config.evaluation import named_addresses
+from pipelines.config import Run, named_addresses
 from pipelines.data.loader import opened_here
 from pipelines.data.shard_set import read_shard_set
 from pipelines.evaluation.checkpoint import here, load_models, measure_set, named

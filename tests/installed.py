@@ -10,7 +10,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.cli.own_packages import PACKAGES
+from pipelines.config.own_code import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 

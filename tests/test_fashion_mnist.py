@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipelines.data.shard_format import SCHEMA
 from pipelines.shards.fashion_mnist import (
     CLASS_NAMES,
     SPLITS,
@@ -22,7 +23,6 @@ from pipelines.shards.fashion_mnist import (
     read_idx,
     write_split,
 )
-from pipelines.shards.format import SCHEMA
 
 SET = Path(__file__).parents[1] / "recipes" / "fashion_mnist"
 IDX_DIR = Path("/usr/share/datasets/fashion-mnist")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pipelines.config.data import Exif
+from pipelines.config import Exif
 from pipelines.data.reader_decode import ReaderDecoder
 from pipelines.export.images import Encoded, decode
 from pipelines.shards.images import check_image

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cli.own_packages import PACKAGES
+from pipelines.config.own_code import PACKAGES
 from tests.installed import ROOT, Installed, install
 from tests.small_sets import write_set
 from tests.test_moved import ODD

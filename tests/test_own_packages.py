@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cli.own_packages import PACKAGES, away_from_clashes, look_here_last
+from pipelines.config.own_code import PACKAGES, away_from_clashes, look_here_last
 
 ROOT = Path(__file__).parents[1]
 

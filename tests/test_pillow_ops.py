@@ -14,7 +14,7 @@ from timm.data import auto_augment as timm_ops
 from torchvision.transforms import ColorJitter
 
 from benchmarks.photographs import cut_photographs
-from pipelines.config.rand_augment import parse_rand_augment
+from pipelines.config import parse_rand_augment
 from pipelines.transforms.color_ops import Op, Ops, color_jitter, rand_augment
 from pipelines.transforms.pillow_ops import apply_ops
 

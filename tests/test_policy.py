@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from timm.data.auto_augment import RandAugment as TimmRandAugment
 from timm.data.auto_augment import rand_augment_transform
 
-from pipelines.config.rand_augment import RandAugment, parse_rand_augment
+from pipelines.config import RandAugment, parse_rand_augment
 
 NUMBERS = {
     "m": st.integers(0, 40).map(str),

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.data.shard_format import SCHEMA, group_bounds, write_shard
 from pipelines.rng import seeded_order
-from pipelines.shards.format import SCHEMA, group_bounds, write_shard
 
 
 def test_row_groups_end_by_rows_or_bytes(tmp_path: Path) -> None:

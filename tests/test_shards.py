@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipelines.data.shard_format import SCHEMA
 from pipelines.shards.command import (
     Arguments,
     Summary,
@@ -21,7 +22,6 @@ from pipelines.shards.command import (
     make_shards,
     on_ray,
 )
-from pipelines.shards.format import SCHEMA
 from pipelines.shards.planning import Done
 
 NUM_GOOD = 30

@@ -16,7 +16,7 @@ from PIL import Image
 
 from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 from benchmarks.photographs import cut_photographs, photographs_here
-from pipelines.shards.format import CLASSES_FILE, SCHEMA, shard_name, write_shard
+from pipelines.data.shard_format import CLASSES_FILE, SCHEMA, shard_name, write_shard
 from pipelines.transforms.rows import Rows
 
 _SIZE = (1000, 750)

@@ -20,8 +20,8 @@ from pipelines.checkpoints.snapshot import Snapshot, take_snapshot, write_snapsh
 from pipelines.config.recipes import load_recipe
 from pipelines.data.epoch_plan import plan_epoch
 from pipelines.data.reading import Reading, read_rows, share_tables
+from pipelines.data.shard_format import CLASSES_FILE, SCHEMA, shard_name, write_shard
 from pipelines.data.shard_set import read_shard_set
-from pipelines.shards.format import CLASSES_FILE, SCHEMA, shard_name, write_shard
 from pipelines.storage.path import StoragePath
 from pipelines.training.state import build_state
 

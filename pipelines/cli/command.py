@@ -14,7 +14,7 @@ from typing import NoReturn, TypeVar
 
 import tyro
 
-from pipelines.cli.own_packages import look_here_last
+from pipelines.config.own_code import look_here_last
 from pipelines.errors import InterruptedRun, RunFailedError
 from pipelines.storage.redaction import holds_secret, without_credentials
 

@@ -10,35 +10,74 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipelines.config.checks import check_fields
+    from pipelines.config.compatibility import (
+        LOCATIONS,
+        NOT_LEARNT,
+        NOT_LEARNT_GROUPS,
+        READING,
+    )
     from pipelines.config.data import (
+        CPUS_PER_READ,
         IMAGENET_MEAN,
         IMAGENET_STD,
         Augment,
         Data,
+        Exif,
         Interpolation,
     )
-    from pipelines.config.evaluation import Validation
+    from pipelines.config.evaluation import Validation, named_addresses
     from pipelines.config.optim import Optim, Schedule
+    from pipelines.config.rand_augment import RandAugment, parse_rand_augment
     from pipelines.config.run import Model, Probe, Run, Scale
 
+_MODULES = {
+    "checks": ("check_fields",),
+    "compatibility": ("LOCATIONS", "NOT_LEARNT", "NOT_LEARNT_GROUPS", "READING"),
+    "data": (
+        "Augment",
+        "CPUS_PER_READ",
+        "Data",
+        "Exif",
+        "IMAGENET_MEAN",
+        "IMAGENET_STD",
+        "Interpolation",
+    ),
+    "evaluation": ("Validation", "named_addresses"),
+    "optim": ("Optim", "Schedule"),
+    "rand_augment": ("RandAugment", "parse_rand_augment"),
+    "run": ("Model", "Probe", "Run", "Scale"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
 __all__ = [
+    "CPUS_PER_READ",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "LOCATIONS",
+    "NOT_LEARNT",
+    "NOT_LEARNT_GROUPS",
+    "READING",
     "Augment",
     "Data",
+    "Exif",
     "Interpolation",
     "Model",
     "Optim",
     "Probe",
+    "RandAugment",
     "Run",
     "Scale",
     "Schedule",
     "Validation",
+    "check_fields",
+    "named_addresses",
+    "parse_rand_augment",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what recipes use when they use it."""
-    if name not in __all__:
+    """Import a class from its module when it is first asked for."""
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("pipelines.config.run"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -4,12 +4,15 @@ The texts are read once, kept in the run's record and run from there, so workers
 other machines, `--resume` and `sovit-eval` get the code that the run began with.
 
 A module beside the file wins over an installed one of the same name, as for a script of
-Python's; over Python's own modules, and over ours, it does not.
+Python's; over Python's own modules, and over ours, it does not. `recipes`, `tuning` and
+`pipelines` are common names: Python looks for them first in the working directory where
+a module is run by its name, and in Ray's processes always.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.abc
 import importlib.util
@@ -23,8 +26,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-from pipelines.cli.own_packages import PACKAGES
-
+PACKAGES = ("sovit", "pipelines", "tuning", "recipes")
+_HOME = Path(__file__).parents[2]
 _OURS = frozenset(PACKAGES)
 _PREFIX = "own_recipe"
 # A package beside a recipe is kept whole; a whole project tree is no helper.
@@ -249,3 +252,32 @@ def importable(code: OwnCode) -> ModuleSpec | None:
     for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
         del sys.modules[name]
     return _spec(code.module_name, code.file, code=code)
+
+
+def look_here_last() -> None:
+    """Have modules of the working directory come after installed ones, if any clash."""
+    if not _clashes(Path.cwd()):
+        return
+    here = ("", os.getcwd())
+    behind = [path for path in sys.path if path in here]
+    sys.path[:] = [path for path in sys.path if path not in here] + behind
+
+
+def away_from_clashes() -> contextlib.AbstractContextManager[None]:
+    """Be in the folder of our packages for a block in which Ray is started or joined.
+
+    Ray's processes look for modules first where their driver was then.
+    """
+    if _clashes(Path.cwd()):
+        return contextlib.chdir(_HOME)
+    return contextlib.nullcontext()
+
+
+def _clashes(folder: Path) -> bool:
+    """Whether a folder that isn't ours has modules by the names of our packages."""
+    if folder == _HOME:
+        return False
+    return any(
+        (folder / name / "__init__.py").is_file() or (folder / f"{name}.py").is_file()
+        for name in PACKAGES
+    )

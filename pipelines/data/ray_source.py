@@ -20,8 +20,7 @@ from ray.data import (
 )
 from ray.data.block import BlockMetadata
 
-from pipelines.config import Data
-from pipelines.config.data import CPUS_PER_READ
+from pipelines.config import CPUS_PER_READ, Data
 from pipelines.data.epoch_plan import Unit
 from pipelines.data.reading import MAX_SHARE_BYTES, Reading, share_tables
 

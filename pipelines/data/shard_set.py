@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipelines.data.epoch_plan import GroupTable
-from pipelines.shards.format import CLASSES_FILE, SCHEMA
+from pipelines.data.shard_format import CLASSES_FILE, SCHEMA
 from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering, retrying
 

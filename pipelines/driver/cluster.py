@@ -16,9 +16,8 @@ import ray
 import ray.util
 from ray.autoscaler.sdk import request_resources
 
-from pipelines.cli.own_packages import away_from_clashes
-from pipelines.config import Scale
-from pipelines.config.data import CPUS_PER_READ
+from pipelines.config import CPUS_PER_READ, Scale
+from pipelines.config.own_code import away_from_clashes
 from pipelines.storage.redaction import error_summary, without_credentials
 from pipelines.tracking.client import environment
 

@@ -16,12 +16,12 @@ from pipelines.checkpoints.run_record import (
 )
 from pipelines.checkpoints.store import CheckpointStore
 from pipelines.cli.printed import command_line
-from pipelines.config import Run
-from pipelines.config.compatibility import (
+from pipelines.config import (
     LOCATIONS,
     NOT_LEARNT,
     NOT_LEARNT_GROUPS,
     READING,
+    Run,
 )
 from pipelines.config.own_code import OwnCode, read_code
 from pipelines.config.recipes import load_code, load_recipe

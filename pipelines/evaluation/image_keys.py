@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from pipelines.data.epoch_plan import Slice
 from pipelines.data.reading import read_shard
+from pipelines.data.shard_format import SCHEMA
 from pipelines.data.shard_set import ShardSet, check_labels
-from pipelines.shards.format import SCHEMA
 from pipelines.storage.filesystem import open_filesystem
 from pipelines.storage.retry import answering
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import stdev
 from typing import Literal, NamedTuple
 
-from pipelines.config.compatibility import NOT_LEARNT, NOT_LEARNT_GROUPS
-from pipelines.results.short_names import short_tail
+from pipelines.config import NOT_LEARNT, NOT_LEARNT_GROUPS
+from pipelines.config.overrides import short_tail
 from pipelines.tracking.query import MetricPoint, StoredRun
 from pipelines.tracking.sweeps import NUM_PARAMS, OUTCOME_TAG
 

@@ -34,8 +34,8 @@ import tyro
 from tqdm import tqdm
 
 from pipelines.cli.command import fail, parse, run_command
+from pipelines.data.shard_format import ROWS_PER_GROUP
 from pipelines.shards.build import build_shard, unpack_container
-from pipelines.shards.format import ROWS_PER_GROUP
 from pipelines.shards.listing import Fields
 from pipelines.shards.planning import Done, Plan, Recipe, make_plan
 from pipelines.shards.sources import Kind, list_source

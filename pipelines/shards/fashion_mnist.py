@@ -21,14 +21,14 @@ import pyarrow as pa
 import tyro
 from PIL import Image
 
-from pipelines.rng import seeded_order
-from pipelines.shards.format import (
+from pipelines.data.shard_format import (
     CLASSES_FILE,
     cut_evenly,
     shard_name,
     write_json,
     write_shard,
 )
+from pipelines.rng import seeded_order
 
 CLASS_NAMES = (
     "T-shirt/top",

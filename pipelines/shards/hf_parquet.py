@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipelines.data.shard_format import CLASSES_FILE
 from pipelines.shards.classes import (
     MAX_OWN_LABELS,
     Numbering,
@@ -29,7 +30,6 @@ from pipelines.shards.classes import (
     resolve_names,
     resolve_texts,
 )
-from pipelines.shards.format import CLASSES_FILE
 from pipelines.shards.listing import USUAL_FIELDS, Builder, Fields, Listing
 from pipelines.shards.stored import base_name, child, open_stored, read_text
 from pipelines.storage.path import StoragePath, partial_name

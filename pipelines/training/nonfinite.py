@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipelines.config.optim import Optim
+from pipelines.config import Optim
 from pipelines.data.batch import Batch
 from pipelines.errors import NonFiniteLossError, RewindError
 from pipelines.training.fsdp import is_sharded, local

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipelines.config.rand_augment import RandAugment
+from pipelines.config import RandAugment
 from pipelines.rng import Purpose, key, uniform
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.config.data import Exif
+from pipelines.config import Exif
 from pipelines.transforms.crops import Geometry
 from pipelines.transforms.pillow_decode import as_ppm, decode_image, is_plain
 from pipelines.transforms.pillow_ops import apply_ops

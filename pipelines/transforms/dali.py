@@ -19,7 +19,7 @@ import torch
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch import Tensor
 
-from pipelines.config.data import Exif
+from pipelines.config import Exif
 from pipelines.hardware.device import current_stream, is_gpu
 from pipelines.transforms.cpu import PlainViews
 from pipelines.transforms.crops import Geometry

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from pipelines.config.data import Exif
+from pipelines.config import Exif
 from pipelines.transforms.byte_checks import screen
 from pipelines.transforms.headers import BadImageError
 from pipelines.transforms.pillow_decode import as_ppm, decode_image, is_whole

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.config.data import Exif
+from pipelines.config import Exif
 from pipelines.transforms.crops import Geometry
 from pipelines.transforms.headers import (
     BadImageError,

@@ -12,8 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipelines.config import Augment, Data
-from pipelines.config.data import Exif
+from pipelines.config import Augment, Data, Exif
 from pipelines.transforms.color_ops import Ops, color_jitter, rand_augment
 from pipelines.transforms.crops import Geometry, center_crop, random_resized_crop
 from pipelines.transforms.erasing import Boxes, erase_boxes

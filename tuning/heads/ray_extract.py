@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import ray
 from ray.data import ActorPoolStrategy, ReadTask, read_datasource
 
-from pipelines.config.data import CPUS_PER_READ
+from pipelines.config import CPUS_PER_READ
 from pipelines.data.ray_source import TaskSource, read_task, reader_labels
 from pipelines.data.reading import Reading
 from pipelines.driver.cluster import per_worker, ray_session

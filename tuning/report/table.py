@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipelines.results.short_names import short_tail
+from pipelines.config.overrides import short_tail
 from tuning.trials.ledger import BAD, Sweep, TrialRecord
 from tuning.trials.options import Mode, Search
 

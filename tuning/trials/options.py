@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.config.checks import check_fields
+from pipelines.config import check_fields
 
 Method = Literal["random", "grid", "optuna"]
 Mode = Literal["max", "min"]
