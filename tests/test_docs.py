@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.test_rooms import RANKS, rank_of
+
 pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("sovit", "pipelines", "tuning", "recipes", "benchmarks", "tests")
@@ -166,6 +168,18 @@ def test_hooks_are_the_pinned_ruffs() -> None:
     assert repo["repo"] == "local"
     entries = [hook["entry"].split()[:2] for hook in repo["hooks"]]
     assert entries == [[".venv/bin/ruff", "format"], [".venv/bin/ruff", "check"]]
+
+
+def test_the_picture_of_rooms_is_that_of_their_ranks() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    block = text.split("```")[1].strip().splitlines()
+    lines = [re.split(r" {3,}", line)[0].split() for line in block]
+    drawn = [{rank_of(f"pipelines.{name}") for name in names} for names in lines[:-1]]
+    assert all(len(ranks) == 1 for ranks in drawn)
+    ranks = [rank for (rank,) in drawn]
+    assert ranks == sorted(set(ranks), reverse=True)
+    rooms = {name.partition(".")[2] for name in RANKS if name.startswith("pipelines.")}
+    assert rooms <= {name for names in lines for name in names}
 
 
 def test_names_that_are_not_there_are_found() -> None:
