@@ -224,7 +224,7 @@ STARTED_OFTEN = (
 
 
 def test_what_starts_often_starts_without_torch() -> None:
-    """Read tasks, the board and the controller: torch would cost each five seconds."""
+    """Read tasks, channel and controller: torch would cost each five seconds."""
     code = f"""
 import importlib, sys
 for module in {STARTED_OFTEN}:
