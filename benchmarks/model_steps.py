@@ -1,6 +1,6 @@
 """Build the training steps that `benchmarks.model` times.
 
-Ours are the loop's own, on random images: mixing, forward, backward, optimiser and
+Ours are the training's own, on random images: mixing, forward, backward, optimiser and
 moving average, as the recipe has them. The plain step is the same work as a script with
 timm does it.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from benchmarks.model_cases import NUM_CLASSES, STAGES, Case, run_of
 from pipelines.config import Model
 from pipelines.data.batch import Batch
-from pipelines.training.loop import LoopSettings, train
+from pipelines.hardware.device import is_gpu
+from pipelines.training.metrics import MetricSums
 from pipelines.training.state import build_state
+from pipelines.training.step import TrainSettings, train_step
 
 _STEPS_PER_EPOCH = 1000
 Steps = Callable[[int], None]
@@ -46,7 +48,7 @@ def _loop_steps(case: Case) -> Steps:
         assert state.ema is not None
         for module in (state.model, state.ema.module):
             make_contiguous(module)
-    settings = LoopSettings(
+    settings = TrainSettings(
         run=run,
         num_classes=NUM_CLASSES,
         steps_per_epoch=_STEPS_PER_EPOCH,
@@ -55,19 +57,17 @@ def _loop_steps(case: Case) -> Steps:
     )
     batch = _random_batch(case, is_channels_last=is_channels_last)
 
-    def batches(num: int) -> Iterator[Batch]:
-        first = state.position.batch
-        for index in range(first, first + num):
-            yield dataclasses.replace(batch, index=index)
+    sums = MetricSums(device)
 
     def steps(num: int) -> None:
-        train(
-            state,
-            batches(num),
-            settings=settings,
-            on_log=lambda metrics, position: None,
-            on_epoch_end=lambda state: None,
-        )
+        state.forward.train()
+        first = state.position.batch
+        for index in range(first, first + num):
+            micro_batches = [dataclasses.replace(batch, index=index)]
+            train_step(state, micro_batches, settings=settings, sums=sums)
+            # As the workers' loop does: a GPU would have to be waited for.
+            if not is_gpu(device):
+                state.guard.check()
 
     return steps
 

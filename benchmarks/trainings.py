@@ -23,8 +23,11 @@ from pipelines.data.loader import opened_here
 from pipelines.data.shard_set import read_shard_set
 from pipelines.data.stream import Plans
 from pipelines.evaluation.measure import validate
-from pipelines.training.loop import LoopSettings, TrainState, train
+from pipelines.training.metrics import MetricSums
+from pipelines.training.nonfinite import NonFiniteGuard
 from pipelines.training.optimizer import build_optimizer
+from pipelines.training.state import TrainState
+from pipelines.training.step import TrainSettings, step_from, train_step
 from recipes.demo import demo
 
 Build = Callable[[int], nn.Module]
@@ -92,7 +95,7 @@ def train_once(build: Build, *, seed: int, num_epochs: int) -> Trained:
     train_set, val_set = (read_shard_set(it) for it in (run.data.train, run.data.val))
     epoch = Plans(shards=train_set, run=run, train=True).shape(0)
     device = torch.device("cpu")
-    settings = LoopSettings(
+    settings = TrainSettings(
         run=run,
         num_classes=len(train_set.classes),
         steps_per_epoch=epoch.num_batches,
@@ -103,20 +106,26 @@ def train_once(build: Build, *, seed: int, num_epochs: int) -> Trained:
     model = build(settings.num_classes).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     average = ModelEmaV3(model, decay=run.optim.ema_decay)
     optimizer = build_optimizer(model, optim=run.optim)
-    state = TrainState(model=model, forward=model, optimizer=optimizer, ema=average)
+    state = TrainState(
+        model=model,
+        forward=model,
+        optimizer=optimizer,
+        ema=average,
+        guard=NonFiniteGuard(model, optimizer, optim=run.optim, device=device),
+    )
+    sums = MetricSums(device)
+    state.forward.train()
     start_s = time.perf_counter()
-    with opened_here(train_set, run=run, device=device, train=True) as batches:
-        train(
-            state,
-            batches,
-            settings=settings,
-            on_log=lambda metrics, position: None,
-            on_epoch_end=lambda state: None,
-        )
+    with opened_here(train_set, run=run, device=device, train=True) as loader:
+        batches = iter(loader)
+        for batch in batches:
+            micro_batches = step_from(batch, batches)
+            train_step(state, micro_batches, settings=settings, sums=sums)
+            state.guard.check()
     seconds = time.perf_counter() - start_s
     with opened_here(val_set, run=run, device=device) as batches:
         models = {"raw": model, "average": average.module}
-        found = validate(models, batches, settings=settings).scores
+        found = validate(models, batches, run=run, device=device).scores
     return Trained(
         top1=found["raw"].top1,
         ema_top1=found["average"].top1,

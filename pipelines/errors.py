@@ -11,6 +11,10 @@ class NonFiniteLossError(ValueError):
     """Say that the loss is not a number any more."""
 
 
+class BadImagesError(ValueError):
+    """More images than allowed could not be decoded."""
+
+
 class RewindError(RuntimeError):
     """Say that a run is to go back to its last checkpoint, and because of which step.
 
@@ -54,3 +58,13 @@ class InterruptedRun(SystemExit):
 
 class StoppedEarly(SystemExit):
     """Say that a training was stopped because it was no use going on."""
+
+
+def check_bad_share(num_bad: int, *, num_images: int, max_share: float) -> None:
+    """Raise BadImagesError where more than a share of a set's images is bad."""
+    if num_bad > max_share * num_images:
+        raise BadImagesError(
+            f"wanted at most {max_share:.2%} of {num_images:,} images undecodable, "
+            f"came {num_bad:,}, each named above and in MLflow's bad_images.csv; "
+            "write the shards again with sovit-shards or raise --data.max-bad-share"
+        )

@@ -45,7 +45,6 @@ from pipelines.robustness import report
 from pipelines.robustness.measure import Subject, measure
 from pipelines.robustness.options import Flat, Robustness
 from pipelines.storage.redaction import without_credentials
-from pipelines.training.loop import LoopSettings
 from pipelines.transforms.rows import BadImage
 
 logger = logging.getLogger(__name__)
@@ -202,13 +201,10 @@ def _robustness(
     shards = own.shards
     subject = Subject(
         model=narrowed(model, own.columns),
-        settings=LoopSettings(
-            run=run,
-            num_classes=len(own.classes),
-            steps_per_epoch=1,
-            images_per_epoch=shards.groups.total_rows,
-            device=device,
-        ),
+        run=run,
+        device=device,
+        num_classes=len(own.classes),
+        num_images=shards.groups.total_rows,
         open_batches=lambda run: opened_here(shards, run=run, device=device),
     )
     return measure(subject, options=options, clean_error=clean_error)

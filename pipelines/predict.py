@@ -30,6 +30,7 @@ from pipelines.export.images import Encoded, decode, read_images
 from pipelines.export.subject import Subject, Weights, from_checkpoint
 from pipelines.export.timm_folder import CONFIG, read_timm
 from pipelines.hardware.device import Wanted, find_device, upload
+from pipelines.training.forward import Forward
 from pipelines.transforms.headers import BadImageError
 
 logger = logging.getLogger(__name__)
@@ -127,9 +128,9 @@ def _answers(
 def _top(
     subject: Subject, pixels: Tensor, *, num_top: int
 ) -> list[tuple[tuple[str, float], ...]]:
-    logits = subject.model(pixels)
-    if subject.data.eval_mirror:  # as evaluation does
-        logits = (logits + subject.model(pixels.flip(-1))) / 2
+    # In float32 on every device, as an exported model computes.
+    forward = Forward(device=pixels.device, amp="off", mirror=subject.data.eval_mirror)
+    logits = forward(subject.model, pixels)
     classes = subject.classes
     top = logits.float().softmax(dim=-1).topk(min(num_top, len(classes)))
     return [

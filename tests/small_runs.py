@@ -22,10 +22,12 @@ from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.data.stream import Plans
 from pipelines.evaluation.measure import validate
-from pipelines.training.loop import LoopSettings, TrainState, share_buffers, train
 from pipelines.training.model import build_model
+from pipelines.training.nonfinite import KeysOf, NonFiniteGuard
 from pipelines.training.optimizer import build_optimizer
-from pipelines.training.state import wrapped
+from pipelines.training.state import TrainState, share_buffers, wrapped
+from pipelines.training.step import TrainSettings
+from tests.small_loops import NotingLoop, small_loop
 from tests.small_sets import WorkerOpener
 
 CPU = torch.device("cpu")
@@ -100,22 +102,32 @@ def supply_of(
     return supply
 
 
-def state_of(run: Run, *, num_classes: int = 3, seed: int | None = None) -> TrainState:
-    """Build a run's model, average and optimiser."""
+def state_of(
+    run: Run,
+    *,
+    num_classes: int = 3,
+    seed: int | None = None,
+    keys_of: KeysOf = lambda rows: {},
+) -> TrainState:
+    """Build a run's model, average, optimiser and guard."""
     torch.manual_seed(run.seed if seed is None else seed)
     model = build_model(run.model, num_classes=num_classes)
     decay = run.optim.ema_decay
+    optimizer = build_optimizer(model, optim=run.optim)
     return TrainState(
         model=model,
         forward=model,
-        optimizer=build_optimizer(model, optim=run.optim),
+        optimizer=optimizer,
         ema=ModelEmaV3(model, decay=decay) if decay else None,
+        guard=NonFiniteGuard(
+            model, optimizer, optim=run.optim, device=CPU, keys_of=keys_of
+        ),
     )
 
 
-def settings_of(run: Run, *, steps_per_epoch: int, **settings: Any) -> LoopSettings:
-    """Describe a loop on the CPU over three classes."""
-    return LoopSettings(
+def settings_of(run: Run, *, steps_per_epoch: int, **settings: Any) -> TrainSettings:
+    """Describe a training on the CPU over three classes."""
+    return TrainSettings(
         run=run,
         num_classes=3,
         steps_per_epoch=steps_per_epoch,
@@ -126,10 +138,11 @@ def settings_of(run: Run, *, steps_per_epoch: int, **settings: Any) -> LoopSetti
 
 
 def evaluated(
-    model: nn.Module, items: Iterable[Batch], *, settings: LoopSettings
+    model: nn.Module, items: Iterable[Batch], *, run: Run
 ) -> dict[str, float]:
-    """Evaluate one model."""
-    return validate({"raw": model}, items, settings=settings).primary.values()
+    """Evaluate one model on the CPU."""
+    found = validate({"raw": model}, items, run=run, device=CPU)
+    return found.primary.values()
 
 
 def train_run(
@@ -139,9 +152,9 @@ def train_run(
     state: TrainState,
     num_workers: int = 1,
     worker: int = 0,
-    **callbacks: Any,
-) -> list[dict[str, float]]:
-    """Train from the state's position to the end; give what was logged."""
+    folder: str = "",
+) -> NotingLoop:
+    """Train from the state's position to the end; checkpoints stay in a folder."""
     supply = supply_of(
         run,
         shards=shards,
@@ -149,26 +162,22 @@ def train_run(
         num_workers=num_workers,
         worker=worker,
     )
-    logs: list[dict[str, float]] = []
     epoch = Plans(shards=shards, run=run, train=True).shape(0)
+    settings = settings_of(
+        run,
+        steps_per_epoch=epoch.num_batches,
+        images_per_epoch=epoch.num_images,
+        world_size=num_workers,
+        rank=worker,
+    )
     try:
-        train(
-            state,
-            supply,
-            settings=settings_of(
-                run,
-                steps_per_epoch=epoch.num_batches,
-                images_per_epoch=epoch.num_images,
-                world_size=num_workers,
-                rank=worker,
-            ),
-            on_log=lambda metrics, position: logs.append({**metrics, **vars(position)}),
-            on_epoch_end=callbacks.pop("on_epoch_end", lambda state: None),
-            **callbacks,
-        )
+        with small_loop(
+            state, supply, settings=settings, folder=folder, classes=shards.classes
+        ) as loop:
+            loop.train()
     finally:
         supply.close()
-    return logs
+    return loop
 
 
 @contextlib.contextmanager
@@ -201,16 +210,14 @@ def _train_together(run: Run, *, rank: int, num_workers: int) -> dict[str, Any]:
     state.forward = wrapped(state.model, run=run, device=CPU, world_size=num_workers)
     logs = train_run(
         run, shards=shards, state=state, num_workers=num_workers, worker=rank
-    )
+    ).logs
     buffers = nn.BatchNorm1d(3)
     buffers.running_mean = torch.full((3,), float(rank + 5))
     share_buffers(buffers)
     supply = supply_of(
         run, shards=shards, train=False, num_workers=num_workers, worker=rank
     )
-    held_out = evaluated(
-        state.model, supply, settings=settings_of(run, steps_per_epoch=1)
-    )
+    held_out = evaluated(state.model, supply, run=run)
     supply.close()
     return {
         "weights": plain(state.model),

@@ -15,7 +15,7 @@ from pipelines.config import Run, Validation
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.measure import EvaluationResult, validate
-from tests.small_runs import meeting, settings_of, small_run, supply_of
+from tests.small_runs import CPU, meeting, small_run, supply_of
 from tests.small_sets import jpeg, write_set
 
 NUM_ROWS, NUM_CLASSES, BAD_ROW, NUM_WORST = 37, 5, 20, 6
@@ -96,7 +96,8 @@ def measured(
         return validate(
             models,
             supply,
-            settings=settings_of(run, steps_per_epoch=1),
+            run=run,
+            device=CPU,
             held_out=described,
         )
     finally:

@@ -25,11 +25,11 @@ import sovit
 from pipelines.config import Run, Scale
 from pipelines.data.batch import Batch
 from pipelines.training.compiling import why_not
-from pipelines.training.loop import TrainState, train
 from pipelines.training.model import build_model
 from pipelines.training.nonfinite import NonFiniteGuard
 from pipelines.training.optimizer import build_optimizer
-from pipelines.training.state import build_state
+from pipelines.training.state import TrainState, build_state
+from tests.small_loops import small_loop
 from tests.small_runs import CPU, SO_VIT, settings_of, small_run
 
 NUM_STEPS, BATCH_SIZE, NUM_BATCHES, NUM_CLASSES, SEED = 50, 8, 4, 3, 1
@@ -85,15 +85,13 @@ def losses_of(
         log_every_steps=1,
         scale=dataclasses.replace(run.scale, compile=is_compiled),
     )
-    losses: list[float] = []
-    train(
+    with small_loop(
         build_state(run, num_classes=NUM_CLASSES, device=CPU),
         batches(CPU, num=NUM_STEPS, is_reversed=is_reversed),
         settings=settings_of(run, steps_per_epoch=10),
-        on_log=lambda metrics, position: losses.append(metrics["loss"]),
-        on_epoch_end=lambda state: None,
-    )
-    return losses
+    ) as loop:
+        loop.train()
+    return [log["loss"] for log in loop.logs]
 
 
 def told_without_compiler() -> list[str]:
@@ -211,13 +209,9 @@ checkpointed = pytest.mark.parametrize(
 
 def take_steps(state: TrainState, items: list[Batch], *, run: Run) -> None:
     settings = settings_of(run, steps_per_epoch=10)
-    train(
-        state,
-        items,
-        settings=dataclasses.replace(settings, device=items[0].images.device),
-        on_log=lambda metrics, position: None,
-        on_epoch_end=lambda state: None,
-    )
+    settings = dataclasses.replace(settings, device=items[0].images.device)
+    with small_loop(state, items, settings=settings) as loop:
+        loop.train()
 
 
 def make_fake(module: nn.Module) -> None:
@@ -245,11 +239,13 @@ def test_a_step_takes_no_value_from_its_tensors(
     with FakeTensorMode(allow_non_fake_inputs=True):
         make_fake(model)
         make_fake(ema.module)
+        optimizer = build_optimizer(model, optim=run.optim)
         state = TrainState(
             model=model,
             forward=model,
-            optimizer=build_optimizer(model, optim=run.optim),
+            optimizer=optimizer,
             ema=ema,
+            guard=NonFiniteGuard(model, optimizer, optim=run.optim, device=CPU),
         )
         items = list(batches(CPU, num=3))
         # On a CPU the loop asks after each step whether it was good.

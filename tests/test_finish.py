@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sovit
 from pipelines.config import Augment, Probe, Run, Scale
 from pipelines.data.loader import image_dtype
-from pipelines.training.loop import mixed
+from pipelines.training.step import mixed
 from pipelines.transforms import normalize
 from pipelines.transforms.erasing import erase_boxes
 from pipelines.transforms.normalize import Finisher

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -15,10 +14,10 @@ import sovit
 from pipelines.config import Model, Run
 from pipelines.data.batch import Batch
 from pipelines.errors import NonFiniteLossError, RewindError
-from pipelines.training.loop import TrainState
-from pipelines.training.nonfinite import NonFiniteGuard, group_of
-from tests.small_runs import CPU, SO_VIT, plain, small_run, state_of
-from tests.test_loop import batch_of, pictures, run_loop
+from pipelines.training.nonfinite import group_of
+from pipelines.training.state import TrainState
+from tests.small_runs import SO_VIT, plain, small_run, state_of
+from tests.test_loop import batch_of, looped, pictures, run_loop
 
 BAD = 2
 MPN_COV = Model(
@@ -41,26 +40,23 @@ def batches(*, size: int = 16, value: float = math.nan, num: int = 4) -> list[Ba
     ]
 
 
-def guarded(state: TrainState, run: Run) -> TrainState:
+def guarded(run: Run) -> TrainState:
     def keys_of(rows: Sequence[int]) -> dict[int, str]:
         return {row: f"cat/{row}.jpg" for row in rows}
 
-    state.guard = NonFiniteGuard(
-        state.model, state.optimizer, optim=run.optim, device=CPU, keys_of=keys_of
-    )
-    return state
+    return state_of(run, keys_of=keys_of)
 
 
-def trained(run: Run, items: list[Batch], **callbacks: Any) -> dict[str, Tensor]:
-    state = guarded(state_of(run), run)
-    run_loop(state, items, run=run, **callbacks)
+def trained(run: Run, items: list[Batch]) -> dict[str, Tensor]:
+    state = guarded(run)
+    run_loop(state, items, run=run)
     return plain(state.model)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_is_told_of_in_full(value: float) -> None:
     run = small_run("none")
-    state = guarded(state_of(run), run)
+    state = guarded(run)
     with pytest.raises(NonFiniteLossError) as caught:
         run_loop(state, batches(value=value), run=run)
     line = str(caught.value)
@@ -86,16 +82,15 @@ def test_a_step_that_is_skipped_leaves_weights_statistics_and_state(
     run = small_run(
         "none", model=model, optimizer=optimizer, on_nonfinite="skip", clip_grad_norm=1
     )
-    state = guarded(state_of(run), run)
-    notes: list[str] = []
+    state = guarded(run)
     seen: list[dict[str, Tensor]] = []
-    run_loop(
-        state,
-        batches(size=32),
-        run=run,
-        on_note=notes.append,
-        on_step_begin=lambda state, _: seen.append(plain(state.model)),
-    )
+
+    def watched() -> Iterator[Batch]:
+        for batch in batches(size=32):
+            seen.append(plain(state.model))
+            yield batch
+
+    notes = looped(state, watched(), run=run).messages
     assert len(notes) == 1
     assert "steps left out: 1, 1 in all; came nan or infinity at step 2" in notes[0]
     before, after, last = seen[BAD], seen[BAD + 1], plain(state.model)
@@ -126,7 +121,7 @@ def test_going_back_is_no_error_of_the_user() -> None:
 
 def test_gradients_alone_can_be_no_numbers() -> None:
     run = small_run("none")
-    state = guarded(state_of(run), run)
+    state = guarded(run)
     weight = next(state.model.parameters())
     weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(NonFiniteLossError, match="at step 0, in the gradients alone"):

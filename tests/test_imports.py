@@ -106,7 +106,7 @@ def all_imports() -> list[Import]:
 
 def test_the_sources_are_found() -> None:
     files = {path.relative_to(ROOT).as_posix() for path in sources()}
-    assert {"sovit/vit.py", "pipelines/training/loop.py", "recipes/demo.py"} <= files
+    assert {"sovit/vit.py", "pipelines/training/step.py", "recipes/demo.py"} <= files
     assert {file for homes in HOMES.values() for file in homes} <= files
     names = {found.name for found in imports_of(ROOT / "pipelines/data/ray_source.py")}
     assert {"functools", "pyarrow", "ray.data.DataContext"} <= names
@@ -182,7 +182,7 @@ def reached_from(start: str, *, when_called: bool) -> set[str]:
 @pytest.mark.parametrize(
     "start",
     [
-        "pipelines/training/loop.py",
+        "pipelines/training/step.py",
         "pipelines/worker/group.py",
         "pipelines/data/epoch_plan.py",
         "pipelines/data/batching.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,18 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipelines.config import Run
 from pipelines.data.batch import Batch
 from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.hardware import device
-from pipelines.training import throughput as timing
-from pipelines.training.loop import (
-    BadImagesError,
-    TrainState,
-    train,
-)
+from pipelines.training.forward import Forward
 from pipelines.training.mixup import smooth_targets, soft_cross_entropy
 from pipelines.training.optimizer import learning_rate
+from pipelines.training.state import TrainState
+from tests.small_loops import NotingLoop, small_loop
 from tests.small_runs import (
     CPU,
     evaluated,
@@ -68,19 +66,19 @@ def batch_of(
     return Batch(images=images, labels=labels, weights=weights, **(given | place))
 
 
+def looped(state: TrainState, items: Iterable[Batch], *, run: Any = RUN) -> NotingLoop:
+    """Train on batches as a worker does."""
+    settings = settings_of(run, steps_per_epoch=10, images_per_epoch=100)
+    with small_loop(state, items, settings=settings) as loop:
+        loop.train()
+    return loop
+
+
 def run_loop(
-    state: TrainState, items: list[Batch], *, run: Any = RUN, **callbacks: Any
-) -> list[dict]:
-    logs: list[dict] = []
-    train(
-        state,
-        items,
-        settings=settings_of(run, steps_per_epoch=10, images_per_epoch=100),
-        on_log=lambda metrics, _: logs.append(dict(metrics)),
-        on_epoch_end=callbacks.pop("on_epoch_end", lambda _: None),
-        **callbacks,
-    )
-    return logs
+    state: TrainState, items: Iterable[Batch], *, run: Any = RUN
+) -> list[dict[str, float]]:
+    """Train on batches as a worker does; give what it logs."""
+    return looped(state, items, run=run).logs
 
 
 def gradients_of(items: list[Batch], *, run: Any = RUN) -> dict[str, Tensor]:
@@ -116,13 +114,9 @@ def test_the_loop_learns_64_images_by_heart() -> None:
     images, labels = pictures(64)
     state = state_of(run)
     items = [batch_of(images, labels, index=i, ends_epoch=i == 59) for i in range(60)]
-    before = evaluated(
-        state.model, items[-1:], settings=settings_of(run, steps_per_epoch=1)
-    )
+    before = evaluated(state.model, items[-1:], run=run)
     logs = run_loop(state, items, run=run)
-    after = evaluated(
-        state.model, items[-1:], settings=settings_of(run, steps_per_epoch=1)
-    )
+    after = evaluated(state.model, items[-1:], run=run)
     assert before["top1"] < 70
     assert after["top1"] == 100
     assert after["loss"] < 0.1 < before["loss"]
@@ -194,16 +188,12 @@ def test_rates_are_set_by_step_and_positions_follow_the_batches(
 ) -> None:
     run = small_run(shards.address, num_epochs=3, cooldown_epochs=1)
     state = state_of(run)
-    rates, ends = [], []
+    rates = []
     state.optimizer.register_step_pre_hook(
         lambda optimizer, *_: rates.append([g["lr"] for g in optimizer.param_groups])
     )
-    logs = train_run(
-        run,
-        shards=shards,
-        state=state,
-        on_epoch_end=lambda state: ends.append(state.position),
-    )
+    loop = train_run(run, shards=shards, state=state)
+    logs, ends = loop.logs, loop.kept("epoch")
     wanted = [learning_rate(i, optim=run.optim, steps_per_epoch=4) for i in range(16)]
     assert rates == [[rate, rate] for rate in wanted]
     assert ends == [Position(epoch=e, batch=0, step=4 * e) for e in range(1, 5)]
@@ -225,6 +215,20 @@ def test_gradients_are_clipped_to_a_norm() -> None:
     assert norms[1] == pytest.approx(0.01, rel=1e-3)
 
 
+def dtypes_of(run: Run) -> set[torch.dtype]:
+    """Find what logits are in that the run trains on, and evaluates."""
+    state, images_labels = state_of(run), pictures(4)
+    logits = Forward.of(run, device=CPU)(state.model, images_labels[0])
+    found = {logits.dtype}
+
+    def note(module: nn.Module, args: Any, out: Any) -> None:
+        found.add(out.dtype)
+
+    state.model.register_forward_hook(note)
+    run_loop(state, [batch_of(*images_labels)], run=run)
+    return found
+
+
 @pytest.mark.parametrize("has", [True, False])
 def test_half_precision_follows_the_run_and_the_device(
     has: bool, monkeypatch: pytest.MonkeyPatch
@@ -233,9 +237,8 @@ def test_half_precision_follows_the_run_and_the_device(
     dtypes = []
     for amp in ("auto", "off"):
         run = dataclasses.replace(RUN, scale=dataclasses.replace(RUN.scale, amp=amp))
-        with settings_of(run, steps_per_epoch=1).autocast:
-            dtypes.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
-    assert dtypes == [torch.bfloat16 if has else torch.float32, torch.float32]
+        dtypes.append(dtypes_of(run))
+    assert dtypes == [{torch.bfloat16 if has else torch.float32}, {torch.float32}]
 
 
 def test_a_device_without_the_instructions_has_no_bfloat16(
@@ -259,103 +262,3 @@ def test_a_run_in_bfloat16_learns_too() -> None:
         logs = run_loop(state, items, run=run)
     assert logs[-1]["loss"] < 0.3 * logs[0]["loss"]
     assert {p.dtype for p in state.model.parameters()} == {torch.float32}
-
-
-def some_batches(num: int, **places: Any) -> list[Batch]:
-    images, labels = pictures(4)
-    return [
-        batch_of(images, labels, index=i, **({"ends_epoch": i == num - 1} | places))
-        for i in range(num)
-    ]
-
-
-def test_checkpoints_come_by_steps_and_not_twice_at_an_epochs_end() -> None:
-    run = dataclasses.replace(RUN, checkpoint_every_steps=3)
-    kept, ended = [], []
-    items = [*some_batches(6), *some_batches(5)]
-    run_loop(
-        state_of(run),
-        items,
-        run=run,
-        on_checkpoint=lambda state: kept.append(state.position),
-        on_epoch_end=lambda state: ended.append(state.position),
-    )
-    assert kept == [
-        Position(epoch=0, batch=3, step=3),
-        Position(epoch=1, batch=3, step=9),
-    ]
-    assert ended == [Position(epoch=1, step=6), Position(epoch=2, step=11)]
-
-
-def test_checkpoints_come_by_time_when_metrics_are_logged(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    run = dataclasses.replace(RUN, checkpoint_every_minutes=1.0)  # logs every 2 steps
-    kept: list[int] = []
-    clock = {"now": 0.0}
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock["now"])
-
-    def slowly(items: list[Batch]) -> Iterator[Batch]:
-        for item in items:
-            clock["now"] += 25.0
-            yield item
-
-    run_loop(
-        state_of(run),
-        slowly(some_batches(12, ends_epoch=False)),  # pyright: ignore
-        run=run,
-        on_checkpoint=lambda state: kept.append(state.position.step),
-    )
-    # 100 s after the start and after every one: the first log past 60 s.
-    assert kept == [4, 8, 12]
-    never = dataclasses.replace(run, checkpoint_every_minutes=0.0)
-    run_loop(
-        state_of(never),
-        slowly(some_batches(6, ends_epoch=False)),  # pyright: ignore
-        run=never,
-        on_checkpoint=lambda state: kept.append(-1),
-    )
-    assert kept == [4, 8, 12]
-
-
-def test_a_checkpoint_is_no_part_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = dataclasses.replace(RUN, checkpoint_every_steps=3, log_every_steps=4)
-    clock = {"now": 0.0}
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock["now"])
-
-    def pass_time(seconds: float) -> None:
-        clock["now"] += seconds
-
-    def slowly(items: list[Batch]) -> Iterator[Batch]:
-        for item in items:
-            pass_time(0.5)
-            yield item
-
-    logs = run_loop(
-        state_of(run),
-        slowly(some_batches(4)),  # pyright: ignore
-        run=run,
-        on_checkpoint=lambda state: pass_time(100),
-    )
-    assert [log["images_per_s"] for log in logs] == [8.0]
-    assert [log["waiting_share"] for log in logs] == [1.0]
-
-
-def test_bad_images_are_counted_by_epoch_and_stop_a_run_past_their_share() -> None:
-    images, labels = pictures(4)
-
-    def items(*bad: int) -> list[Batch]:
-        last = len(bad) - 1
-        return [
-            batch_of(
-                images, labels, num_bad=num, index=i, num_real=4, ends_epoch=i == last
-            )
-            for i, num in enumerate(bad)
-        ]
-
-    data = dataclasses.replace(RUN.data, max_bad_share=0.03)  # of 100 images
-    run = dataclasses.replace(RUN, data=data)
-    logs = run_loop(state_of(run), [*items(1, 0, 1, 1), *items(0, 1)], run=run)
-    assert [log["bad_images"] for log in logs] == [1, 3, 1]
-    with pytest.raises(BadImagesError, match=r"at most 3\.00% of 100 .* came 4"):
-        run_loop(state_of(run), items(1, 1, 1, 1, 0), run=run)

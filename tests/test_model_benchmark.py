@@ -18,7 +18,7 @@ from benchmarks.model_report import Measured, as_json, mfu, table
 from benchmarks.model_rounds import Begun, Rounds, StepRound, matrix_rates, tell
 from benchmarks.model_steps import build_steps, make_contiguous
 from pipelines.hardware.device import has_bfloat16
-from pipelines.training import loop
+from pipelines.training import step
 from pipelines.training.state import build_state
 
 CASE = Case(
@@ -89,7 +89,7 @@ def test_the_steps_train(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     note("backward", torch.Tensor, "backward")
     note("optimiser", torch.optim.AdamW, "step")
     note("average", ModelEmaV3, "update")
-    note("average", loop, "update_average")
+    note("average", step, "update_average")
     build_steps(changed(stage=stage))(2)
     once = [name for name in seen if name != "forward"]
     assert once == ["backward", "optimiser", "average"] * 2

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from pipelines.config import Model, Probe, Run
 from pipelines.data.batch import Batch
+from pipelines.events.channel import Metrics
 from pipelines.training.gradient_probe import Prober
-from pipelines.training.loop import TrainState, train
 from pipelines.training.mixup import smooth_targets, soft_cross_entropy
 from pipelines.training.probe_figure import Band, draw_bands
+from pipelines.training.state import TrainState
 from sovit.probes import probe
+from tests.small_loops import small_loop
 from tests.small_runs import PLAIN_VIT, plain, settings_of, small_run, state_of
 
 SIZES = (0.5, 4.0, 3)  # 0.5, 2.25 and 4
@@ -61,20 +63,14 @@ def trained(
 ) -> tuple[TrainState, list[tuple[int, dict[str, float]]], Prober]:
     """Train on the batches, probed; give the state, what was told, and the prober."""
     state, settings = state_of(run), settings_of(run, steps_per_epoch=10)
-    told: list[tuple[int, dict[str, float]]] = []
-    prober = Prober(
-        state.model,
-        settings=settings,
-        on_probe=lambda metrics, step: told.append((step, dict(metrics))),
-    )
-    train(
-        state,
-        items,
-        settings=settings,
-        on_log=lambda metrics, position: None,
-        on_epoch_end=lambda state: None,
-        on_step_begin=prober,
-    )
+    prober = Prober(state.model, settings=settings)
+    with small_loop(state, items, settings=settings, prober=prober) as loop:
+        loop.train()
+    told = [
+        (event.step, dict(event.metrics))
+        for event in loop.events
+        if isinstance(event, Metrics) and "probe/loss_min" in event.metrics
+    ]
     return state, told, prober
 
 

@@ -29,8 +29,8 @@ from pipelines.errors import NonFiniteLossError, RewindError
 from pipelines.storage import filesystem, retry
 from pipelines.storage.path import StoragePath
 from pipelines.train import _main
-from pipelines.training import loop
-from pipelines.training.loop import TrainState
+from pipelines.training import step as steps
+from pipelines.training.state import TrainState
 from pipelines.worker import checkpointing
 from pipelines.worker.job import Trained
 from tests.disks import Disk, small_disk
@@ -184,7 +184,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, *, step: int, num: int) -> None:
 
     Steps count from 0, and an epoch has ten of them.
     """
-    mixed, left = loop.mixed, [num]
+    mixed, left = steps.mixed, [num]
 
     def spoil(batch: Batch, **settings: Any) -> Any:
         images, targets = mixed(batch, **settings)
@@ -193,7 +193,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, *, step: int, num: int) -> None:
             images = images * float("nan")
         return images, targets
 
-    monkeypatch.setattr(loop, "mixed", spoil)
+    monkeypatch.setattr(steps, "mixed", spoil)
 
 
 def on_nonfinite(run: Run, what: str) -> Run:

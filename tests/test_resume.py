@@ -12,17 +12,14 @@ import torch
 import torch.multiprocessing as mp
 
 from pipelines.checkpoints.manifest import load_optimizer, load_weights, read_manifest
-from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Augment
 from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet, read_shard_set
-from pipelines.training.loop import TrainState
 from tests.small_runs import (
     PLAIN_VIT,
     SO_VIT,
     evaluated,
     plain,
-    settings_of,
     small_run,
     state_of,
     supply_of,
@@ -52,9 +49,18 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 @pytest.mark.parametrize("model", [PLAIN_VIT, SO_VIT], ids=["plain", "so_vit"])
 @pytest.mark.parametrize("num_accumulation", [1, 2])
-@pytest.mark.parametrize("step", [4, 6], ids=["epoch's end", "mid-epoch"])
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [(4, "epoch_0001"), (6, "step_00000006")],
+    ids=["epoch's end", "mid-epoch"],
+)
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
-    shards: ShardSet, tmp_path: Path, model: Any, num_accumulation: int, step: int
+    shards: ShardSet,
+    tmp_path: Path,
+    model: Any,
+    num_accumulation: int,
+    step: int,
+    name: str,
 ) -> None:
     run = small_run(
         shards.address,
@@ -64,29 +70,13 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
         ema_decay=0.9,
         num_accumulation=num_accumulation,
     )
-    run = dataclasses.replace(run, augment=AUGMENT, checkpoint_every_steps=2)
-
-    def keep(state: TrainState) -> None:
-        folder = tmp_path / str(state.position.step)
-        folder.mkdir()
-        assert state.ema is not None
-        save_checkpoint(
-            folder,
-            run=run,
-            position=state.position,
-            classes=shards.classes,
-            metrics={},
-            model=state.model,
-            ema=state.ema.module,
-            optimizer=state.optimizer,
-        )
-
-    whole = state_of(run)
-    logs = train_run(
-        run, shards=shards, state=whole, on_epoch_end=keep, on_checkpoint=keep
+    run = dataclasses.replace(
+        run, augment=AUGMENT, checkpoint_every_steps=2, num_checkpoints_to_keep=9
     )
+    whole = state_of(run)
+    logs = train_run(run, shards=shards, state=whole, folder=str(tmp_path)).logs
     resumed = state_of(run, seed=77)
-    folder = tmp_path / str(step)
+    folder = tmp_path / name
     resumed.position = read_manifest(folder).position
     assert resumed.position == Position(epoch=1, batch=step - 4, step=step)
     assert resumed.ema is not None
@@ -95,7 +85,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
     load_weights(resumed.ema.module, folder, ema=True)
     load_optimizer(resumed.optimizer, folder)
     torch.manual_seed(12345)  # what a new process has drawn must not matter
-    rest = train_run(run, shards=shards, state=resumed)
+    rest = train_run(run, shards=shards, state=resumed).logs
     assert resumed.position == whole.position == Position(epoch=3, batch=0, step=12)
     assert [log["loss"] for log in rest] == [log["loss"] for log in logs[step // 2 :]]
     for ours, theirs in (
@@ -148,11 +138,9 @@ def test_two_workers_learn_what_one_learns(shards: ShardSet, tmp_path: Path) -> 
         start_method="forkserver",
     )
     alone = state_of(run)
-    logs = train_run(run, shards=shards, state=alone)
+    logs = train_run(run, shards=shards, state=alone).logs
     supply = supply_of(run, shards=shards, train=False)
-    held_out = evaluated(
-        alone.model, supply, settings=settings_of(run, steps_per_epoch=1)
-    )
+    held_out = evaluated(alone.model, supply, run=run)
     supply.close()
     assert held_out["num_images"] == NUM_ROWS
     assert len(logs) == 52

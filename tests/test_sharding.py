@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +23,9 @@ from pipelines.data.batch import Batch
 from pipelines.storage.path import StoragePath
 from pipelines.training import compiling
 from pipelines.training.fsdp import shard_state, update_average
-from pipelines.training.loop import TrainState, train
-from pipelines.training.state import build_state
+from pipelines.training.metrics import MetricSums
+from pipelines.training.state import TrainState, build_state
+from pipelines.training.step import train_step
 from pipelines.worker.checkpointing import Checkpointer
 from tests.small_runs import CPU, evaluated, meeting, settings_of, small_run
 from tests.test_loop import batch_of, pictures
@@ -55,24 +57,25 @@ def trained(
     rank: int,
     world_size: int,
     num_steps: int,
-    **callbacks: Any,
+    on_gradients: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
     losses: list[float] = []
     start = state.position.step
     settings = settings_of(
         run, steps_per_epoch=10, rank=rank, world_size=world_size, images_per_epoch=80
     )
-    train(
-        state,
-        [
-            share(index, rank=rank, world_size=world_size)
-            for index in range(start, start + num_steps)
-        ],
-        settings=settings,
-        on_log=lambda metrics, position: losses.append(metrics["loss"]),
-        on_epoch_end=lambda state: None,
-        **callbacks,
-    )
+    sums = MetricSums(CPU)
+
+    def micro_batches(index: int) -> Iterator[Batch]:
+        yield share(index, rank=rank, world_size=world_size)
+        # The gradients are there, and the step is not taken yet.
+        on_gradients(state.position.step)
+
+    state.forward.train()
+    for index in range(start, start + num_steps):
+        train_step(state, micro_batches(index), settings=settings, sums=sums)
+        state.guard.check()
+        losses.append(sums.total()["loss"])
     return losses
 
 
@@ -133,7 +136,7 @@ def train_sharded(rank: int, folder: Path) -> None:
                 share(0, rank=rank, world_size=2), ends_epoch=True, ends_step=True
             )
         ],
-        settings=settings_of(run, steps_per_epoch=1),
+        run=run,
     )
     again = restored(run, folder / "sharded", world_size=2)
     trained(again, run, rank=rank, world_size=2, num_steps=2)
@@ -155,13 +158,13 @@ def train_with_short_gradients(rank: int, folder: Path) -> None:
     assert isinstance(state.forward, nn.parallel.DistributedDataParallel)
     are_short: list[bool] = []
 
-    def look(batch: Batch, step: int) -> None:
+    def look(step: int) -> None:
         grads = [p.grad for p in state.model.parameters() if p.grad is not None]
         if step != 1:  # that one is no number
             are_short.append(all(torch.equal(g, g.bfloat16().float()) for g in grads))
 
     losses = trained(
-        state, run, rank=rank, world_size=2, num_steps=NUM_STEPS, on_batch=look
+        state, run, rank=rank, world_size=2, num_steps=NUM_STEPS, on_gradients=look
     )
     torch.save((losses, lines, are_short), folder / f"short{rank}.pt")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipelines.config import Validation
 from pipelines.data.batch import Batch
 from pipelines.data.shard_set import ShardSet
+from pipelines.errors import BadImagesError
 from pipelines.evaluation import scores as sums
 from pipelines.evaluation.measure import (
     EvaluationResult,
@@ -24,8 +25,7 @@ from pipelines.evaluation.measure import (
     models_of,
     validate,
 )
-from pipelines.training.loop import BadImagesError
-from tests.small_runs import settings_of, supply_of
+from tests.small_runs import CPU, supply_of
 from tests.small_validation import (
     GOOD,
     LABELS,
@@ -114,8 +114,9 @@ def test_two_models_share_one_pass_and_are_measured_as_alone(shards: ShardSet) -
 
     run = run_of(shards.address)
     supply = supply_of(run, shards=shards, train=False)
-    settings = settings_of(run, steps_per_epoch=1)
-    both = validate(models, noted(supply), settings=settings, held_out=held_out(shards))
+    both = validate(
+        models, noted(supply), run=run, device=CPU, held_out=held_out(shards)
+    )
     supply.close()
     assert taken == [0, 1, 2, 3, 4]
     for name, model in models.items():
@@ -162,8 +163,7 @@ def test_an_evaluation_begins_where_the_one_before_ended(shards: ShardSet) -> No
     run = run_of(shards.address)
     model = linear(3)
     supply = supply_of(run, shards=shards, train=False)
-    settings = settings_of(run, steps_per_epoch=1)
-    found = [validate({"raw": model}, supply, settings=settings) for _ in range(3)]
+    found = [validate({"raw": model}, supply, run=run, device=CPU) for _ in range(3)]
     assert found[0] == found[1] == found[2]
     assert found[0].report is None
     assert next(iter(supply), None) is None
@@ -234,9 +234,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @needs_gpu
 def test_no_batch_waits_for_the_device(shards: ShardSet) -> None:
     device = torch.device("cuda")
-    settings = dataclasses.replace(
-        settings_of(run_of(shards.address), steps_per_epoch=1), device=device
-    )
+    run = run_of(shards.address)
     images = torch.randn(8, 3, SIZE, SIZE, device=device)
     labels = torch.arange(8, device=device) % NUM_CLASSES
 
@@ -264,7 +262,7 @@ def test_no_batch_waits_for_the_device(shards: ShardSet) -> None:
         "raw": linear(2).to(device),
     }
     described = held_out(shards)
-    found = validate(models, watched(), settings=settings, held_out=described)
+    found = validate(models, watched(), run=run, device=device, held_out=described)
     assert found.primary.num_images == 24
 
 

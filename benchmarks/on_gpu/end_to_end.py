@@ -17,12 +17,13 @@ from benchmarks.on_gpu.steps import clean_up, name_of
 from pipelines.checkpoints.snapshot import take_snapshot
 from pipelines.config import Run
 from pipelines.data.loader import opened_here
-from pipelines.data.position import Position
 from pipelines.data.shard_set import read_shard_set
 from pipelines.data.stream import Plans
 from pipelines.hardware.device import PeakMemory
-from pipelines.training.loop import LoopSettings, TrainState, train
-from pipelines.training.state import build_state
+from pipelines.training.metrics import MetricSums
+from pipelines.training.state import TrainState, build_state
+from pipelines.training.step import TrainSettings, step_from, train_step
+from pipelines.training.throughput import Throughput
 
 _NUM_SNAPSHOTS = 3
 
@@ -42,7 +43,7 @@ def _measure(setting: Setting, case: Case) -> Figures:
     run = on_shards(setting, case, num_epochs=setting.pick(6, tiny=2))
     shards = read_shard_set(run.data.train)
     epoch = Plans(shards=shards, run=run, train=True).shape(0)
-    settings = LoopSettings(
+    settings = TrainSettings(
         run=run,
         num_classes=NUM_CLASSES,
         steps_per_epoch=epoch.num_batches,
@@ -51,27 +52,26 @@ def _measure(setting: Setting, case: Case) -> Figures:
     )
     state = build_state(run, num_classes=NUM_CLASSES, device=device)
     logged: list[Mapping[str, float]] = []
-    memory = PeakMemory(device)
-
-    def log(metrics: Mapping[str, float], position: Position) -> None:
-        memory.look()
-        logged.append(metrics)
-
-    with opened_here(shards, run=run, device=device, train=True) as batches:
-        train(
-            state,
-            batches,
-            settings=settings,
-            on_log=log,
-            on_epoch_end=lambda state: None,
-        )
+    memory, sums, clock = PeakMemory(device), MetricSums(device), Throughput()
+    state.forward.train()
+    with opened_here(shards, run=run, device=device, train=True) as loader:
+        batches = clock.waiting(loader)
+        for batch in batches:
+            micro_batches = step_from(batch, batches)
+            train_step(state, micro_batches, settings=settings, sums=sums)
+            if batch.ends_epoch:
+                state.guard.check()
+                metrics = sums.total()
+                logged.append(metrics | clock.rates(metrics["num_images"]))
+                memory.look()
+                clock.restart()
     # The first epoch warms up, or compiles.
     steady = logged[1:]
     return {
         "images_per_s": statistics.median(log["images_per_s"] for log in steady),
         "by_epoch": [log["images_per_s"] for log in steady],
         "waiting_share": statistics.median(log["waiting_share"] for log in steady),
-        "bad_images": logged[-1]["bad_images"],
+        "bad_images": logged[-1]["num_bad"],
         **memory.metrics(),
         "checkpoint_copy_ms": [_copy_ms(run, state) for _ in range(_NUM_SNAPSHOTS)],
     }

@@ -14,9 +14,10 @@ import torch
 from pipelines.config import Probe, Run
 from pipelines.data.batch import Batch
 from pipelines.hardware.device import autocast_dtype, numerics_kept, synchronize
-from pipelines.training.loop import LoopSettings, train
+from pipelines.training.metrics import MetricSums
 from pipelines.training.model import without_weights
 from pipelines.training.state import build_state
+from pipelines.training.step import TrainSettings, train_step
 
 _NUM_WARM_STEPS = 1
 _MIN_STEPS, _MAX_STEPS = 2, 10
@@ -55,7 +56,7 @@ def time_here(
 ) -> Timed:
     """Time matrix products, and steps of at most a micro-batch, for a few seconds.
 
-    A step is the loop's own: forward, backward, optimiser and average, eager, without
+    A step is that of training: forward, backward, optimiser and average, eager, without
     reading images and without other workers.
 
     Args:
@@ -104,34 +105,26 @@ def _time_steps(run: Run, *, num_classes: int, batch: Batch, num: int) -> float:
         ),
         probe=Probe(),
         key_log="",
-        log_every_steps=1000,
     )
-    device, times_s = batch.images.device, list[float]()
+    device = batch.images.device
     state = build_state(run, num_classes=num_classes, device=device)
-    settings = LoopSettings(
+    settings = TrainSettings(
         run=run,
         num_classes=num_classes,
         steps_per_epoch=1000,
         images_per_epoch=1000 * len(batch.labels),
         device=device,
     )
-    train(
-        state,
-        _noting(batch, num=_NUM_WARM_STEPS + num, times_s=times_s),
-        settings=settings,
-        on_log=lambda metrics, position: None,
-        on_epoch_end=lambda state: None,
-    )
-    return (times_s[-1] - times_s[_NUM_WARM_STEPS]) / num
-
-
-def _noting(batch: Batch, *, num: int, times_s: list[float]) -> Iterator[Batch]:
-    """Give a batch for each step, and note when each step began and the last ended."""
-    device = batch.images.device
-    for index in range(num):
-        times_s.append(_now_s(device))
-        yield dataclasses.replace(batch, index=index)
-    times_s.append(_now_s(device))
+    sums, start_s = MetricSums(device), 0.0
+    state.forward.train()
+    for index in range(_NUM_WARM_STEPS + num):
+        if index == _NUM_WARM_STEPS:
+            start_s = _now_s(device)
+        batch = dataclasses.replace(batch, index=index)
+        train_step(state, [batch], settings=settings, sums=sums)
+        # As the loop does on a CPU after every step.
+        state.guard.check()
+    return (_now_s(device) - start_s) / num
 
 
 def _random_batch(run: Run, *, device: torch.device, num_images: int) -> Batch:

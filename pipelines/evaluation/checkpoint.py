@@ -31,7 +31,6 @@ from pipelines.evaluation.measure import (
     validate,
 )
 from pipelines.evaluation.report import Report
-from pipelines.training.loop import LoopSettings
 
 logger = logging.getLogger(__name__)
 
@@ -132,18 +131,12 @@ def measure_set(
     """
     shards = held_out.shards
     num_rows = shards.groups.total_rows
-    settings = LoopSettings(
-        run=run,
-        num_classes=len(held_out.classes),
-        steps_per_epoch=1,
-        images_per_epoch=num_rows,
-        device=device,
-    )
     with opened_here(shards, run=run, device=device, on_bad=on_bad) as batches:
         outcome = validate(
             models,
             _counted(batches, num_images=num_rows, text=held_out.name),
-            settings=settings,
+            run=run,
+            device=device,
             held_out=held_out,
         )
     check_counted(outcome, num_rows=num_rows, max_bad_share=run.data.max_bad_share)

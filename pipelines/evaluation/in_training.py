@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
+
+from pipelines.config import Run
 from pipelines.data.batch import Batch
 from pipelines.evaluation.checkpoint import named, reports_of
 from pipelines.evaluation.figures import pictured
@@ -17,7 +20,7 @@ from pipelines.evaluation.measure import (
     validate,
 )
 from pipelines.events.channel import Figure
-from pipelines.training.loop import LoopSettings, TrainState
+from pipelines.training.state import TrainState
 
 _PICTURES_EVERY_S = 600.0
 OpenBatches = Callable[[HeldOut], Iterable[Batch]]
@@ -36,10 +39,12 @@ class InTrainingEvaluator:
         self,
         sets: Sequence[HeldOut],
         *,
-        settings: LoopSettings,
+        run: Run,
+        device: torch.device,
         batches: OpenBatches,
     ) -> None:
-        self._sets, self._settings, self._batches = sets, settings, batches
+        self._sets, self._batches = sets, batches
+        self._run, self._device = run, device
         self._outcomes: dict[str, EvaluationResult] = {}
         self._pictured_s = time.monotonic()
 
@@ -48,14 +53,18 @@ class InTrainingEvaluator:
 
         Raises as `check_counted`.
         """
-        run = self._settings.run
+        run = self._run
         average = state.ema.module if state.ema is not None else None
         models = models_of(state.model, average=average, weights=run.validation.weights)
         metrics: dict[str, float] = {}
         self._outcomes = {}
         for one in self._sets:
             outcome = validate(
-                models, self._batches(one), settings=self._settings, held_out=one
+                models,
+                self._batches(one),
+                run=run,
+                device=self._device,
+                held_out=one,
             )
             check_counted(
                 outcome,

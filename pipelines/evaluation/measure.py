@@ -14,12 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipelines.config import Run
 from pipelines.data.batch import Batch
+from pipelines.errors import check_bad_share
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.report import Report
 from pipelines.evaluation.scores import ConfusionSums, RealSums, Seen, WorstSoFar
 from pipelines.hardware.device import upload
-from pipelines.training.loop import LoopSettings, check_bad_share, predict
+from pipelines.training.forward import Forward
 from pipelines.training.metrics import MetricSums
 
 
@@ -125,12 +127,12 @@ class _Tally:
     def __init__(
         self,
         *,
-        settings: LoopSettings,
+        run: Run,
+        device: torch.device,
         held_out: HeldOut | None,
         real: Tensor | None,
         is_first: bool,
     ) -> None:
-        device, run = settings.device, settings.run
         self._held_out = held_out
         self._sums = MetricSums(device)
         self._real = None if real is None else RealSums(real)
@@ -195,7 +197,8 @@ def validate(
     models: Mapping[str, nn.Module],
     batches: Iterable[Batch],
     *,
-    settings: LoopSettings,
+    run: Run,
+    device: torch.device,
     held_out: HeldOut | None = None,
 ) -> EvaluationResult:
     """Evaluate models on one epoch of batches; every image counts once.
@@ -205,10 +208,12 @@ def validate(
     Args:
         models: By name, the one whose metrics have plain names first; they are left in
             evaluation mode.
+        run: Says in what precision they compute, whether mirror images count, and how
+            many of the worst images are reported.
         held_out: Describes the set; without it labels are the models' own, and neither
             classes nor images are reported.
     """
-    device = settings.device
+    forward = Forward.of(run, device=device)
     real = columns = None
     if held_out is not None:
         columns = held_out.columns
@@ -219,12 +224,16 @@ def validate(
     for name, model in seen_by.items():
         model.eval()
         tallies[name] = _Tally(
-            settings=settings, held_out=held_out, real=real, is_first=not tallies
+            run=run,
+            device=device,
+            held_out=held_out,
+            real=real,
+            is_first=not tallies,
         )
     for batch in batches:
         rows = upload(torch.from_numpy(batch.draw_ids), device)
         for name, model in seen_by.items():
-            logits = predict(model, batch.images, settings=settings)
+            logits = forward(model, batch.images)
             tallies[name].add(logits, batch, rows=rows)
         if batch.ends_epoch and batch.ends_step:
             break

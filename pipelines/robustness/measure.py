@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ from pipelines.robustness.perturbations import (
     num_frames_of,
 )
 from pipelines.robustness.scores import corruption_scores, flip_scores
-from pipelines.training.loop import LoopSettings
+from pipelines.training.forward import Forward
 from pipelines.transforms.cpu import Threads
 
 OpenBatches = Callable[[Run], contextlib.AbstractContextManager[Iterable[Batch]]]
@@ -42,8 +43,11 @@ class Subject:
     """Hold what is measured, and on what."""
 
     model: nn.Module
-    settings: LoopSettings
-    """Its run is as evaluation changes it."""
+    run: Run
+    """As evaluation changes it."""
+    device: torch.device
+    num_classes: int
+    num_images: int
     open_batches: OpenBatches
 
 
@@ -65,7 +69,7 @@ def measure(
         result["corruptions"] = {
             "seed": options.corruption_seed,
             "jpeg_quality": options.corruption_jpeg,
-            "num_classes": subject.settings.num_classes,
+            "num_classes": subject.num_classes,
             "errors": errors,
             **corruption_scores(errors, clean_error=clean_error),
         }
@@ -91,10 +95,10 @@ def _corruption_errors(
         for corruption in options.corruptions or CORRUPTIONS
         for severity in sorted(set(options.severities))
     ]
-    total = subject.settings.images_per_epoch * len(conditions)
+    total = subject.num_images * len(conditions)
     with (
         _pass(subject, options=options, total=total, text="corruptions") as using,
-        subject.open_batches(subject.settings.run) as batches,
+        subject.open_batches(subject.run) as batches,
     ):
         return corruption_errors(
             batches,
@@ -111,8 +115,8 @@ def _flip_probabilities(
         name: num_frames_of(name, at_most=options.num_frames)
         for name in options.perturbations or PERTURBATIONS
     }
-    run = _larger(subject.settings.run)
-    total = subject.settings.images_per_epoch * sum(num_frames.values())
+    run = _larger(subject.run)
+    total = subject.num_images * sum(num_frames.values())
     with (
         _pass(subject, options=options, total=total, text="perturbations") as using,
         subject.open_batches(run) as batches,
@@ -120,7 +124,7 @@ def _flip_probabilities(
         return flip_probabilities(
             batches,
             num_frames=num_frames,
-            source=_levels(run, settings=subject.settings),
+            source=_levels(run, device=subject.device),
             using=using,
         )
 
@@ -143,17 +147,17 @@ def _pass(
     with tqdm(total=total, unit="image", desc=text, disable=None) as bar:
         yield Pass(
             model=subject.model,
-            settings=subject.settings,
-            levels=_levels(subject.settings.run, settings=subject.settings),
+            forward=Forward.of(subject.run, device=subject.device),
+            levels=_levels(subject.run, device=subject.device),
             seed=options.corruption_seed,
-            threads=Threads(subject.settings.run.data.num_decode_threads),
+            threads=Threads(subject.run.data.num_decode_threads),
             on_images=bar.update,
         )
 
 
-def _levels(run: Run, *, settings: LoopSettings) -> Levels:
+def _levels(run: Run, *, device: torch.device) -> Levels:
     return Levels(
         pixel_settings(run, train=False),
-        device=settings.device,
+        device=device,
         num_threads=run.data.num_decode_threads,
     )

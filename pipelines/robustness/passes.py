@@ -14,7 +14,7 @@ from pipelines.robustness.corruptions import Corruption, corrupt
 from pipelines.robustness.digital import through_jpeg
 from pipelines.robustness.levels import Levels
 from pipelines.robustness.perturbations import NOISES, Perturbation, frames
-from pipelines.training.loop import LoopSettings, predict
+from pipelines.training.forward import Forward
 from pipelines.training.metrics import correct
 from pipelines.transforms.cpu import Threads
 
@@ -27,7 +27,7 @@ class Pass:
     """Say how batches are seen and shown."""
 
     model: nn.Module
-    settings: LoopSettings
+    forward: Forward
     levels: Levels
     """Of the model's images."""
     seed: int
@@ -38,7 +38,7 @@ class Pass:
     def logits(self, pixels: np.ndarray) -> Tensor:
         """Show uint8 pixels (B, H, W, 3) to the model: float (B, K)."""
         images = self.levels.normalized(pixels)
-        return predict(self.model, images, settings=self.settings)
+        return self.forward(self.model, images)
 
 
 @torch.no_grad()

@@ -6,16 +6,17 @@ before it is trained on, with the targets and the draws of that step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.data.batch import Batch
-from pipelines.training.loop import LoopSettings, TrainState, mixed
 from pipelines.training.mixup import soft_cross_entropy
 from pipelines.training.probe_figure import Band
+from pipelines.training.state import TrainState
+from pipelines.training.step import TrainSettings, mixed, seed_step
+from pipelines.training.step_errors import step_errors
 from sovit.probes import Probed, find_stem, probe
 
 
@@ -25,14 +26,8 @@ class Prober:
     Raises ValueError where the model has no such stem.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        settings: LoopSettings,
-        on_probe: Callable[[Mapping[str, float], int], None],
-    ) -> None:
-        self._settings, self._on_probe = settings, on_probe
+    def __init__(self, model: nn.Module, *, settings: TrainSettings) -> None:
+        self._settings = settings
         self._stem = find_stem(model, name=settings.run.probe.stem)
         self.bands: list[Band] = []
         """What was found since this process started."""
@@ -56,14 +51,20 @@ class Prober:
             "probe/gradient_predictiveness": change,
         }
 
-    def __call__(self, state: TrainState, batch: Batch) -> None:
-        """Probe before a step that is due; waits for the device then."""
+    def __call__(self, state: TrainState, batch: Batch) -> dict[str, float]:
+        """Probe before a step that is due; waits for the device then.
+
+        Returns the band's metrics, and nothing where no probe is due.
+        """
         every, step = self._settings.run.probe.every_steps, state.position.step
         if not every or step % every:
-            return
-        band = _band(self._probe(state.model, batch), step=step)
+            return {}
+        # The draws of the step itself, which seeds them again when it begins.
+        seed_step(step, settings=self._settings)
+        with step_errors():
+            band = _band(self._probe(state.model, batch), step=step)
         self.bands.append(band)
-        self._on_probe(band.metrics, step)
+        return band.metrics
 
     def _probe(self, model: nn.Module, batch: Batch) -> Probed:
         images, targets = mixed(batch, settings=self._settings)

@@ -1,4 +1,4 @@
-"""Keep a step that is no number from the weights, and tell all that is known of it.
+"""Skip optimizer steps with NaN or inf gradients; report the images and layers.
 
 Nothing here waits for the device before it is asked: the fused optimisers leave weights
 and state alone where a flag on the device says so.
@@ -26,11 +26,12 @@ _CLIP_EPS = 1e-6
 # What the fused optimisers take from a gradient scaler: 1 leaves the step out.
 _FLAG = "found_inf"
 KeysOf = Callable[[Sequence[int]], Mapping[int, str]]
+"""Looks up the keys of images by their rows in the training set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BadStep:
-    """Tell of a step whose loss or gradients are no numbers."""
+    """A step whose loss or gradients are NaN or inf: its images, and norms by layer."""
 
     step: int
     images: Mapping[int, tuple[str, ...]]
@@ -41,7 +42,7 @@ class BadStep:
 
     @property
     def line(self) -> str:
-        """Put it into one line."""
+        """One line for a person."""
         where = "in the gradients alone"
         if self.images:
             where = "; ".join(
@@ -59,13 +60,12 @@ class BadStep:
 
 
 class NonFiniteGuard:
-    """Watch the steps of one worker.
+    """Watch one worker's steps for NaN and inf, and keep those out of the weights.
 
     With several workers `check` is a collective where a step was bad: the gradients,
     and so what is found, are the same on all of them.
 
     Args:
-        keys_of: Gives the keys of rows of the training set.
         num_repeats: How many draws a row has.
     """
 
@@ -82,6 +82,7 @@ class NonFiniteGuard:
     ) -> None:
         self._optimizer, self._optim, self._rank = optimizer, optim, rank
         self._keys_of, self._num_repeats = keys_of, num_repeats
+        # Only what is trained has gradients to look at.
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._params = [parameter for _, parameter in named]
         self._is_sharded = is_sharded(self._params)
@@ -94,6 +95,7 @@ class NonFiniteGuard:
             # Statistics of BatchNorm have seen the bad step's images by then.
             self._buffers = [buffer for buffer in model.buffers() if buffer.numel()]
         self._saved = [buffer.clone() for buffer in self._buffers]
+        # On the device: a step writes them, and only `check` reads them.
         self._before = torch.zeros(len(self._names), device=device)
         self._then = torch.zeros_like(self._before)
         self._flag = torch.zeros((), device=device)
@@ -103,18 +105,29 @@ class NonFiniteGuard:
         self._num_skipped = 0
 
     def begin(self) -> None:
-        """Remember what a step changes in passing."""
+        """Save the buffers that a forward pass changes."""
+        # Before each step, since which one is bad is known only after it; into the same
+        # memory, so that the allocator has nothing to do.
         if self._buffers:
             torch._foreach_copy_(self._saved, self._buffers)  # pyright: ignore
 
     def observe(self, batch: Batch, losses: Tensor, *, step: int) -> Tensor:
-        """Note a micro-batch; give its losses (B,) with 0 for what is no number."""
+        """Note a micro-batch; return its losses (B,), 0 for those that are not finite.
+
+        The backward pass takes the losses as they are.
+        """
         is_finite = torch.isfinite(losses.detach())
+        # Keys are looked up for a bad step alone: here a flag is kept, unread.
         self._seen.append((step, batch.draw_ids, is_finite.all()))
         return torch.where(is_finite, losses.detach(), 0.0)
 
     def mask_bad_step(self, *, step: int) -> None:
-        """Have the optimiser leave out a step that is no number; clip gradients."""
+        """Flag a step whose gradients are not finite for the optimiser; clip the rest.
+
+        The same flag on all workers, whose gradients are summed by now.
+        """
+        # Of a loss that is not finite the gradients are neither: one norm over all of
+        # them tells of both, and clipping needs it anyway.
         grads = local(p.grad for p in self._params if p.grad is not None)
         squares = self._squares(grads)
         total = squares.sum().sqrt()
@@ -122,22 +135,27 @@ class NonFiniteGuard:
         if self._optim.clip_grad_norm:
             share = self._optim.clip_grad_norm / (total + _CLIP_EPS)
             torch._foreach_mul_(grads, share.clamp(max=1.0))  # pyright: ignore
+        # A parameter that the step did not use has no gradient, and the groups would
+        # not fit the table.
         if len(grads) == len(self._params):
             groups = self._by_group(squares)
+            # What is reported is the first bad step, and the last good one before it.
             is_first = self._flag > self._has_bad
             self._then = torch.where(is_first, groups, self._then)
             self._before = torch.where(self._flag > 0, self._before, groups)
         self._has_bad = torch.maximum(self._has_bad, self._flag)
         self._bad.append((step, self._flag))
+        # What GradScaler sets, without its scaling: bfloat16 has float32's range.
         setattr(self._optimizer, _FLAG, self._flag)
 
     def end(self) -> None:
-        """Give buffers back what a step that was left out has changed."""
+        """Restore the buffers where the step was skipped."""
+        # By `where` and not by `if`, which would wait for the flag.
         for buffer, saved in zip(self._buffers, self._saved, strict=True):
             buffer.copy_(torch.where(self._flag > 0, saved, buffer))
 
     def check(self) -> str:
-        """Ask the device, and do as the run wants with bad steps since the last time.
+        """Read the flags of the steps since the last time, and act on the bad ones.
 
         Returns a line to show where some were skipped, else nothing.
 
@@ -148,6 +166,7 @@ class NonFiniteGuard:
         self._has_bad = torch.zeros_like(self._flag)
         if not bad:
             return ""
+        # All at once: each value that is read by itself would be waited for.
         flags = torch.stack([flag for _, flag in bad]).tolist()
         steps = [step for (step, _), flag in zip(bad, flags, strict=True) if flag]
         if not steps:
@@ -166,7 +185,7 @@ class NonFiniteGuard:
 
     @torch.no_grad()
     def _squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Give the squared norm of each tensor; of sharded ones, of all parts."""
+        """Square the norm of each tensor; of sharded ones, over all their parts."""
         squares = torch.stack(torch._foreach_norm(tensors)).square()  # pyright: ignore
         if self._is_sharded:
             dist.all_reduce(squares)
@@ -204,7 +223,7 @@ class NonFiniteGuard:
 
 
 def group_of(name: str) -> str:
-    """Name the layer group of a parameter: `blocks.3` of `blocks.3.attn.qkv.weight`."""
+    """Find the layer group of a parameter: `blocks.3` of `blocks.3.attn.qkv.weight`."""
     parts = name.split(".")
     for at, part in enumerate(parts[:-1]):
         if part.isdigit():
@@ -213,7 +232,7 @@ def group_of(name: str) -> str:
 
 
 def _gathered(rank: int, value: Any) -> list[tuple[int, Any]]:
-    """Give what every worker has; a collective where there are several."""
+    """Gather a value of every worker; a collective where there are several."""
     if not dist.is_initialized():
         return [(rank, value)]
     found: list[Any] = [None] * dist.get_world_size()

@@ -1,10 +1,12 @@
-"""Build what a worker trains: model, average, optimiser, and how the step calls it."""
+"""Build what a worker trains: model, average, optimiser, guard, and their wrapping."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
@@ -12,12 +14,28 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 )
 
 from pipelines.config import Run
+from pipelines.data.position import Position
 from pipelines.hardware.device import is_gpu, set_numerics
 from pipelines.training.compiling import decide
 from pipelines.training.fsdp import shard
-from pipelines.training.loop import TrainState
 from pipelines.training.model import build_model
+from pipelines.training.nonfinite import KeysOf, NonFiniteGuard
 from pipelines.training.optimizer import build_optimizer
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """What changes while a run trains."""
+
+    model: nn.Module
+    """The bare model, whose weights are kept."""
+    forward: nn.Module
+    """The model as the step calls it: wrapped for data parallelism, or bare."""
+    optimizer: torch.optim.Optimizer
+    ema: ModelEmaV3 | None
+    guard: NonFiniteGuard
+    """Of the model and the optimizer above, which it has bad steps skip."""
+    position: Position = field(default_factory=Position)
 
 
 def build_state(
@@ -26,15 +44,18 @@ def build_state(
     num_classes: int,
     device: torch.device,
     world_size: int = 1,
+    rank: int = 0,
+    keys_of: KeysOf = lambda rows: {},
     load: Callable[[nn.Module], None] = lambda model: None,
     load_average: Callable[[nn.Module], None] = lambda average: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> TrainState:
-    """Build a run's model, on its device, with average and optimiser.
+    """Build a run's model, on its device, with average, optimiser and guard.
 
     With several workers this is a collective: their process group must be there.
 
     Args:
+        keys_of: Looks up the keys of images by row, for a message on a bad step.
         load: Puts weights into the model before the average is taken from it.
         load_average: Puts others into the average.
         tell: Gets what a person should know of how steps will be computed.
@@ -66,6 +87,7 @@ def build_state(
         for whole in (model, ema.module if ema is not None else None):
             if whole is not None:
                 shard(whole, device=device)
+    optimizer = build_optimizer(model, optim=run.optim)
     return TrainState(
         model=model,
         forward=wrapped(
@@ -75,8 +97,18 @@ def build_state(
             world_size=world_size,
             is_compiled=compiling.is_on,
         ),
-        optimizer=build_optimizer(model, optim=run.optim),
+        optimizer=optimizer,
         ema=ema,
+        # After sharding, since it looks at the parameters that gradients will have.
+        guard=NonFiniteGuard(
+            model,
+            optimizer,
+            optim=run.optim,
+            device=device,
+            rank=rank,
+            keys_of=keys_of,
+            num_repeats=run.augment.num_repeats,
+        ),
     )
 
 
@@ -123,3 +155,10 @@ def checkpoint_gradients(model: nn.Module, *, name: str) -> None:
             f"scale.grad_checkpointing: wanted a model that timm can checkpoint, came "
             f"{name}; set --scale.no-grad-checkpointing"
         ) from error
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Copy rank 0's buffers to all workers: BatchNorm statistics differ by worker."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)

@@ -15,10 +15,10 @@ from pipelines.checkpoints.async_writer import CheckpointWriter
 from pipelines.checkpoints.pretrained import load_initial
 from pipelines.checkpoints.snapshot import Snapshot, assist_snapshot, take_snapshot
 from pipelines.checkpoints.store import CheckpointStore
+from pipelines.evaluation.image_keys import keys_of
 from pipelines.events.channel import Message, Metrics
 from pipelines.training.fsdp import is_sharded, shard_state
-from pipelines.training.loop import TrainState
-from pipelines.training.state import build_state
+from pipelines.training.state import TrainState, build_state
 from pipelines.worker.group import Group
 from pipelines.worker.job import Job
 
@@ -104,6 +104,8 @@ class Checkpointer:
             num_classes=len(self._classes),
             device=self._group.device,
             world_size=self._group.world_size,
+            rank=self._group.rank,
+            keys_of=partial(keys_of, self._job.train_shards),
             load=load,
             load_average=load_average,
             tell=self._tell,

@@ -4,53 +4,42 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from pipelines.config.recipes import load_code
-from pipelines.data.batch import Batch
 from pipelines.data.loader import Loader, reading_of
-from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet
 from pipelines.data.stream import Plans
-from pipelines.evaluation.image_keys import keys_of
 from pipelines.evaluation.in_training import InTrainingEvaluator
 from pipelines.events.bad_images import BadImageTeller
-from pipelines.events.channel import Figure, Message, Metrics, Progress, WorkerStarted
-from pipelines.hardware.device import PeakMemory, is_gpu
+from pipelines.events.channel import Message, WorkerStarted
+from pipelines.hardware.device import autocast_dtype, is_gpu
 from pipelines.hardware.facts import worker_facts
 from pipelines.training.gradient_probe import Prober
-from pipelines.training.loop import (
-    LoopSettings,
-    TrainState,
-    guard_of,
-    share_buffers,
-    train,
-)
-from pipelines.training.probe_figure import draw_bands
+from pipelines.training.step import TrainSettings
 from pipelines.worker.audit_log import KeyLog
 from pipelines.worker.checkpointing import Checkpointer
 from pipelines.worker.group import Group
 from pipelines.worker.job import Job
+from pipelines.worker.loop import TrainingLoop
 from pipelines.worker.watchdog import Watchdog
 
 
 class Worker:
-    """Hold one worker's model, streams and connections while it trains."""
+    """One worker of a run: it opens what its training loop needs, and closes it."""
 
     def __init__(self, job: Job, *, group: Group) -> None:
         run = job.run
         if job.code:
             load_code(job.code)
-        self.job, self.run, self.group, self.rank = job, run, group, group.rank
+        self.run, self.group, self.rank = run, group, group.rank
         self.device = group.device
         if not is_gpu(self.device):
             torch.set_num_threads(max(int(run.scale.cpus_per_worker), 1))
         epoch = Plans(shards=job.train_shards, run=run, train=True).shape(0)
-        self.settings = LoopSettings(
+        self.settings = TrainSettings(
             run=run,
             num_classes=len(job.train_shards.classes),
             steps_per_epoch=epoch.num_batches,
@@ -61,42 +50,48 @@ class Worker:
         )
         self.keeper = Checkpointer(job, group=group)
         self.state = self.keeper.state()
-        self.state.guard = guard_of(
-            self.state,
-            settings=self.settings,
-            keys_of=partial(keys_of, job.train_shards),
-        )
         # In the same order on every worker: opening is a collective.
         sets = () if run.validation.beside else job.held_out
         self.supplies = {"train": self._supply(job.train_shards, split="train")}
         for one in sets:
             self.supplies[one.prefix] = self._supply(one.shards, split=one.prefix)
-        self.together = InTrainingEvaluator(
-            sets,
-            settings=self.settings,
-            batches=lambda one: self.watchdog.watching(
-                self.supplies[one.prefix], doing="evaluating"
-            ),
-        )
-        self.prober = self._open_prober()
-        self.key_log = self._open_key_log()
         self.watchdog = Watchdog(
             run.scale.hang_timeout_s if group.is_watched else 0,
-            tell=lambda line: self._note(f"worker {group.rank}: {line}"),
+            tell=lambda line: group.post(Message(line=f"worker {group.rank}: {line}")),
         )
-        self.memory = PeakMemory(self.device)
-        self._last_log: dict[str, float] = {}
+        self.key_log = self._open_key_log()
+        self.loop = TrainingLoop(
+            state=self.state,
+            settings=self.settings,
+            batches=self.supplies["train"],
+            group=group,
+            checkpointer=self.keeper,
+            evaluator=InTrainingEvaluator(
+                sets,
+                run=run,
+                device=self.device,
+                batches=lambda one: self.watchdog.watching(
+                    self.supplies[one.prefix], doing="evaluating"
+                ),
+            ),
+            watchdog=self.watchdog,
+            prober=self._open_prober(),
+            audit_log=self.key_log,
+            keeps_pictures=job.keeps_model,
+        )
 
     def __enter__(self) -> Worker:
         self.watchdog.__enter__()
         for supply in self.supplies.values():
             supply.start()
+        dtype = autocast_dtype(self.device, amp=self.run.scale.amp)
+        precision = str(dtype).removeprefix("torch.")
         begun = WorkerStarted(
             rank=self.rank,
             world_size=self.settings.world_size,
             host=socket.gethostname(),
             step=self.state.position.step,
-            hardware=worker_facts(self.device, precision=self.settings.precision),
+            hardware=worker_facts(self.device, precision=precision),
         )
         self.group.post(begun)
         return self
@@ -118,39 +113,12 @@ class Worker:
 
     def train(self) -> None:
         """Train to the end of the run, or until the driver asks to end."""
-        train(
-            self.state,
-            self.watchdog.watching(self.supplies["train"], doing="training"),
-            settings=self.settings,
-            on_log=self._log,
-            on_epoch_end=self._end_epoch,
-            on_checkpoint=self._keep,
-            on_batch=self._log_keys,
-            on_step_begin=self._probe,
-            on_note=self._note,
-            is_ending=self.group.should_stop,
-            is_leaving=self.group.is_preempted,
-        )
-
-    def _probe(self, state: TrainState, batch: Batch) -> None:
-        if self.prober is not None:
-            self.prober(state, batch)
+        self.loop.train()
 
     def _open_prober(self) -> Prober | None:
         if self.rank != 0 or not self.run.probe.every_steps:
             return None
-
-        def log(metrics: Mapping[str, float], step: int) -> None:
-            self.group.post(Metrics(step=step, metrics=dict(metrics)))
-
-        return Prober(self.state.model, settings=self.settings, on_probe=log)
-
-    def _note(self, line: str) -> None:
-        self.group.post(Message(line=line))
-
-    def _log_keys(self, batch: Batch, step: int) -> None:
-        if self.key_log is not None:
-            self.key_log(batch, step)
+        return Prober(self.state.model, settings=self.settings)
 
     def _open_key_log(self) -> KeyLog | None:
         if not self.run.key_log:
@@ -178,82 +146,3 @@ class Worker:
             world_size=world_size,
             on_bad=BadImageTeller(self.group.post, split=split, groups=shards.groups),
         )
-
-    def _log(self, metrics: Mapping[str, float], position: Position) -> None:
-        self._last_log = dict(metrics)
-        self.memory.look()
-        if self.rank == 0:
-            self._post(position)
-            named = {f"train/{name}": value for name, value in metrics.items()}
-            self.group.post(Metrics(step=position.step, metrics=named))
-
-    def _post(
-        self, position: Position, *, held_out: Mapping[str, float] | None = None
-    ) -> None:
-        event = Progress(
-            step=position.step,
-            epoch=position.epoch,
-            metrics=self._last_log,
-            epoch_metrics=held_out,
-        )
-        self.group.post(event)
-
-    def _end_epoch(self, state: TrainState) -> None:
-        """Evaluate where that is due, write a checkpoint and report."""
-        validation, epoch = self.run.validation, state.position.epoch
-        num_epochs = self.run.optim.total_epochs
-        is_due = validation.is_due(epoch, num_epochs=num_epochs)
-        metrics, held_out = dict[str, float](), dict[str, float]()
-        for model in (state.model, state.ema.module if state.ema else None):
-            if model is not None:
-                share_buffers(model)
-        if is_due and not validation.beside:
-            metrics |= self.together(state)
-            held_out = self.together.primary.values()
-            title = f"{self.run.recipe}, epoch {epoch}"
-            is_last = epoch == num_epochs
-            pictures = None
-            if self.rank == 0 and self.job.keeps_model:
-                pictures = self.together.pictures(title=title, is_last=is_last)
-            if pictures is not None:
-                self.group.post(pictures)
-        metrics |= {f"train/{k}": v for k, v in self.memory.metrics().items()}
-        metrics["epoch"] = epoch
-        if self.prober is not None:
-            metrics |= self.prober.summary()
-        position = state.position
-        if self.rank == 0:
-            # Before the report, with which a sweep may end this run.
-            self.group.post(Metrics(step=position.step, metrics=metrics))
-            self._post(position, held_out=held_out)
-        name = f"epoch_{position.epoch:04d}"
-        self._report(state, name=name, metrics=metrics, can_wait=True)
-        if self.prober is not None:
-            title = f"{self.run.recipe}, to epoch {position.epoch}"
-            draw = partial(draw_bands, tuple(self.prober.bands), title=title)
-            path = f"probes/epoch_{position.epoch:04d}.png"
-            self.group.post(Figure(draw=draw, path=path))
-
-    def _keep(self, state: TrainState) -> None:
-        """Write a checkpoint within an epoch: nothing is evaluated."""
-        name = f"step_{state.position.step:08d}"
-        # Asked to end, it is the last one.
-        is_last = self.group.should_stop()
-        self._report(state, name=name, metrics={}, can_wait=is_last)
-
-    def _report(
-        self,
-        state: TrainState,
-        *,
-        name: str,
-        metrics: Mapping[str, float],
-        can_wait: bool,
-    ) -> None:
-        """Have a checkpoint written with what was measured last, and report that.
-
-        A barrier of all workers: what training waits for here is a copy.
-        """
-        metrics = {f"train/{k}": v for k, v in self._last_log.items()} | dict(metrics)
-        with self.watchdog.paused():
-            self.keeper.keep(state, name=name, metrics=metrics, can_wait=can_wait)
-            self.group.report(metrics)

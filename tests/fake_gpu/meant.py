@@ -27,7 +27,7 @@ _EIGEN = (
     * NUM_STEPS
 )
 # PyTorch's own: it times the first ten steps, and every hundredth after them.
-_TIMED = "waits for an event: pipelines/training/loop.py _forward_backward"
+_TIMED = "waits for an event: pipelines/training/step.py _forward_backward"
 _UPLOADED = (
     "copies to the device: pipelines/transforms/normalize.py Finisher.__call__",
     *("copies to the device: pipelines/data/batching.py batches",) * 2,

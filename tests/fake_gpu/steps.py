@@ -14,11 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines.config import Run
 from pipelines.config.recipes import load_recipe
 from pipelines.data.batch import Batch
-from pipelines.training.loop import LoopSettings, TrainState, train
-from pipelines.training.state import build_state
+from pipelines.training.state import TrainState, build_state
+from pipelines.training.step import TrainSettings
 from tests.fake_gpu.device import GPU
 from tests.fake_gpu.watch import Watch
 from tests.fake_gpu.workers import sum_gradients
+from tests.small_loops import small_loop
 
 NUM_CLASSES = 1000
 BATCH_SIZE = 8
@@ -72,9 +73,9 @@ def batch_of(run: Run, *, index: int = 0, micro: int = 0) -> Batch:
     )
 
 
-def settings_of(run: Run, **settings: Any) -> LoopSettings:
-    """Describe a worker's loop on the device."""
-    return LoopSettings(
+def settings_of(run: Run, **settings: Any) -> TrainSettings:
+    """Describe a worker's training on the device."""
+    return TrainSettings(
         run=run,
         num_classes=NUM_CLASSES,
         steps_per_epoch=1000,
@@ -108,12 +109,8 @@ def take_steps(watch: Watch, run: Run, *, world_size: int = 1) -> TrainState:
                 yield batch
         watch.off()
 
-    train(
-        state,
-        batches(),
-        settings=settings_of(run, world_size=world_size),
-        on_log=lambda metrics, position: None,
-        on_epoch_end=lambda state: None,
-    )
+    settings = settings_of(run, world_size=world_size)
+    with small_loop(state, batches(), settings=settings) as loop:
+        loop.train()
     assert state.position.step == num_before + num
     return state

@@ -23,10 +23,10 @@ from pipelines.config import Run
 from pipelines.data.loader import reading_of
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.driver.preflight import with_absolute_paths
+from pipelines.errors import check_bad_share
 from pipelines.storage.filesystem import absolute
 from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering, retrying
-from pipelines.training.loop import check_bad_share
 from tuning.heads.backbone import Backbone, load_backbone
 from tuning.heads.feature_set import TOKENS_FILE, TokenReader, TokenSet
 from tuning.heads.feature_writer import BAD, MADE_OF, TokenJob, make_job, part_plan

@@ -19,7 +19,7 @@ from pipelines.data.loader import pixel_settings
 from pipelines.data.shard_set import ShardSet
 from pipelines.hardware.device import device_of
 from pipelines.storage.path import StoragePath
-from pipelines.training.loop import LoopSettings
+from pipelines.training.forward import autocast
 from pipelines.transforms.decoder import BatchDecoder
 from pipelines.transforms.rows import BadImage, Rows, rows_of
 from tuning.heads.backbone import Backbone
@@ -113,21 +113,14 @@ class TokenWriter:
     """
 
     def __init__(self, jobs: Mapping[str, TokenJob], *, backbone: Backbone) -> None:
-        run = next(iter(jobs.values())).run
-        scale = run.scale
+        self._run = next(iter(jobs.values())).run
+        scale = self._run.scale
         if not scale.use_gpu:
             torch.set_num_threads(max(int(scale.cpus_per_worker), 1))
         self._jobs = jobs
         self._device = device_of(scale.use_gpu, flag="--scale.use-gpu")
         model = backbone.build().to(self._device)
         self._model: Any = model.to(memory_format=torch.channels_last)
-        self._settings = LoopSettings(
-            run=run,
-            num_classes=backbone.num_classes,
-            steps_per_epoch=1,
-            images_per_epoch=1,
-            device=self._device,
-        )
         self._decoders: dict[tuple[int, bool], BatchDecoder] = {}
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -176,7 +169,7 @@ class TokenWriter:
             found = decode(part, view)
             bad += found.bad
             good = found.weights[: len(part)] > 0
-            with self._settings.autocast:
+            with autocast(self._device, amp=self._run.scale.amp):
                 tokens = self._model.forward_features(found.images)
             tokens = tokens[: len(part)][torch.from_numpy(good).to(tokens.device)]
             self._check(tokens, keys=part.keys.filter(pa.array(good)))
@@ -186,7 +179,7 @@ class TokenWriter:
         kind = (num_rows, train)
         if kind not in self._decoders:
             self._decoders[kind] = BatchDecoder(
-                pixel_settings(self._settings.run, train=train),
+                pixel_settings(self._run, train=train),
                 num_rows=num_rows,
                 device=self._device,
             )
@@ -201,7 +194,7 @@ class TokenWriter:
             raise ValueError(
                 f"{keys[at].as_py()}: wanted tokens up to {_FLOAT16_MAX:,.0f}, which "
                 f"float16 holds, came {largest[at].item():,.0f} from "
-                f"{self._settings.run.model.name}; choose a backbone that normalises "
+                f"{self._run.model.name}; choose a backbone that normalises "
                 "its features"
             )
 

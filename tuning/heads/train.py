@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipelines.config import Optim, Run, Schedule
 from pipelines.errors import NonFiniteLossError
 from pipelines.hardware.device import find_device, forked_rng, upload
-from pipelines.training.loop import LoopSettings
+from pipelines.training.forward import autocast
 from pipelines.training.metrics import MetricSums
 from pipelines.training.mixup import smooth_targets, soft_cross_entropy
 from pipelines.training.model import build_model
@@ -109,13 +109,7 @@ class _Trainer:
             run, num_classes=self._num_classes, shape=tokens.shape, device=device
         )
         self._optimizer = build_optimizer(self._head, optim=optim)
-        self._autocast = LoopSettings(
-            run=run,
-            num_classes=self._num_classes,
-            steps_per_epoch=self._num_batches,
-            images_per_epoch=tokens.num_images,
-            device=device,
-        ).autocast
+        self._amp = run.scale.amp
         self._step = 0
 
     def epoch(self, epoch: int) -> dict[str, float]:
@@ -191,7 +185,7 @@ class _Trainer:
         return sums.total()
 
     def _logits(self, tokens: Tensor) -> Tensor:
-        with self._autocast:
+        with autocast(self._device, amp=self._amp):
             return self._head.forward_head(upload(tokens, self._device).float())
 
 

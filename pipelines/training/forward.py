@@ -1,0 +1,45 @@
+"""Compute logits as evaluation takes them: in what precision, and of mirror images."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.config import Run
+from pipelines.hardware.device import autocast_dtype
+
+
+def autocast(
+    device: torch.device, *, amp: str
+) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to bfloat16 where `Scale.amp` asks for it and the device has it."""
+    enabled = autocast_dtype(device, amp=amp) != torch.float32
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """Forward pass of evaluation; all it depends on beside the model."""
+
+    device: torch.device
+    amp: str
+    """As that of `Scale`."""
+    mirror: bool = False
+    """Average the logits of an image and of its mirror image."""
+
+    @classmethod
+    def of(cls, run: Run, *, device: torch.device) -> Forward:
+        """Take a run's precision and its `data.eval_mirror`."""
+        return cls(device=device, amp=run.scale.amp, mirror=run.data.eval_mirror)
+
+    def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Compute the logits (B, K) of images (B, 3, H, W)."""
+        with autocast(self.device, amp=self.amp):
+            logits = model(images)
+            if self.mirror:
+                logits = (logits + model(images.flip(-1))) / 2
+        return logits

@@ -1,0 +1,167 @@
+"""Take one training step in plain PyTorch: no Ray, no MLflow, no DALI.
+
+A step is one update of the weights, from one or more micro-batches. When to log, to
+write a checkpoint or to stop is for whoever takes the steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipelines.config import Run
+from pipelines.data.batch import Batch
+from pipelines.data.position import Position
+from pipelines.rng import Purpose, key
+from pipelines.training.forward import autocast
+from pipelines.training.fsdp import update_average
+from pipelines.training.metrics import MetricSums
+from pipelines.training.mixup import draw_mix, mix, smooth_targets, soft_cross_entropy
+from pipelines.training.optimizer import learning_rate, set_learning_rate
+from pipelines.training.state import TrainState
+from pipelines.training.step_errors import step_errors
+
+_MINUTES_WHILE_FEW = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What a step depends on beside state and batch; the same all through a run."""
+
+    run: Run
+    num_classes: int
+    steps_per_epoch: int
+    images_per_epoch: int
+    """Images that an epoch trains on, repetitions included."""
+    device: torch.device
+    world_size: int = 1
+    rank: int = 0
+
+    @property
+    def checkpoint_every_minutes(self) -> float:
+        """The run's minutes, but no more than a few while workers are missing."""
+        minutes = self.run.checkpoint_every_minutes
+        # When they come back, all start again from the last checkpoint.
+        if minutes and self.world_size < self.run.scale.world_size:
+            return min(minutes, _MINUTES_WHILE_FEW)
+        return minutes
+
+
+def step_from(batch: Batch, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Iterate over the micro-batches of the step that `batch` begins, and no further.
+
+    Each is asked for when the one before is done with, so that a step needs memory for
+    one, and what the iterator waits for is waited for in its turn.
+    """
+    yield batch
+    while not batch.ends_step:
+        following = next(batches, None)
+        if following is None:
+            return
+        batch = following
+        yield batch
+
+
+def train_step(
+    state: TrainState,
+    micro_batches: Iterable[Batch],
+    *,
+    settings: TrainSettings,
+    sums: MetricSums,
+) -> None:
+    """Update the weights once: forward and backward of each micro-batch, then the step.
+
+    Asks the device for nothing: whether the loss was finite is for `state.guard.check`.
+
+    Args:
+        micro_batches: This worker's share of one global batch, as of `step_from`.
+        sums: Gets the loss and the accuracy of every image.
+
+    Raises ValueError where the share ends before the step does, and where PyTorch can't
+    do what a setting of the run asks for.
+    """
+    _begin_step(state, settings=settings)
+    last: Batch | None = None
+    for batch in micro_batches:
+        with step_errors():
+            _forward_backward(state, batch, settings=settings, sums=sums)
+        last = batch
+    # An update by a part of its gradients would be no step of the run.
+    if last is None or not last.ends_step:
+        raise ValueError(
+            f"expected the micro-batches of step {state.position.step} up to its last, "
+            "got fewer"
+        )
+    _end_step(state, last)
+
+
+def seed_step(step: int, *, settings: TrainSettings) -> None:
+    """Seed what a step draws, dropout and drop path, from its number and the rank."""
+    # Of nothing else, so that a resumed run draws what an unbroken one would have.
+    torch.manual_seed(key(settings.run.seed, step, settings.rank, Purpose.STEP) >> 1)
+
+
+def mixed(batch: Batch, *, settings: TrainSettings) -> tuple[Tensor, Tensor]:
+    """Smooth a batch's labels and mix its images: what a step is trained on."""
+    run = settings.run
+    targets = smooth_targets(
+        batch.labels,
+        num_classes=settings.num_classes,
+        smoothing=run.optim.label_smoothing,
+    )
+    # By the batch's place alone: all workers mix a step's images by the same share.
+    draw_key = key(run.seed, batch.epoch, batch.index, batch.micro, Purpose.MIX)
+    draw = draw_mix(run.optim, key=draw_key)
+    if draw is None:
+        return batch.images, targets
+    return mix(batch.images, targets, draw=draw)
+
+
+def _begin_step(state: TrainState, *, settings: TrainSettings) -> None:
+    optim, step = settings.run.optim, state.position.step
+    seed_step(step, settings=settings)
+    # Of the step alone too: an optimiser's checkpoint need not hold a schedule's state.
+    lr = learning_rate(step, optim=optim, steps_per_epoch=settings.steps_per_epoch)
+    set_learning_rate(state.optimizer, lr=lr)
+    state.guard.begin()
+
+
+def _forward_backward(
+    state: TrainState, batch: Batch, *, settings: TrainSettings, sums: MetricSums
+) -> None:
+    images, targets = mixed(batch, settings=settings)
+    # Gradients are sent between workers once a step, with the last micro-batch.
+    no_sync = getattr(state.forward, "no_sync", contextlib.nullcontext)
+    with contextlib.nullcontext() if batch.ends_step else no_sync():
+        with autocast(settings.device, amp=settings.run.scale.amp):
+            logits = state.forward(images)
+        losses = soft_cross_entropy(logits, targets)
+        # Data parallelism averages over workers: this makes it the mean over the
+        # global batch, however its rows lie on the workers.
+        scale = settings.world_size / batch.global_rows
+        ((losses * batch.weights).sum() * scale).backward()
+    counted = state.guard.observe(batch, losses, step=state.position.step)
+    sums.add(logits, batch.labels, batch.weights, counted, num_bad=batch.num_bad)
+
+
+def _end_step(state: TrainState, batch: Batch) -> None:
+    position = state.position
+    # Before the optimiser, which skips a bad step by what this leaves on the device.
+    state.guard.mask_bad_step(step=position.step)
+    state.optimizer.step()
+    state.guard.end()
+    # Freed, not filled: the memory serves the next step's activations.
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.ema is not None:
+        update_average(state.ema.module, state.model, decay=state.ema.decay)
+    step = position.step + 1
+    if batch.ends_epoch:
+        state.position = Position(epoch=position.epoch + 1, batch=0, step=step)
+    else:
+        state.position = Position(
+            epoch=position.epoch, batch=batch.index + 1, step=step
+        )
