@@ -14,7 +14,7 @@ from torch import nn
 from pipelines.data.batch import Batch
 from pipelines.data.position import Position
 from pipelines.errors import BadImagesError
-from pipelines.training import throughput as timing
+from pipelines.worker import throughput as timing
 from pipelines.worker.audit_log import KeyLog, trained
 from tests.small_loops import NotingCheckpointer, small_loop
 from tests.small_runs import plain, settings_of, state_of

@@ -23,7 +23,7 @@ from pipelines.hardware.device import PeakMemory
 from pipelines.training.metrics import MetricSums
 from pipelines.training.state import TrainState, build_state
 from pipelines.training.step import TrainSettings, step_from, train_step
-from pipelines.training.throughput import Throughput
+from pipelines.worker.throughput import Throughput
 
 _NUM_SNAPSHOTS = 3
 

@@ -6,6 +6,9 @@ before it is trained on, with the targets and the draws of that step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from statistics import fmean
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 from pipelines.data.batch import Batch
 from pipelines.training.mixup import soft_cross_entropy
-from pipelines.training.probe_figure import Band
+from pipelines.training.probe_figure import Band, draw_bands
 from pipelines.training.state import TrainState
 from pipelines.training.step import TrainSettings, mixed, seed_step
 from pipelines.training.step_errors import step_errors
@@ -50,6 +53,10 @@ class Prober:
             "probe/loss_variation": variation,
             "probe/gradient_predictiveness": change,
         }
+
+    def figure(self, title: str) -> Callable[[Path], None]:
+        """Return what draws the bands so far into a file, wherever that is called."""
+        return partial(draw_bands, tuple(self.bands), title=title)
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, float]:
         """Probe before a step that is due; waits for the device then.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 from pipelines.data.batch import Batch
 from pipelines.errors import check_bad_share
@@ -14,13 +13,12 @@ from pipelines.hardware.device import PeakMemory, is_gpu
 from pipelines.training.gradient_probe import Prober
 from pipelines.training.metrics import MetricSums
 from pipelines.training.optimizer import current_learning_rate
-from pipelines.training.probe_figure import draw_bands
 from pipelines.training.state import TrainState, share_buffers
 from pipelines.training.step import TrainSettings, step_from, train_step
-from pipelines.training.throughput import Throughput
 from pipelines.worker.audit_log import KeyLog
 from pipelines.worker.checkpointing import Checkpointer
 from pipelines.worker.group import Group
+from pipelines.worker.throughput import Throughput
 from pipelines.worker.watchdog import Watchdog
 
 
@@ -177,9 +175,8 @@ class TrainingLoop:
         self._report(name=name, metrics=metrics, can_wait=True)
         if self.prober is not None:
             title = f"{self.settings.run.recipe}, to epoch {position.epoch}"
-            draw = partial(draw_bands, tuple(self.prober.bands), title=title)
             path = f"probes/epoch_{position.epoch:04d}.png"
-            self.group.post(Figure(draw=draw, path=path))
+            self.group.post(Figure(draw=self.prober.figure(title), path=path))
 
     def _evaluate(self) -> tuple[dict[str, float], dict[str, float]]:
         """Evaluate where that is due; return all metrics, and the primary score's."""
