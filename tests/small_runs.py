@@ -23,7 +23,7 @@ from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.data.stream import Plans
 from pipelines.evaluation.measure import validate
 from pipelines.training.model import build_model
-from pipelines.training.nonfinite import KeysOf, NonFiniteGuard
+from pipelines.training.nonfinite import NonFiniteGuard
 from pipelines.training.optimizer import build_optimizer
 from pipelines.training.state import TrainState, share_buffers, wrapped
 from pipelines.training.step import TrainSettings
@@ -102,13 +102,7 @@ def supply_of(
     return supply
 
 
-def state_of(
-    run: Run,
-    *,
-    num_classes: int = 3,
-    seed: int | None = None,
-    keys_of: KeysOf = lambda rows: {},
-) -> TrainState:
+def state_of(run: Run, *, num_classes: int = 3, seed: int | None = None) -> TrainState:
     """Build a run's model, average, optimiser and guard."""
     torch.manual_seed(run.seed if seed is None else seed)
     model = build_model(run.model, num_classes=num_classes)
@@ -119,9 +113,7 @@ def state_of(
         forward=model,
         optimizer=optimizer,
         ema=ModelEmaV3(model, decay=decay) if decay else None,
-        guard=NonFiniteGuard(
-            model, optimizer, optim=run.optim, device=CPU, keys_of=keys_of
-        ),
+        guard=NonFiniteGuard(model, optimizer, optim=run.optim, device=CPU),
     )
 
 

@@ -15,8 +15,8 @@ from pipelines.config import Model, Run
 from pipelines.data.batch import Batch
 from pipelines.errors import NonFiniteLossError, RewindError
 from pipelines.training.nonfinite import group_of
-from pipelines.training.state import TrainState
-from tests.small_runs import SO_VIT, plain, small_run, state_of
+from pipelines.training.state import TrainState, build_state
+from tests.small_runs import CPU, SO_VIT, plain, small_run
 from tests.test_loop import batch_of, looped, pictures, run_loop
 
 BAD = 2
@@ -44,7 +44,7 @@ def guarded(run: Run) -> TrainState:
     def keys_of(rows: Sequence[int]) -> dict[int, str]:
         return {row: f"cat/{row}.jpg" for row in rows}
 
-    return state_of(run, keys_of=keys_of)
+    return build_state(run, num_classes=3, device=CPU, keys_of=keys_of)
 
 
 def trained(run: Run, items: list[Batch]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -231,6 +232,8 @@ def test_a_loss_that_is_no_number_once_is_gone_back_for(
     ended = trained(on_nonfinite(run, "rewind"), "rewound")
     said = capsys.readouterr().out
     assert "back to the last checkpoint: wanted a finite loss, came nan or" in said
+    # Images by their keys, which are read from the shards.
+    assert re.search(r"at step 13, worker 0, images (?!row \d)\S", said)
     assert "1 worker on" in said
     assert "; from step 12\n" in said
     assert learnt(Path(str(ended.checkpoint))) == whole
