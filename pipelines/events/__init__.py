@@ -1,1 +1,1 @@
-"""What workers tell the driver: it shows it, keeps it in MLflow, and exports it."""
+"""What workers report to the driver, and the channel that carries it."""

@@ -1,1 +1,1 @@
-"""One training step and its loop: model, optimizer, mixup, metrics."""
+"""One training step: model, optimizer, mixup, NaN guard, metrics."""

@@ -1,1 +1,1 @@
-"""A worker process: its process group, job, checkpoints and watchdog."""
+"""A worker process: training loop, process group, checkpoints, watchdog."""
