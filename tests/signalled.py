@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -165,17 +166,15 @@ def _tracked(run: Run, *, name: str) -> list[str]:
 
 def rehearse(
     folder: Path,
+    drawn: Sequence[Moment],
     *,
-    num: int,
-    seed: int,
-    longest_s: float,
     num_workers: int = 0,
     keeps_model: bool = True,
 ) -> Counter[str]:
-    """Send so many signals to so many runs; count how they ended."""
+    """Send signals at some moments, each to a run of its own; count how they ended."""
     run = signalled_run(folder, num_workers=num_workers)
     ends: Counter[str] = Counter()
-    for at, moment in enumerate(moments(seed, num=num, longest_s=longest_s)):
+    for at, moment in enumerate(drawn):
         name = f"run-{at}"
         status = send_at(
             moment, folder=folder, run=run, name=name, keeps_model=keeps_model
@@ -195,10 +194,8 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     ends = rehearse(
         Path(folder),
-        num=int(num),
-        seed=int(seed),
+        moments(int(seed), num=int(num), longest_s=float(longest_s)),
         num_workers=int(num_workers),
-        longest_s=float(longest_s),
     )
     print(dict(ends))
 
