@@ -78,7 +78,7 @@ def test_checkpoints_are_measured_in_turn_and_by_the_next_driver(
     # The driver before was killed when this one was written.
     left = keep(run, folder, 2)
     heard: list[Event] = []
-    validator = Validator(job, folder=place, hear=heard.append)
+    validator = Validator(job, folder=place, handle=heard.append)
     for epoch in (3, 4):
         validator.kept(keep(run, folder, epoch))
     damaged = keep(run, folder, 6)
@@ -108,7 +108,7 @@ def test_checkpoints_are_measured_in_turn_and_by_the_next_driver(
     found = outcome(run, folder=place)
     assert Path(str(found.best)).name == f"epoch_{best // NUM_STEPS:04d}"
     # Nothing is left for another driver.
-    assert not Validator(job, folder=place, hear=heard.append).is_busy
+    assert not Validator(job, folder=place, handle=heard.append).is_busy
 
 
 def test_what_training_is_too_far_ahead_of_is_left_out(
@@ -119,7 +119,7 @@ def test_what_training_is_too_far_ahead_of_is_left_out(
     heard: list[Event] = []
     every = dataclasses.replace(run.validation, every_epochs=1)
     run = dataclasses.replace(run, validation=every)
-    validator = Validator(job_of(run), folder=place, hear=heard.append)
+    validator = Validator(job_of(run), folder=place, handle=heard.append)
     for epoch in range(1, 5):
         validator.kept(keep(run, folder, epoch))
     validator.look()
@@ -140,5 +140,5 @@ def test_there_must_be_room_beside_the_workers(
     wanting = dataclasses.replace(run, validation=validation)
     with pytest.raises(ValueError, match=r"wanted 1 GPU beside .* came 0;"):
         Validator(
-            job_of(wanting), folder=StoragePath(str(tmp_path)), hear=lambda item: None
+            job_of(wanting), folder=StoragePath(str(tmp_path)), handle=lambda item: None
         )

@@ -39,13 +39,13 @@ class Validator:
 
     Args:
         folder: The run's.
-        hear: Gets the metrics, pictures and lines, as if a worker had told them.
+        handle: Gets the metrics, pictures and lines, as if a worker had told them.
     """
 
     def __init__(
-        self, job: Job, *, folder: StoragePath, hear: Callable[[Event], None]
+        self, job: Job, *, folder: StoragePath, handle: Callable[[Event], None]
     ) -> None:
-        self._run, self._folder, self._hear = job.run, folder, hear
+        self._run, self._folder, self._handle = job.run, folder, handle
         settings = job.run.validation
         _check_room(job.run)
         self._measure = ray.remote(
@@ -108,25 +108,25 @@ class Validator:
         while len(self._waiting) > _MAX_WAITING:
             name = self._waiting.pop(0)
             self._note(name, metrics={})
-            self._hear(Message(line=f"{name} is not evaluated: training is ahead"))
+            self._handle(Message(line=f"{name} is not evaluated: training is ahead"))
 
     def _take(self, name: str, found: ray.ObjectRef) -> None:
         try:
             measured: tuple[CheckpointEvaluation, list[NamedBadImage]] = ray.get(found)
         except (RayError, ValueError) as error:
             self._note(name, metrics={})
-            self._hear(Message(line=f"{name} is not evaluated: {first_line(error)}"))
+            self._handle(Message(line=f"{name} is not evaluated: {first_line(error)}"))
             return
         result, bad = measured
         for image in bad:
-            self._hear(image)
+            self._handle(image)
         self._note(name, metrics=result.metrics)
         step, metrics = result.position.step, result.metrics
-        self._hear(Metrics(step=step, metrics=metrics))
+        self._handle(Metrics(step=step, metrics=metrics))
         if result.reports:
-            self._hear(pictured(result.reports, title=f"{self._run.recipe}, {name}"))
+            self._handle(pictured(result.reports, title=f"{self._run.recipe}, {name}"))
         line = f"{name}  held-out top-1 {metrics['val/top1']:.2f} %"
-        self._hear(Message(line=f"{line} of {metrics['val/num_images']:,.0f} images"))
+        self._handle(Message(line=f"{line} of {metrics['val/num_images']:,.0f} images"))
 
     def _note(self, name: str, *, metrics: dict[str, float]) -> None:
         try:

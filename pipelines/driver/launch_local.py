@@ -51,12 +51,12 @@ class LocalGroup:
         *,
         folder: StoragePath,
         callbacks: Sequence[UserCallback],
-        board: Channel,
+        channel: Channel,
     ) -> None:
         self.device = device_of(job.run.scale.use_gpu, flag="--scale.use-gpu")
         self.folder = folder
         self._callbacks = callbacks
-        self._board = board
+        self._channel = channel
 
     def opener(self, reading: Reading, *, data: Data) -> ShardOpener:
         """Give what reads in this process, as the batches are taken."""
@@ -68,17 +68,17 @@ class LocalGroup:
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Tell the callbacks, once the driver's thread has heard all before."""
-        wait_until_handled(self._board.is_handled, every_s=_LISTEN_EVERY_S)
+        wait_until_handled(self._channel.is_handled, every_s=_LISTEN_EVERY_S)
         for callback in self._callbacks:
             callback.after_report(None, [dict(metrics)], None)  # pyright: ignore[reportArgumentType]
 
     def post(self, item: Event) -> None:
-        """Post to this process's board."""
-        self._board.post(item)
+        """Post to this process's channel."""
+        self._channel.post(item)
 
     def should_stop(self) -> bool:
-        """Ask this process's board."""
-        return self._board.should_stop()
+        """Ask this process's channel."""
+        return self._channel.should_stop()
 
     def is_preempted(self) -> bool:
         """Know of no notice: who takes the machine ends the process."""
@@ -95,14 +95,14 @@ def train_alone(
 
     Raises ValueError for what the user can mend, and RunFailedError for all else.
     """
-    board = Channel()
+    channel = Channel()
     num_threads = torch.get_num_threads()
     logger.info("training in this process")
     folder = StoragePath(job.run.storage).within(name)
-    group = LocalGroup(job, folder=folder, callbacks=callbacks, board=board)
+    group = LocalGroup(job, folder=folder, callbacks=callbacks, channel=channel)
     rewinds = Rewinds(job.run.optim.max_nonfinite_steps)
     try:
-        with numerics_kept(), listener.listening(board, every_s=_LISTEN_EVERY_S):
+        with numerics_kept(), listener.listening(channel, every_s=_LISTEN_EVERY_S):
             while not _trained_once(job, group=group, rewinds=rewinds):
                 # The next worker's state is not to lie beside the last one's, whose
                 # callbacks refer to it in circles.

@@ -48,13 +48,13 @@ def train_on_ray(
     """
     run = job.run
     logger.info("starting %s workers", _num_text(run.scale))
-    board, folder = _begin_board(run.scale), StoragePath(run.storage).within(name)
+    channel, folder = _start_channel(run.scale), StoragePath(run.storage).within(name)
     filesystem, path = open_filesystem(run.storage)
     trainer = ray.train.torch.TorchTrainer(
         work,
         train_loop_config={
             "job": ray.put(job),
-            "board": board,
+            "channel": channel,
             "folder": folder,
             "is_preemptible": _is_preemptible(),
         },
@@ -71,14 +71,14 @@ def train_on_ray(
             failure_config=ray.train.FailureConfig(max_failures=run.scale.max_failures),
             callbacks=[
                 StopOnValueError(
-                    board.post.remote, max_rewinds=run.optim.max_nonfinite_steps
+                    channel.post.remote, max_rewinds=run.optim.max_nonfinite_steps
                 ),
                 *callbacks,
             ],
         ),
     )
-    with _listening(job, folder=folder, listener=listener, board=board):
-        ended = board.fit.options(concurrency_group=_FIT).remote(trainer)
+    with _listening(job, folder=folder, listener=listener, channel=channel):
+        ended = channel.fit.options(concurrency_group=_FIT).remote(trainer)
         # In short waits: within one Ray would answer signals first.
         while not ray.wait([ended], timeout=_LISTEN_EVERY_S)[0]:
             pass
@@ -93,24 +93,24 @@ def train_on_ray(
 
 @contextlib.contextmanager
 def _listening(
-    job: Job, *, folder: StoragePath, listener: Listener, board: ActorHandle
+    job: Job, *, folder: StoragePath, listener: Listener, channel: ActorHandle
 ) -> Iterator[None]:
     """Hear the workers; where it is wanted evaluate beside them, and wait for that."""
-    doors = _ActorBoard(board)
+    channel_here = _ActorChannel(channel)
     if not job.run.validation.beside:
-        with listener.listening(doors, every_s=_LISTEN_EVERY_S):
+        with listener.listening(channel_here, every_s=_LISTEN_EVERY_S):
             yield
         return
-    validator = Validator(job, folder=folder, hear=listener.hear)
+    validator = Validator(job, folder=folder, handle=listener.handle)
     with listener.listening(
-        doors,
+        channel_here,
         every_s=_LISTEN_EVERY_S,
         on_kept=validator.kept,
         on_look=validator.look,
     ):
         try:
             yield
-            wait_until_handled(doors.is_handled, every_s=_LISTEN_EVERY_S)
+            wait_until_handled(channel_here.is_handled, every_s=_LISTEN_EVERY_S)
             if validator.is_busy:
                 logger.info("evaluating the last checkpoints")
             while validator.is_busy:
@@ -157,8 +157,8 @@ def _num_text(scale: Scale) -> str:
     return f"{least}{scale.num_workers}"
 
 
-class _RunBoard(Channel):
-    """Board whose process also runs Ray Train, in a thread of its own."""
+class _RunChannel(Channel):
+    """Channel whose process also runs Ray Train, in a thread of its own."""
 
     def fit(self, trainer: ray.train.torch.TorchTrainer) -> Exception | None:
         """Train; return how that failed, None where it did not."""
@@ -169,21 +169,21 @@ class _RunBoard(Channel):
         return None
 
 
-def _begin_board(scale: Scale) -> ActorHandle:
-    """Start the board beside the driver; it needs no CPU of its own."""
+def _start_channel(scale: Scale) -> ActorHandle:
+    """Start the channel beside the driver; it needs no CPU of its own."""
     here = NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
     # Ray's annotations know no concurrency groups.
     remote = cast(Any, ray.remote)(num_cpus=0, concurrency_groups={_FIT: 1})
-    actor = cast(ActorClass, remote(_RunBoard)).options(
+    actor = cast(ActorClass, remote(_RunChannel)).options(
         scheduling_strategy=here, runtime_env={"env_vars": _settings(scale)}
     )
     return cast(ActorHandle, actor.remote())
 
 
-class _ActorBoard:
-    """Be the board's door to the driver."""
+class _ActorChannel:
+    """Be the channel's door to the driver."""
 
     def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor

@@ -54,7 +54,7 @@ class Listener:
     @contextlib.contextmanager
     def listening(
         self,
-        board: DriversChannel,
+        channel: DriversChannel,
         *,
         every_s: float,
         on_kept: Callable[[CheckpointSaved], None] = lambda item: None,
@@ -67,8 +67,8 @@ class Listener:
             on_look: Is called each time that the thread looks.
         """
 
-        def hear(item: Event) -> None:
-            self.hear(item)
+        def handle(item: Event) -> None:
+            self.handle(item)
             if isinstance(item, CheckpointSaved):
                 on_kept(item)
 
@@ -79,8 +79,8 @@ class Listener:
 
         try:
             with consumed(
-                board,
-                hear=hear,
+                channel,
+                handle=handle,
                 is_over=self._is_over,
                 every_s=every_s,
                 on_look=look,
@@ -92,7 +92,7 @@ class Listener:
             self._figures.close(_FLUSH_S)
             self._writer.close(_FLUSH_S)
 
-    def hear(self, item: Event) -> None:
+    def handle(self, item: Event) -> None:
         """Pass on one thing that was told."""
         if isinstance(item, Metrics):
             self._writer.log(item.metrics, step=item.step)

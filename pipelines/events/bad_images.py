@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the board starts without torch
+if TYPE_CHECKING:  # the channel starts without torch
     from pipelines.data.epoch_plan import GroupTable
     from pipelines.transforms.rows import BadImage
 

@@ -1,6 +1,6 @@
-"""Carry what workers tell to the driver, and to them its word that it is time to end.
+"""Message channel from workers to the driver, and the driver's stop signal.
 
-Workers post to a board; a thread of the driver takes what is there. So only the driver
+Workers post events; a thread of the driver takes what is there. So only the driver
 shows, and only the driver writes to MLflow: workers need no way to it.
 """
 
@@ -147,7 +147,7 @@ def wait_until_handled(is_handled: Callable[[], bool], *, every_s: float) -> Non
 
 
 class DriversChannel(Protocol):
-    """Be a board as the driver sees it, wherever it is."""
+    """The driver's end of a channel, wherever the channel is."""
 
     def take(self) -> Sequence[Event]:
         """Take what is there."""
@@ -160,9 +160,9 @@ class DriversChannel(Protocol):
 
 @contextlib.contextmanager
 def consumed(
-    board: DriversChannel,
+    channel: DriversChannel,
     *,
-    hear: Callable[[Event], None],
+    handle: Callable[[Event], None],
     is_over: threading.Event,
     every_s: float,
     on_look: Callable[[], None] = lambda: None,
@@ -180,13 +180,13 @@ def consumed(
         is_asked = False
         while not has_ended.wait(every_s):
             if is_over.is_set() and not is_asked:
-                board.end()
+                channel.end()
                 is_asked = True
-            _handle_all(board.take(), hear=hear)
+            _handle_all(channel.take(), handle=handle)
             on_look()
-        _handle_all(board.take(), hear=hear)
+        _handle_all(channel.take(), handle=handle)
 
-    thread = threading.Thread(target=run, name="board", daemon=True)
+    thread = threading.Thread(target=run, name="channel", daemon=True)
     thread.start()
     try:
         yield
@@ -195,6 +195,6 @@ def consumed(
         thread.join()
 
 
-def _handle_all(items: Sequence[Event], *, hear: Callable[[Event], None]) -> None:
+def _handle_all(items: Sequence[Event], *, handle: Callable[[Event], None]) -> None:
     for item in items:
-        hear(item)
+        handle(item)

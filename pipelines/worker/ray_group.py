@@ -31,7 +31,7 @@ class RayGroup:
     """Be a worker's `Group`: the workers that Ray Train has started together.
 
     Args:
-        board: The driver's actor that takes what is to be shown.
+        channel: The driver's actor that takes what is to be shown.
         folder: The run's.
         is_preemptible: Whether Ray looks out for machines that are to be taken.
     """
@@ -39,14 +39,14 @@ class RayGroup:
     is_watched = True
 
     def __init__(
-        self, board: ActorHandle, *, folder: StoragePath, is_preemptible: bool
+        self, channel: ActorHandle, *, folder: StoragePath, is_preemptible: bool
     ) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self.device = ray.train.torch.get_device()
         self.folder = folder
-        self._board = board
+        self._channel = channel
         self._is_preemptible = is_preemptible
         self._openers: list[RayOpener] = []
 
@@ -74,21 +74,21 @@ class RayGroup:
         ray.train.report(dict(metrics))
 
     def post(self, item: Event) -> None:
-        """Post to the driver's board."""
-        self._board.post.remote(item)
+        """Post to the driver's channel."""
+        self._channel.post.remote(item)
 
     def should_stop(self) -> bool:
-        """Ask the driver's board, as the first worker; the others need not know."""
+        """Ask the driver's channel, as the first worker; the others need not know."""
         if self.rank != 0:
             return False
-        return _answer(self._board.should_stop.remote())
+        return _answer(self._channel.should_stop.remote())
 
     def is_preempted(self) -> bool:
         """Ask Ray, together, whether it was told that a machine will be taken."""
         return self._is_preemptible and ray.train.get_preemption_info() is not None
 
     def _is_heard(self) -> bool:
-        return _answer(self._board.is_handled.remote())
+        return _answer(self._channel.is_handled.remote())
 
     def close(self) -> None:
         """End the openers' threads."""
@@ -97,7 +97,7 @@ class RayGroup:
 
 
 def _answer(question: ray.ObjectRef) -> bool:
-    """Give the board's answer; False where none comes in time."""
+    """Give the channel's answer; False where none comes in time."""
     with contextlib.suppress(GetTimeoutError):
         return bool(ray.get(question, timeout=_ANSWER_S))
     return False
@@ -106,7 +106,7 @@ def _answer(question: ray.ObjectRef) -> bool:
 def run_worker(config: Mapping[str, Any]) -> None:
     """Train as one worker of a group, with the job that `config` refers to."""
     group = RayGroup(
-        config["board"],
+        config["channel"],
         folder=config["folder"],
         is_preemptible=config["is_preemptible"],
     )

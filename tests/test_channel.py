@@ -24,35 +24,37 @@ def begun(rank: int, *, host: str, world_size: int = 3, step: int = 0) -> Worker
 
 
 def test_all_that_was_posted_is_heard_in_order_the_last_after_the_end() -> None:
-    board, found = Channel(), list[Event]()
+    channel, found = Channel(), list[Event]()
     items = [Metrics(step=step, metrics={"loss": 1.0}) for step in range(5)]
     for item in items[:4]:
-        board.post(item)
-    with consumed(board, hear=found.append, is_over=threading.Event(), every_s=0.02):
-        wait_for(board.is_handled, what="the driver", seconds=10)
+        channel.post(item)
+    with consumed(
+        channel, handle=found.append, is_over=threading.Event(), every_s=0.02
+    ):
+        wait_for(channel.is_handled, what="the driver", seconds=10)
         assert found == items[:4]
-        board.post(items[4])
-        assert not board.is_handled()
+        channel.post(items[4])
+        assert not channel.is_handled()
     assert found == items
-    assert not board.should_stop()
+    assert not channel.should_stop()
 
 
 def test_what_was_taken_is_heard_when_the_driver_comes_again() -> None:
-    board = Channel()
-    assert board.is_handled()
-    board.post(begun(0, host="a"))
-    assert not board.is_handled()
-    assert len(board.take()) == 1
-    assert not board.is_handled()
-    assert board.take() == []
-    assert board.is_handled()
+    channel = Channel()
+    assert channel.is_handled()
+    channel.post(begun(0, host="a"))
+    assert not channel.is_handled()
+    assert len(channel.take()) == 1
+    assert not channel.is_handled()
+    assert channel.take() == []
+    assert channel.is_handled()
 
 
 def test_the_driver_s_word_to_end_reaches_the_board() -> None:
-    board, is_over = Channel(), threading.Event()
-    with consumed(board, hear=lambda item: None, is_over=is_over, every_s=0.02):
+    channel, is_over = Channel(), threading.Event()
+    with consumed(channel, handle=lambda item: None, is_over=is_over, every_s=0.02):
         is_over.set()
-        wait_for(board.should_stop, what="the driver's word", seconds=10)
+        wait_for(channel.should_stop, what="the driver's word", seconds=10)
 
 
 def test_hosts_are_named_when_all_workers_have_begun(
