@@ -1,4 +1,4 @@
-"""End a sweep when its trials have had what it may cost."""
+"""Stop a sweep when its trials have used up its budget of GPU hours."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from ray import tune
 
 
 class Budget(tune.Stopper):
-    """Stop all trials once `spent` gives as many hours as are allowed; 0 is no limit.
+    """Stopper of all trials once `spent` reaches the hours allowed; 0 is no limit.
 
-    Looked at whenever a trial reports, or one begins: an epoch may still pass.
+    Checked whenever a trial reports or starts, so trials may overrun by an epoch.
     """
 
     def __init__(self, max_hours: float, *, spent: Callable[[], float]) -> None:
         self._max_hours, self._spent = max_hours, spent
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave nothing in the copy that Tune writes: a sweep goes on without it."""
+        """Return no state for Tune's snapshot: a resumed sweep doesn't use it."""
         return {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Stop no trial by itself."""
+        """Return False: the budget never stops a single trial."""
         return False
 
     def stop_all(self) -> bool:
-        """Tell whether the budget is used up."""
+        """Check whether the budget is used up."""
         return 0 < self._max_hours <= self._spent()

@@ -1,4 +1,4 @@
-"""Check a sweep before anything of it is written."""
+"""Validate a sweep before any of it is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NUM_SHOWN = 3
 
 
 def check_sweep(run: Run, *, search: Search) -> None:
-    """Raise ValueError for what can't be searched so, and as `check_run`."""
+    """Raise ValueError for a run that can't be searched, and as `check_run`."""
     if few_tokens := check_run(run).few_tokens:
         logger.warning(few_tokens)
     if not run.validation.held_out:

@@ -53,7 +53,7 @@ _FREE = ("num_trials", "num_concurrent", "max_gpu_hours", "num_retries")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Say how to search, and what every trial has in common."""
+    """How to search, and what all trials have in common."""
 
     search: Annotated[Search, tyro.conf.arg(name="")] = field(default_factory=Search)
     run: Annotated[Run, tyro.conf.arg(name="")]
@@ -90,7 +90,7 @@ def _main(arguments: Sequence[str]) -> None:
 
 
 def _split(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Take out what is no field of the run or the search."""
+    """Split off the arguments that are no field of the run or the search."""
     parser = argparse.ArgumentParser(_PROG, add_help=False, allow_abbrev=False)
     names: list[str] = []
     rest = list(arguments)
@@ -105,7 +105,7 @@ def _split(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _begun(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]:
-    """Make a new sweep; everything that can be wrong with it is found here."""
+    """Create a new sweep; every user error is found here."""
     if len(chosen.names) < 2:
         raise ValueError(
             "wanted a recipe and a space, as in `sovit-tune demo pooling`, or --resume "
@@ -142,13 +142,13 @@ def _begun(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]:
 
 
 def _absolute(space: str) -> str:
-    """Make the paths of a space's files absolute: a sweep may go on elsewhere."""
+    """Make the paths of a space's files absolute, so that it resumes anywhere."""
     names = space.split(",")
     return ",".join(absolute(name) if ".py:" in name else name for name in names)
 
 
 def _resumed(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]:
-    """Read a sweep that is to go on."""
+    """Load a sweep to resume."""
     named = [*chosen.names, *([f"--name {chosen.name}"] if chosen.name else [])]
     if named:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Let Ray Tune run the trials of one stage: all heads, or all trainings."""
+"""Run the trials of one stage with Ray Tune: all heads, or all trainings."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def run_stage(
     num_devices: float,
     reuse_actors: bool = False,
 ) -> None:
-    """Run the trials of a ledger's settings, or those that a searcher draws.
+    """Run a ledger's trials, or those that a searcher draws.
 
     Args:
-        trainable: Tells again what is known of a trial that has ended.
+        trainable: Replays the reports of a trial that has already ended.
         num_devices: GPUs, or workers where there is none, that a trial holds.
 
     Trials that have not ended when the budget is used up stay as they are.
@@ -115,7 +115,7 @@ def _name_trial(trial: Trial, *, sweep: Sweep, stage: StageName) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Tune's own tables and advice off the terminal."""
+    """Suppress Tune's own tables and advice in the terminal."""
     tune_logger = logging.getLogger("ray.tune")
     before = tune_logger.level
     tune_logger.setLevel(logging.ERROR)
@@ -128,7 +128,7 @@ def _quiet() -> Iterator[None]:
 
 
 def scheduler_of(search: Search, *, num_epochs: int) -> TrialScheduler:
-    """Build what stops trials early; ValueError where epochs are too few to compare."""
+    """Build the scheduler; ValueError where epochs are too few to compare."""
     if search.scheduler == "none":
         return FIFOScheduler()
     if num_epochs <= search.grace_epochs:
@@ -150,7 +150,7 @@ def scheduler_of(search: Search, *, num_epochs: int) -> TrialScheduler:
 
 
 def optuna_of(space: Space, ledger: Ledger) -> tuple[Searcher, Space]:
-    """Build Optuna's TPE, which first takes the settings that a ledger knows."""
+    """Build Optuna's TPE, which starts with the settings in the ledger."""
     import optuna
 
     from tuning.trials.numbered import NumberedOptuna
@@ -176,10 +176,10 @@ def optuna_of(space: Space, ledger: Ledger) -> tuple[Searcher, Space]:
 
 
 def check_state_api() -> None:
-    """Raise ValueError where Ray can't say which of its actors live.
+    """Raise ValueError where Ray's state API doesn't answer.
 
-    Ray Train frees what a stopped trial held once it knows that the trial is dead;
-    without an answer the next trials would wait for ever.
+    Ray Train frees a stopped trial's resources once it knows that the trial is dead;
+    without an answer the next trials would wait forever.
     """
     try:
         # Of this Ray: another one may run on the machine.
@@ -194,10 +194,10 @@ def check_state_api() -> None:
 
 
 def wait_until_free(before: set[str]) -> None:
-    """Wait until the stopped trials' resources are free again.
+    """Wait until the stopped trials' resources are released.
 
     Args:
-        before: Placement groups that were there before, by id.
+        before: Ids of the placement groups that existed before.
     """
     deadline_s = time.monotonic() + _FREE_TIMEOUT_S
     while left := placement_groups() - before:

@@ -1,4 +1,4 @@
-"""Carry out a sweep: the driver's part, from the checks to the report."""
+"""Run a sweep: the driver's part, from the checks to the report."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _PROG = "sovit-tune"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Carried:
-    """Hold a sweep while it is carried out."""
+    """State of a sweep while it runs."""
 
     sweep: Sweep
     space: Space
@@ -61,7 +61,7 @@ class _Carried:
     retries_failed: bool
 
     def ledger(self, stage: StageName, settings: Sequence[TrialRecord]) -> Ledger:
-        """Open a stage's ledger, with further trials to make."""
+        """Open a stage's ledger, and add new trials to it."""
         ledger = Ledger(self.sweep, stage=stage)
         for entry in ledger.entries:
             if entry.status == "failed" and self.retries_failed:
@@ -72,7 +72,7 @@ class _Carried:
         return ledger
 
     def known(self, ledger: Ledger) -> TrialContext:
-        """Tell trials what is known of those that have ended."""
+        """Build the context of a stage's trials, with the reports of ended ones."""
         metrics = self.sweep.search.metrics
         if ledger.stage == "head":
             metrics = (HEAD_METRIC,)
@@ -96,12 +96,12 @@ class _Carried:
 
 
 def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Ledger:
-    """Try all settings of a sweep, new or not, and report what came.
+    """Run a sweep, new or resumed, and report its results.
 
     Args:
-        retries_failed: Whether trials that failed before are tried once more.
+        retries_failed: Whether trials that failed before are retried.
 
-    Raises ValueError for what the user can mend, before anything is written;
+    Raises ValueError for user errors, before anything is written;
     RunFailedError where not one trial reported anything.
     """
     run, search = sweep.run, sweep.search
@@ -146,9 +146,9 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
 
 @contextlib.contextmanager
 def _ended_early(carried: _Carried, *, stop: StopRequest) -> Iterator[None]:
-    """Mark a sweep that is ended by a signal KILLED in MLflow, and its running trials.
+    """Mark the sweep and its running trials KILLED in MLflow when a signal ends it.
 
-    These end with the Ray that they run on, so they can't do it themselves.
+    The trials die with the Ray that they run on, so they can't do it themselves.
     """
     sweep = carried.sweep
     go_on = f"go on with {resume_command(sweep.run, name=sweep.name, prog=_PROG)}"
@@ -175,7 +175,7 @@ def _kill(run_id: str, *, uri: str) -> None:
 
 
 def _scheduler(sweep: Sweep) -> TrialScheduler:
-    """Build the full trainings' scheduler; promoted settings go to their end."""
+    """Build the full trainings' scheduler; promoted settings are never stopped."""
     search = sweep.search
     if search.head_from:
         search = dataclasses.replace(search, scheduler="none")
@@ -183,7 +183,7 @@ def _scheduler(sweep: Sweep) -> TrialScheduler:
 
 
 def _opened(sweep: Sweep, *, uri: str) -> Sweep:
-    """Open the sweep's run in MLflow, and write the sweep down."""
+    """Create the sweep's run in MLflow, and write the sweep's record."""
     searched = {f"space.{name}": words for name, words in sweep.domains.items()}
     search = dataclasses.asdict(sweep.search)
     params = {f"search.{name}": value for name, value in search.items()}
@@ -287,7 +287,7 @@ def _try_heads(carried: _Carried, listed: Sequence[TrialRecord]) -> Ledger:
 
 
 def _watched(watch: TrialRecorder, run: Callable[[], None]) -> None:
-    """Run a stage; wait until what its stopped trials held is free."""
+    """Run a stage; wait until its stopped trials' resources are released."""
     before = placement_groups()
     try:
         run()
@@ -297,7 +297,7 @@ def _watched(watch: TrialRecorder, run: Callable[[], None]) -> None:
 
 
 def _end(entry: TrialRecord, *, ledger: Ledger, uri: str) -> None:
-    """Give a trial's run in MLflow its end: a stopped trial can't do it itself."""
+    """End a trial's run in MLflow: a stopped trial can't do it itself."""
     sweep = ledger.sweep
     record = find_record(sweep.run.storage, name=sweep.trial_name(entry.number))
     if record is None or record.sweep_id != sweep.id:
@@ -313,7 +313,7 @@ def _end(entry: TrialRecord, *, ledger: Ledger, uri: str) -> None:
 
 
 def _mend(ledger: Ledger, end: Callable[[TrialRecord], None]) -> None:
-    """Give those their end in MLflow that the sweep was killed in the middle of."""
+    """End the MLflow runs of trials whose end the killed sweep did not record."""
     for entry in ledger.entries:
         if entry.has_ended and not entry.mlflow_run_id:
             end(entry)

@@ -1,4 +1,4 @@
-"""Write down what happens to trials, and show it: the driver's side of a stage."""
+"""Record and show the progress of trials: the driver's side of a stage."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _DIED = "its process died"
 
 
 class TrialRecorder(tune.Callback):
-    """Keep the ledger of a stage while Tune runs it, and show its progress.
+    """Callback of Tune that updates a stage's ledger and shows its progress.
 
     Args:
-        metric: What is shown of each.
+        metric: Metric shown for each trial.
         num_epochs: Epochs of a trial that is not stopped.
-        on_end: Is called with each trial that has ended, once.
+        on_end: Called once with each trial that has ended.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class TrialRecorder(tune.Callback):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave nothing in the copy that Tune writes: a sweep goes on without it."""
+        """Return no state for Tune's snapshot: a resumed sweep doesn't use it."""
         return {}
 
     def device_hours(self, *, num_devices: float) -> float:
-        """Add up how long trials have held so many devices each."""
+        """Sum the device hours of all trials, each with `num_devices`."""
         seconds = sum(
             self._seconds(entry.number)
             if entry.number in self._started_s
@@ -66,13 +66,13 @@ class TrialRecorder(tune.Callback):
         return seconds * num_devices / _SECONDS_PER_HOUR
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the progress bar."""
         self._bar.close()
 
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Note that a trial begins, or begins again."""
+        """Record the start, or restart, of a trial."""
         number = number_of(trial.config)
         if number not in self._ledger:
             setting = setting_of(trial.config)
@@ -94,7 +94,7 @@ class TrialRecorder(tune.Callback):
         result: Mapping[str, Any],
         **info: Any,
     ) -> None:
-        """Write down what an epoch reported, once."""
+        """Record an epoch's report once."""
         number = number_of(trial.config)
         entry = self._ledger[number]
         if entry.has_ended:
@@ -113,7 +113,7 @@ class TrialRecorder(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Write down how a trial ended: its last epoch, the scheduler, or badly."""
+        """Record how a trial ended: its last epoch, the scheduler, or badly."""
         number = number_of(trial.config)
         is_whole = self._ledger[number].epoch >= self._num_epochs
         plain = ("finished" if is_whole else "stopped", "")
@@ -122,14 +122,14 @@ class TrialRecorder(tune.Callback):
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Write down that a trial failed once too often."""
+        """Record a trial that failed once too often."""
         number = number_of(trial.config)
         self._end(number, *self._outcomes.pop(number, ("failed", _DIED)))
 
     def on_trial_recover(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Tell that a trial is tried again."""
+        """Record and show that a trial is retried."""
         number = number_of(trial.config)
         _, reason = self._outcomes.pop(number, ("failed", _DIED))
         self._ledger.change(number, seconds=self._seconds(number), reason=reason)
@@ -165,7 +165,7 @@ class TrialRecorder(tune.Callback):
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """Take a worker's metrics out of what Tune adds of its own."""
+    """Extract a worker's metrics from Tune's result."""
     return {
         name: float(value)
         for name, value in result.items()

@@ -1,1 +1,1 @@
-"""Compute a backbone's tokens once, and train heads on them."""
+"""Precomputed tokens of a backbone, and heads trained on them."""

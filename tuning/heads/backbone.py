@@ -1,4 +1,4 @@
-"""Find the trained backbone whose tokens are kept: model, weights, and their names."""
+"""Trained backbones whose tokens are cached: model, weights and their origin."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from sovit.trunks import image_shape
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """Hold what an actor needs to build the model, wherever it runs."""
+    """Everything an actor needs to build the model, on any node."""
 
     model: Model
     """Settings that load no weights."""
     num_classes: int
     weights: dict[str, Tensor]
     shape: tuple[int, ...]
-    """What `forward_features` gives for one image."""
+    """Shape of `forward_features`' output for one image."""
     source: str
-    """Where the weights are from, for people."""
+    """Origin of the weights, for messages."""
 
     @property
     def made_of(self) -> dict[str, Any]:
-        """Say what the tokens depend on: architecture and weights, not the head."""
+        """What the tokens depend on: architecture and weights, not the head."""
         model = dataclasses.asdict(self.model)
         for name in ("pooling", "drop_path_rate", "init_from", "init_triangle"):
             del model[name]
@@ -58,7 +58,7 @@ class Backbone:
 
 
 def load_backbone(run: Run, *, checkpoint: str, num_classes: int) -> Backbone:
-    """Load the backbone that a run's tokens come from.
+    """Load the backbone that computes a run's tokens.
 
     Args:
         checkpoint: A checkpoint of ours, whose moving average is taken where it has
@@ -96,7 +96,7 @@ def load_backbone(run: Run, *, checkpoint: str, num_classes: int) -> Backbone:
 
 
 def feature_shape(model: nn.Module, *, img_size: int) -> tuple[int, ...]:
-    """Find the shape of one image's features, by shapes alone: nothing is computed.
+    """Infer the shape of one image's features on the meta device.
 
     Raises ValueError where they are not tokens or one map.
     """

@@ -1,10 +1,10 @@
-"""Compute a backbone's tokens of all images once, by a Ray Data job, for many heads.
+"""Compute a backbone's tokens of all images once, in a Ray Data job, for many heads.
 
     encoded rows of a unit -> an actor with decoder and model -> a Parquet file
 
-Read tasks hand encoded bytes to the actors; each unit of rows becomes one file, there
-whole or not at all, whose footer says what it is made of. So a job that was stopped
-goes on where it was, and a finished set is used again.
+Read tasks hand encoded bytes to the actors; each unit of rows becomes one file, written
+atomically, whose footer records what it was made from. So a stopped job resumes where
+it was, and a finished set is reused.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NUM_THREADS = 16
 
 
 class TokenSets(NamedTuple):
-    """Hold the token sets of a run's data."""
+    """Token sets of a run's training and validation images."""
 
     train: TokenSet
     val: TokenSet
@@ -48,7 +48,7 @@ class TokenSets(NamedTuple):
 def write_tokens(
     run: Run, *, checkpoint: str, out: str, num_views: int = 1
 ) -> TokenSets:
-    """Compute the tokens of a run's images, or find those computed before.
+    """Compute the tokens of a run's images, or reuse those already computed.
 
     One Ray Data job, with an actor for each of the run's workers. Images
     are seen as evaluation sees them; images that can't be decoded are left out.
@@ -93,7 +93,7 @@ def _write(
     shards: Mapping[str, ShardSet],
     backbone: Backbone,
 ) -> TokenSets:
-    """Write what is missing of all splits in one job, and finish their sets."""
+    """Write the missing files of all splits in one job, and finish their sets."""
     found: dict[str, TokenSet] = {}
     missing: list[Part] = []
     for split, job in jobs.items():
@@ -118,7 +118,7 @@ def _write(
 
 
 def _missing_parts(shards: ShardSet, *, job: TokenJob, split: str) -> list[Part]:
-    """List what has no file yet; refuse a folder with files of something else."""
+    """List the parts without a file; refuse a folder with files of something else."""
     job.out.check_bucket()
     job.out.make_folder()
     done = _read_footers(job)
@@ -134,7 +134,7 @@ def _missing_parts(shards: ShardSet, *, job: TokenJob, split: str) -> list[Part]
 
 
 def _finished(job: TokenJob) -> TokenSet | None:
-    """Give the finished set that is there, if any; refuse one of something else."""
+    """Open the finished set, if there is one; refuse one of something else."""
     try:
         job.out.within(TOKENS_FILE).read()
     except FileNotFoundError:
@@ -164,7 +164,7 @@ class _Footer:
 
 
 def _read_footers(job: TokenJob) -> dict[str, _Footer]:
-    """Read what each file that is there says of itself."""
+    """Read the footers of the existing files, by file name."""
     filesystem, _ = job.out.open()
 
     def read(path: str) -> _Footer:
@@ -202,7 +202,7 @@ def _compute(
     shards: Mapping[str, ShardSet],
     backbone: Backbone,
 ) -> None:
-    """Write files, and show how far that is."""
+    """Write files, with a progress bar."""
     from tuning.heads.ray_extract import write_parts
 
     readings = {
@@ -216,7 +216,7 @@ def _compute(
 
 
 def _conclude(shards: ShardSet, *, job: TokenJob) -> TokenSet:
-    """Count what was written, name what was left out, and finish the set."""
+    """Count the images written, log those left out, and finish the set."""
     footers = _read_footers(job)
     views = []
     bad: dict[int, tuple[str, str]] = {}

@@ -1,12 +1,12 @@
-"""A token set: what a backbone makes of one split's images, kept for training heads.
+"""Token sets: a backbone's outputs for one split's images, stored for training heads.
 
 A folder of Parquet files `view-00-00003-of-00016.parquet` with the columns of
 `schema`, and `tokens.json`, which is written last: a folder without it is not finished.
 View 0 shows the images as evaluation sees them, further ones as training does.
 
 Tokens are float16, an image's in one binary value: as a list of numbers, Parquet would
-keep levels and an encoding for each of them. They do not shrink, so nothing is
-compressed; the operating system then keeps one copy of a file for all processes that
+keep levels and an encoding for each of them. They are incompressible, so nothing
+is compressed; the operating system then keeps one copy of a file for all processes that
 read it.
 """
 
@@ -43,12 +43,12 @@ _TUPLES = ("shape", "classes", "views")
 
 
 def part_name(*, view: int, index: int, num_parts: int) -> str:
-    """Name one file of a set."""
+    """Return the name of one file of a set."""
     return f"view-{view:02d}-{index:05d}-of-{num_parts:05d}.parquet"
 
 
 def schema(shape: Sequence[int]) -> pa.Schema:
-    """Give the columns of a file whose tokens are of a shape."""
+    """Return the Arrow schema of a file whose tokens have a given shape."""
     return pa.schema(
         [
             ("tokens", pa.binary(bytes_per_image(shape))),
@@ -60,7 +60,7 @@ def schema(shape: Sequence[int]) -> pa.Schema:
 
 
 def bytes_per_image(shape: Sequence[int]) -> int:
-    """Count the bytes of an image's tokens."""
+    """Return the size of an image's tokens in bytes."""
     return math.prod(shape) * BYTES_PER_TOKEN_VALUE
 
 
@@ -72,7 +72,7 @@ def write_part(
     rows_per_group: int = _MAX_ROWS_PER_GROUP,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file atomically."""
     most = max(_BYTES_PER_GROUP // bytes_per_image(shape), 1)
     with file.writing() as path:
         pq.write_table(
@@ -87,24 +87,24 @@ def write_part(
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSet:
-    """Describe a finished token set; its tokens stay where they are."""
+    """Metadata of a finished token set; the tokens stay in their files."""
 
     place: StoragePath
     shape: tuple[int, ...]
-    """What the backbone gives for one image: (N, D) tokens, or a map."""
+    """Shape of the backbone's output for one image: (N, D) tokens, or a map."""
     classes: tuple[str, ...]
     num_images: int
     """Images of one view."""
     num_bad: int
     """Images left out of a view, since they can't be decoded."""
     made_of: dict[str, Any]
-    """What decides the tokens: data, weights, pixels' settings."""
+    """What the tokens depend on: data, weights, pixels' settings."""
     views: tuple[dict[str, list[int]], ...]
-    """Of each view, the rows of each row group by the file's name."""
+    """For each view, the row counts of the row groups by file name."""
 
     @classmethod
     def open(cls, place: str | StoragePath) -> TokenSet:
-        """Read what a folder holds; ValueError where it is no finished set."""
+        """Open a folder's token set; ValueError where there is no finished one."""
         place = place if isinstance(place, StoragePath) else StoragePath(place)
         file = place.within(TOKENS_FILE)
         try:
@@ -125,22 +125,22 @@ class TokenSet:
             ) from error
 
     def save(self) -> None:
-        """Write `tokens.json`: from then on the set is finished."""
+        """Write `tokens.json`, which marks the set as finished."""
         raw = {name: value for name, value in vars(self).items() if name != "place"}
         write_json(self.place.within(TOKENS_FILE), value=raw)
 
     @property
     def num_views(self) -> int:
-        """Count the views of every image."""
+        """Number of views of every image."""
         return len(self.views)
 
     @property
     def num_bytes(self) -> int:
-        """Count the bytes of one view's tokens."""
+        """Size of one view's tokens in bytes."""
         return self.num_images * bytes_per_image(self.shape)
 
     def groups(self, view: int) -> GroupTable:
-        """List the row groups of a view, for `plan_epoch`."""
+        """Return the row groups of a view, for `plan_epoch`."""
         files = self.views[view]
         paths = tuple(sorted(files))
         return GroupTable(
@@ -158,7 +158,7 @@ class _Part:
 
 
 class TokenReader:
-    """Read a token set batch by batch, in a seeded order.
+    """Reader of a token set, batch by batch in a seeded order.
 
     Sets up to `max_held_mb` are read once and held; of larger ones the row groups are
     read anew in every epoch, in a seeded order, and shuffled among each other within
@@ -201,7 +201,7 @@ class TokenReader:
     def _parts(
         self, view: int, units: Iterator[Unit]
     ) -> Iterator[tuple[Unit, _Part, np.ndarray]]:
-        """Give each unit, a part that has its rows, and the rows' places in that."""
+        """Yield each unit, a part that has its rows, and the rows' positions in it."""
         if self._is_held:
             if view not in self._held:
                 groups = self._set.groups(view)
@@ -220,7 +220,7 @@ class TokenReader:
                 yield later[0], later[1].result(), np.arange(later[0].num_rows)
 
     def _read(self, slices: Sequence[Slice]) -> _Part:
-        """Read some slices, in their order."""
+        """Read slices, in their order."""
         num_rows = [item.stop - item.start for item in slices]
         starts = dict(zip(slices, np.cumsum([0, *num_rows[:-1]]), strict=True))
         size = bytes_per_image(self._set.shape)

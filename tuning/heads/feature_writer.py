@@ -1,4 +1,4 @@
-"""Turn one unit's encoded images into a file of tokens, within an actor."""
+"""Turn a unit's encoded images into a file of tokens, within an actor."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _MIN_PARTS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class TokenJob:
-    """Say what one split's tokens are made of, and where they go."""
+    """Settings and destination of one split's tokens."""
 
     run: Run
     """Its model is the backbone's, which also says the images' size."""
@@ -54,7 +54,7 @@ class TokenJob:
     made_of: dict[str, Any]
 
     def name(self, *, view: int, index: int) -> str:
-        """Name the file of a part."""
+        """Return the file name of a part."""
         return part_name(view=view, index=index, num_parts=self.num_parts)
 
 
@@ -66,7 +66,7 @@ def make_job(
     backbone: Backbone,
     num_views: int,
 ) -> TokenJob:
-    """Describe the work on one split."""
+    """Build the job of one split."""
     data = dataclasses.replace(run.data, decode_on="workers")
     run = dataclasses.replace(run, model=backbone.model, data=data)
     pixels = ("eval_interpolation", "crop_pct", "mean", "std")
@@ -95,7 +95,7 @@ def make_job(
 
 
 def part_plan(shards: ShardSet, *, shape: tuple[int, ...]) -> EpochPlan:
-    """Cut a split into the units that make a file each, in the order of its rows.
+    """Cut a split into units, one per file, in the order of its rows.
 
     It depends on nothing else: files of a job that was stopped fit those of the next.
     """
@@ -106,9 +106,9 @@ def part_plan(shards: ShardSet, *, shape: tuple[int, ...]) -> EpochPlan:
 
 
 class TokenWriter:
-    """Decode a unit's images, compute their tokens, write them, and say how many.
+    """Decoder of a unit's images that computes and writes their tokens.
 
-    Takes tables of `read_part` and gives a row with the number of images for each.
+    Takes tables of `read_part` and returns one row each, with the number of images.
     Raises ValueError where tokens do not fit float16.
     """
 
@@ -124,7 +124,7 @@ class TokenWriter:
         self._decoders: dict[tuple[int, bool], BatchDecoder] = {}
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Do one unit."""
+        """Process one unit."""
         split, view, index = (table[name][0].as_py() for name in (SPLIT, VIEW, INDEX))
         job = self._jobs[split]
         rows = rows_of(table)
@@ -161,7 +161,7 @@ class TokenWriter:
     def _tokens(
         self, rows: Rows, *, job: TokenJob, view: int, bad: list[BadImage]
     ) -> Iterator[tuple[Rows, np.ndarray, Tensor]]:
-        """Yield rows, which of them are good, and the tokens of those as float16."""
+        """Yield rows, the mask of the good ones, and their tokens as float16."""
         size = job.batch_rows
         decode = self._decoder(num_rows=size, train=view > 0)
         for start in range(0, len(rows), size):
@@ -186,7 +186,7 @@ class TokenWriter:
         return self._decoders[kind]
 
     def _check(self, tokens: Tensor, *, keys: pa.Array) -> None:
-        """Refuse what float16 would turn into infinity, naming the image."""
+        """Reject tokens that overflow float16, naming the image."""
         largest = tokens.flatten(1).abs().amax(dim=1).float()
         wrong = (~(largest <= _FLOAT16_MAX)).nonzero()
         if len(wrong):
@@ -200,7 +200,7 @@ class TokenWriter:
 
 
 class WriterActor:
-    """Be the actor that writes: it takes the backbone out of Ray's store.
+    """Actor around a `TokenWriter`: it gets the backbone from Ray's object store.
 
     Here and not beside the job, so that an actor starts without Ray Data and Train.
     """
@@ -213,7 +213,7 @@ class WriterActor:
         self._write = TokenWriter(jobs, backbone=ray.get(backbone))
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Do one unit."""
+        """Process one unit."""
         return self._write(table)
 
 

@@ -17,7 +17,7 @@ SPLIT, VIEW, INDEX = "split", "view", "index"
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Name the rows of one file of a set, and the view that it shows."""
+    """Rows of one file of a set, and the view it shows."""
 
     split: str
     view: int
@@ -26,9 +26,9 @@ class Part:
 
 
 def read_part(part: Part, *, reading: Reading) -> Iterator[pa.Table]:
-    """Read a part's rows, still encoded, and yield them as a table of one row, nested.
+    """Read a part's encoded rows, and yield them nested in a table of one row.
 
-    Ray never cuts a row in two. Raises as `read_rows`.
+    Ray never splits a row. Raises as `read_rows`.
     """
     rows = read_rows(part.unit, reading=reading)
     repeats = pa.array(np.zeros(len(rows), np.int64))

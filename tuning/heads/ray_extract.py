@@ -26,7 +26,7 @@ def write_parts(
     readings: Mapping[str, Reading],
     backbone: Backbone,
 ) -> Iterator[int]:
-    """Write parts on the run's workers; yield the number of images as each is done.
+    """Write parts on the run's workers; yield each one's number of images when done.
 
     Args:
         jobs: What is written, by split.
@@ -70,6 +70,6 @@ def write_parts(
 
 
 def _task(part: Part, *, reading: Reading) -> ReadTask:
-    """Make the task that gives a part as a block of one row, still encoded."""
+    """Build the read task of a part, whose block is one row, still encoded."""
     read = functools.partial(read_part, part, reading=reading)
     return read_task(read, unit=part.unit, num_rows=1)

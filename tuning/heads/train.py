@@ -1,4 +1,4 @@
-"""Train a model's head alone, on tokens that its backbone gave before: no Ray.
+"""Train a model's head alone, on its backbone's precomputed tokens: no Ray.
 
 Everything before `forward_head` is left out: neither built in memory for long nor
 computed. So a setting of the pooling costs seconds where a training costs hours.
@@ -52,9 +52,9 @@ def train_head(
     gives the same outcome again on the same machine.
 
     Args:
-        on_epoch: Gets the metrics of each epoch.
-        lr: The run's where it is None.
-        batch_size: Images of a step, at most.
+        on_epoch: Called with the metrics of each epoch.
+        lr: Peak learning rate; None takes the run's.
+        batch_size: Largest number of images per step.
 
     Returns:
         Metrics of the last epoch: `head/train_loss`, and of all held-out images
@@ -85,7 +85,7 @@ def train_head(
 
 
 class _Trainer:
-    """Hold a head, its optimiser and its batches while it is trained."""
+    """A head with its optimiser and batches during its training."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class _Trainer:
 def build_head(
     run: Run, *, num_classes: int, shape: tuple[int, ...], device: torch.device
 ) -> nn.Module:
-    """Build the run's model with fresh weights, of which only its head has memory.
+    """Build the run's model with fresh weights, of which only the head is in memory.
 
     Raises ValueError where its head does not take tokens of this shape.
     """
@@ -219,7 +219,7 @@ def build_head(
 
 
 def _forget(model: nn.Module, name: str) -> None:
-    """Give back a parameter's memory, and keep it from being trained."""
+    """Free a parameter's memory, and exclude it from training."""
     above, _, own = name.rpartition(".")
     empty = torch.empty_like(model.get_parameter(name), device="meta")
     setattr(model.get_submodule(above), own, nn.Parameter(empty, requires_grad=False))
@@ -237,7 +237,7 @@ def _check(tokens: TokenSet, *, val: TokenSet, num_epochs: int) -> None:
 
 
 def _optim(optim: Optim, *, lr: float | None, num_epochs: int) -> Optim:
-    """Give the run's optimiser a cosine over the head's epochs."""
+    """Return the run's optimiser settings with a cosine over the head's epochs."""
     return dataclasses.replace(
         optim,
         lr=optim.lr if lr is None else lr,

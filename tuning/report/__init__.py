@@ -1,1 +1,1 @@
-"""Report a sweep: table, plots, importances, the winner as a recipe."""
+"""Report of a sweep: table, plots, importances, the winner as a recipe."""

@@ -1,4 +1,4 @@
-"""Tell what a sweep found: in the terminal, in its folder and in MLflow."""
+"""Report a sweep's results in the terminal, in its folder and in MLflow."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WINNER_FILE = "winner.py"
 def write_report(
     sweep: Sweep, *, ledger: Ledger, heads: Ledger | None, uri: str
 ) -> TrialRecord | None:
-    """Print the table, keep table, plots and winner, and end the sweep's MLflow run.
+    """Print the table, save table, plots and winner, and end the sweep's MLflow run.
 
     Returns the winner, None where no trial has a value.
     """
@@ -86,7 +86,7 @@ def _counts(ledger: Ledger) -> dict[str, int]:
 def _figures(
     sweep: Sweep, *, ledger: Ledger, heads: Ledger | None, folder: Path
 ) -> dict[str, float]:
-    """Draw what there is enough of; return what was worked out."""
+    """Draw the plots there is enough data for; return the computed metrics."""
     metrics: dict[str, float] = {}
     if compared(sweep.search, ledger.entries):
         draw_parallel(sweep, ledger.entries, folder / "parallel_coordinates.png")
@@ -110,7 +110,7 @@ def _figures(
 def _foretelling(
     sweep: Sweep, *, ledger: Ledger, heads: Ledger, folder: Path
 ) -> dict[str, float]:
-    """Say how well the heads foretold what full training gives."""
+    """Measure and draw how well the heads' ranking predicts that of full training."""
     search = dataclasses.replace(sweep.search, metrics=(HEAD_METRIC,), modes=("max",))
     ranked_by_head = dataclasses.replace(sweep, search=search)
     (folder / "heads.csv").write_text(as_csv(ranked_by_head, heads.entries))
@@ -148,7 +148,7 @@ def _keep(sweep: Sweep, *, folder: Path, uri: str) -> None:
 def _print_next(
     sweep: Sweep, *, winner: TrialRecord | None, is_whole: bool, uri: str, view: str
 ) -> None:
-    """Say what can be done now."""
+    """Print the next steps: commands and addresses."""
     lines: dict[str, str] = {}
     report = sweep.folder.within(REPORT)
     if winner is not None:

@@ -1,4 +1,4 @@
-"""Draw what a sweep found: settings, trade-offs, importances, and rank correlation."""
+"""Plot a sweep's results: settings, trade-offs, importances, rank correlation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FRONT_COLOR, _POINT_COLOR, _STOPPED_COLOR = "crimson", "tab:blue", "lightsteelb
 
 
 def draw_parallel(sweep: Sweep, entries: Sequence[TrialRecord], path: Path) -> None:
-    """Draw each trial that has a value as a line over its fields, into a PNG."""
+    """Plot each trial that has a value as a line over its fields, into a PNG."""
     import matplotlib
     from matplotlib.figure import Figure
     from optuna.visualization.matplotlib import plot_parallel_coordinate
@@ -63,10 +63,10 @@ def _title(sweep: Sweep, found: Sequence[TrialRecord], *, num_all: int) -> str:
 
 
 def draw_pareto(sweep: Sweep, entries: Sequence[TrialRecord], path: Path) -> None:
-    """Draw the first metric over the second as a PNG, with the Pareto front.
+    """Plot the first metric over the second as a PNG, with the Pareto front.
 
-    Over the images a second where the search has one metric. Trials that did not finish
-    are pale: they stand where they were stopped.
+    With a single metric, images per second take the second's place. Trials that did
+    not finish are pale: they stand where they were stopped.
     """
     x_metric, x_mode = _second(sweep, entries)
     y_metric, y_mode = sweep.search.metric, sweep.search.modes[0]
@@ -98,7 +98,7 @@ def draw_pareto(sweep: Sweep, entries: Sequence[TrialRecord], path: Path) -> Non
 
 
 def _second(sweep: Sweep, entries: Sequence[TrialRecord]) -> tuple[str, Mode]:
-    """Name the metric that the first is drawn over."""
+    """Return the metric of the x axis."""
     search = sweep.search
     if len(search.metrics) > 1:
         return search.metrics[1], search.modes[1]
@@ -119,7 +119,7 @@ def draw_importances(
     *,
     found: tuple[int, Mapping[str, float]] | None = None,
 ) -> None:
-    """Draw how much each field mattered as bars in a PNG.
+    """Plot the importance of each field as bars in a PNG.
 
     Args:
         found: What `importances` gave, which takes seconds; worked out if None.
@@ -148,7 +148,7 @@ def draw_ranks(
     numbers: Sequence[int],
     names: tuple[str, str] = ("head/top1", "val/top1"),
 ) -> None:
-    """Draw values of a full training over those of a cheap one as a PNG.
+    """Plot values of full training over those of cheap training as a PNG.
 
     Args:
         numbers: The trials', beside their points.
@@ -197,7 +197,7 @@ def _scatter(
 
 
 def _name(axes: Axes, points: Mapping[int, tuple[float, float]]) -> None:
-    """Write trials' numbers beside their points."""
+    """Annotate points with their trials' numbers."""
     for number, point in points.items():
         axes.annotate(str(number), point, (6, 4), textcoords="offset points")
 

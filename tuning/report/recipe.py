@@ -113,7 +113,7 @@ def _says(sweep: Sweep, winner: TrialRecord) -> list[str]:
 
 
 def _start(recipe: str, *, imports: Imports) -> str:
-    """Call the recipe of ours that the sweep began with."""
+    """Return the call of our recipe that the sweep began with."""
     module, _, function = recipe.partition(".")
     function = function or module
     is_taken = function in (FUNCTION, "run")  # names that `best` uses itself
@@ -122,7 +122,7 @@ def _start(recipe: str, *, imports: Imports) -> str:
 
 
 def _code_lines(code: OwnCode) -> list[str]:
-    """Write a recipe file of the user's own, which may register the model."""
+    """Write out the user's own recipe file, which may register the model."""
     texts = code.sources.items()
     return [
         "",

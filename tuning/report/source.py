@@ -17,11 +17,11 @@ _LINE_LENGTH = 88
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Hold brackets and what is between them: a call, a tuple or a dict."""
+    """Brackets with their items: a call, a tuple or a dict."""
 
     opening: str
     items: list[tuple[str, Node]]
-    """What stands before an item, such as `lr=`, and the item."""
+    """Prefix of an item, such as `lr=`, and the item."""
     closing: str = ")"
 
 
@@ -31,7 +31,7 @@ Imports = set[tuple[str, str]]
 
 
 def literal(value: Any, *, imports: Imports) -> Node:
-    """Write a value of a run's field, and note what that needs to import."""
+    """Write a field's value, and collect the imports it needs."""
     if dataclasses.is_dataclass(value):
         return _built(value, imports=imports)
     if isinstance(value, dict):
@@ -74,7 +74,10 @@ def _built(owner: Any, *, imports: Imports) -> Group:
 
 
 def string(value: str) -> str:
-    """Quote as ruff does: doubly, unless that needs more escapes. ASCII alone."""
+    """Quote a string as ruff does: double quotes unless that needs more escapes.
+
+    The result is ASCII.
+    """
     quoted = ascii(value)
     body = quoted[1:-1]
     if quoted[0] == "'":
@@ -84,7 +87,7 @@ def string(value: str) -> str:
 
 
 def multi_line(text: str) -> str:
-    """Write a text and a comma, a line for each of its lines. ASCII alone."""
+    """Write a text and a comma, one source line per line of it. ASCII alone."""
     lines = []
     for line in text.split("\n"):
         # What ruff would find fault with at a line's end is no blank any more.
@@ -107,7 +110,7 @@ def import_lines(imports: Imports) -> list[str]:
 
 
 def docstring(*paragraphs: str, indent: int = 0) -> list[str]:
-    """Lay out a docstring; a paragraph that is indented is left as it is."""
+    """Lay out a docstring; an indented paragraph is left as it is."""
     lines: list[str] = []
     left = " " * indent
     for words in paragraphs:
@@ -131,11 +134,11 @@ def docstring(*paragraphs: str, indent: int = 0) -> list[str]:
 
 
 def laid_out(node: Node, *, indent: int, used: int) -> str:
-    """Write a node on one line where it fits, else an item a line.
+    """Write a node on one line if it fits, else with one item per line.
 
     Args:
-        indent: Of the line that the node begins in.
-        used: Columns of that line that are taken already, a comma after it included.
+        indent: Indent of the line that the node begins in.
+        used: Columns already taken in that line, including a comma after the node.
     """
     flat = _flat(node)
     if isinstance(node, str) or not node.items or used + len(flat) <= _LINE_LENGTH:
@@ -157,6 +160,6 @@ def _flat(node: Node) -> str:
 
 
 def _pragma(line: str) -> str:
-    """Let ruff pass a text that is too long for a line; a single word passes anyway."""
+    """Return the noqa of a line that is too long; a single word needs none."""
     is_long = "\n" not in line and len(line) + 1 > _LINE_LENGTH
     return "  # noqa: E501" if is_long and len(line.split()) > 1 else ""

@@ -1,4 +1,4 @@
-"""Importance of a sweep's fields, and rank correlation of cheap and full trainings.
+"""Importance of a sweep's fields, and rank correlation of cheap and full training.
 
 Optuna and SciPy are imported where they are used.
 """
@@ -26,7 +26,7 @@ _LOG = "loguniform"
 
 
 def common_epoch(sweep: Sweep, entries: Sequence[TrialRecord]) -> int:
-    """Find the last epoch in which all trials that did not end badly have a value.
+    """Find the last epoch in which every trial that did not end badly has a value.
 
     Trials without any value don't count. 0 where there is no such epoch.
     """
@@ -72,8 +72,8 @@ def study_of(
 ) -> Study:
     """Rebuild an Optuna study from trials, with a value for each.
 
-    A field of a log-uniform domain is log-scaled; one with any value that is no number
-    is a choice among words.
+    A field of a log-uniform domain is log-scaled; one with a non-numeric value
+    is categorical.
     """
     import optuna
 
@@ -94,7 +94,7 @@ def study_of(
 
 
 def _column(field: str, entries: Sequence[TrialRecord]) -> list[Any]:
-    """Collect a field's values; all as words where one is no number."""
+    """Return a field's values; all as strings where one is not a number."""
     values = [entry.setting.get(field) for entry in entries]
     are_numbers = all(type(value) in (int, float) for value in values)
     return values if are_numbers else [str(value) for value in values]
@@ -117,7 +117,7 @@ def _distribution(values: Sequence[Any], *, is_log: bool) -> BaseDistribution:
 
 @contextmanager
 def quiet_optuna() -> Iterator[None]:
-    """Keep Optuna from announcing studies and experimental plots."""
+    """Silence Optuna's log of studies and its experimental warnings."""
     import optuna
 
     before = optuna.logging.get_verbosity()

@@ -1,9 +1,9 @@
-"""Rank the trials of a sweep, and show them as a table.
+"""Rank the trials of a sweep, and format them as a table.
 
 Trials that finished come first, by the last value of the first metric. Those that did
 not follow by the epoch that they reached, and by the value there: asha stops a trial
-that is behind others of the same epoch, so whoever came further was better, whatever
-the numbers of different epochs say. Trials that ended badly, and those without a value,
+that is behind others of the same epoch, so one that came further was better, whatever
+the values of different epochs. Trials that ended badly, and those without a value,
 come last. NaN and infinity are no values.
 """
 
@@ -24,13 +24,13 @@ _BEST, _FRONT = "*", "+"
 
 
 def value_of(entry: TrialRecord, metric: str) -> float | None:
-    """Give a metric's last value; None where there is none or it is not finite."""
+    """Return a metric's last value; None where it is missing or not finite."""
     value = entry.last(metric)
     return value if value is not None and math.isfinite(value) else None
 
 
 def values_of(entry: TrialRecord, metric: str) -> dict[int, float]:
-    """Give a metric's values by epoch, where they are finite."""
+    """Return a metric's finite values by epoch."""
     found = ((round(one["epoch"]), one.get(metric)) for one in entry.reports)
     return {
         epoch: value
@@ -65,14 +65,14 @@ def compared(search: Search, entries: Iterable[TrialRecord]) -> list[TrialRecord
 
 
 def winner_of(search: Search, entries: Iterable[TrialRecord]) -> TrialRecord | None:
-    """Give the best trial, if any has a value."""
+    """Return the best trial, if any has a value."""
     return next(iter(compared(search, entries)), None)
 
 
 def front(
     entries: Iterable[TrialRecord], *, metrics: Sequence[str], modes: Sequence[Mode]
 ) -> list[TrialRecord]:
-    """Keep the trials that no other one beats in one metric and equals in the rest.
+    """Return the Pareto front: trials that no other dominates.
 
     Trials that ended badly or lack one of the values are left out.
     """
@@ -101,13 +101,13 @@ def best_epoch(search: Search, entry: TrialRecord) -> int | None:
 
 
 def short_names(fields: Iterable[str]) -> dict[str, str]:
-    """Shorten dotted names to as many last parts as tell them apart."""
+    """Shorten dotted names to their shortest unique tails."""
     names = list(fields)
     return {name: short_tail(name, among=names) for name in names}
 
 
 def table(sweep: Sweep, entries: Sequence[TrialRecord]) -> str:
-    """Set the trials as lines of text, the best first, and why some failed."""
+    """Format the trials as lines of text, the best first, with reasons of failures."""
     search = sweep.search
     ordered = ranked(search, entries)
     counts = Counter(entry.status for entry in ordered)
@@ -180,7 +180,7 @@ def _marks(search: Search, ordered: Sequence[TrialRecord]) -> list[str]:
 
 
 def _numbers(values: Sequence[float | None]) -> list[str]:
-    """Spell a column with one number of decimals: four digits of the largest."""
+    """Format a column with one number of decimals: four digits of the largest."""
     sizes = [
         abs(value) for value in values if value is not None and math.isfinite(value)
     ]
@@ -191,7 +191,7 @@ def _numbers(values: Sequence[float | None]) -> list[str]:
 
 
 def spelled(value: object) -> str:
-    """Spell a field's value shortly, for people."""
+    """Format a field's value briefly, for people."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, tuple):
@@ -200,7 +200,7 @@ def spelled(value: object) -> str:
 
 
 def _aligned(columns: Mapping[str, Sequence[str]]) -> list[str]:
-    """Set columns side by side: numbers to the right, the status to the left."""
+    """Align columns: numbers to the right, the status to the left."""
     set_columns = []
     for head, cells in columns.items():
         width = max(map(len, (head, *cells)))
@@ -210,7 +210,7 @@ def _aligned(columns: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def as_csv(sweep: Sweep, entries: Sequence[TrialRecord]) -> str:
-    """Write the trials as CSV, the best first, with full names and all digits."""
+    """Format the trials as CSV, the best first, with full names and all digits."""
     rows = [
         _row(sweep, entry, rank=rank)
         for rank, entry in enumerate(ranked(sweep.search, entries), start=1)

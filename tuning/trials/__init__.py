@@ -1,1 +1,1 @@
-"""One trial of a sweep: its settings, its ledger record, its training."""
+"""Trials of a sweep: settings, ledger records, training."""

@@ -1,4 +1,4 @@
-"""Try settings on tokens that a trained backbone gave: one trial is one head."""
+"""Train a head on precomputed tokens as one trial."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENS = "tokens"
 def run_head_trial(
     config: Mapping[str, Any], *, known: TrialContext, tokens: str, num_epochs: int
 ) -> None:
-    """Train the head of one setting, or tell again what is known of it.
+    """Train the head of one setting, or replay its earlier reports.
 
     Args:
         tokens: Folder of the token sets.
@@ -55,9 +55,9 @@ def run_head_trial(
 
 
 def promoted(heads: list[TrialRecord], *, search: Search) -> list[TrialRecord]:
-    """Choose the heads' settings that are trained in full.
+    """Select the heads' settings to train in full.
 
-    The best, and if it is wanted further ones, evenly over the other ranks.
+    The best, and optionally further ones spread evenly over the other ranks.
     """
     values = {
         entry.number: entry.last(HEAD_METRIC)
@@ -73,7 +73,7 @@ def promoted(heads: list[TrialRecord], *, search: Search) -> list[TrialRecord]:
 def rank_pairs(
     heads: list[TrialRecord], trained: list[TrialRecord], *, sweep: Sweep
 ) -> tuple[list[float], list[float], list[int]]:
-    """Pair the heads' results with those of full training, with the numbers."""
+    """Pair the heads' results with those of full training, with trial numbers."""
     metric = sweep.search.metric
     cheap = {entry.number: entry.last(HEAD_METRIC) for entry in heads}
     cheap_values, full_values, numbers = [], [], []

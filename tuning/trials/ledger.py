@@ -1,10 +1,10 @@
-"""Keep a sweep's folder: what it tries, and how each trial went.
+"""Sweep folder: the sweep's record and the state of each trial.
 
     STORAGE/NAME/sweep.json         the sweep, written once
     STORAGE/NAME/full/0007.json     a trial, written whenever something happens to it
     STORAGE/NAME/head/0007.json     a trial of the head alone, if any
 
-The driver alone writes here; a sweep that goes on reads it all again.
+Only the driver writes here; a resumed sweep reads it all again.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _FILE = "sweep.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """Say what one trial tries, and how it went so far."""
+    """Setting of one trial, and its progress and outcome so far."""
 
     number: int
     setting: Mapping[str, Any]
     """Values of the searched fields, by dotted names."""
     status: Status = "waiting"
-    """stopped: by the scheduler, before its last epoch. diverged: its loss is no number
-    any more. refused: its settings, or something else that only the user can mend.
+    """stopped: by the scheduler, before its last epoch. diverged: its loss became NaN
+    or infinite. refused: its settings, or something else only the user can fix.
     failed: its workers died more often than the run and the sweep allow."""
     reports: tuple[Mapping[str, float], ...] = ()
-    """What each epoch reported, `epoch` among it."""
+    """What each epoch reported, including `epoch`."""
     seconds: float = 0.0
-    """Wall time of all its attempts."""
+    """Wall time of all attempts."""
     num_attempts: int = 0
     reason: str = ""
     """Why it failed, diverged or was refused."""
@@ -56,29 +56,29 @@ class TrialRecord:
 
     @property
     def has_ended(self) -> bool:
-        """Tell whether nothing more will come."""
+        """Whether the trial has ended, well or badly."""
         return self.status in ENDED
 
     @property
     def epoch(self) -> int:
-        """Count the epochs that it reported."""
+        """Last epoch reported, 0 before the first."""
         return round(self.reports[-1]["epoch"]) if self.reports else 0
 
     def told_again(self, *, metrics: Sequence[str]) -> list[Mapping[str, Any]]:
-        """Give what the trial reported, its bad end among it."""
+        """Return the trial's reports to replay, including a bad end."""
         if self.status not in ("diverged", "refused"):
             return list(self.reports)
         end = last_report(self.status, self.reason, metrics=metrics)
         return [*self.reports, end]
 
     def last(self, metric: str) -> float | None:
-        """Give a metric's last value, if there is one."""
+        """Return a metric's value in the last report, if any."""
         return self.reports[-1].get(metric) if self.reports else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Say what a sweep searches, from where, and how."""
+    """What a sweep searches, from which run, and how."""
 
     name: str
     recipe: str
@@ -99,16 +99,16 @@ class Sweep:
 
     @property
     def folder(self) -> StoragePath:
-        """Name the sweep's folder."""
+        """Folder of the sweep."""
         return StoragePath(self.run.storage).within(self.name)
 
     def trial_name(self, number: int, *, stage: StageName = "full") -> str:
-        """Name a trial's run; a head has none but in MLflow."""
+        """Return the name of a trial's run; a head's exists only in MLflow."""
         return trial_name(self.name, number, kind="head-" if stage == "head" else "")
 
 
 def write_sweep(sweep: Sweep) -> None:
-    """Write what a sweep is."""
+    """Write a sweep's record."""
     content = dataclasses.asdict(sweep) | {"run": json.loads(to_json(sweep.run))}
     with answering():
         sweep.folder.make_folder()
@@ -116,7 +116,7 @@ def write_sweep(sweep: Sweep) -> None:
 
 
 def read_sweep(storage: str, *, name: str) -> Sweep:
-    """Read a sweep that is to go on; ValueError where it is not there."""
+    """Read a sweep to resume; ValueError where there is none."""
     file = StoragePath(storage).within(name).within(_FILE)
     try:
         with answering():
@@ -145,7 +145,7 @@ def read_sweep(storage: str, *, name: str) -> Sweep:
 
 
 class Ledger:
-    """Hold the trials of one stage of a sweep, on disk as in memory."""
+    """Trials of one stage of a sweep, mirrored in memory and on disk."""
 
     def __init__(self, sweep: Sweep, *, stage: StageName) -> None:
         self.sweep = sweep
@@ -168,11 +168,11 @@ class Ledger:
 
     @property
     def entries(self) -> tuple[TrialRecord, ...]:
-        """Give all trials in the order of their numbers."""
+        """All trials, by number."""
         return tuple(self._entries[number] for number in sorted(self._entries))
 
     def put(self, entry: TrialRecord) -> TrialRecord:
-        """Keep a trial in place of what was known of it."""
+        """Store a trial's record in place of its earlier one."""
         if not self._entries:
             with answering():
                 self._folder.make_folder()
@@ -182,7 +182,7 @@ class Ledger:
         return entry
 
     def change(self, number: int, **changes: Any) -> TrialRecord:
-        """Keep a trial with some fields changed."""
+        """Store a trial's record with some fields changed."""
         return self.put(dataclasses.replace(self[number], **changes))
 
     def _file(self, number: int) -> StoragePath:

@@ -10,7 +10,7 @@ from tuning.trials.trial import NUMBER
 
 
 class NumberedOptuna(OptunaSearch):
-    """Draw settings by Optuna, and number them in the order of their drawing."""
+    """Optuna searcher that numbers settings in the order they are drawn."""
 
     _num_drawn = 0
 

@@ -1,4 +1,4 @@
-"""Describe how a sweep searches: method, scheduler, budget, objectives."""
+"""Options of a sweep: method, scheduler, budget, objectives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Mode = Literal["max", "min"]
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """Say how a sweep searches, and what it may cost."""
+    """How a sweep searches, and what it may cost."""
 
     method: Method = "random"
     """random draws settings, no two alike; grid takes all combinations of choices;
@@ -56,7 +56,7 @@ class Search:
     to show how well the heads foretell it."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no sweep can have."""
+        """Reject invalid values."""
         check_fields(
             self,
             "",
@@ -81,10 +81,10 @@ class Search:
 
     @property
     def metric(self) -> str:
-        """Name the metric that ranks the trials."""
+        """Metric that ranks the trials."""
         return self.metrics[0]
 
     @property
     def sign(self) -> int:
-        """Give 1 where more of the first metric is better, else -1."""
+        """1 if the first metric is maximised, else -1."""
         return 1 if self.modes[0] == "max" else -1

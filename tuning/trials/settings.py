@@ -1,4 +1,4 @@
-"""List the settings that a sweep tries, where they are known before it begins."""
+"""Settings that a sweep tries, where they are known before it begins."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _MAX_IN_VAIN = 1000
 def list_settings(space: Space, *, search: Search) -> list[dict[str, Any]]:
     """List the settings of a random or a grid search, no two alike.
 
-    The same seed draws the same settings, and more trials of it begin with the same.
-    Raises ValueError where the space has fewer, or a grid is wanted of what is no list
-    of choices.
+    The same seed draws the same settings; more trials extend the same list.
+    Raises ValueError where the space has fewer, or for a grid over a domain that is
+    not a list of choices.
     """
     if search.method == "grid":
         return _grid(space)[: search.num_trials]
@@ -53,7 +53,7 @@ def _grid(space: Space) -> list[dict[str, Any]]:
 
 
 def spread(numbers: list[int], *, num: int) -> list[int]:
-    """Take so many of some numbers, evenly from the first to the last."""
+    """Pick `num` numbers spread evenly from the first to the last."""
     if num >= len(numbers):
         return list(numbers)
     places = np.linspace(0, len(numbers) - 1, num).round().astype(int)

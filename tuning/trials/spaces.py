@@ -1,7 +1,7 @@
-"""Say what a sweep searches: dotted fields of a run, each with a domain of Ray Tune.
+"""Search spaces: dotted fields of a run, each with a domain of Ray Tune.
 
-A space is a function of the recipe's run. Those here fit themselves to it; yours may
-lie in a file of your own, `my/space.py:narrow`:
+A space is a function of the recipe's run. Those here adapt to it; yours may
+live in your own file, `my/space.py:narrow`:
 
     from ray import tune
     from pipelines.config import Run
@@ -61,7 +61,7 @@ def iterations(run: Run) -> Space:
 
 
 def singular_values(run: Run) -> Space:
-    """Search how many singular values svPN looks for."""
+    """Search the number of singular values of svPN."""
     pooling = pooling_of(run)
     if pooling.normalizer != "svpn":
         raise ValueError(
@@ -98,7 +98,7 @@ def heads(run: Run) -> Space:
 
 
 def normalizer(run: Run) -> Space:
-    """Search the normaliser, exact ones and those to compare with apart."""
+    """Search the normaliser: the fast ones and the baselines."""
     symmetric = pooling_of(run).type in ("cov", "gaussian")
     choices = ["svpn", "newton_schulz"] if symmetric else ["svpn"]
     return {
@@ -133,12 +133,12 @@ def optim(run: Run) -> Space:
 
 
 def seeds(run: Run) -> Space:
-    """Search nothing: try what else is searched with three seeds, to see chance."""
+    """Search three seeds, to measure the variation by chance."""
     return {"seed": tune.choice(list(range(run.seed, run.seed + _NUM_SEEDS)))}
 
 
 def pooling_of(run: Run) -> Pooling:
-    """Give the run's pooling; ValueError where it has none."""
+    """Return the run's pooling; ValueError where it has none."""
     if run.model.pooling is None:
         raise ValueError(
             f"wanted a recipe with a second-order head, came {run.recipe!r}, whose "
@@ -148,7 +148,7 @@ def pooling_of(run: Run) -> Pooling:
 
 
 def _scaled(dim: int | tuple[int, int], *, divisor: int) -> list[Any]:
-    """Give a dimension, or a pair, at several sizes; whole multiples of the divisor."""
+    """Scale a dimension, or a pair, to several multiples of the divisor."""
 
     def scale(one: int, factor: float) -> int:
         return max(round(one * factor / divisor), 1) * divisor
@@ -161,7 +161,7 @@ def _scaled(dim: int | tuple[int, int], *, divisor: int) -> list[Any]:
 
 
 def load_space(names: str, *, run: Run) -> Space:
-    """Build the space that a command names, and check it against the run.
+    """Load the space named on the command line, and check it against the run.
 
     Args:
         names: A function of this file, or `my/file.py:function`, or several joined by
@@ -224,7 +224,7 @@ def _take(run: Run, setting: Mapping[str, Any]) -> None:
 
 
 def choices_of(domain: Any) -> list[Any] | None:
-    """List a domain's values, where it is a list of values."""
+    """Return a domain's values if it is a list of values, else None."""
     if isinstance(domain, Mapping) and list(domain) == [_GRID]:
         return list(domain[_GRID])
     return list(domain.categories) if isinstance(domain, Categorical) else None
@@ -243,7 +243,7 @@ def draw(space: Space, *, generator: np.random.RandomState) -> dict[str, Any]:
 
 
 def words_of(space: Space) -> dict[str, str]:
-    """Put each domain into words, for people and to tell spaces apart."""
+    """Describe each domain in words, for people and to tell spaces apart."""
     return {name: _words(domain) for name, domain in space.items()}
 
 
@@ -260,7 +260,7 @@ def _words(domain: Any) -> str:
 
 
 def shipped() -> list[str]:
-    """List the spaces of this file."""
+    """List the names of the spaces in this file."""
     return [
         name
         for name, function in inspect.getmembers(

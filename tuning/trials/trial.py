@@ -1,10 +1,10 @@
-"""Train one trial of a sweep: what Ray Tune calls.
+"""Trainable that Ray Tune calls: trains one trial of a sweep.
 
 A recipe without workers is trained in Tune's own process. Of one with workers, that
-process only waits and passes reports on; the training is started by an actor below it,
-which ends with it when Tune stops the trial. Ray Train's helpers, which free
-the workers' resources after that, find their Ray by an address in their environment:
-without it they can't tell two Rays on a machine apart, and the sweep waits for ever.
+process only waits and forwards reports; the training is started by an actor below it,
+which ends with it when Tune stops the trial. Ray Train's helpers, which free the
+workers' resources after that, find their Ray by an address in their environment:
+without it they can't tell two Rays on a machine apart, and the sweep waits forever.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _END_TIMEOUT_S = "60"
 
 @dataclass(frozen=True, kw_only=True)
 class TrialContext:
-    """Hold what every trial of a stage is told.
+    """What every trial of a stage knows about its sweep.
 
-    Plain values: what knows a run imports torch, which costs each of a trial's
-    processes seconds.
+    Plain values: a `Run` would import torch, which costs each of a trial's processes
+    seconds.
     """
 
     sweep: str
-    """Its name."""
+    """Name of the sweep."""
     sweep_id: str
     run: str
     """The run that every trial changes, as JSON."""
@@ -59,33 +59,33 @@ class TrialContext:
     node_id: str
     """Ray's name of the machine that the sweep's driver runs on."""
     told: Mapping[int, Sequence[Mapping[str, Any]]]
-    """What trials of an earlier start reported, by number, where they have ended."""
+    """Reports of trials that ended in an earlier start of the sweep, by number."""
     code: OwnCode | None = None
     """The user's own recipe file, which may register the model."""
 
 
 def trial_name(sweep: str, number: int, *, kind: str = "") -> str:
-    """Name a trial's run; `sovit-train --resume` and `sovit-eval` know it so."""
+    """Return the name of a trial's run, as `--resume` and `sovit-eval` take it."""
     return f"{sweep}-{kind}{number:04d}"
 
 
 def config_of(number: int, setting: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what Tune hands to a trial."""
+    """Build the config that Tune passes to a trial."""
     return {NUMBER: number, SETTING: dict(setting)}
 
 
 def number_of(config: Mapping[str, Any]) -> int:
-    """Take a trial's number out of what Tune hands to it."""
+    """Return a trial's number from its config."""
     return config.get(LISTED, config)[NUMBER]
 
 
 def setting_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the searched fields out of what Tune hands to a trial."""
+    """Return the searched fields from a trial's config."""
     return tidy(config.get(LISTED, config)[SETTING])
 
 
 def tidy(setting: Mapping[str, Any]) -> dict[str, Any]:
-    """Round what steps of 0.05 make of 0.6, 0.6000000000000001, to ten digits."""
+    """Round floats to ten digits: steps of 0.05 give 0.6000000000000001 for 0.6."""
     return {
         name: float(f"{value:.10g}") if isinstance(value, float) else value
         for name, value in setting.items()
@@ -93,7 +93,7 @@ def tidy(setting: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ReportHere(UserCallback):
-    """Pass on to Tune what epochs report, where its own process trains."""
+    """Callback that reports epochs to Tune when it trains in its own process."""
 
     def after_report(
         self,
@@ -101,7 +101,7 @@ class ReportHere(UserCallback):
         metrics: list[dict[str, Any]],
         checkpoint: ray.train.Checkpoint | None,
     ) -> None:
-        """Tell Tune an epoch's metrics; raise StoppedEarly where it has enough."""
+        """Report an epoch's metrics to Tune; raise StoppedEarly if Tune stops it."""
         if EPOCH not in metrics[0]:
             return
         try:
@@ -111,7 +111,7 @@ class ReportHere(UserCallback):
 
 
 def run_trial(config: Mapping[str, Any], *, known: TrialContext) -> None:
-    """Train one setting, or tell again what an earlier start of the sweep found."""
+    """Train one setting, or replay what an earlier start of the sweep reported."""
     number = number_of(config)
     if number in known.told:
         tell_again(known.told[number])
@@ -160,13 +160,13 @@ def _train_below(
 
 
 def tell_again(reports: Sequence[Mapping[str, Any]]) -> None:
-    """Report what is known: so scheduler and searcher are where they were."""
+    """Replay earlier reports, to restore the scheduler's and the searcher's state."""
     for report in reports:
         tune.report(dict(report))
 
 
 def bad_end(error: BaseException, *, metrics: Sequence[str]) -> dict[str, Any]:
-    """Make the last report of a trial that has failed, diverged or was refused."""
+    """Build the last report of a trial that has failed, diverged or was refused."""
     outcome, reason = "failed", f"{type(error).__name__}: {first_line(error)}"
     for cause in causes(error):
         if isinstance(cause, ValueError):
@@ -180,14 +180,14 @@ def bad_end(error: BaseException, *, metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def last_report(outcome: str, reason: str, *, metrics: Sequence[str]) -> dict[str, Any]:
-    """Say that a trial has ended badly, and that there is no value of its metrics."""
+    """Build the report of a bad end, whose metrics are NaN."""
     # Before any epoch, so that asha compares it nowhere.
     values = dict.fromkeys(metrics, math.nan) | {EPOCH: 0}
     return values | {OUTCOME: outcome, REASON: reason}
 
 
 class Trainer:
-    """Train in Tune's process, or as an actor beside it that ends with it."""
+    """Trainer in Tune's process, or an actor beside it that ends with it."""
 
     def train(
         self,
@@ -197,9 +197,9 @@ class Trainer:
         setting: Mapping[str, Any],
         callback: UserCallback,
     ) -> dict[str, Any] | None:
-        """Train a new run, or go on with it; give the last metrics of the latter.
+        """Train or resume a run; return the last metrics of a resumed one.
 
-        They may have been reported just when the sweep was killed.
+        The sweep may have been killed just before it recorded them.
         """
         from pipelines.checkpoints.run_record import find_record
         from pipelines.config.overrides import change_fields
