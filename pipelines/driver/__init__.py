@@ -1,1 +1,1 @@
-"""Run a training from the driver: preflight, launch, listen, record."""
+"""The driver of a training: preflight, launch, listening, recording."""

@@ -1,7 +1,7 @@
-"""Have a run's checkpoints evaluated beside its training: the driver's part.
+"""Asynchronous evaluation of a run's checkpoints: the driver's part.
 
-Each is measured by a Ray task of its own, one at a time. What was measured is noted
-beside the checkpoint, so a driver that is started again goes on with what is left.
+Each is evaluated by its own Ray task, one at a time. The metrics are stored beside
+the checkpoint, so a restarted driver continues with those that are left.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _EPOCH = "epoch_"
 
 
 class Validator:
-    """Measure checkpoints in turn; what is found goes to whoever hears the workers.
+    """Asynchronous evaluator of checkpoints, one at a time.
 
-    One thread calls it, the one that hears the workers.
+    Only the listener's thread calls it.
 
     Args:
         folder: The run's.
-        handle: Gets the metrics, pictures and lines, as if a worker had told them.
+        handle: Receives metrics, pictures and messages, as if a worker had posted them.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class Validator:
         ]
 
     def kept(self, item: CheckpointSaved) -> None:
-        """Take a checkpoint that was written, if it is to be evaluated."""
+        """Queue a new checkpoint if it is due for evaluation."""
         if self._is_due(item.name):
             self._waiting.append(item.name)
         elif item.name.startswith(_EPOCH):
-            self._note(item.name, metrics={})  # else it would be kept for ever
+            self._note(item.name, metrics={})  # else it would be kept forever
 
     def look(self) -> None:
-        """Take what has been measured, and begin with the next; to be called often."""
+        """Collect a finished evaluation and start the next; to be called often."""
         if self._running is not None:
             name, found = self._running
             if not ray.wait([found], timeout=0)[0]:
@@ -86,11 +86,11 @@ class Validator:
 
     @property
     def is_busy(self) -> bool:
-        """Tell whether anything is left to measure."""
+        """Whether any evaluation is running or waiting."""
         return self._running is not None or bool(self._waiting)
 
     def cancel(self) -> None:
-        """Leave what is not measured to the next driver."""
+        """Cancel all evaluations; the next driver resumes them."""
         if self._running is not None:
             ray.cancel(self._running[1])
             self._running = None
@@ -104,7 +104,7 @@ class Validator:
         return self._run.validation.is_due(epoch, num_epochs=num_epochs)
 
     def _skip(self) -> None:
-        """Leave out what training is too far ahead of: it would be kept for ever."""
+        """Skip the oldest checkpoints in a long queue, which would be kept forever."""
         while len(self._waiting) > _MAX_WAITING:
             name = self._waiting.pop(0)
             self._note(name, metrics={})
@@ -136,7 +136,7 @@ class Validator:
 
 
 def _check_room(run: Run) -> None:
-    """Raise ValueError where no task can run beside the workers: Ray would wait."""
+    """Raise ValueError where no task fits beside the workers: Ray would wait."""
     has, taken = ray.cluster_resources(), needed(run.scale)
     wanted = {"CPU": run.validation.num_cpus, "GPU": run.validation.num_gpus}
     for name, num in wanted.items():
@@ -154,7 +154,7 @@ def measure(
 ) -> tuple[CheckpointEvaluation, list[NamedBadImage]]:
     """Evaluate a checkpoint on a run's held-out sets: the Ray task.
 
-    Beside what was found come the images that can't be decoded.
+    Also returns the images that can't be decoded.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Join the Ray that is there, or start one for this process and end it afterwards."""
+"""Connect to a running Ray, or start one for this process and shut it down after."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ _JOIN_HINT = "see that it runs with the same Python and the same Ray as this com
 def ray_session(
     scale: Scale, *, num_runs: int = 1, dashboard: bool = False
 ) -> Iterator[None]:
-    """Have a Ray with room for the workers of some runs at a time.
+    """Provide a Ray with room for the workers of `num_runs` runs at a time.
 
     A Ray that this process is connected to, or that RAY_ADDRESS names, is used and
-    left running. Else one is started here, with its dashboard if that is wanted, and
+    left running. Else one is started here, optionally with its dashboard, and
     shut down at the end.
 
     Raises ValueError where Ray does not start or answer, or the machine, or the cluster
@@ -97,7 +97,7 @@ def _init_local(*, dashboard: bool) -> None:
 
 
 def _join(scale: Scale) -> None:
-    """Join the Ray that RAY_ADDRESS names, and see that it has this project."""
+    """Connect to the Ray at RAY_ADDRESS, and check that it has this project."""
     address, timeout_s = os.environ["RAY_ADDRESS"], scale.start_timeout_s
     logger.info("joining Ray at %s", address)
     wait_for_address(address, timeout_s=timeout_s)
@@ -120,9 +120,9 @@ def _project() -> str:
 
 
 def wait_for_address(address: str, *, timeout_s: float) -> None:
-    """Wait until a host answers at a Ray's address; ray.init would try for 14 minutes.
+    """Wait until a Ray's address accepts connections: ray.init retries 14 minutes.
 
-    Raises ValueError once time is up. What names no host and port is left to Ray.
+    Raises ValueError at the timeout. An address without host and port is left to Ray.
     """
     try:
         parts = urlsplit(address if "://" in address else f"ray://{address}")
@@ -151,7 +151,7 @@ def wait_for_address(address: str, *, timeout_s: float) -> None:
 
 @contextlib.contextmanager
 def _refused(wanted: str, *, hint: str) -> Iterator[None]:
-    """Turn whatever Ray raises when it is started or joined into one line."""
+    """Convert any error of starting or joining a Ray into one line."""
     try:
         yield
     except Exception as error:
@@ -164,9 +164,9 @@ def _refused(wanted: str, *, hint: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _shielded() -> Iterator[None]:
-    """Start processes that a closed terminal does not end: the driver ends them.
+    """Block SIGHUP in child processes: the driver ends them, not a closed terminal.
 
-    They inherit which signals are blocked.
+    They inherit the mask of blocked signals.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
@@ -176,7 +176,7 @@ def _shielded() -> Iterator[None]:
 
 
 def _without_proxy() -> dict[str, str]:
-    """Reach this machine's own Ray directly, wherever a proxy is set."""
+    """Return the environment that exempts this machine's Ray from any proxy."""
     settings = {}
     for name in ("no_proxy", "NO_PROXY"):
         parts = [os.environ.get(name, ""), *_HERE, ray.util.get_node_ip_address()]
@@ -185,18 +185,18 @@ def _without_proxy() -> dict[str, str]:
 
 
 def needed(scale: Scale) -> dict[str, float]:
-    """Count the resources of all workers together."""
+    """Return the resources of all workers together."""
     wanted = {"CPU": scale.world_size * scale.cpus_per_worker}
     return wanted | ({"GPU": float(scale.world_size)} if scale.use_gpu else {})
 
 
 def per_worker(scale: Scale) -> dict[str, float]:
-    """Give what Ray reserves for one worker."""
+    """Return the resources that Ray reserves for one worker."""
     return {name: total / scale.world_size for name, total in needed(scale).items()}
 
 
 def room(scale: Scale) -> int:
-    """Count the runs that the Ray of this process has workers' room for at a time."""
+    """Count the runs whose workers fit into this process's Ray at a time."""
     has = ray.cluster_resources()
     if not os.environ.get("RAY_ADDRESS"):
         # Not those that are there for the readers alone.
@@ -205,9 +205,9 @@ def room(scale: Scale) -> int:
 
 
 def _lacking(scale: Scale, *, num_runs: int) -> str:
-    """Say what Ray lacks for the workers of some runs; nothing where it has it all."""
+    """List the resources Ray lacks for the workers of some runs; "" for none."""
     has, wanted = ray.cluster_resources(), needed(scale)
-    # Were all CPUs the workers', reading would wait for one for ever.
+    # Were all CPUs the workers', reading would wait for one forever.
     wanted["CPU"] += CPUS_PER_READ
     totals = {name: num_runs * total for name, total in wanted.items()}
     return ", ".join(
@@ -237,9 +237,9 @@ def _fewer(num_runs: int) -> str:
 
 
 def _wait_for_room(scale: Scale, *, num_runs: int) -> None:
-    """Ask the autoscaler for the workers and wait; Train alone waits for ever.
+    """Request the workers from the autoscaler and wait; Train would wait forever.
 
-    With `min_workers` these are enough once time is up.
+    At the timeout, `min_workers` are enough if set.
     """
     is_local = not os.environ.get("RAY_ADDRESS")
     deadline_s = time.monotonic() + (0 if is_local else scale.start_timeout_s)

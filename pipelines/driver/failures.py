@@ -1,4 +1,4 @@
-"""Tell failures that a restart may mend from those that only the user can mend."""
+"""Separate retryable worker failures from user errors."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pipelines.events.channel import WorkerFailed
 
 
 class StopOnValueError(UserCallback):
-    """Tell of workers that failed; end a run where one raised a ValueError.
+    """Callback that reports failed workers, and ends a run on a ValueError.
 
-    A ValueError is for the user: a damaged shard is as damaged at the next attempt.
+    A ValueError is a user error: a damaged shard is as damaged at the next attempt.
     Ray Train counts restarts but does not look at the error; an exception out of this
     callback ends the run.
 
     Args:
-        tell: Gets what is to be told the driver.
-        max_rewinds: How often the workers may go back to the last checkpoint because a
-            step was no number.
+        tell: Receives the failures to report to the driver.
+        max_rewinds: How often the workers may return to the last checkpoint after a
+            non-finite step.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class StopOnValueError(UserCallback):
     def after_exception(
         self, run_context: object, worker_exceptions: dict[int, Exception]
     ) -> None:
-        """Raise the first ValueError among the workers' errors; tell of the others."""
+        """Raise the first ValueError among the workers' errors; report the others."""
         found = [c for e in worker_exceptions.values() for c in causes(e)]
         for cause in found:
             if isinstance(cause, ValueError):
@@ -52,17 +52,17 @@ class StopOnValueError(UserCallback):
 
 
 class Rewinds:
-    """Count how often a run goes back to its last checkpoint.
+    """Counter of a run's returns to its last checkpoint.
 
-    A fault of the hardware is gone then. What comes again at the same step does not
-    go away.
+    A hardware fault doesn't recur afterwards. What recurs at the same step is
+    permanent.
     """
 
     def __init__(self, max_rewinds: int) -> None:
         self._max_rewinds, self._num_rewinds, self._last_step = max_rewinds, 0, -1
 
     def count(self, error: RewindError) -> None:
-        """Count once more; raise NonFiniteLossError where it is no use."""
+        """Count a rewind; raise NonFiniteLossError where another one is no use."""
         self._num_rewinds += 1
         is_same = error.step == self._last_step
         if is_same or self._num_rewinds > self._max_rewinds:
@@ -75,7 +75,7 @@ class Rewinds:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from, through Ray's wrappers."""
+    """Yield an error and its causes, through Ray's wrappers."""
     seen: set[int] = set()
     waiting: list[object] = [error]
     while waiting:
@@ -93,7 +93,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def end_of(error: TrainingFailedError) -> ValueError | RunFailedError:
-    """Say in one line how a training ended: a ValueError is for the user to mend."""
+    """Convert a training's failure into one line: ValueError for a user error."""
     found = list(causes(error))
     for cause in found:
         if isinstance(cause, ValueError):
@@ -104,12 +104,12 @@ def end_of(error: TrainingFailedError) -> ValueError | RunFailedError:
 
 
 def _mendable(cause: ValueError) -> ValueError:
-    """Keep of a worker's error what survives the way to the driver."""
+    """Reduce a worker's error to what survives the way to the driver."""
     kind = NonFiniteLossError if isinstance(cause, NonFiniteLossError) else ValueError
     return kind(first_line(cause))
 
 
 def first_line(error: BaseException) -> str:
-    """Give an error's first line that says something."""
+    """Return an error's first non-empty line, or its type's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Train a run to its end: claim its folder, record it, launch it, mark its end."""
+"""Train a run to its end: claim its folder, record it, launch it, record its end."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def fit(
     """Train a run to its end, on Ray's workers or in this process.
 
     Args:
-        name: The new run's name, or that of the one to go on with.
-        record: The record of the run to go on with; None starts a new run.
+        name: The name of the new run, or of the one to resume.
+        record: The record of the run to resume; None starts a new run.
         callbacks: Ray Train callbacks, such as Tune's. One that raises StoppedEarly in
-            this process ends the run as one that has finished.
+            this process ends the run as finished.
         tracking_uri: MLflow's address; by default that of the storage, or the
             environment's.
         tags: Further tags of the MLflow run.
@@ -77,10 +77,10 @@ def fit(
             MLflow; its checkpoint stays anyway.
         ends_on_sigterm: Whether SIGTERM, SIGHUP and Ctrl-C are answered with a
             checkpoint and InterruptedRun. Ray's own processes leave them to Ray.
-        sweep_id: Of the sweep that a new run is a trial of.
-        code: The user's own recipe file of a new run; one that goes on has its own.
+        sweep_id: Id of the sweep that a new run is a trial of.
+        code: The user's own recipe file of a new run; a resumed one has its own.
 
-    Raises ValueError for what the user can mend, before or while it trains, and
+    Raises ValueError for user errors, before or during the training, and
     RunFailedError where workers failed more often than the run allows. The MLflow run
     is marked FAILED with the reason.
     """
@@ -136,7 +136,7 @@ def fit(
 
 
 def _finish(record: Record, *, tracked: LateRun, stop: StopRequest) -> None:
-    """Note in MLflow and in the record that a run has ended as it should."""
+    """Mark a run as finished in MLflow and in its record."""
     with stop.waiting():
         tracked.end(status="FINISHED")
         run_id = tracked.run_id or record.mlflow_run_id
@@ -171,7 +171,7 @@ def _trained(
 def _ended_in_mlflow(
     job: Job, *, tracked: LateRun, name: str, stop: StopRequest
 ) -> Iterator[None]:
-    """Mark the MLflow run by how a block ends, where it does so early."""
+    """Set the MLflow run's status when a block ends early."""
 
     def end(status: Literal["FINISHED", "FAILED", "KILLED"], reason: str = "") -> None:
         with stop.waiting():
@@ -207,9 +207,9 @@ def _begun(
     is_begun: bool,
     is_demanded: bool,
 ) -> tuple[Job, LateRun]:
-    """Open a run in MLflow with its shard sets, and describe it to the workers.
+    """Open a run in MLflow with its shard sets, and build the workers' job.
 
-    A new run that MLflow refuses leaves no folder.
+    A new run that MLflow rejects leaves no folder.
     """
     try:
         tracked = open_tracking(
@@ -246,7 +246,7 @@ def _begun(
 
 
 def _check_recorded(tracked: LateRun, *, job: Job, name: str) -> None:
-    """Raise RunFailedError where a training has ended that MLflow knows nothing of."""
+    """Raise RunFailedError if MLflow was unreachable during the whole training."""
     if not tracked.is_open:
         raise RunFailedError(
             f"{name} is trained, but MLflow at {without_credentials(job.tracking_uri)} "
@@ -256,7 +256,7 @@ def _check_recorded(tracked: LateRun, *, job: Job, name: str) -> None:
 
 
 def _listener(job: Job, *, tracked: LateRun, name: str, stop: StopRequest) -> Listener:
-    """Make what hears the workers: progress, MLflow, and on Ray the gauges."""
+    """Build the listener: progress, MLflow, and on Ray the gauges."""
     uri, folder = job.tracking_uri, StoragePath(job.run.storage).within(name)
     return Listener(
         display=_display(job, tracked=tracked, stop=stop),
@@ -271,7 +271,7 @@ def _listener(job: Job, *, tracked: LateRun, name: str, stop: StopRequest) -> Li
 
 
 def _display(job: Job, *, tracked: LateRun, stop: StopRequest) -> Display:
-    """Make what shows a run's progress; its bad images and hardware go to MLflow."""
+    """Build the progress display; bad images and hardware go to MLflow."""
     uri = job.tracking_uri
     plans = Plans(shards=job.train_shards, run=job.run, train=True)
     num_epochs = job.run.optim.total_epochs

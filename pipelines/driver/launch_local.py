@@ -1,8 +1,8 @@
 """Train in the calling process: no Ray, no other process.
 
-Everything but the group is what Ray's workers do: the same model, batches, checkpoints
-and metrics. What fails ends the run, which `--resume` goes on with; nothing starts it
-again by itself.
+Everything but the group is as on Ray's workers: the same model, batches, checkpoints
+and metrics. A failure ends the run, which `--resume` continues; nothing restarts it
+automatically.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _LISTEN_EVERY_S = 0.02
 
 
 class LocalGroup:
-    """Be a worker's `Group` of one: pass on what it reports.
+    """`Group` of the only worker, in this process.
 
     Args:
         folder: The run's.
-        callbacks: As Ray Train calls them; there is no run context.
+        callbacks: Called as by Ray Train, but without a run context.
     """
 
     rank = 0
@@ -59,15 +59,15 @@ class LocalGroup:
         self._channel = channel
 
     def opener(self, reading: Reading, *, data: Data) -> ShardOpener:
-        """Give what reads in this process, as the batches are taken."""
+        """Return an opener that reads in this process, as batches are consumed."""
         return LocalOpener(reading)
 
     def broadcast(self, value: Small) -> Small:
-        """Give the value back."""
+        """Return the value unchanged."""
         return value
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Tell the callbacks, once the driver's thread has heard all before."""
+        """Call the callbacks, once the driver's thread has handled earlier events."""
         wait_until_handled(self._channel.is_handled, every_s=_LISTEN_EVERY_S)
         for callback in self._callbacks:
             callback.after_report(None, [dict(metrics)], None)  # pyright: ignore[reportArgumentType]
@@ -77,23 +77,23 @@ class LocalGroup:
         self._channel.post(item)
 
     def should_stop(self) -> bool:
-        """Ask this process's channel."""
+        """Check this process's channel for a stop request."""
         return self._channel.should_stop()
 
     def is_preempted(self) -> bool:
-        """Know of no notice: who takes the machine ends the process."""
+        """Return False: preemption ends the process itself, without notice."""
         return False
 
     def close(self) -> None:
-        """End nothing: nothing was started."""
+        """Do nothing: nothing was started."""
 
 
 def train_alone(
     job: Job, *, name: str, callbacks: Sequence[UserCallback], listener: Listener
 ) -> Trained:
-    """Train to the end of the run, and show what it reports.
+    """Train to the end of the run in this process, and show its progress.
 
-    Raises ValueError for what the user can mend, and RunFailedError for all else.
+    Raises ValueError for user errors, and RunFailedError for all else.
     """
     channel = Channel()
     num_threads = torch.get_num_threads()
@@ -118,7 +118,7 @@ def train_alone(
 
 
 def _trained_once(job: Job, *, group: LocalGroup, rewinds: Rewinds) -> bool:
-    """Train to the end, or until the run is to go back to its last checkpoint."""
+    """Train to the end, or until a rewind; return whether it reached the end."""
     try:
         with Worker(job, group=group) as worker:
             worker.train()

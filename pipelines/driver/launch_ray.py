@@ -1,4 +1,4 @@
-"""Train on the workers of a Ray: the driver's part."""
+"""Train on a Ray's workers: the driver's part."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _PASSED_ON = ("RAY_TRAIN_", "NCCL_RAS_", "TORCHFT_")
 def train_on_ray(
     job: Job, *, name: str, callbacks: Sequence[UserCallback], listener: Listener
 ) -> Trained:
-    """Start the workers, show what they report, and wait for their end.
+    """Start the workers, show their progress, and wait for their end.
 
     Raises ValueError where a worker raised it, and RunFailedError where workers failed
     more often than the run allows.
@@ -95,7 +95,7 @@ def train_on_ray(
 def _listening(
     job: Job, *, folder: StoragePath, listener: Listener, channel: ActorHandle
 ) -> Iterator[None]:
-    """Hear the workers; where it is wanted evaluate beside them, and wait for that."""
+    """Listen to the workers; evaluate beside them if so set, and wait for that."""
     channel_here = _ActorChannel(channel)
     if not job.run.validation.beside:
         with listener.listening(channel_here, every_s=_LISTEN_EVERY_S):
@@ -120,7 +120,7 @@ def _listening(
 
 
 def _settings(scale: Scale) -> dict[str, str]:
-    """Make the environment of the actor that runs Ray Train, and of all below it.
+    """Build the environment of Ray Train's actor, which its workers inherit.
 
     Ray Train looks for its own Ray by RAY_ADDRESS. Without it, another Ray with a
     dashboard on this machine would answer, know nothing of the run, and have its
@@ -141,12 +141,12 @@ def _settings(scale: Scale) -> dict[str, str]:
 
 
 def _is_preemptible() -> bool:
-    """Nobody takes a laptop away with notice; the watcher is a process more."""
+    """Assume preemption notices on clusters only; the watcher is a further process."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _num_workers(scale: Scale) -> int | tuple[int, int]:
-    """Count the workers as Ray Train wants it: a range where it may vary."""
+    """Return Ray Train's number of workers: a range where it may vary."""
     if not scale.min_workers:
         return scale.num_workers
     return scale.min_workers, scale.num_workers
@@ -161,7 +161,7 @@ class _RunChannel(Channel):
     """Channel whose process also runs Ray Train, in a thread of its own."""
 
     def fit(self, trainer: ray.train.torch.TorchTrainer) -> Exception | None:
-        """Train; return how that failed, None where it did not."""
+        """Train; return the failure, or None."""
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -170,7 +170,7 @@ class _RunChannel(Channel):
 
 
 def _start_channel(scale: Scale) -> ActorHandle:
-    """Start the channel beside the driver; it needs no CPU of its own."""
+    """Start the channel on the driver's node; it reserves no CPU."""
     here = NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
@@ -183,7 +183,7 @@ def _start_channel(scale: Scale) -> ActorHandle:
 
 
 class _ActorChannel:
-    """Be the channel's door to the driver."""
+    """Driver's end of a channel that is an actor."""
 
     def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor

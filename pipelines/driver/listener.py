@@ -1,4 +1,4 @@
-"""Hear on the driver what the workers tell: show it, keep it in MLflow, export it."""
+"""Dispatch the workers' events on the driver: display, MLflow, Prometheus."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _OPEN_PATIENCE_S = 120.0
 
 
 class Listener:
-    """Pass on what is told to whom it concerns.
+    """Dispatcher of the workers' events to display, MLflow and gauges.
 
     Args:
-        is_over: Once it is set, the workers are asked to end.
-        gauges: None where no Ray is there to export them.
-        wait_for_run: Waits so many seconds at most for MLflow to have the run, or
-            `until` an event.
+        is_over: Once set, the workers are asked to stop.
+        gauges: None without a Ray to export them.
+        wait_for_run: Waits for the run to exist in MLflow, up to a timeout or `until`
+            an event.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Listener:
         on_kept: Callable[[CheckpointSaved], None] = lambda item: None,
         on_look: Callable[[], None] = lambda: None,
     ) -> Iterator[None]:
-        """Listen, on a thread, while a `with` block runs; then write what waits.
+        """Handle events on a thread during a `with` block; then flush what is buffered.
 
         Args:
-            on_kept: Is told of each checkpoint that was written.
-            on_look: Is called each time that the thread looks.
+            on_kept: Called with each checkpoint that was written.
+            on_look: Called on each poll of the channel.
         """
 
         def handle(item: Event) -> None:
@@ -93,7 +93,7 @@ class Listener:
             self._writer.close(_FLUSH_S)
 
     def handle(self, item: Event) -> None:
-        """Pass on one thing that was told."""
+        """Dispatch one event."""
         if isinstance(item, Metrics):
             self._writer.log(item.metrics, step=item.step)
         elif isinstance(item, Figure):

@@ -1,4 +1,4 @@
-"""Keep what the driver knows of a training in MLflow."""
+"""MLflow records of a training that the driver writes."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def open_tracking(
     is_begun: bool,
     is_demanded: bool,
 ) -> LateRun:
-    """Open the MLflow run of a record, new or not, now or once MLflow is back.
+    """Open the MLflow run of a record, new or not, now or once MLflow is reachable.
 
-    Raises ValueError, where that `is_demanded`, for what waiting won't mend.
+    Raises ValueError, if `is_demanded`, for errors that a retry won't fix.
     """
 
     def note(run_id: str) -> None:
@@ -82,7 +82,7 @@ def log_shards(shards: ShardSet, *, uri: str, run_id: str, context: str) -> None
 
 
 def log_model(trained: Trained, *, job: Job) -> None:
-    """Keep the final model in MLflow, with a held-out image, if any, as its example.
+    """Log the final model to MLflow, with a held-out image, if any, as its example.
 
     It becomes a version of the model that is registered under the recipe's name.
     """

@@ -1,4 +1,4 @@
-"""Check a run before anything is started: what can't work shows within seconds."""
+"""Check a run before anything is started, so that errors show within seconds."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedRun:
-    """Hold what the checks found out."""
+    """Findings of the checks."""
 
     model_name: str
     num_params: int
     train_shards: ShardSet
     val_shards: ShardSet | None
-    """None where the run is to do without."""
+    """None for a run without a validation set."""
     held_out: tuple[HeldOut, ...]
     few_tokens: str
-    """A line on tokens that are too few for the model's pooling; "" where they do."""
+    """A line on tokens too few for the model's pooling; "" where they suffice."""
 
     @property
     def digests(self) -> dict[str, str]:
-        """Give what is in the two sets in short, by the field that names each."""
+        """Digests of the two sets, by the field that names each."""
         found = {"train": self.train_shards, "val": self.val_shards}
         return {name: shards.digest for name, shards in found.items() if shards}
 
     @property
     def summary(self) -> str:
-        """Say in one line what is trained on what."""
+        """One line on the model and its data."""
         held_out = self.val_shards.groups.total_rows if self.val_shards else 0
         return (
             f"{self.model_name}, {self.num_params:,} parameters, on "
@@ -55,7 +55,7 @@ class CheckedRun:
 
 
 def check_run(run: Run, *, reads_start: bool = True) -> CheckedRun:
-    """Read the shards' footers and a sample of rows; build the model without memory.
+    """Read the shards' footers and a sample of rows; build the model on meta.
 
     Args:
         reads_start: Whether weights that the run starts from must be there and fit.
@@ -84,9 +84,9 @@ def check_run(run: Run, *, reads_start: bool = True) -> CheckedRun:
 
 
 def reserves_too_few(run: Run) -> str:
-    """Say where Ray reserves fewer CPUs than a worker decodes with; "" elsewhere.
+    """Return a warning if Ray reserves fewer CPUs than a worker decodes with, or "".
 
-    It would give hosts more workers than they have CPUs for, and GPUs would wait.
+    Ray would place more workers on a host than it has CPUs for, and GPUs would wait.
     """
     scale, num_threads = run.scale, run.data.num_decode_threads
     is_here = run.data.decode_on == "workers" and not scale.is_local
@@ -104,9 +104,9 @@ def reserves_too_few(run: Run) -> str:
 def _check_model(
     run: Run, *, classes: tuple[str, ...], reads_start: bool
 ) -> tuple[nn.Module, str]:
-    """Build the model without memory, and once more where weights are loaded into it.
+    """Build the model on meta, and once more in memory to load initial weights.
 
-    Returns it with what there is to say of its tokens. Raises ValueError where it does
+    Returns it with the warning on its tokens. Raises ValueError where it does
     not take such images, or the weights do not fit it.
     """
     few_tokens: list[str] = []
@@ -127,7 +127,7 @@ def _check_model(
 
 
 def _check_size(model: nn.Module, *, settings: Model) -> None:
-    """Send images without memory through a model: their size is all that is computed.
+    """Send meta images through a model: only shapes are computed.
 
     Raises ValueError where it does not take them.
     """

@@ -21,11 +21,11 @@ from pipelines.hardware.facts import GPU, gpu_summary
 
 
 class Display:
-    """Show what a run's workers tell.
+    """Progress display of a run's workers.
 
     Args:
-        on_begun: Is called when all workers have begun, by rank, and returns what else
-            to show then.
+        on_begun: Called when all workers have started, with them by rank; returns a
+            further line to show.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Display:
         )
 
     def show(self, item: Event) -> None:
-        """Show something; what is not to be seen is passed over."""
+        """Show an event; ignore those without a display."""
         if isinstance(item, NamedBadImage):
             if line := self._bad_images.add(item):
                 self._say(line)
@@ -61,12 +61,12 @@ class Display:
             self._say(item.line)
 
     def close(self) -> None:
-        """Keep the list of bad images, and take the bar away."""
+        """Flush the list of bad images, and close the bar."""
         self._bad_images.flush()
         self._bar.close()
 
     def _show_begin(self, item: WorkerStarted) -> None:
-        """Say on which hosts workers have begun, once all of them have."""
+        """Show the workers' hosts once all workers have started."""
         if item.rank in self._begun:
             self._begun.clear()
         self._begun[item.rank] = item
@@ -97,7 +97,7 @@ class Display:
 
 
 def begin_line(begun: list[WorkerStarted]) -> str:
-    """Say how many workers train on which hosts, and from which step on."""
+    """Format the number of workers, their hosts and the first step."""
     on = Counter(item.host for item in begun)
     hosts = ", ".join(f"{host}: {num}" for host, num in sorted(on.items()))
     workers = "1 worker" if len(begun) == 1 else f"{len(begun)} workers"
@@ -107,7 +107,7 @@ def begin_line(begun: list[WorkerStarted]) -> str:
 
 
 def step_text(metrics: Mapping[str, float]) -> str:
-    """Put the numbers of some steps into one line."""
+    """Format the metrics of some steps as one line."""
     return (
         f"loss {metrics['loss']:.3f}  top-1 {metrics['top1']:.1f} %  "
         f"lr {metrics['lr']:.2e}  {metrics['images_per_s']:,.0f} images/s  "
@@ -116,7 +116,7 @@ def step_text(metrics: Mapping[str, float]) -> str:
 
 
 def epoch_line(event: Progress, *, num_epochs: int) -> str:
-    """Put an epoch's training loss and held-out accuracy into one line."""
+    """Format an epoch's training loss and held-out accuracy as one line."""
     found = ""
     if held_out := event.epoch_metrics:
         top1, num_images = held_out["top1"], held_out["num_images"]

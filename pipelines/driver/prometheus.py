@@ -1,4 +1,4 @@
-"""Export a run's state to Prometheus, through the Ray that it runs on."""
+"""Export a run's state to Prometheus through its Ray."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _AGAIN_S = 5.0
 
 
 class Gauges:
-    """Hold the gauges of one run; Ray must be running."""
+    """Prometheus gauges of one run; Ray must be running."""
 
     def __init__(self, run: str) -> None:
         self._tags = {"run": run}
@@ -54,7 +54,7 @@ class Gauges:
         }
 
     def measured(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Set what was measured; what is not a number is left as it was."""
+        """Set gauges from metrics; non-finite values leave them unchanged."""
         self._set("sovit_step", step)
         for name, value in metrics.items():
             if name in _SOURCES and math.isfinite(value):
@@ -66,7 +66,7 @@ class Gauges:
         self._set("sovit_num_restarts", self._num_starts - 1)
 
     def keep(self) -> None:
-        """Set the last values again where it is time; to be called often."""
+        """Re-export the last values every few seconds; to be called often."""
         if time.monotonic() - self._set_at_s < _AGAIN_S:
             return
         self._set_at_s = time.monotonic()

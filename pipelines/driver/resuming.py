@@ -1,4 +1,4 @@
-"""Go on with a run by its name, and only as the run that it was."""
+"""Resume a run by its name, and only with unchanged settings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CHECKPOINT = re.compile(r"(epoch|step)_\d{4,}")
 
 
 def record_to_resume(name: str, *, storage: str, recipe: str) -> Record | None:
-    """Find a run to go on with; None where its recipe is to begin it.
+    """Find the record of a run to resume; None where its recipe is to start it.
 
     Raises ValueError where there is none and no recipe, and where it has finished.
     """
@@ -47,7 +47,7 @@ def record_to_resume(name: str, *, storage: str, recipe: str) -> Record | None:
 
 
 def resume_command(run: Run, *, name: str, prog: str = "sovit-train") -> str:
-    """Write the command that goes on with a run or a sweep, ready to paste."""
+    """Format the command that resumes a run or a sweep, ready to paste."""
     storage = "" if run.storage == os.path.abspath("runs") else run.storage
     return command_line(
         prog, "--resume", name, *(["--storage", storage] if storage else [])
@@ -55,7 +55,7 @@ def resume_command(run: Run, *, name: str, prog: str = "sovit-train") -> str:
 
 
 def load_recorded(code: OwnCode) -> None:
-    """Run the recipe file that a run began with; log where it is now another."""
+    """Run the recipe file that a run began with; log if it has changed since."""
     load_code(code)
     try:
         now = read_code(Path(code.origin))
@@ -92,7 +92,7 @@ def run_and_storage(resume: str, *, storage: str) -> tuple[str, str]:
 
 
 def check_one_name(name: str, *, resume: str) -> None:
-    """Raise ValueError where a run that is to go on is given another name."""
+    """Raise ValueError where a resumed run is given another name."""
     if name not in ("", resume):
         raise ValueError(
             f"expected --name for a new run or --resume for one that is there, got "
@@ -101,9 +101,9 @@ def check_one_name(name: str, *, resume: str) -> None:
 
 
 def check_same(before: Run, now: Run, *, advice: str = "leave them out") -> None:
-    """Raise ValueError where a run is to go on with settings that change it.
+    """Raise ValueError where a run is resumed with settings that change it.
 
-    Where shards lie changes nothing: `check_shards` compares what is in them.
+    The shards' location may change: `check_shards` compares their content.
     """
     was, params = flat_params(before), flat_params(now)
     free = NOT_LEARNT | READING | LOCATIONS
@@ -128,7 +128,7 @@ def check_same(before: Run, now: Run, *, advice: str = "leave them out") -> None
 
 
 def check_start(run: Run, *, name: str, record: Record | None) -> CheckedRun:
-    """Check a run before anything is started, new or with the record that it has.
+    """Check a run before anything is started, new or resumed from its record.
 
     Raises ValueError as `check_run`, for a name that is taken, and for other shards
     than the run began with.
@@ -147,10 +147,10 @@ def check_start(run: Run, *, name: str, record: Record | None) -> CheckedRun:
 
 
 def check_shards(record: Record, *, now: Run, digests: Mapping[str, str]) -> None:
-    """Raise ValueError where a run is to go on with other shards than it began with.
+    """Raise ValueError where a run is resumed with other shards than it began with.
 
-    Those of a record of an earlier version, which has no digests, must lie where they
-    lay.
+    Without digests, in a record of an earlier version, the shards' location must not
+    have changed.
     """
     for field, digest in digests.items():
         was = record.digests.get(field)

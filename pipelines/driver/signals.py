@@ -1,6 +1,6 @@
-"""Answer Ctrl-C, SIGTERM and SIGHUP with an orderly end.
+"""Handle Ctrl-C, SIGTERM and SIGHUP with an orderly end.
 
-The words of a person, of schedulers and spot markets, and of a terminal that is closed:
+They come from a person, from schedulers and spot markets, and from a closed terminal:
 all three ask for the same. While a run trains, the first one asks for a checkpoint and
 an end, the second ends it at once. Where there is nothing to keep the first one ends
 it, and while a record is being written it waits until that is whole.
@@ -28,7 +28,7 @@ _MOST_SIGNALS = 4096
 
 
 class StopRequest:
-    """What signals ask of this process, and how it answers them now."""
+    """Signals this process has received, and its current way of handling them."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
@@ -43,7 +43,7 @@ class StopRequest:
         self._terminals = [fd for fd in (0, 1, 2) if _is_terminal(fd)]
 
     def arm(self) -> None:
-        """Answer signals again after a library took them: `ray.init` takes SIGTERM.
+        """Reinstall the handlers after a library replaced them, as `ray.init` does.
 
         Those that `stop_requests` leaves alone stay so. Raises as `check` does.
         """
@@ -53,9 +53,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def answering(self, numbers: Iterable[int]) -> Iterator[None]:
-        """Answer these signals within a block; note those that a library answers.
+        """Handle these signals within a block; note those that a library handles.
 
-        Its handler may raise what is lost: within a finalizer Python ignores it.
+        An exception of a handler may get lost: Python ignores it within a finalizer.
         """
         self._answered = tuple(numbers)
         reader, writer = os.pipe()
@@ -78,32 +78,32 @@ class StopRequest:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[threading.Event]:
-        """Within this block, once it has begun, a signal only sets the event.
+        """Only set the event on a signal in this block, once `begun` is set.
 
-        The second one ends it at once.
+        The second signal ends the process at once.
         """
         with self._answering("note"):
             yield self.event
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let signals wait until the block is done; see `check`."""
+        """Defer signals until the block is done; see `check`."""
         with self._answering("wait"):
             yield
 
     def finish(self) -> None:
-        """Let signals wait for ever: all is done but for leaving."""
+        """Defer signals for good: only exiting is left."""
         self._answer = "wait"
 
     def check(self) -> None:
-        """Raise as the signal would have where one has come in the meantime."""
+        """Raise as the signal would have, if one has come in the meantime."""
         self._note_what_came()
         if self.event.is_set():
             raise self._interruption()
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Raise a signal's own end where Ray made another SystemExit of it.
+        """Restore the signal's own exception where Ray replaced it by a SystemExit.
 
         Its own handler of SIGTERM does, and so does its C++ code with whatever a
         handler raises while it waits.
@@ -131,7 +131,7 @@ class StopRequest:
             self._answer = before
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Answer a signal: the handler, in the main thread."""
+        """Handle a signal, in the main thread."""
         if number == signal.SIGHUP:
             self._leave_terminals()
         now_s = time.monotonic()
@@ -161,7 +161,7 @@ class StopRequest:
         return InterruptedRun(f"ended by {self.name}", status=128 + self._number)
 
     def _leave_terminals(self) -> None:
-        """Write to nowhere what goes to a terminal: it is gone, and writing fails."""
+        """Redirect terminals to /dev/null: writing to a closed one fails."""
         nowhere = os.open(os.devnull, os.O_RDWR)
         for terminal in self._terminals:
             os.dup2(nowhere, terminal)
@@ -170,7 +170,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests(*, is_wanted: bool = True) -> Iterator[StopRequest]:
-    """Answer signals while a block runs.
+    """Handle signals during a block.
 
     Signals that are ignored, as under nohup, stay so. Where it is not wanted, and in
     other threads than the main one, for which Python can't do this, all are left alone.

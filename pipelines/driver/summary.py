@@ -1,4 +1,4 @@
-"""Say at a run's end what it came to, and what to type next."""
+"""Print a run's results at its end, and the commands to type next."""
 
 from __future__ import annotations
 
