@@ -1,8 +1,8 @@
-"""Note what every step was trained on, so that an epoch can be audited.
+"""Log the images of every training step, so that an epoch can be audited.
 
-Each worker of each attempt writes a CSV file of its own: a line an image with the step,
-the epoch, the image's row in the set and its repetition, and a CRC-32 of its pixels.
-After a failure steps are trained again; `trained` gives those that the weights kept.
+Each worker of each attempt writes its own CSV file, one line per image: the step, the
+epoch, the image's row in the set and its repetition, and a CRC-32 of its pixels.
+After a failure steps are repeated; `trained` returns those that the weights kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NAME = "{attempt:020d}-{step:08d}-{rank:05d}.csv"
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Trained:
-    """Say that a step was trained on an image."""
+    """Record of an image that a step was trained on."""
 
     step: int
     """Number of the step, from 0."""
@@ -34,7 +34,7 @@ class Trained:
 
 
 class KeyLog:
-    """Write what one worker trains on from a step on.
+    """CSV log of the images that one worker trains on, from a step on.
 
     Args:
         attempt: The same number for all workers of a group, larger for a later group.
@@ -51,7 +51,7 @@ class KeyLog:
         self._lines = csv.writer(self._file)
 
     def __call__(self, batch: Batch, step: int) -> None:
-        """Note a micro-batch of a step."""
+        """Log a micro-batch of a step."""
         pixels = batch.images.permute(0, 2, 3, 1).cpu().contiguous()
         in_bytes = pixels.view(torch.uint8).numpy()  # NumPy has no bfloat16
         for at, draw_id in enumerate(batch.draw_ids.tolist()):
@@ -68,9 +68,9 @@ class KeyLog:
 
 
 def trained(folder: Path) -> list[Trained]:
-    """Read what a run's weights were trained on, over all attempts, by step.
+    """Read which images a run's weights were trained on, over all attempts, by step.
 
-    An attempt that begins at a step makes void what earlier ones did from it on.
+    An attempt that begins at a step supersedes earlier ones from that step on.
     """
     kept: list[Trained] = []
     paths = sorted(folder.glob("*.csv"))

@@ -1,4 +1,4 @@
-"""Give a worker its state from the newest checkpoint, and have its state kept."""
+"""Restore a worker's state from the newest checkpoint, and write new ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipelines.worker.job import Job
 
 
 class Checkpointer:
-    """Hold a run's checkpoints for one of its workers; the first one writes them."""
+    """A worker's access to its run's checkpoints; rank 0 writes them."""
 
     def __init__(self, job: Job, *, group: Group) -> None:
         self._job, self._run, self._group = job, job.run, group
@@ -44,9 +44,9 @@ class Checkpointer:
             )
 
     def state(self) -> TrainState:
-        """Build the model, with weights and position of the newest checkpoint, if any.
+        """Build the training state, restored from the newest checkpoint, if any.
 
-        A collective: all workers take the one that the first has found.
+        A collective: all workers load the checkpoint that rank 0 has found.
         """
         is_first = self._group.rank == 0
         name = self._group.broadcast(self._store.newest() if is_first else "")
@@ -71,9 +71,10 @@ class Checkpointer:
         metrics: Mapping[str, float],
         can_wait: bool,
     ) -> None:
-        """Have a checkpoint written; training waits for a copy of its state.
+        """Write a checkpoint asynchronously; training waits for a copy of its state.
 
-        All workers call this alike. Raises as `CheckpointWriter.write`.
+        All workers call this alike, a collective if the model is sharded. Raises as
+        `CheckpointWriter.write`.
         """
         start_s = time.perf_counter()
         sharded = is_sharded(state.model.parameters())
@@ -90,7 +91,7 @@ class Checkpointer:
         self._group.post(Metrics(step=state.position.step, metrics=stall))
 
     def close(self, *, is_done: bool) -> None:
-        """Wait for what is being written; raises as `CheckpointWriter.close`."""
+        """Wait for the pending write; raises as `CheckpointWriter.close`."""
         if self._writer is not None:
             self._writer.close(is_done=is_done)
 
@@ -112,12 +113,12 @@ class Checkpointer:
         )
 
     def _tell(self, line: str) -> None:
-        """Tell the driver once what all workers know."""
+        """Post a message that all workers have once, from rank 0."""
         if self._group.rank == 0:
             self._group.post(Message(line=line))
 
     def _start(self, model: nn.Module) -> None:
-        """Put the weights of another training into a fresh model, if so wanted."""
+        """Load the initial weights of another training, if configured."""
         settings = self._run.model
         if settings.init_from:
             load_initial(
@@ -144,6 +145,6 @@ class _Parts(TypedDict):
 
 
 def _parts_of(state: TrainState) -> _Parts:
-    """Name what a checkpoint holds of a state."""
+    """Return the parts of a state that a checkpoint stores."""
     average = state.ema.module if state.ema is not None else None
     return {"model": state.model, "ema": average, "optimizer": state.optimizer}

@@ -1,4 +1,4 @@
-"""Start a worker's part of a training, importing what it needs only there.
+"""Entry point of a worker process, which imports what it needs only when called.
 
 Ray Train's controller unpickles this function too and never calls it: torch and timm
 would cost it seconds at every start.

@@ -1,4 +1,4 @@
-"""Say what a worker needs of the group that it trains in: see `Group`."""
+"""Protocol for a worker's process group: rank, broadcast, report, post."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ Small = TypeVar("Small", int, str)
 
 
 class Group(Protocol):
-    """Connect a worker to the others and to the driver, of which there may be none.
+    """A worker's connection to the driver and to the other workers, if any.
 
-    What all workers call together, and in the same order, is a collective: opening
-    datasets, `broadcast`, `report` and `is_preempted`.
+    All workers call the collectives together, in the same order: opening datasets,
+    `broadcast`, `report` and `is_preempted`.
     """
 
     rank: int
     world_size: int
     device: torch.device
     folder: StoragePath
-    """The run's, where its checkpoints lie."""
+    """Folder of the run, which holds its checkpoints."""
     is_watched: bool
-    """Whether a worker that ends itself is started again."""
+    """Whether a worker that exits is restarted."""
 
     def opener(self, reading: Reading, *, data: Data) -> ShardOpener:
-        """Give what opens a split's datasets on all workers together."""
+        """Return an opener of a split's datasets on all workers."""
         ...
 
     def broadcast(self, value: Small) -> Small:
-        """Give all workers the first one's value."""
+        """Broadcast rank 0's value to all workers."""
         ...
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Tell those who decide on runs, such as a sweep, what was measured."""
+        """Report metrics to the controller of the run, such as a sweep."""
         ...
 
     def post(self, item: Event) -> None:
-        """Tell the driver something, without waiting for it."""
+        """Post an event to the driver, without waiting for it."""
         ...
 
     def should_stop(self) -> bool:
-        """Tell one worker at least whether the driver wants all of them to end."""
+        """Check for a stop request of the driver; at least one worker sees it."""
         ...
 
     def is_preempted(self) -> bool:
-        """Tell all workers whether a machine of theirs is about to be taken."""
+        """Check whether any worker's machine is about to be preempted."""
         ...
 
     def close(self) -> None:
-        """End what the openers have started, without waiting for it."""
+        """Shut down the openers' threads, without waiting for them."""
         ...

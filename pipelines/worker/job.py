@@ -1,4 +1,4 @@
-"""Define what the driver gives every worker, and what it gets at the end."""
+"""What the driver passes to every worker, and the outcome of a training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.storage.path import StoragePath
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Hold what the driver gives every worker."""
+    """Everything the driver passes to every worker."""
 
     run: Run
     train_shards: ShardSet
@@ -25,17 +25,17 @@ class Job:
     tracking_uri: str
     mlflow_run_id: str
     keeps_model: bool = True
-    """Whether its model, and pictures of what it gets wrong, go to MLflow."""
+    """Whether to log the model, and pictures of its errors, to MLflow."""
     code: OwnCode | None = None
     """The user's own recipe file, which may register the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Say what a training came to."""
+    """Outcome of a training."""
 
     metrics: Mapping[str, float]
-    """What its last epoch reported."""
+    """Metrics of its last checkpoint."""
     checkpoint: StoragePath | None
     """Its last checkpoint; None where it ended before the first."""
     best: StoragePath | None = None
@@ -43,7 +43,7 @@ class Trained:
 
 
 def outcome(run: Run, *, folder: StoragePath) -> Trained:
-    """Read from a run's folder what it has come to."""
+    """Read the outcome of a training from its run's folder."""
     store = CheckpointStore(folder, num_to_keep=run.num_checkpoints_to_keep)
     there, best = store.kept(), store.best()
     if not there:

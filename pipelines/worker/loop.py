@@ -24,16 +24,16 @@ from pipelines.worker.watchdog import Watchdog
 
 @dataclass(kw_only=True)
 class TrainingLoop:
-    """Train a state on one worker's batches, to the end of the run.
+    """Training loop over one worker's batches, to the end of the run.
 
-    All workers loop alike: to log, to evaluate and to write a checkpoint are
-    collectives, at the same step on each of them.
+    All workers loop alike: logging, evaluation and checkpoints are collectives, at the
+    same step on each of them.
     """
 
     state: TrainState
     settings: TrainSettings
     batches: Iterable[Batch]
-    """From the state's position on, all that are left of the run."""
+    """All batches left of the run, from the state's position on."""
     group: Group
     checkpointer: Checkpointer
     evaluator: InTrainingEvaluator
@@ -41,7 +41,7 @@ class TrainingLoop:
     prober: Prober | None = None
     audit_log: KeyLog | None = None
     keeps_pictures: bool = True
-    """Whether pictures of what the model gets wrong go to MLflow."""
+    """Whether to log pictures of the model's errors to MLflow."""
     _last_log: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class TrainingLoop:
             self.group.post(Metrics(step=step, metrics=metrics))
 
     def _audited(self, micro_batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass micro-batches on, and note each once it was trained on."""
+        """Yield micro-batches, and log each once it was trained on."""
         for batch in micro_batches:
             yield batch
             # Not before: what a step failed on, the weights have not seen.
@@ -109,10 +109,10 @@ class TrainingLoop:
                 self.audit_log(batch, self.state.position.step)
 
     def _votes(self, clock: Throughput) -> dict[str, bool]:
-        """Ask whether it is time for a checkpoint, and for the last one.
+        """Vote on whether to write a checkpoint, and whether it is the last.
 
-        Workers' clocks differ, and one may hear of the end before the others: if one
-        finds that it is time, all of them do.
+        Workers' clocks differ, and one may learn of the end before the others: one vote
+        is enough for all.
         """
         # First, and on every worker: to ask for a notice is a collective.
         is_preempted = self.group.is_preempted()
@@ -134,7 +134,7 @@ class TrainingLoop:
             self.group.post(Message(line=line))
 
     def _log(self, metrics: Mapping[str, float], *, batch: Batch) -> None:
-        """Post means since the last log, the same on all workers, from the first."""
+        """Post means since the last log, the same on all workers, from rank 0."""
         self._last_log = dict(metrics)
         self._memory.look()
         if self.group.rank == 0:
@@ -156,7 +156,7 @@ class TrainingLoop:
         self.group.post(event)
 
     def _end_epoch(self) -> None:
-        """Evaluate where that is due, write a checkpoint and report."""
+        """Evaluate if due, write a checkpoint and report."""
         state, position = self.state, self.state.position
         # Each worker's BatchNorm has seen its own images: evaluated and kept is one.
         share_buffers(state.model)
@@ -179,7 +179,7 @@ class TrainingLoop:
             self.group.post(Figure(draw=self.prober.figure(title), path=path))
 
     def _evaluate(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Evaluate where that is due; return all metrics, and the primary score's."""
+        """Evaluate if due; return all metrics, and those of the primary score."""
         run, epoch = self.settings.run, self.state.position.epoch
         num_epochs = run.optim.total_epochs
         is_due = run.validation.is_due(epoch, num_epochs=num_epochs)
@@ -197,7 +197,7 @@ class TrainingLoop:
         return metrics, held_out
 
     def _save(self) -> None:
-        """Write a checkpoint within an epoch: nothing is evaluated."""
+        """Write a checkpoint within an epoch, without evaluation."""
         name = f"step_{self.state.position.step:08d}"
         # Asked to end, it is the last one.
         is_last = self.group.should_stop()
@@ -206,9 +206,9 @@ class TrainingLoop:
     def _report(
         self, *, name: str, metrics: Mapping[str, float], can_wait: bool
     ) -> None:
-        """Have a checkpoint written with what was measured last, and report that.
+        """Write a checkpoint with the latest metrics, and report them.
 
-        A barrier of all workers: what training waits for here is a copy.
+        A barrier of all workers: training waits here for a copy of the state.
         """
         metrics = {f"train/{k}": v for k, v in self._last_log.items()} | dict(metrics)
         # A store that is slow is not a worker that hangs.

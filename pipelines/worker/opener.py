@@ -16,10 +16,10 @@ from pipelines.data.reading import Reading
 
 
 class RayOpener:
-    """Make each dataset on rank 0 and hand its iterators to all workers.
+    """Opener of Ray datasets: rank 0 builds each, and all workers get its iterators.
 
-    Making one takes seconds of planning and of actor start-up, so a thread does it
-    while the workers train; opening it is a matter of milliseconds.
+    Building one takes seconds of planning and of actor start-up, so a thread does it
+    while the workers train; opening it takes milliseconds.
     """
 
     def __init__(self, reading: Reading, *, data: Data, rank: int) -> None:
@@ -30,11 +30,11 @@ class RayOpener:
         self._prepared: Future[ray.ObjectRef] | None = None
 
     def prepare(self, plan: Callable[[], list[Unit]]) -> None:
-        """Begin to plan units and make a dataset of them; rank 0 does."""
+        """Start planning units and building a dataset of them, on rank 0."""
         self._prepared = self._thread.submit(self._split, plan)
 
     def open(self) -> Iterator[pa.Table]:
-        """Give this worker's tables of the dataset that was prepared: a collective."""
+        """Return this worker's tables of the prepared dataset: a collective."""
         # References travel, in a list so that Ray does not follow them.
         made = None if self._prepared is None else [self._prepared.result()]
         handed = broadcast_from_rank_zero(made)
@@ -42,7 +42,7 @@ class RayOpener:
         return shares(ray.get(handed[0])[self._rank], data=self._data)
 
     def close(self) -> None:
-        """End the thread without waiting for it."""
+        """Shut down the thread without waiting for it."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _split(self, plan: Callable[[], list[Unit]]) -> ray.ObjectRef:

@@ -28,12 +28,12 @@ _POLL_S = 0.1
 
 
 class RayGroup:
-    """Be a worker's `Group`: the workers that Ray Train has started together.
+    """`Group` of the workers that Ray Train has started together.
 
     Args:
-        channel: The driver's actor that takes what is to be shown.
+        channel: The actor that passes events to the driver.
         folder: The run's.
-        is_preemptible: Whether Ray looks out for machines that are to be taken.
+        is_preemptible: Whether Ray watches for preemption notices.
     """
 
     is_watched = True
@@ -51,21 +51,21 @@ class RayGroup:
         self._openers: list[RayOpener] = []
 
     def opener(self, reading: Reading, *, data: Data) -> ShardOpener:
-        """Give what makes Ray datasets."""
+        """Return an opener of Ray datasets."""
         opener = RayOpener(reading, data=data, rank=self.rank)
         self._openers.append(opener)
         return opener
 
     def broadcast(self, value: Small) -> Small:
-        """Give all workers the first one's value."""
+        """Broadcast rank 0's value to all workers."""
         return broadcast_from_rank_zero(value)
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Hand an epoch's metrics to Ray Train: a barrier of all workers.
+        """Report an epoch's metrics to Ray Train: a barrier of all workers.
 
         Checkpoints are not Ray's: it would restart training where one can't be
-        written, and knows no other than those of its own session. Of those within an
-        epoch it hears nothing, since it takes one report in two seconds.
+        written, and only knows those of its own session. Those within an epoch are
+        not reported, since Ray takes one report in two seconds.
         """
         if "epoch" not in metrics:
             return
@@ -78,26 +78,26 @@ class RayGroup:
         self._channel.post.remote(item)
 
     def should_stop(self) -> bool:
-        """Ask the driver's channel, as the first worker; the others need not know."""
+        """Check the driver's channel for a stop request, on rank 0 alone."""
         if self.rank != 0:
             return False
         return _answer(self._channel.should_stop.remote())
 
     def is_preempted(self) -> bool:
-        """Ask Ray, together, whether it was told that a machine will be taken."""
+        """Check with Ray, on all workers, whether it has a preemption notice."""
         return self._is_preemptible and ray.train.get_preemption_info() is not None
 
     def _is_heard(self) -> bool:
         return _answer(self._channel.is_handled.remote())
 
     def close(self) -> None:
-        """End the openers' threads."""
+        """Shut down the openers' threads."""
         for opener in self._openers:
             opener.close()
 
 
 def _answer(question: ray.ObjectRef) -> bool:
-    """Give the channel's answer; False where none comes in time."""
+    """Return the channel's answer; False at the timeout."""
     with contextlib.suppress(GetTimeoutError):
         return bool(ray.get(question, timeout=_ANSWER_S))
     return False

@@ -1,4 +1,4 @@
-"""Time a training loop: images a second, waiting, and when a checkpoint is due."""
+"""Time a training loop: images per second, waiting, and when a checkpoint is due."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pipelines.data.batch import Batch
 
 
 class Throughput:
-    """Measure the rate of images and the share of time that waits for them."""
+    """Meter of images per second and of the share of time spent waiting for them."""
 
     def __init__(self) -> None:
         self.restart(kept=True)
 
     def restart(self, *, kept: bool = False) -> None:
-        """Measure from here; `kept` says that a checkpoint was just written."""
+        """Restart the measurement; `kept` if a checkpoint was just written."""
         self._start_s = time.perf_counter()
         self._waited_s = 0.0
         if kept:
@@ -24,18 +24,18 @@ class Throughput:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave out the time in which a checkpoint is written."""
+        """Exclude the time in which a checkpoint is written."""
         paused_s = time.perf_counter()
         yield
         self._kept_s = time.perf_counter()
         self._start_s += self._kept_s - paused_s
 
     def is_time(self, minutes: float) -> bool:
-        """Tell whether the last checkpoint is so old; never where minutes are 0."""
+        """Check whether the last checkpoint is `minutes` old; 0 is never."""
         return 0 < minutes * 60 <= time.perf_counter() - self._kept_s
 
     def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Give the batches, and count the time that each is waited for."""
+        """Yield the batches, and measure the time waited for each."""
         iterator = iter(batches)
         while True:
             start_s = time.perf_counter()
@@ -46,7 +46,7 @@ class Throughput:
             yield batch
 
     def rates(self, num_images: float) -> dict[str, float]:
-        """Give images a second and the share of waiting, and measure from here."""
+        """Return images per second and the share of waiting, and restart."""
         seconds = time.perf_counter() - self._start_s
         rates = {
             "images_per_s": num_images / seconds,

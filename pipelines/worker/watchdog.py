@@ -1,8 +1,8 @@
-"""End a worker that hangs, so that what started it can start another.
+"""Kill a worker that hangs, so that its launcher can restart it.
 
-A thread that waits for a collective, a decoder or a file system for ever raises
-nothing. Nobody else can tell it from one that is busy, so it is watched from inside; a
-process that is stopped as a whole is found by Ray's own health check.
+A thread that waits forever for a collective, a decoder or a file system raises no
+error. From outside it looks like a busy one, so it is watched from inside; a process
+that is stopped as a whole is found by Ray's own health check.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TELL_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class _Wait:
-    """Say what the training thread does, since when, and how long it may."""
+    """What the training thread is doing, since when, and its time limit."""
 
     doing: str
     since_s: float
@@ -43,12 +43,12 @@ class _Wait:
 
 
 class Watchdog:
-    """Watch this process's training thread from a thread of its own.
+    """Thread that watches this process's training thread for a timeout.
 
     Args:
-        timeout_s: How long it may make no step; 0 never ends it. The first of training,
-            and of each evaluation, may take two minutes all the same.
-        tell: Gets a line that says what it did last, before the process ends.
+        timeout_s: Longest time without a step; 0 is no limit. The first of training,
+            and of each evaluation, may always take two minutes.
+        tell: Called with a line on the last activity before the process ends.
         end: Ends the process.
     """
 
@@ -72,7 +72,7 @@ class Watchdog:
         self._is_closed.set()
 
     def watching(self, batches: Iterable[Batch], *, doing: str) -> Iterator[Batch]:
-        """Give the batches; from one to the next no more time may pass than is set."""
+        """Yield the batches, with a timeout on each wait and on each step."""
         iterator = iter(batches)
         limit_s = max(self._timeout_s, _START_S)
         try:
@@ -89,14 +89,14 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Let something take as long as it takes: a store that is slow, a report."""
+        """Suspend the timeout for a slow operation, such as writing a checkpoint."""
         before, self._wait = self._wait, None
         yield
         if before is not None:
             self._wait = dataclasses.replace(before, since_s=time.monotonic())
 
     def overdue(self) -> str:
-        """Say what takes longer than it may; nothing where all is well."""
+        """Return a line on the operation that exceeds its time limit, or ""."""
         wait = self._wait
         if wait is None or not wait.is_over:
             return ""

@@ -1,4 +1,4 @@
-"""Train as one worker: model, streams, checkpoints and what is told of them."""
+"""Train as one worker: model, streams, checkpoints and the events it posts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipelines.worker.watchdog import Watchdog
 
 
 class Worker:
-    """One worker of a run: it opens what its training loop needs, and closes it."""
+    """One worker of a run: opens and closes the resources of its training loop."""
 
     def __init__(self, job: Job, *, group: Group) -> None:
         run = job.run
@@ -112,7 +112,7 @@ class Worker:
             self.key_log.close()
 
     def train(self) -> None:
-        """Train to the end of the run, or until the driver asks to end."""
+        """Train to the end of the run, or until the driver asks to stop."""
         self.loop.train()
 
     def _open_prober(self) -> Prober | None:
