@@ -1,7 +1,7 @@
 """Decide whether a run's steps are compiled: on all of its workers, or on none.
 
-One worker that lacks a compiler would hold up the others at every sum of gradients
-anyway, and whether data parallelism may take its graph for static hangs on it.
+One worker without a compiler would slow down the others at every all-reduce of
+gradients anyway, and whether data parallelism may use a static graph depends on it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _MAX_CHARS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Compiling:
-    """Whether steps are compiled, and a line that says why."""
+    """Whether steps are compiled, and a line with the reason."""
 
     is_on: bool
     line: str
 
 
 def decide(scale: Scale, *, device: torch.device, world_size: int = 1) -> Compiling:
-    """Try torch.compile on every worker where it is wanted; one that can't decides.
+    """Decide on torch.compile, if wanted, by a trial on every worker: all or none.
 
-    A collective where there are several workers and compiling is wanted.
+    A collective if there are several workers and compiling is wanted.
     """
     if not scale.wants_compile:
         why = "--scale.no-compile"
@@ -48,7 +48,7 @@ def decide(scale: Scale, *, device: torch.device, world_size: int = 1) -> Compil
 
 
 def _first_lack(own: str, *, world_size: int) -> str:
-    """Name the first worker that can't compile, and why; "" where all can."""
+    """Return the first worker that can't compile, and why; "" if all can."""
     found: list[str] = [own]
     if world_size > 1:
         found = [""] * world_size
@@ -59,10 +59,10 @@ def _first_lack(own: str, *, world_size: int) -> str:
 
 @cache
 def why_not(device: torch.device) -> str:
-    """Compile a sum for a device; the reason where that fails, else "".
+    """Compile a sum for a device; return the reason of a failure, or "".
 
-    Nothing but trying shows all that can be amiss: the compiler, headers, Triton, a GPU
-    that it doesn't know, a cache folder that can't be written.
+    Only a trial finds everything that can be wrong: the compiler, headers, Triton, an
+    unsupported GPU, a cache folder that can't be written.
     """
     # A number that no kernel in inductor's cache on the disk has: it is compiled anew.
     factor = time.time()
@@ -76,7 +76,7 @@ def why_not(device: torch.device) -> str:
 
 
 def _line_of(error: Exception) -> str:
-    """Find the line of an error that says something; a compiler's is its own."""
+    """Return the most informative line of an error, a compiler's if there is one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     compilers = [line for line in lines if "error: " in line]
     return (compilers or lines or [type(error).__name__])[0][:_MAX_CHARS]

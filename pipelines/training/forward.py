@@ -1,4 +1,4 @@
-"""Compute logits as evaluation takes them: in what precision, and of mirror images."""
+"""Compute logits as evaluation does: precision, and averaging over mirror images."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def autocast(
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """Forward pass of evaluation; all it depends on beside the model."""
+    """Forward pass of evaluation, with all it depends on beside the model."""
 
     device: torch.device
     amp: str
-    """As that of `Scale`."""
+    """As `Scale.amp`."""
     mirror: bool = False
-    """Average the logits of an image and of its mirror image."""
+    """Whether to average the logits of an image and of its mirror image."""
 
     @classmethod
     def of(cls, run: Run, *, device: torch.device) -> Forward:
-        """Take a run's precision and its `data.eval_mirror`."""
+        """Build it from a run's precision and its `data.eval_mirror`."""
         return cls(device=device, amp=run.scale.amp, mirror=run.data.eval_mirror)
 
     def __call__(self, model: nn.Module, images: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Keep a part of a model on each worker: FSDP2, and the ways in and out of it.
+"""Shard a model over the workers with FSDP2, and gather it again.
 
-A checkpoint holds whole tensors however they lay on the workers, so a run may go on
-with more or fewer of them, sharded or not.
+A checkpoint holds whole tensors whatever their sharding was, so a run may resume on
+more or fewer workers, sharded or not.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(model: nn.Module, *, device: torch.device) -> None:
-    """Leave this worker its part of every parameter; a collective.
+    """Shard every parameter over the workers; a collective.
 
-    The elements of the model's sequences, a transformer's blocks or a stage's, are put
-    together one after the other as they are needed; the rest of it as one.
+    The elements of the model's sequences, such as a transformer's blocks, are gathered
+    one after the other as they are needed; the rest of it as one.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for child in model.children():
@@ -36,7 +36,7 @@ def shard(model: nn.Module, *, device: torch.device) -> None:
 
 
 def shard_state(optimizer: torch.optim.Optimizer) -> None:
-    """Shard an optimiser's state, loaded whole, as its parameters are; a collective."""
+    """Shard an optimiser's state, loaded whole, like its parameters; a collective."""
     for parameter, state in optimizer.state.items():
         if not isinstance(parameter, DTensor):
             continue
@@ -51,9 +51,9 @@ def shard_state(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, *, decay: float) -> None:
-    """Move an average by a share of 1 - decay towards a model's weights and buffers.
+    """Update an exponential moving average of a model's weights and buffers.
 
-    What is no float is copied. As timm's ModelEmaV3 does it, of which PyTorch takes no
+    Non-float tensors are copied. As timm's ModelEmaV3, whose own update fails on a
     mixture of sharded parameters and whole buffers.
     """
     pairs = [
@@ -71,15 +71,15 @@ def update_average(average: nn.Module, model: nn.Module, *, decay: float) -> Non
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Give this worker's parts of tensors, or the tensors where they are whole."""
+    """Return this worker's shards of tensors, or whole tensors as they are."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Tell whether any of them lies in parts on several workers."""
+    """Check whether any of the tensors is sharded."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def whole(value: Any) -> Any:
-    """Put a sharded tensor together, on every worker; a collective for one that is."""
+    """Gather a sharded tensor on every worker; a collective if it is sharded."""
     return value.full_tensor() if isinstance(value, DTensor) else value

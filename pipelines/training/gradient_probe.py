@@ -1,7 +1,7 @@
-"""Probe a training every few steps.
+"""Probe the smoothness of a training's loss every few steps.
 
-`sovit.probes` says what is measured. One worker's share of the batch is probed, just
-before it is trained on, with the targets and the draws of that step.
+`sovit.probes` describes the measurement. One worker's share of the batch is probed,
+just before it is trained on, with the targets and the draws of that step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sovit.probes import Probed, find_stem, probe
 
 
 class Prober:
-    """Probe the model where the run's `probe.every_steps` divides the step.
+    """Prober of the model at the steps that the run's `probe.every_steps` divides.
 
     Raises ValueError where the model has no such stem.
     """
@@ -55,13 +55,13 @@ class Prober:
         }
 
     def figure(self, title: str) -> Callable[[Path], None]:
-        """Return what draws the bands so far into a file, wherever that is called."""
+        """Return a function that draws the bands so far into a file, in any process."""
         return partial(draw_bands, tuple(self.bands), title=title)
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, float]:
-        """Probe before a step that is due; waits for the device then.
+        """Probe before a step that is due, which waits for the device.
 
-        Returns the band's metrics, and nothing where no probe is due.
+        Returns the band's metrics, or none if no probe is due.
         """
         every, step = self._settings.run.probe.every_steps, state.position.step
         if not every or step % every:

@@ -1,4 +1,4 @@
-"""Sum what is measured on the device, and bring it home only when it is asked for."""
+"""Accumulate metrics on the device, and copy them to the host only on request."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ NO_VOTES: Mapping[str, bool] = MappingProxyType({})
 
 
 def correct(logits: Tensor, labels: Tensor, *, k: int) -> Tensor:
-    """Tell which images have their label among the k best: bool (B,)."""
+    """Check for each image whether its label is among the k best: bool (B,)."""
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (best == labels[:, None]).any(dim=1)
 
 
 class MetricSums:
-    """Add up weighted loss, top-1, top-5 and images; no step waits for the device."""
+    """Sums of weighted loss, top-1, top-5 and images, kept on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -48,10 +48,10 @@ class MetricSums:
         self._sums += (columns * weights).sum(dim=1)
 
     def total(self, *, votes: Mapping[str, bool] = NO_VOTES) -> dict[str, float]:
-        """Add up over all workers, give means, and start again.
+        """Reduce over all workers, return means, and reset.
 
-        Every worker must call this at the same step, with votes of the same names: it
-        is a collective. Under each name comes back how many workers gave it.
+        A collective: every worker must call this at the same step, with votes of the
+        same names. Under each name it returns the number of workers that voted so.
         """
         counts = torch.tensor([self._num_bad, *votes.values()], dtype=torch.float64)
         sums = torch.cat([self._sums, counts.to(self._sums.device)])

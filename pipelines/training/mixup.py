@@ -14,18 +14,18 @@ from pipelines.config import Optim
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """Say how one batch is mixed; the same for all workers of a step."""
+    """Random draw of how one batch is mixed; the same for all workers of a step."""
 
     lam: float
-    """Share of an image that stays its own."""
+    """Share of the image itself in the mix."""
     box: tuple[float, float] | None
     """Centre of cutmix's box as shares of height and width; None for mixup."""
 
 
 def draw_mix(optim: Optim, *, key: int) -> Draw | None:
-    """Draw whether and how to mix, from a key; None where both are off.
+    """Draw how to mix a batch, from a key; None where mixup and cutmix are off.
 
-    Follows timm's batch mode, mixing every batch: one share and one box a batch.
+    Follows timm's batch mode, mixing every batch: one share and one box per batch.
     """
     if not optim.mixup and not optim.cutmix:
         return None
@@ -40,7 +40,7 @@ def draw_mix(optim: Optim, *, key: int) -> Draw | None:
 
 
 def smooth_targets(labels: Tensor, *, num_classes: int, smoothing: float) -> Tensor:
-    """Turn labels (B,) into distributions (B, K): smoothing / K off the label."""
+    """Convert labels (B,) to distributions (B, K): smoothing / K off the label."""
     off = smoothing / num_classes
     targets = torch.full(
         (len(labels), num_classes), off, device=labels.device, dtype=torch.float32
@@ -49,7 +49,7 @@ def smooth_targets(labels: Tensor, *, num_classes: int, smoothing: float) -> Ten
 
 
 def mix(images: Tensor, targets: Tensor, *, draw: Draw) -> tuple[Tensor, Tensor]:
-    """Mix each image with its mirror place in the batch: first with last, and so on.
+    """Mix each image with its mirror position in the batch: first with last, and so on.
 
     mixup (Zhang et al., 2018), cutmix (Yun et al., 2019); timm's pairing.
 
@@ -74,7 +74,7 @@ def mix(images: Tensor, targets: Tensor, *, draw: Draw) -> tuple[Tensor, Tensor]
 def _box(
     size: torch.Size, *, lam: float, center: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Place cutmix's box; what hangs over the edge is cut off."""
+    """Return the edges of cutmix's box, clipped to the image."""
     edges = []
     for length, at in zip(size, center, strict=True):
         cut = int(length * (1 - lam) ** 0.5)
@@ -84,5 +84,5 @@ def _box(
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Give each image's cross-entropy (B,) against a distribution (B, K)."""
+    """Compute each image's cross-entropy (B,) against a distribution (B, K)."""
     return -(targets * F.log_softmax(logits.float(), dim=1)).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Build the network that a run's settings describe: the one place that decides how."""
+"""Build the network that a run's settings describe."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeEr
 
 
 def is_ours(name: str) -> bool:
-    """Return whether timm's registry has a network of `sovit` under a name."""
+    """Check whether a name in timm's registry is a network of `sovit`."""
     module = timm.model_entrypoint(name).__module__
     return module.partition(".")[0] == sovit.__name__
 
 
 def takes_pooling(name: str) -> bool:
-    """Return whether a network has a pooling: ours, and others whose makers say so."""
+    """Check whether a network takes a pooling: ours, and others with the argument."""
     entry = timm.model_entrypoint(name)
     return is_ours(name) or "pooling" in inspect.signature(entry).parameters
 
 
 def architecture_of(settings: Model) -> tuple[str, dict[str, Any]]:
-    """Return timm's name of a network, and the arguments that it is made with.
+    """Return timm's name of a network, and its arguments.
 
     Our networks take `pooling` and `img_size` themselves. Any other model of timm with
     a pooling is the backbone of a `sovit.second_order`; without one it is timm's own,
@@ -56,7 +56,7 @@ def architecture_of(settings: Model) -> tuple[str, dict[str, Any]]:
 
 
 def title_of(settings: Model) -> str:
-    """Return what people read of a network: its name, and a head that was put on it."""
+    """Return the name of a network for people, with the head put on it."""
     if settings.pooling is None or takes_pooling(settings.name):
         return settings.name
     return f"{settings.name} with a second-order head ({settings.pooling.type})"
@@ -71,11 +71,10 @@ def build_model(
     """Build the network that the settings describe, with fresh weights.
 
     Args:
-        tell: Gets the line on tokens that are too few for the pooling. By default
-            nobody does: who checks a run passes it on once, not each of its workers.
+        tell: Called with a warning on tokens too few for the pooling. By default it is
+            dropped: the check of a run shows it once, not each of its workers.
 
-    Raises ValueError where timm does not know it, or it can't be made with such
-    arguments.
+    Raises ValueError for a name unknown to timm, and for arguments that don't fit.
     """
     backbone = settings.kwargs.get("backbone", settings.name)
     for field, wanted in (("name", settings.name), ("kwargs.backbone", backbone)):
@@ -107,7 +106,7 @@ def build_model(
 
 
 def without_weights(settings: Model) -> Model:
-    """Take out of a model's settings what would load weights from elsewhere."""
+    """Remove from a model's settings whatever loads weights."""
     kwargs = {k: v for k, v in settings.kwargs.items() if k not in PRETRAINED}
     return dataclasses.replace(
         settings, kwargs=kwargs, init_from="", init_triangle="auto"
@@ -115,7 +114,7 @@ def without_weights(settings: Model) -> Model:
 
 
 def _unfit(settings: Model, *, error: Exception) -> ValueError:
-    """Say in one line which arguments a network can't be made with."""
+    """Build the one-line error on arguments that a network doesn't take."""
     name, why = settings.name, error_summary(error)
     if settings.pooling is not None and "'pooling'" in str(error):
         return ValueError(
@@ -136,7 +135,7 @@ def _unfit(settings: Model, *, error: Exception) -> ValueError:
 
 
 def _known_arguments(settings: Model) -> list[str]:
-    """List what a network's makers take, as far as it can be made without arguments."""
+    """List the arguments of a network, if it can be built without any."""
     kept = {k: v for k, v in settings.kwargs.items() if k == "backbone"}
     plain = dataclasses.replace(settings, kwargs=kept, drop_path_rate=0.0)
     name, arguments = architecture_of(without_weights(plain))

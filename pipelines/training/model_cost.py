@@ -1,4 +1,4 @@
-"""Count a model's parameters and multiply-adds, without memory for either."""
+"""Count a model's parameters and multiply-adds, on the meta device."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _NUM_TRAINED = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Count the parameters of a model."""
+    """Parameter counts of a model."""
 
     num: int
     num_trained: int
     groups: Mapping[str, int]
-    """By the model's first level: modules, and parameters that lie in none. Of a trunk
-    under a head of ours by its own."""
+    """By the model's first level: modules, and parameters in none. A trunk under our
+    head by its own first level."""
     num_bytes: int
     """Of all parameters."""
     num_trained_bytes: int
@@ -39,7 +39,7 @@ class Parameters:
 def shapes_of(
     settings: Model, *, num_classes: int, grad_checkpointing: bool = False
 ) -> nn.Module:
-    """Build a model of shapes alone, without memory; nothing is loaded into it.
+    """Build a model on the meta device; no weights are loaded.
 
     Raises ValueError where it can't be built, or can't checkpoint its activations.
     """
@@ -51,7 +51,7 @@ def shapes_of(
 
 
 def count_parameters(model: nn.Module) -> Parameters:
-    """Count a model's parameters, each once, whoever shares it."""
+    """Count a model's parameters, shared ones once."""
     groups: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         group = _group(name)
@@ -74,10 +74,10 @@ def _group(name: str) -> str:
 
 
 def count_macs(model: nn.Module, *, img_size: int) -> int:
-    """Count the multiply-adds of one image of a model of shapes, in evaluation.
+    """Count the multiply-adds of one image through a meta model in evaluation.
 
-    Counted are products of matrices and vectors, and convolutions, as the code makes
-    them. Eigenvalues, and what works on single values, are not.
+    Counted are products of matrices and vectors, and convolutions, as the code runs
+    them. Eigenvalues and element-wise operations are not.
     """
     model.eval()
     with _counting() as counter, torch.no_grad():
@@ -86,9 +86,9 @@ def count_macs(model: nn.Module, *, img_size: int) -> int:
 
 
 def count_training_macs(model: nn.Module, *, img_size: int) -> int:
-    """Count those of one image in training: its forward and its backward pass.
+    """Count the multiply-adds of one image in training: forward and backward.
 
-    What a model that checkpoints its activations does again counts again.
+    Recomputation of checkpointed activations counts again.
     """
     model.train()
     with _counting() as counter:
@@ -118,7 +118,7 @@ def _batches(left: Shape, right: Shape, *args: Any, **kwargs: Any) -> int:
 
 
 def _added(formula: Callable[..., int]) -> Callable[..., int]:
-    """Give the formula of the same product with something added to it first."""
+    """Return the formula of a product for the same product plus an addend."""
 
     def count(added: Shape, *args: Any, **kwargs: Any) -> int:
         return formula(*args, **kwargs)
@@ -140,9 +140,9 @@ def _convolution_backward(
     wanted: Sequence[bool],
     **kwargs: Any,
 ) -> int:
-    """Count a forward pass for each of the gradients of images and weights.
+    """Count a forward pass each for the gradients of images and weights.
 
-    The counter's own formula takes each group's for a product of all channels.
+    The counter's own formula treats each group as a product of all channels.
     """
     forward = conv_flop_count(list(images), list(weight), list(grad), transposed)
     return forward * sum(wanted[:2])

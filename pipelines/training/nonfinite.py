@@ -1,7 +1,7 @@
 """Skip optimizer steps with NaN or inf gradients; report the images and layers.
 
-Nothing here waits for the device before it is asked: the fused optimisers leave weights
-and state alone where a flag on the device says so.
+Nothing here waits for the device before `check`: the fused optimisers skip a step by
+a flag on the device.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class BadStep:
 
     step: int
     images: Mapping[int, tuple[str, ...]]
-    """Keys of the images of each worker whose loss is none."""
+    """By worker, the keys of the images whose loss is not finite."""
     norms: Mapping[str, Mapping[str, float]]
-    """By layer group: of its `weight`, of its `gradient` then, and of the `before`
-    one, the last that was a number."""
+    """By layer group: norms of its `weight`, of its `gradient` in the bad step, and of
+    the last finite gradient `before`."""
 
     @property
     def line(self) -> str:
-        """One line for a person."""
+        """One-line description."""
         where = "in the gradients alone"
         if self.images:
             where = "; ".join(
@@ -60,13 +60,13 @@ class BadStep:
 
 
 class NonFiniteGuard:
-    """Watch one worker's steps for NaN and inf, and keep those out of the weights.
+    """Guard that detects NaN and inf in a worker's steps, and skips those steps.
 
-    With several workers `check` is a collective where a step was bad: the gradients,
-    and so what is found, are the same on all of them.
+    With several workers `check` is a collective if a step was bad: all have the same
+    gradients, and so the same result.
 
     Args:
-        num_repeats: How many draws a row has.
+        num_repeats: Number of draws per row.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class NonFiniteGuard:
             torch._foreach_copy_(self._saved, self._buffers)  # pyright: ignore
 
     def observe(self, batch: Batch, losses: Tensor, *, step: int) -> Tensor:
-        """Note a micro-batch; return its losses (B,), 0 for those that are not finite.
+        """Record a micro-batch; return its losses (B,), 0 for non-finite ones.
 
-        The backward pass takes the losses as they are.
+        The backward pass uses the losses as they are.
         """
         is_finite = torch.isfinite(losses.detach())
         # Keys are looked up for a bad step alone: here a flag is kept, unread.
@@ -122,7 +122,7 @@ class NonFiniteGuard:
         return torch.where(is_finite, losses.detach(), 0.0)
 
     def mask_bad_step(self, *, step: int) -> None:
-        """Flag a step whose gradients are not finite for the optimiser; clip the rest.
+        """Flag a step with non-finite gradients for the optimiser; clip the rest.
 
         The same flag on all workers, whose gradients are summed by now.
         """
@@ -149,18 +149,18 @@ class NonFiniteGuard:
         setattr(self._optimizer, _FLAG, self._flag)
 
     def end(self) -> None:
-        """Restore the buffers where the step was skipped."""
+        """Restore the buffers if the step was skipped."""
         # By `where` and not by `if`, which would wait for the flag.
         for buffer, saved in zip(self._buffers, self._saved, strict=True):
             buffer.copy_(torch.where(self._flag > 0, saved, buffer))
 
     def check(self) -> str:
-        """Read the flags of the steps since the last time, and act on the bad ones.
+        """Read the flags of the steps since the last check, and act on the bad ones.
 
-        Returns a line to show where some were skipped, else nothing.
+        Returns a line to show if some were skipped, else "".
 
-        Raises NonFiniteLossError where the run is to stop, RewindError where it is to
-        go back to its last checkpoint.
+        Raises NonFiniteLossError to stop the run, RewindError to return it to its last
+        checkpoint.
         """
         bad, seen, self._bad, self._seen = self._bad, self._seen, [], []
         self._has_bad = torch.zeros_like(self._flag)
@@ -185,7 +185,7 @@ class NonFiniteGuard:
 
     @torch.no_grad()
     def _squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Square the norm of each tensor; of sharded ones, over all their parts."""
+        """Compute the squared norm of each tensor; of sharded ones, over all shards."""
         squares = torch.stack(torch._foreach_norm(tensors)).square()  # pyright: ignore
         if self._is_sharded:
             dist.all_reduce(squares)
@@ -223,7 +223,7 @@ class NonFiniteGuard:
 
 
 def group_of(name: str) -> str:
-    """Find the layer group of a parameter: `blocks.3` of `blocks.3.attn.qkv.weight`."""
+    """Return a parameter's layer group: `blocks.3` of `blocks.3.attn.qkv.weight`."""
     parts = name.split(".")
     for at, part in enumerate(parts[:-1]):
         if part.isdigit():
@@ -232,7 +232,7 @@ def group_of(name: str) -> str:
 
 
 def _gathered(rank: int, value: Any) -> list[tuple[int, Any]]:
-    """Gather a value of every worker; a collective where there are several."""
+    """Gather a value of every worker; a collective if there are several."""
     if not dist.is_initialized():
         return [(rank, value)]
     found: list[Any] = [None] * dist.get_world_size()

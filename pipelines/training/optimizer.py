@@ -1,4 +1,4 @@
-"""Build the optimiser and give the learning rate of every step."""
+"""Build the optimiser, and compute the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _LR_SCALE = "lr_scale"
 def build_optimizer(model: nn.Module, *, optim: Optim) -> torch.optim.Optimizer:
     """Build AdamW or SGD with the groups of parameters that the settings ask for.
 
-    Unless all are, parameters of one dimension and biases are not decayed. Layers have
-    groups of their own where the rate falls by layer, and the classifier has where its
-    rate is scaled. Layers are those of timm's `group_matcher`.
+    Without `decay_all`, biases and other one-dimensional parameters are not decayed.
+    Layers have their own groups if the rate decays by layer, and the classifier has if
+    its rate is scaled. Layers are those of timm's `group_matcher`.
     """
     groups = _groups(model, optim=optim)
     # Fused: one pass over the memory, and a step can be left out without asking the
@@ -75,7 +75,7 @@ def _groups(model: nn.Module, *, optim: Optim) -> list[dict[str, Any]]:
 
 
 def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Return the linear layers that give a timm model's logits, one or several."""
+    """Return the linear layers that compute a timm model's logits, one or several."""
     find = getattr(model, "get_classifier", None)
     if find is None:
         raise ValueError(
@@ -87,7 +87,7 @@ def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def learning_rate(step: int, *, optim: Optim, steps_per_epoch: int) -> float:
-    """Give the rate of a step: linear warm-up, then the schedule, then its end.
+    """Compute the rate of a step: linear warm-up, then the schedule, then its end.
 
     The schedule's clock starts with the warm-up, as in timm, so the rate jumps a little
     where the warm-up ends. The papers step a cosine by epoch, we by step.
@@ -132,12 +132,12 @@ def _piecewise(epoch: float, *, optim: Optim) -> float:
 
 
 def current_learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Return the rate that was set last, without the factors of groups."""
+    """Return the rate set last, without the factors of groups."""
     first = optimizer.param_groups[0]
     return first["lr"] / first.get(_LR_SCALE, 1.0)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, *, lr: float) -> None:
-    """Set the rate of all parameter groups, each by its own factor."""
+    """Set the rate of all parameter groups, times each one's factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get(_LR_SCALE, 1.0)

@@ -1,4 +1,4 @@
-"""Hold what probes have found, and draw it: no torch, since the driver draws."""
+"""Store and plot the results of probes: no torch, since the driver draws."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DOTS_PER_INCH = 110
 
 @dataclass(frozen=True, kw_only=True)
 class Band:
-    """Hold the extremes that one step's probe has found, over all step sizes."""
+    """Range of one step's probe over all step sizes."""
 
     step: int
     loss: float
@@ -24,13 +24,13 @@ class Band:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Name the values as they are logged."""
+        """Values by the names they are logged under."""
         names = ("loss_min", "loss_max", "gradient_change_min", "gradient_change_max")
         return {f"probe/{name}": getattr(self, name) for name in names}
 
 
 def draw_bands(bands: Sequence[Band], path: Path, *, title: str) -> None:
-    """Draw the bands over the steps as a PNG, as the study's figures do."""
+    """Plot the bands over the steps as a PNG, like the study's figures."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_INCHES, layout="constrained")

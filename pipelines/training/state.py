@@ -1,4 +1,4 @@
-"""Build what a worker trains: model, average, optimiser, guard, and their wrapping."""
+"""Build a worker's training state: model, average, optimiser, guard, wrapping."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from pipelines.training.optimizer import build_optimizer
 
 @dataclass(kw_only=True)
 class TrainState:
-    """What changes while a run trains."""
+    """State that changes during a training."""
 
     model: nn.Module
-    """The bare model, whose weights are kept."""
+    """Bare model, whose weights are saved."""
     forward: nn.Module
-    """The model as the step calls it: wrapped for data parallelism, or bare."""
+    """Model as the step calls it: wrapped for data parallelism, or bare."""
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
     guard: NonFiniteGuard
-    """Of the model and the optimizer above, which it has bad steps skip."""
+    """Guard of the model and the optimizer above, which skips bad steps."""
     position: Position = field(default_factory=Position)
 
 
@@ -52,15 +52,15 @@ def build_state(
 ) -> TrainState:
     """Build a run's model, on its device, with average, optimiser and guard.
 
-    With several workers this is a collective: their process group must be there.
+    With several workers this is a collective: their process group must exist.
 
     Args:
         keys_of: Looks up the keys of images by row, for a message on a bad step.
-        load: Puts weights into the model before the average is taken from it.
-        load_average: Puts others into the average.
-        tell: Gets what a person should know of how steps will be computed.
+        load: Loads weights into the model before the average is copied from it.
+        load_average: Loads weights into the average.
+        tell: Called with a line for the user on whether steps are compiled.
 
-    Raises ValueError where the model can't be what the run asks for.
+    Raises ValueError where the model doesn't support the run's settings.
     """
     scale = run.scale
     # First, since cuBLAS looks at it when it starts.
@@ -144,9 +144,9 @@ def wrapped(
 
 
 def checkpoint_gradients(model: nn.Module, *, name: str) -> None:
-    """Have a model compute activations again in its backward pass.
+    """Make a model recompute activations in its backward pass.
 
-    Raises ValueError where timm can't do that for it.
+    Raises ValueError where timm doesn't support it.
     """
     try:
         model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]

@@ -1,7 +1,7 @@
 """Take one training step in plain PyTorch: no Ray, no MLflow, no DALI.
 
 A step is one update of the weights, from one or more micro-batches. When to log, to
-write a checkpoint or to stop is for whoever takes the steps.
+write a checkpoint or to stop is up to the caller.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MINUTES_WHILE_FEW = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """What a step depends on beside state and batch; the same all through a run."""
+    """Inputs of a step beside state and batch, constant throughout a run."""
 
     run: Run
     num_classes: int
@@ -43,7 +43,7 @@ class TrainSettings:
 
     @property
     def checkpoint_every_minutes(self) -> float:
-        """The run's minutes, but no more than a few while workers are missing."""
+        """The run's minutes, capped at a few while workers are missing."""
         minutes = self.run.checkpoint_every_minutes
         # When they come back, all start again from the last checkpoint.
         if minutes and self.world_size < self.run.scale.world_size:
@@ -52,10 +52,10 @@ class TrainSettings:
 
 
 def step_from(batch: Batch, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Iterate over the micro-batches of the step that `batch` begins, and no further.
+    """Yield the micro-batches of the step that `batch` begins, and no further.
 
-    Each is asked for when the one before is done with, so that a step needs memory for
-    one, and what the iterator waits for is waited for in its turn.
+    Each is requested when the one before is done, so that a step needs memory for one,
+    and waits for images between micro-batches.
     """
     yield batch
     while not batch.ends_step:
@@ -73,13 +73,13 @@ def train_step(
     settings: TrainSettings,
     sums: MetricSums,
 ) -> None:
-    """Update the weights once: forward and backward of each micro-batch, then the step.
+    """Update the weights once, after forward and backward of each micro-batch.
 
-    Asks the device for nothing: whether the loss was finite is for `state.guard.check`.
+    Never waits for the device: `state.guard.check` finds losses that were not finite.
 
     Args:
         micro_batches: This worker's share of one global batch, as of `step_from`.
-        sums: Gets the loss and the accuracy of every image.
+        sums: Accumulates the loss and the accuracy of every image.
 
     Raises ValueError where the share ends before the step does, and where PyTorch can't
     do what a setting of the run asks for.
@@ -100,13 +100,13 @@ def train_step(
 
 
 def seed_step(step: int, *, settings: TrainSettings) -> None:
-    """Seed what a step draws, dropout and drop path, from its number and the rank."""
+    """Seed a step's draws, dropout and drop path, from its number and the rank."""
     # Of nothing else, so that a resumed run draws what an unbroken one would have.
     torch.manual_seed(key(settings.run.seed, step, settings.rank, Purpose.STEP) >> 1)
 
 
 def mixed(batch: Batch, *, settings: TrainSettings) -> tuple[Tensor, Tensor]:
-    """Smooth a batch's labels and mix its images: what a step is trained on."""
+    """Return a batch's mixed images and smoothed, mixed targets for training."""
     run = settings.run
     targets = smooth_targets(
         batch.labels,

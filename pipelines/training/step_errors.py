@@ -1,4 +1,4 @@
-"""Tell in one line what PyTorch can't do in a step, and which setting asks for it."""
+"""Explain in one line what PyTorch can't do in a step, and which setting needs it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _COMPILERS = ("torch._dynamo", "torch._inductor")
 
 @contextlib.contextmanager
 def step_errors() -> Iterator[None]:
-    """Turn PyTorch's errors that a setting of the run brings about into ValueErrors.
+    """Convert PyTorch's errors that a setting of the run causes into ValueErrors.
 
-    A restart would bring them about again.
+    They are not retryable: a restart would cause them again.
     """
     try:
         yield
