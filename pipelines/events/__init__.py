@@ -1,1 +1,1 @@
-"""What workers report to the driver, and the channel that carries it."""
+"""Events that workers report to the driver, and the channel that carries them."""

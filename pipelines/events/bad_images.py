@@ -1,4 +1,4 @@
-"""Name every image that can't be decoded once: in the log, and in MLflow."""
+"""Report every undecodable image once: in the log, and in MLflow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = "bad_images.csv"
 
 @dataclass(frozen=True, kw_only=True)
 class NamedBadImage:
-    """Say which image of which shard could not be decoded, and why."""
+    """Image that could not be decoded: split, shard, key and reason."""
 
     split: str
     shard: str
@@ -26,7 +26,7 @@ class NamedBadImage:
 
 
 class BadImageTeller:
-    """Tell the driver what one worker can't decode, each image once."""
+    """Reporter of one worker's undecodable images to the driver, each once."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class BadImageTeller:
         self._told: set[int] = set()
 
     def __call__(self, bad: tuple[BadImage, ...]) -> None:
-        """Post what is new."""
+        """Post images not reported before."""
         for image in bad:
             if image.row_id in self._told:
                 continue
@@ -56,11 +56,11 @@ class BadImageTeller:
 
 
 class BadImageLog:
-    """Collect on the driver what the workers tell; restarts tell it again.
+    """Table of all workers' undecodable images; repeats after a restart are dropped.
 
     Args:
-        keep: Stores the whole table's text, in MLflow.
-        before: The table that an earlier part of the run has stored.
+        keep: Stores the whole table as text, in MLflow.
+        before: The table stored by an earlier part of the run.
     """
 
     def __init__(self, *, keep: Callable[[str], None], before: str = "") -> None:
@@ -71,7 +71,7 @@ class BadImageLog:
         self._num_kept = len(self._rows)
 
     def add(self, image: NamedBadImage) -> str:
-        """Add an image; give the line that names it, "" where it was named before."""
+        """Add an image; return the line that names it, "" for a repeat."""
         row = astuple(image)
         if row in self._rows:
             return ""
@@ -82,7 +82,7 @@ class BadImageLog:
         )
 
     def flush(self) -> None:
-        """Store the table where it has grown."""
+        """Store the table if it has grown."""
         if len(self._rows) == self._num_kept:
             return
         self._num_kept = len(self._rows)

@@ -1,7 +1,7 @@
 """Message channel from workers to the driver, and the driver's stop signal.
 
-Workers post events; a thread of the driver takes what is there. So only the driver
-shows, and only the driver writes to MLflow: workers need no way to it.
+Workers post events; a thread of the driver polls them. So only the driver displays, and
+only the driver writes to MLflow: workers need no access to it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _PATIENCE_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerStarted:
-    """Say that a worker has begun, again after a restart."""
+    """Start, or restart, of a worker."""
 
     rank: int
     world_size: int
     host: str
     step: int
     hardware: Mapping[str, str] = field(default_factory=dict)
-    """What `pipelines.hardware.facts` knows of it."""
+    """Facts from `pipelines.hardware.facts`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Report a step, or the end of an epoch where `epoch_metrics` is given."""
+    """Metrics of a step, or of an epoch's end where `epoch_metrics` is set."""
 
     step: int
     epoch: int
@@ -44,7 +44,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Give values by the names that MLflow keeps them under."""
+    """Metrics of a step by their names in MLflow."""
 
     step: int
     metrics: Mapping[str, float]
@@ -52,7 +52,7 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Give what draws a picture into a file, and the path that MLflow keeps it at."""
+    """Picture for MLflow: a function that draws it into a file, and its path there."""
 
     draw: Callable[[Path], None]
     path: str
@@ -60,7 +60,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFailed:
-    """Say that a worker has failed, and why."""
+    """Failure of a worker, and its reason."""
 
     rank: int
     reason: str
@@ -68,7 +68,7 @@ class WorkerFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved:
-    """Say that a checkpoint is written."""
+    """Checkpoint that was written."""
 
     name: str
     epoch: int
@@ -77,7 +77,7 @@ class CheckpointSaved:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFailed:
-    """Say that a checkpoint could not be written, and why."""
+    """Checkpoint that could not be written, and the reason."""
 
     name: str
     reason: str
@@ -85,7 +85,7 @@ class CheckpointFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """Say something that a person should see, in one line."""
+    """One line for the user."""
 
     line: str
 
@@ -104,7 +104,7 @@ Event = (
 
 
 class Channel:
-    """Hold what is posted until the driver takes it; on Ray it is an actor."""
+    """Queue of events from workers to the driver; on Ray it is an actor."""
 
     def __init__(self) -> None:
         # Training alone, a thread takes while another posts.
@@ -113,33 +113,33 @@ class Channel:
         self._is_ending = False
 
     def post(self, item: Event) -> None:
-        """Add something."""
+        """Add an event."""
         self._items.put(item)
 
     def take(self) -> list[Event]:
-        """Hand over all that is there, and forget it."""
+        """Remove and return all events."""
         items = [self._items.get() for _ in range(self._items.qsize())]
         # Who takes again has done with what it took before.
         self._is_being_heard = bool(items)
         return items
 
     def is_handled(self) -> bool:
-        """Tell whether the driver has done with all that was posted."""
+        """Check whether the driver has handled all events."""
         return self._items.empty() and not self._is_being_heard
 
     def end(self) -> None:
-        """Ask the workers to write a checkpoint and end."""
+        """Ask the workers to write a checkpoint and stop."""
         self._is_ending = True
 
     def should_stop(self) -> bool:
-        """Tell whether the workers are to end."""
+        """Check whether the workers are asked to stop."""
         return self._is_ending
 
 
 def wait_until_handled(is_handled: Callable[[], bool], *, every_s: float) -> None:
-    """Wait until the driver has done with all, but not for one that does not listen.
+    """Wait until the driver has handled all events, with a timeout.
 
-    With a report a sweep may end the run: what was measured is to be kept first.
+    A sweep may end the run on a report: its metrics are to be stored first.
     """
     deadline_s = time.monotonic() + _PATIENCE_S
     while not is_handled() and time.monotonic() < deadline_s:
@@ -147,14 +147,14 @@ def wait_until_handled(is_handled: Callable[[], bool], *, every_s: float) -> Non
 
 
 class DriversChannel(Protocol):
-    """The driver's end of a channel, wherever the channel is."""
+    """Driver's end of a channel, wherever the channel is."""
 
     def take(self) -> Sequence[Event]:
-        """Take what is there."""
+        """Remove and return all events."""
         ...
 
     def end(self) -> None:
-        """Ask the workers to write a checkpoint and end."""
+        """Ask the workers to write a checkpoint and stop."""
         ...
 
 
@@ -167,12 +167,12 @@ def consumed(
     every_s: float,
     on_look: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """Hear, on a thread, what is posted while a `with` block runs.
+    """Handle events on a thread during a `with` block.
 
     Args:
-        is_over: Once it is set, the workers are asked to end.
-        every_s: How often the thread looks.
-        on_look: Is called then.
+        is_over: Once set, the workers are asked to stop.
+        every_s: Polling interval.
+        on_look: Called on each poll.
     """
     has_ended = threading.Event()
 
