@@ -57,7 +57,7 @@ def spatial_covariance(
 
 
 class RowGate(nn.Module):
-    """Turn each matrix into gates in (0, 1): one for every output.
+    """Gates in (0, 1) from matrices: one for every output.
 
     Rows are normalised as channels, each row meets four filters of its own (a grouped
     convolution as tall as the row), and a 1x1 convolution mixes what comes out. There
@@ -80,7 +80,7 @@ class RowGate(nn.Module):
 
 
 class ChannelGate(nn.Module):
-    """Gate every channel of a map by the covariance of its channels.
+    """Gate of every channel of a map by the covariance of its channels.
 
     ReLU, 1x1 convolution to `reduced_dim` channels, BatchNorm and ReLU, covariance over
     the positions, `RowGate`. With `stride` 2 every second position counts, as in a
@@ -101,13 +101,13 @@ class ChannelGate(nn.Module):
         self.rows = RowGate(reduced_dim, num_outputs=in_chs, act=act)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 1 1"]:
-        """Return a gate a channel."""
+        """Return one gate per channel."""
         reduced = self.norm(self.conv(x.relu())).relu()
         return self.rows(covariance(reduced.flatten(2).mT))
 
 
 class SpatialGate(nn.Module):
-    """Gate every position of a map by the covariance of 8x8 of its positions.
+    """Gate of every position of a map by the covariance of 8x8 of its positions.
 
     ReLU, 1x1 convolution, BatchNorm, average pooling to 8x8, `spatial_covariance`,
     `RowGate`; the 8x8 gates are resized to the map by adaptive average pooling. Follows
@@ -129,7 +129,7 @@ class SpatialGate(nn.Module):
         self.rows = RowGate(num_positions, num_outputs=num_positions, act=True)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
-        """Return a gate a position."""
+        """Return one gate per position."""
         reduced = self.norm(self.conv(x.relu()))
         reduced = F.adaptive_avg_pool2d(reduced, GRID_SIZE).flatten(2)
         gates = self.rows(spatial_covariance(reduced, divisor=self.divisor))
@@ -138,7 +138,7 @@ class SpatialGate(nn.Module):
 
 
 class ConcatFusion(nn.Module):
-    """Join the two gated maps by a grouped convolution of their concatenation.
+    """Fusion of the two gated maps by a grouped convolution of both, concatenated.
 
     Written as the sum of one tall convolution each, with BatchNorm after it: groups of
     64 channels, kernels of 11, 9, 7 and 5 rows for 256 to 2048 channels.
@@ -171,7 +171,7 @@ class ConcatFusion(nn.Module):
 
 
 class Gsop(nn.Module):
-    """Scale a map by second-order attention: GSoP (arXiv 1811.12006).
+    """Second-order attention that scales a map: GSoP (arXiv 1811.12006).
 
     `attention` is "channel" (x times its channel gates), "spatial" (ReLU of x times its
     position gates), or both joined: "avg" is their sum (the paper's word; the release
@@ -245,7 +245,7 @@ def add_gsop(
     act: bool = False,
     divisor: str = "positions",
 ) -> None:
-    """Put a GSoP block into the last residual block of some stages, counted from 1.
+    """Insert a GSoP block into the last residual block of some stages, from 1 on.
 
     It sees the map after the last norm, before the sum with the shortcut.
     """

@@ -55,7 +55,7 @@ _OF_WEIGHTS = frozenset(
 
 
 class SecondOrderNet(KeepsArgs, TrunkIntermediates):
-    """Classify by a second-order head on the features of a timm model.
+    """Classifier with a second-order head on the features of a timm model.
 
     The trunk may give a map (B, C, H, W) or (B, H, W, C), whose positions are the
     tokens, or tokens (B, N, C). The head sees the class token where there is one and
@@ -63,9 +63,9 @@ class SecondOrderNet(KeepsArgs, TrunkIntermediates):
     with a class token and to "visual" without. `hidden_dims` puts linear layers with
     ReLU and dropout before the classifier; else the dropout is on the pooled vector.
 
-    The trunk is changed: what its features do not need is taken out. `img_size` is that
-    of its images where neither its patches nor its configuration say it. Raises
-    ValueError for settings that do not fit.
+    The trunk is modified: layers that its features do not need are removed.
+    `img_size` is that of its images where neither its patches nor its configuration say
+    it. Raises ValueError for settings that do not fit.
     """
 
     backbone: Any
@@ -200,7 +200,7 @@ class SecondOrderNet(KeepsArgs, TrunkIntermediates):
 def _fit_positions(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Fit positions of weights that another image size was trained with."""
+    """Resize the positions of weights that were trained at another image size."""
     assert isinstance(model, SecondOrderNet)
     below = f"{prefix}backbone."
     trunk = {
@@ -213,7 +213,7 @@ def _fit_positions(
 
 
 def _nested(patterns: Any) -> Any:
-    """Put timm's patterns of parameter names below `backbone.`."""
+    """Prefix timm's patterns of parameter names with `backbone.`."""
     if isinstance(patterns, str):
         free = re.sub(r"(^|\|)\^", r"\1", patterns)
         return rf"^backbone\.(?:{free})"
@@ -247,7 +247,7 @@ def second_order(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> SecondOrderNet:
-    """Put a second-order head on a timm backbone, by its name or as a model.
+    """Build a timm backbone, by name or given as a model, with a second-order head.
 
     Names are those that `timm.create_model` takes, hf-hub: and local-dir: too.
 
@@ -345,7 +345,7 @@ def _trunk(
 def _described(name: str, *, cache_dir: Any) -> tuple[str, Mapping[str, Any]]:
     """Return architecture and configuration of a name that `timm.create_model` takes.
 
-    A folder's or a repository's stand in its config.json.
+    Those of a folder or a repository are in its config.json.
     """
     source, model_id = parse_model_name(name)
     try:

@@ -1,9 +1,9 @@
-"""What the hand-written gradients of this package share where they are differentiated.
+"""Helpers for hand-written gradients that are themselves differentiated.
 
-A hand-written backward pass is fast because it works with what the forward pass kept,
-and what was kept knows nothing of the input any more. Where the backward pass is
-recorded itself (`create_graph=True`, `torch.func`) it must go by differentiable
-operations from the input instead: taking what was kept would drop terms in silence.
+A hand-written backward pass is fast because it uses tensors that the forward pass
+saved, and those are detached from the input. Where the backward pass is recorded
+itself (`create_graph=True`, `torch.func`) it must go by differentiable operations from
+the input instead: the saved tensors would silently drop terms.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sovit.shapes import Float, Tensor
 
 
 def is_recorded() -> bool:
-    """Return whether the backward pass that asks may be differentiated itself.
+    """Check whether the current backward pass may itself be differentiated.
 
     Compiled backward passes may not: PyTorch refuses to differentiate those twice.
     """
@@ -24,13 +24,13 @@ def is_recorded() -> bool:
 
 
 def refuse_derivative(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return `x`, through which nothing may be differentiated any more."""
+    """Return `x`, which can't be differentiated any further."""
     result: Tensor = _Refused.apply(x)  # pyright: ignore[reportAssignmentType]
     return result
 
 
 class _Refused(torch.autograd.Function):
-    """Pass a tensor on, and raise where a gradient comes back."""
+    """Identity that raises when a gradient comes back."""
 
     generate_vmap_rule = True
 

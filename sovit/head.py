@@ -23,7 +23,7 @@ def classifier_names(fusion: str) -> tuple[str, ...]:
 
 
 class SecondOrderHead(nn.Module):
-    """Classify from the class token, the pooled visual tokens, or both.
+    """Classifier of the class token, the pooled visual tokens, or both.
 
     So-ViT (arXiv 2104.10935), section 3. `fusion` is one of
 
@@ -70,8 +70,8 @@ class SecondOrderHead(nn.Module):
     def reset(self, num_classes: int, *, global_pool: str | None = None) -> None:
         """Make new classifiers for `num_classes`; none with 0.
 
-        `global_pool` is there for timm's tools and must be None: the pooling is chosen
-        when the model is made.
+        `global_pool` exists for timm's tools and must be None: the pooling is chosen
+        when the model is built.
         """
         if global_pool is not None:
             raise ValueError(
@@ -106,7 +106,7 @@ class SecondOrderHead(nn.Module):
 
     @property
     def classifier(self) -> nn.Module | tuple[nn.Module, ...]:
-        """Return the linear classifier, or the two whose logits are added."""
+        """The linear classifier, or the two whose logits are added."""
         first, *others = self.classifiers()
         return (first, *others) if others else first
 

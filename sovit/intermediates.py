@@ -1,7 +1,7 @@
-"""timm's ways to the features inside a network: `forward_intermediates` and its kin.
+"""timm's interface to features inside a network: `forward_intermediates` and its kin.
 
-Arguments are timm's, names and order too, so that its feature extractors take our
-networks as they take its own: `timm.create_model(name, features_only=True)`.
+Arguments are timm's, in names and order, so that its feature extractors accept our
+networks like its own: `timm.create_model(name, features_only=True)`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class BlockIntermediates(nn.Module):
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """Return for each block its module, channels and pixels for a token."""
+        """Each block's module, channels and reduction: pixels per token."""
         return [
             {
                 "module": f"blocks.{i}",
@@ -73,14 +73,14 @@ class BlockIntermediates(nn.Module):
 
         Args:
             x: Images.
-            indices: The last so many blocks, or these, negative ones from the end; None
-                takes all.
-            return_prefix_tokens: Give pairs (visual tokens, class token).
+            indices: The number of last blocks, or a list of blocks, negative ones from
+                the end; None takes all.
+            return_prefix_tokens: Return pairs (visual tokens, class token).
             norm: Apply the last norm to each.
             stop_early: Compute no block after the last wanted.
             output_fmt: "NCHW" for maps (B, D, H, W), "NLC" for tokens (B, N, D).
             intermediates_only: Leave the final tokens out.
-            output_dict: Give a dictionary with timm's names instead.
+            output_dict: Return a dictionary with timm's names instead.
         """
         if output_fmt not in FORMATS:
             raise ValueError(
@@ -132,7 +132,7 @@ class BlockIntermediates(nn.Module):
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Take out what some blocks' features do not need; return the blocks' numbers.
+        """Remove what some blocks' features do not need; return the blocks' numbers.
 
         Without its head the network returns the class token, or the mean of the others.
         """
@@ -147,7 +147,7 @@ class BlockIntermediates(nn.Module):
 
 
 class TrunkIntermediates(nn.Module):
-    """Features of a trunk of timm, by its own methods."""
+    """Features of a timm trunk, by its own methods."""
 
     backbone: Any
     head: SecondOrderHead
@@ -159,7 +159,7 @@ class TrunkIntermediates(nn.Module):
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """Return the trunk's features, their modules' names below `backbone.`."""
+        """The trunk's features, their modules' names below `backbone.`."""
         return [
             {**info, "module": f"backbone.{info['module']}"}
             for info in self.backbone.feature_info
@@ -177,13 +177,13 @@ class TrunkIntermediates(nn.Module):
 
     @property
     def get_intermediate_layers(self) -> Callable[..., Any]:
-        """Return the trunk's method of that name; AttributeError where it has none."""
+        """The trunk's method of that name; AttributeError where it has none."""
         return self.backbone.get_intermediate_layers
 
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Take out what some features do not need; return their numbers.
+        """Remove what some features do not need; return their numbers.
 
         The head goes too where the features that it was made for are gone. Without it
         the network returns the class token, or the mean of the positions.

@@ -1,4 +1,4 @@
-"""Which of a trunk's features are positions of the image: read from shapes, or refused.
+"""Which of a trunk's features are positions of the image: inferred from shapes.
 
 The positions are a grid as the image is: that tells maps with channels first from those
 with channels last, and class tokens from positions, whatever a model declares.
@@ -108,7 +108,7 @@ def _has_class_token(model: nn.Module, *, names: dict[str, int]) -> bool:
 
 
 def _prefix_tokens(model: nn.Module) -> dict[str, int]:
-    """Return how many tokens each parameter of class or register tokens holds."""
+    """Return the number of tokens in each parameter of class or register tokens."""
     return {
         name: param.shape[-2]
         for name, param in model.named_parameters()
@@ -119,9 +119,9 @@ def _prefix_tokens(model: nn.Module) -> dict[str, int]:
 def _check_prefix(
     model: nn.Module, *, shape: tuple[int, ...], num_prefix_tokens: int
 ) -> None:
-    """Refuse a model that doesn't declare its class token and has it elsewhere.
+    """Reject a model that doesn't declare its class token and has it elsewhere.
 
-    Its own head says: it classifies by the class token, or by the positions.
+    Its own head shows that: it classifies by the class token, or by the positions.
     """
     used = tokens_of_the_head(model, shape=shape)
     if used is None:

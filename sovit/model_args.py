@@ -1,4 +1,4 @@
-"""What a model was made with, kept so that timm can write it and make it again."""
+"""A model's arguments, stored so that timm can save and rebuild it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sovit.pooling import Pooling
 
 
 class KeepsArgs:
-    """Keep `_model_args`, timm's record of a model's arguments, as plain values.
+    """Mixin that stores `_model_args`, timm's record of arguments, as plain values.
 
-    `timm.models.save_for_hf` writes them as JSON, which knows no `Pooling`.
+    `timm.models.save_for_hf` writes them as JSON, which has no `Pooling`.
     """
 
     _plain_args: Mapping[str, Any] = {}

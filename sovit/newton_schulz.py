@@ -137,7 +137,7 @@ def _iterate(
 
 
 class _Root(torch.autograd.Function):
-    """Compute the root, or its inverse, and with it all that the gradient needs.
+    """Root, or its inverse, with all that the gradient needs.
 
     That is returned after the root: A and t, then Y_1 (for the inverse W_1 in its
     place), Y_2, W_2, Y_3, W_3 ... up to N - 1. A and t can be differentiated, and the
@@ -233,7 +233,7 @@ def _normalized(x: Tensor, pre_norm: str) -> tuple[Tensor, Tensor, Tensor | None
 def _positive(t: Tensor) -> Tensor:
     """Return sizes (..., 1, 1) with 0 for what counts as zero."""
     t = torch.where(t.isfinite(), t, torch.nan)
-    # So written, what is no number stays none.
+    # Written so that NaN stays NaN.
     return torch.where(t <= TINY, 0.0, t)[..., None, None]
 
 

@@ -1,4 +1,4 @@
-"""Normalisations of second-order matrices: powers, and what to compare them with."""
+"""Normalisations of second-order matrices: powers, and baselines."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SIGNED_SQRT_EPS = 1e-8
 def signed_sqrt(
     x: Float[Tensor, "*batch m n"], *, power: Number = 0.5
 ) -> Float[Tensor, "*batch m n"]:
-    """Raise each element's size to a power, keep its sign, scale matrices to norm 1.
+    """Raise each element's magnitude to a power, keep its sign, scale to norm 1.
 
     sign(x) (|x| + 1e-8)^power, then division by the Frobenius norm: the element-wise
     normalisation of bilinear pooling. SoT's code scales along one dimension instead.
@@ -55,7 +55,7 @@ def signed_sqrt(
 
 
 class Normalize(nn.Module):
-    """Apply the chosen normalisation to matrices whose last dimension is `dim`.
+    """Chosen normalisation of matrices whose last dimension is `dim`.
 
     A learned start vector is N(0, 1) at first, a learned scale 1 / sqrt(dim), and both,
     like LayerNorm's weights, are shared by all heads and groups.
@@ -79,7 +79,7 @@ class Normalize(nn.Module):
             self.norm = nn.LayerNorm(dim)
 
     def init_non_persistent_buffers(self) -> None:
-        """Compute what no checkpoint holds, after `to_empty`; named as in timm."""
+        """Compute what no checkpoint stores, after `to_empty`; named as in timm."""
         if self.start is not None and not isinstance(self.start, nn.Parameter):
             self.start.fill_(1)
 
@@ -115,7 +115,7 @@ class Normalize(nn.Module):
     def covariance(
         self, x: Float[Tensor, "*batch n d"], *, centering: str
     ) -> Float[Tensor, "*batch d d"]:
-        """Return the normalised covariance of tokens, by the short way if there is."""
+        """Return the normalised covariance of tokens, by a shortcut if there is one."""
         pooling = self.pooling
         if pooling.normalizer == "newton_schulz":
             return covariance_sqrt(x, **self._root_settings(), centering=centering)

@@ -1,7 +1,7 @@
 """Load the papers' released checkpoints into our models.
 
-Their names are those of the authors' code; ours follow timm. Each of our tensors knows
-the one or two of theirs it is made of, so that what is wrong with a file is told in the
+Their names are those of the authors' code; ours follow timm. Each of our tensors is
+mapped to the one or two of theirs it is made of, so that errors are reported in the
 file's own names. `sovit.releases` has the names.
 """
 
@@ -49,7 +49,7 @@ EMBED = "visual_tokens.tokens."
 
 
 class MisfitError(ValueError):
-    """Name the tensors of a checkpoint that do not fit a model."""
+    """Raised when tensors of a checkpoint do not fit a model, naming them."""
 
     def __init__(self, kind: str, names: list[str], *, hint: str = "") -> None:
         more = "" if len(names) <= MAX_NAMES else ", ..."
@@ -64,7 +64,7 @@ class MisfitError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """Released weights by our names, and what they are."""
+    """Released weights under our names, with a report."""
 
     weights: dict[str, Tensor]
     report: str
@@ -119,14 +119,14 @@ def load_official(
 
 
 def is_official(weights: Mapping[str, Any]) -> bool:
-    """Tell the authors' released weights by their names."""
+    """Check by their names whether weights are the authors' released ones."""
     return recognise(plain_names(weights)) is not None
 
 
 def checkpoint_filter_fn(
     state_dict: dict[str, Any], model: nn.Module
 ) -> dict[str, Any]:
-    """Convert released weights for timm's loader; of our own fit the positions alone.
+    """Convert released weights for timm's loader; of our own, fit positions alone.
 
     Classifiers keep the file's number of classes: the loader drops them where the
     model has another.
@@ -249,7 +249,7 @@ def _joined(
     model: nn.Module,
     hint: str,
 ) -> dict[str, Tensor]:
-    """Return our tensors of the file's; raise MisfitError where one doesn't fit."""
+    """Build our tensors from the file's; raise MisfitError where one doesn't fit."""
     own = model.state_dict()
     hint = hint or _settings_that_differ(weights, parts=parts, own=own)
     wanted = {part for names in parts.values() for part in names}
@@ -277,7 +277,7 @@ def _settings_that_differ(
     parts: Mapping[str, tuple[str, ...]],
     own: Mapping[str, Tensor],
 ) -> str:
-    """Name what a file and a model were built with where they differ."""
+    """Describe the settings in which a file and a model differ."""
     ours = {part: tuple(own[name].shape) for name, (part, *_) in parts.items()}
     model = read_settings(ours)
     file = read_settings({name: tuple(w.shape) for name, w in weights.items()})
@@ -294,7 +294,7 @@ _UNSEEN = ("normalizer", "num_iterations", "coefficients", "pre_norm", "centerin
 
 
 def _unseen(model: nn.Module, *, release: Release) -> str:
-    """Name what no tensor shows and the model has otherwise than the release."""
+    """Describe the model's differences from the release that no tensor shows."""
     if release.num_iterations is None or not isinstance(model, SecondOrderNet):
         return ""
     pool = model.head.pool

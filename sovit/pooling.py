@@ -31,7 +31,7 @@ __all__ = [
 
 
 class AvgPool(nn.Module):
-    """Average the tokens: the first-order pooling to compare with."""
+    """Mean of the tokens: the first-order baseline."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class AvgPool(nn.Module):
 
 
 class Reduction(nn.Module):
-    """Narrow tokens by a linear map without bias, BatchNorm and an activation.
+    """Reduction of tokens by a linear map without bias, BatchNorm and an activation.
 
     The same as a 1x1 convolution, BatchNorm and ReLU on a feature map.
     """
@@ -62,7 +62,7 @@ class Reduction(nn.Module):
 
 
 class CovPool(nn.Module):
-    """Pool tokens into the normalised covariance of narrower ones.
+    """Pooling of tokens into the normalised covariance of narrower ones.
 
     MPN-COV (arXiv 1703.08050), iSQRT-COV (arXiv 1712.01034) and their journal version
     (arXiv 1904.06836): 1x1 reduction, possibly in several steps (`progressive_dims`),
@@ -122,7 +122,7 @@ def split_views(
 
 
 class CrossCovPool(nn.Module):
-    """Pool tokens into the normalised cross-covariance of two narrow views of them.
+    """Pooling of tokens into the normalised cross-covariance of two narrow views.
 
     So-ViT (arXiv 2104.10935), section 3, which has one head: each view is a 1x1
     convolution, BatchNorm and ReLU. All views are one linear map and one BatchNorm
@@ -157,7 +157,7 @@ class CrossCovPool(nn.Module):
 
 
 class MultiHeadPool(nn.Module):
-    """Pool tokens into several small normalised cross-covariances, side by side.
+    """Pooling of tokens into several small normalised cross-covariances.
 
     SoT (arXiv 2104.10935v2), multi-head global cross-covariance pooling: one linear
     map without bias, norm or activation gives every head its two views. The start
@@ -175,7 +175,7 @@ class MultiHeadPool(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw the linear map's weights as every other one's of the model."""
+        """Draw the linear map's weights like all others of the model."""
         nn.init.trunc_normal_(self.reduction.weight, std=0.02)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b f"]:
@@ -186,13 +186,13 @@ class MultiHeadPool(nn.Module):
 
 
 class FewTokensWarning(UserWarning):
-    """Warn of a pooling with fewer tokens than its smaller dimension."""
+    """Warning of a pooling with fewer tokens than its smaller dimension."""
 
 
 def build_pooling(
     pooling: Pooling, *, embed_dim: int, num_tokens: int | None = None
 ) -> AvgPool | CovPool | CrossCovPool | MultiHeadPool:
-    """Build the module of some settings for tokens of `embed_dim` channels.
+    """Build the pooling of some settings for tokens of `embed_dim` channels.
 
     Warns with `FewTokensWarning` where `num_tokens`, if known, are too few.
     """
@@ -208,7 +208,7 @@ def build_pooling(
 
 
 def warn_of_few_tokens(pooling: Pooling, *, embed_dim: int, num_tokens: int) -> None:
-    """Warn where `num_tokens` make a matrix singular, whatever is in them."""
+    """Warn where `num_tokens` are so few that the matrix is always singular."""
     dim = smaller_dim(pooling, embed_dim=embed_dim)
     if num_tokens >= dim:
         return
@@ -230,7 +230,7 @@ def warn_of_few_tokens(pooling: Pooling, *, embed_dim: int, num_tokens: int) -> 
 
 
 def smaller_dim(pooling: Pooling, *, embed_dim: int) -> int:
-    """Return the smaller side of the matrices that are made of tokens; 1 of a mean."""
+    """Return the smaller side of the pooled matrices; 1 for a mean."""
     if pooling.type == "avg":
         return 1
     if pooling.type not in SYMMETRIC_TYPES:

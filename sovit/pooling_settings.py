@@ -1,4 +1,4 @@
-"""Say how visual tokens become one vector: the settings of every pooling."""
+"""Settings of every pooling: how visual tokens become one vector."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SYMMETRIC_NORMALIZERS = ("newton_schulz", *APPROXIMANTS, "eigen", "log")
 
 @dataclass(frozen=True, kw_only=True)
 class Pooling:
-    """Say how visual tokens become one vector. Raises ValueError for bad settings.
+    """How visual tokens become one vector. Raises ValueError for bad settings.
 
     `Pooling.named` gives the settings of the papers' methods.
     """
@@ -96,7 +96,7 @@ class Pooling:
     """The start of the power iteration: a trained vector or fixed ones."""
 
     def __post_init__(self) -> None:
-        """Refuse settings that no pooling can have."""
+        """Reject invalid settings."""
         for name, wanted in _CHOICES.items():
             _check(self, name, getattr(self, name) in wanted, f"one of {wanted}")
         for name in ("reduced_dim", "progressive_dims"):
@@ -159,7 +159,7 @@ class Pooling:
 
     @property
     def reduced_dims(self) -> tuple[int, int]:
-        """Return `reduced_dim` as a pair."""
+        """`reduced_dim` as a pair."""
         dims = self.reduced_dim
         assert dims is not None, "only symmetric poolings have no reduced_dim"
         return (dims, dims) if isinstance(dims, int) else (dims[0], dims[1])

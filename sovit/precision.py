@@ -21,7 +21,7 @@ TINY = 1e-12
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:
-    """Return a context without autocast, where the device has one at all."""
+    """Return a context without autocast, if the device has one at all."""
     # By name, since torch.compile breaks the graph in 2.11's is_autocast_available.
     if device_type == "meta":
         return nullcontext()
@@ -34,7 +34,7 @@ def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 class _Matmul(torch.autograd.Function):
-    """Multiply outside autocast, also where `backward()` is called inside it."""
+    """Matrix product outside autocast, also where `backward()` is called inside it."""
 
     generate_vmap_rule = True
 
@@ -68,13 +68,13 @@ def matmul(
 
 
 class _Solve(torch.autograd.Function):
-    """Solve outside autocast, also where `backward()` is called inside it."""
+    """Linear solve outside autocast, also where `backward()` is called inside it."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
-        # The one that raises asks the device, and no number is no reason to.
+        # `torch.linalg.solve`, which raises, would wait for the device.
         return torch.linalg.solve_ex(a, b).result
 
     @staticmethod

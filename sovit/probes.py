@@ -1,4 +1,4 @@
-"""Probe how smooth the loss is along its gradient, at the activations of the stem.
+"""Measure how smooth the loss is along its gradient, at the activations of the stem.
 
 "What Deep CNNs Benefit from Global Covariance Pooling: An Optimization Perspective"
 (arXiv 2003.11241) compares poolings so. With X the output of the stem and g the
@@ -33,10 +33,10 @@ _MAX_NAMES = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Probed:
-    """Hold the losses and gradient changes of k step sizes, detached."""
+    """Losses and gradient changes of k step sizes, detached."""
 
     loss: Float[Tensor, ""]
-    """Loss where the stem's output is what it is."""
+    """Loss at the stem's own output."""
     step_sizes: Float[Tensor, " k"]
     losses: Float[Tensor, " k"]
     gradient_changes: Float[Tensor, " k"]
@@ -50,14 +50,14 @@ def probe(
     stem: str,
     step_sizes: Float[Tensor, " k"],
 ) -> Probed:
-    """Move the stem's output along the loss's gradient, by each step size.
+    """Measure loss and gradient at steps of the stem's output along the gradient.
 
     Takes k + 1 forward and backward passes, in the model's mode (training or not).
     Weights, gradients, buffers and random generators are afterwards as they were. Call
     it outside autocast: in bfloat16 the smallest steps are lost beside X.
 
     Args:
-        loss: Gives the scalar loss of logits.
+        loss: Computes the scalar loss of logits.
         stem: Name of the module whose output is moved: see `find_stem`.
         step_sizes: Factors of the gradient, of any sign.
 
@@ -78,7 +78,7 @@ def probe(
 
 @dataclass(frozen=True, kw_only=True)
 class _Point:
-    """Hold a stem's output, the loss there, and its gradient."""
+    """A stem's output, with the loss and its gradient there."""
 
     at: Float[Tensor, "b ..."]
     loss: Float[Tensor, ""]
@@ -86,7 +86,7 @@ class _Point:
 
 
 class _Rest:
-    """See the loss as a function of the stem's output."""
+    """The loss as a function of the stem's output."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class _Rest:
         self._weights = {name: p.detach() for name, p in model.named_parameters()}
 
     def __call__(self, at: Float[Tensor, "b ..."] | None) -> _Point:
-        """Give the loss and its gradient `at` a stem's output, or at its own."""
+        """Compute the loss and its gradient `at` a stem's output, or at its own."""
         leaves: list[Tensor] = []
 
         def replace(module: nn.Module, args: object, output: object) -> Tensor:
@@ -129,20 +129,20 @@ class _Rest:
         return _Point(at=leaves[0].detach(), loss=loss.detach(), gradient=gradient)
 
     def _state(self) -> dict[str, Tensor]:
-        """Give the weights, and buffers to spoil: BatchNorm's move in training."""
+        """Return the weights, and copies of buffers, since BatchNorm updates them."""
         buffers = {name: b.clone() for name, b in self._model.named_buffers()}
         return self._weights | buffers
 
 
 def _same_draws(device: torch.device) -> AbstractContextManager[None]:
-    """Draw from here on what the caller would, and forget it afterwards."""
+    """Fork the random generators, so that every pass has the same draws."""
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 def find_stem(model: nn.Module, *, name: str = "") -> str:
-    """Name the module that ends the stem of a timm model, or of one of ours.
+    """Find the module that ends the stem of a timm model, or of one of ours.
 
     That is the max-pooling of a ResNet, the first activation of a MobileNetV2, and the
     patch embedding of a transformer; or the module called `name`. Raises ValueError,

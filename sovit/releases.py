@@ -1,4 +1,4 @@
-"""Know the papers' released files by their names, and their names for our tensors."""
+"""The papers' released files: how to recognise them, and their names of our tensors."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """One kind of released file: what it holds, and our names in its words."""
+    """One kind of released file: its content, and its names of our tensors."""
 
     title: str
-    """What such a file holds, for people."""
+    """Content of such a file, for messages."""
     wanted: str
-    """The model that takes it, for people, and `example`, a name of one."""
+    """The model that takes it, for messages, and `example`, a name of one."""
     example: str
     rules: tuple[tuple[str, str], ...] = ()
     """Patterns in our tensors' names and what the file has instead, applied in order.
@@ -145,12 +145,12 @@ RELEASES = (
 
 
 def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take out "module.", which DataParallel also leaves in the middle of names."""
+    """Remove "module.", which DataParallel also leaves in the middle of names."""
     return {re.sub(r"(^|\.)module\.", r"\1", n): w for n, w in weights.items()}
 
 
 def recognise(weights: Mapping[str, Tensor]) -> Release | None:
-    """Return which release a file is of, by its tensors' names; None for others."""
+    """Recognise a file's release by its tensors' names; None for others."""
 
     def has(pattern: str) -> bool:
         return any(re.search(pattern, name) for name in weights)
@@ -169,7 +169,7 @@ def recognise(weights: Mapping[str, Tensor]) -> Release | None:
 
 
 def _recognise_mobilenet(weights: Mapping[str, Tensor]) -> Release | None:
-    """Tell MobileNets by ECA's kernels, (1, 1, k), or by a classifier of a triangle."""
+    """Recognise MobileNets by ECA's kernels, (1, 1, k), or a triangle's classifier."""
     if any(w.ndim == 3 for n, w in weights.items() if n.startswith("features.")):
         return ECA_MOBILENET
     wide = [w for w in weights.values() if w.ndim == 2]
@@ -178,7 +178,7 @@ def _recognise_mobilenet(weights: Mapping[str, Tensor]) -> Release | None:
 
 
 def release_of(model: nn.Module) -> Release | None:
-    """Return which release's files a model takes; None for other models."""
+    """Return the release whose files a model takes; None for other models."""
     if isinstance(model, SoViT):
         return SO_VIT
     trunk = model.backbone if isinstance(model, SecondOrderNet) else model
@@ -198,7 +198,7 @@ def release_of(model: nn.Module) -> Release | None:
 
 
 def side_of_triangle(num_values: int) -> int | None:
-    """Return the side of the symmetric matrix whose triangle has so many values."""
+    """Return the side of the symmetric matrix whose triangle has that many values."""
     side = (math.isqrt(8 * num_values + 1) - 1) // 2
     return side if side and side * (side + 1) // 2 == num_values else None
 
@@ -214,7 +214,7 @@ class Names:
 
 
 def names_by_rules(release: Release, own: Iterable[str]) -> Names:
-    """Name our tensors in the words of a release that has rules."""
+    """Map our tensors to a file's names by the release's rules."""
     parts = {}
     for name in own:
         theirs = name
@@ -227,7 +227,7 @@ def names_by_rules(release: Release, own: Iterable[str]) -> Names:
 def names_by_order(
     model: nn.Module, own: Iterable[str], weights: Mapping[str, Tensor]
 ) -> Names:
-    """Name the tensors of a MobileNetV2 as a file has them, layer by layer.
+    """Map a MobileNetV2's tensors to a file's names, layer by layer.
 
     Torchvision numbers the layers of a block, timm names them; both have the same ones
     in the same order. Raises ValueError where there are more in one of them.
@@ -289,7 +289,7 @@ _DEPTHS: Mapping[tuple[bool, tuple[int, ...]], str] = {
 
 
 def read_settings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Read off tensors, by a release's names, what their network was built with."""
+    """Infer a network's settings from the shapes of a release's tensors."""
     found: dict[str, Any] = {}
     blocks, kernels = dict[str, int](), dict[str, int]()
     for name, shape in shapes.items():

@@ -1,7 +1,7 @@
-"""Give the shape annotations of this package, at no cost where they are not checked.
+"""Shape annotations of this package, at no cost where they are not checked.
 
-jaxtyping is a tool of the developers: where it is missing, `import sovit` must still
-work. Annotations are strings there and are never evaluated.
+jaxtyping is a development dependency: without it `import sovit` must still work.
+Annotations are strings there and are never evaluated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ else:
     except ImportError:
 
         class Float:
-            """Stand for jaxtyping's `Float`: `Float[Tensor, "m n"]` is `Tensor`."""
+            """Stand-in for jaxtyping's `Float`: `Float[Tensor, "m n"]` is `Tensor`."""
 
             def __class_getitem__(cls, item: tuple[type, str]) -> type:
                 """Return the array type, without its shape."""

@@ -28,7 +28,7 @@ def singular_power(
 
 
 class _Power(torch.autograd.Function):
-    """Compute the power, and with it the singular value decomposition."""
+    """Power of the singular values, with the decomposition."""
 
     generate_vmap_rule = True
 

@@ -1,4 +1,4 @@
-"""Functions of the eigenvalues of symmetric matrices, and where these are found.
+"""Functions of the eigenvalues of symmetric matrices, and where to decompose them.
 
 With x = U diag(l) U^T such a function is f(x) = U diag(f(l)) U^T. Its derivatives are
 Daletskii and Krein's: the first in a symmetric direction G is U (L o (U^T G U)) U^T
@@ -25,7 +25,7 @@ BATCHED_SIZE = 32
 
 
 class Function(NamedTuple):
-    """What is applied to eigenvalues; zero stays zero."""
+    """Function of eigenvalues; zero stays zero."""
 
     power: float | None
     """An exponent, or None for the logarithm."""
@@ -106,16 +106,16 @@ def spectral_derivative(
 def only_finite(
     x: Float[Tensor, "*batch m n"],
 ) -> tuple[Float[Tensor, "*batch m n"], Tensor]:
-    """Put zeros in place of matrices with NaN or infinity in them, and return which.
+    """Replace matrices with NaN or infinity by zeros; return which were finite.
 
-    Solvers raise for such a matrix, or return numbers, as they please.
+    Solvers may raise for such a matrix, or return arbitrary numbers.
     """
     is_finite = x.abs().amax((-2, -1)).isfinite()
     return torch.where(is_finite[..., None, None], x, 0.0), is_finite[..., None]
 
 
 class _Spectral(torch.autograd.Function):
-    """Compute the function, and with it eigenvalues and eigenvectors."""
+    """Function of the eigenvalues, with eigenvalues and eigenvectors."""
 
     generate_vmap_rule = True
 
@@ -152,7 +152,7 @@ class _Spectral(torch.autograd.Function):
 
 
 class _Derivative(torch.autograd.Function):
-    """Compute the first derivative in a direction, as a function of x and of that."""
+    """First derivative in a direction, as a function of x and of the direction."""
 
     generate_vmap_rule = True
 
@@ -184,7 +184,7 @@ class _Derivative(torch.autograd.Function):
 
 
 class _SecondDerivative(torch.autograd.Function):
-    """Compute the second derivative in two directions, as a function of these.
+    """Second derivative in two directions, as a function of these.
 
     `x` only stands for what values and vectors belong to: its gradient is not here.
     """

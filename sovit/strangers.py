@@ -1,4 +1,4 @@
-"""Say what a file of weights is that no paper's authors released, and what to do."""
+"""Explain weights that no paper's authors released, and how to load them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ENOUGH = 0.8
 
 
 def refuse_folder(source: str | os.PathLike[str]) -> None:
-    """Raise ValueError for a folder, saying what wrote it and how it is loaded."""
+    """Raise ValueError for a folder, naming what wrote it and how to load it."""
     folder = Path(source)
     if not folder.is_dir():
         return
@@ -40,13 +40,13 @@ def refuse_folder(source: str | os.PathLike[str]) -> None:
 
 
 def describe_stranger(weights: Mapping[str, Tensor], model: nn.Module) -> str | None:
-    """Return what weights without a release's names are and what to do, if known."""
+    """Describe weights of no release and how to load them, if recognised."""
     what = _what_it_is(set(weights), model)
     return what and f"A file that authors released was wanted, got {what}"
 
 
 def tried(weights: Mapping[str, Tensor]) -> str:
-    """Say that names are of no release, and which were tried."""
+    """Format the message on names of no known release, with those tried."""
     few = ", ".join(sorted(weights)[:3])
     titles = "; ".join(release.title for release in RELEASES)
     return f"Names such as {few} are of no release that is known (tried: {titles}). "

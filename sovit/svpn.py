@@ -87,7 +87,7 @@ def _scale_by_first(
 
 
 class _OneStep(torch.autograd.Function):
-    """Scale by the first singular value after one iteration, the papers' setting.
+    """Scaling by the first singular value after one iteration, the papers' setting.
 
     Its gradient is written out: a handful of products with vectors, where autograd has
     each step of the power iteration to go back through.
@@ -225,7 +225,7 @@ def _triplet(
     return s[..., None, None], u, v
 
 
-# Conditions are written so that what is no number is never taken for zero.
+# Conditions are written so that NaN is never taken for zero.
 
 
 def _unit(vector: Tensor, floor: Tensor | float) -> Tensor:

@@ -65,7 +65,7 @@ def _fits(size: tuple[int, ...], token_stride: int) -> bool:
 
 
 class DenseLayer(nn.Module):
-    """Grow a map by 16 channels: ReLU, 1x1, ReLU, 3x3, without normalisation.
+    """Dense layer of 16 new channels: ReLU, 1x1, ReLU, 3x3, without normalisation.
 
     The release means to normalise, but the library version it pins gives the layer
     a plain ReLU for its norm. Its weights have no such norm, so neither has this.
@@ -78,12 +78,12 @@ class DenseLayer(nn.Module):
         self.conv2 = nn.Conv2d(mid_chs, DENSE_GROWTH, 3, padding=1, bias=False)
 
     def forward(self, active: Float[Tensor, "b c h w"]) -> Float[Tensor, "b g h w"]:
-        """Map features that have been through their ReLU to the new channels."""
+        """Compute the new channels of features that have been through their ReLU."""
         return self.conv2(self.conv1(active).relu())
 
 
 class DenseStage(nn.Module):
-    """Halve the sides of a map, or keep them, by a dense block and a transition.
+    """Dense block and transition that halve the sides of a map, or keep them.
 
     The transition is BatchNorm without an activation (the same slip of the release),
     pooling and a 1x1 convolution. The papers pool after the convolution; both are
@@ -127,7 +127,7 @@ def _bottleneck(in_chs: int, *, stride: int = 2) -> Bottleneck:
 
 
 class ConvEmbed(nn.Module):
-    """Embed an image by a stem, three stages and a 1x1 projection.
+    """Convolutional embedding of an image: stem, three stages and 1x1 projection.
 
     The stem is a 3x3 convolution with bias and neither norm nor activation, and a
     max-pooling of stride 2. "resnet" stages are bottlenecks (So-ViT), "densenet" stages
@@ -165,13 +165,13 @@ class ConvEmbed(nn.Module):
         self.proj = nn.Conv2d(width, embed_dim, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ..."]:
-        """Turn images (B, C, H, W) into tokens (B, N, D), row by row, or their map."""
+        """Embed images (B, C, H, W) as tokens (B, N, D), row by row, or as a map."""
         x = self.proj(self.stages(self.pool(self.stem(x))))
         return x.flatten(2).mT if self.flatten else x
 
 
 class LinearEmbed(nn.Module):
-    """Embed an image by one linear map of its patches, as ViT does."""
+    """Linear embedding of an image's patches, as in ViT."""
 
     def __init__(
         self, embed_dim: int, *, in_chans: int = 3, token_stride: int = TOKEN_STRIDE
@@ -181,7 +181,7 @@ class LinearEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, side, stride=side)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        """Turn images (B, C, H, W) into tokens (B, N, D), row by row."""
+        """Embed images (B, C, H, W) as tokens (B, N, D), row by row."""
         return self.proj(x).flatten(2).mT
 
 

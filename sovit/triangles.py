@@ -1,4 +1,4 @@
-"""Which triangle of a covariance a released classifier sees, and its columns' order."""
+"""Triangle of a covariance that a released classifier takes, and its columns' order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRIANGLES = ("upper", "lower")
 def find_triangle(
     triangle: str | None, *, release: Release, model: nn.Module
 ) -> str | None:
-    """Return which triangle a file's classifier sees; None where there is none."""
+    """Return the triangle that a file's classifier takes; None where there is none."""
     if triangle is not None and triangle not in TRIANGLES:
         raise ValueError(
             f"triangle must be one of {TRIANGLES} or None, got {triangle!r}: None "
@@ -34,7 +34,7 @@ def find_triangle(
 
 
 def reorder_triangle(weights: dict[str, Tensor], *, model: nn.Module) -> None:
-    """Put the columns of the layer that sees the lower triangle into our order.
+    """Reorder the columns of a layer on the lower triangle to match the upper one.
 
     Row by row, the lower triangle has element (i, j) at i (i + 1) / 2 + j. The matrix
     is symmetric: our element (j, i) is the same.

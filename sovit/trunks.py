@@ -1,6 +1,6 @@
-"""Change a timm backbone into a trunk: features for a second-order head, no more.
+"""Reduce a timm backbone to a trunk: features for a second-order head, no more.
 
-These change the model they are given, in place.
+These functions modify the given model in place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIN_SIZE = 32
 
 
 def placed(device: torch.device | str | None) -> AbstractContextManager[Any]:
-    """Build modules on a device; None leaves it to whoever builds them."""
+    """Build modules on a device in this context; None leaves it to the caller."""
     return nullcontext() if device is None else torch.device(device)
 
 
@@ -43,7 +43,7 @@ def check_conv_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def unstride_last_stage(model: nn.Module) -> None:
-    """Keep the last stage's map as large as the stage's before: 14x14 for 224x224.
+    """Keep the last stage's map as large as the one before: 14x14 for 224x224.
 
     The papers of covariance pooling do so, for four times as many positions. A ResNet's
     last stage loses its stride and is not dilated; a VGG loses its last pooling. Raises
@@ -78,7 +78,7 @@ def _unstride(block: nn.Module) -> None:
 
 
 def embed_by_convolutions(model: nn.Module, *, kind: str) -> None:
-    """Give a ViT, DeiT or Swin So-ViT's embedding instead of the linear one.
+    """Replace the linear embedding of a ViT, DeiT or Swin by So-ViT's.
 
     Norm and positions of the backbone stay. Raises ValueError for models without
     patches.
@@ -113,7 +113,7 @@ def embed_by_convolutions(model: nn.Module, *, kind: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What `forward_features` of a model returns, and which layers that needs."""
+    """What `forward_features` of a model returns, and which parameters that needs."""
 
     embed_dim: int
     channels_last: bool
@@ -129,7 +129,7 @@ class Features:
 
 
 class _Seen(TorchFunctionMode):
-    """Record the tensors that functions of torch are computed from."""
+    """Mode that records the tensors from which torch's functions compute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ def image_shape(
 
 
 def built_size(model: nn.Module) -> tuple[int, int] | None:
-    """Return the height and width of images that a model was made for, if for one."""
+    """Return the height and width of images that a model is fixed to, or None."""
     embedded = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return embedded or _pair(getattr(model, "_model_args", {}).get("img_size"))
 
@@ -183,7 +183,7 @@ def _pair(size: Any) -> tuple[int, int] | None:
 def inspect_features(
     model: nn.Module, *, img_size: tuple[int, int] | None = None
 ) -> Features:
-    """Find what `forward_features` returns, by shapes alone: nothing is computed.
+    """Infer what `forward_features` returns, on the meta device.
 
     Raises ValueError where that is not one map or sequence of tokens of the image's
     positions, and where image or most of the weights get no gradient through them.
@@ -224,7 +224,7 @@ def inspect_features(
 
 
 def check_trunk(model: Any) -> None:
-    """Raise ValueError for what is no classification model of timm's kind."""
+    """Raise ValueError for anything but a classification model of timm's kind."""
     if callable(getattr(model, "forward_features", None)):
         return
     kind = type(model)
@@ -239,7 +239,7 @@ def check_trunk(model: Any) -> None:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """Copy a model without its numbers, so that nothing it keeps of a call stays."""
+    """Copy a model to the meta device, so that a call leaves no state in it."""
     memo: dict[int, Any] = {}
     for param in model.parameters():
         empty = torch.empty_like(param, device="meta")
@@ -280,9 +280,9 @@ def _gradients(out: Tensor, *leaves: Tensor) -> tuple[Tensor | None, ...]:
 def strip(
     model: nn.Module, *, unused: tuple[str, ...], detached: tuple[str, ...] = ()
 ) -> None:
-    """Take out the layers that the features do not need: no parameter lies idle.
+    """Remove the layers that the features do not need: no parameter lies idle.
 
-    The largest layer goes of which nothing is used. A single parameter beside used ones
+    The largest wholly unused layer is removed. A single parameter beside used ones
     stays, frozen, and so does what the features need but gets no gradient.
     """
     idle, gone = set(unused), set[str]()

@@ -21,7 +21,7 @@ from sovit.tokens import TOKEN_STRIDE, build_token_embed, check_img_size
 
 
 class SoViT(KeepsArgs, BlockIntermediates):
-    """Classify images by a transformer whose head is of second order.
+    """Vision transformer with a second-order head.
 
     So-ViT (arXiv 2104.10935) and its second version, SoT: convolutional token
     embedding, fixed sinusoid positions, pre-norm blocks, one LayerNorm on all tokens,
@@ -115,7 +115,7 @@ class SoViT(KeepsArgs, BlockIntermediates):
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Return the rows and columns of visual tokens."""
+        """Rows and columns of visual tokens."""
         height, width = self.img_size
         return height // self.token_stride, width // self.token_stride
 
@@ -168,7 +168,7 @@ class SoViT(KeepsArgs, BlockIntermediates):
         self.pos_embed = resize_table(self.pos_embed, grid_size=self.grid_size)
 
     def embed(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        """Return what the first block sees: class token, tokens, and their positions.
+        """Return the first block's input: class token, tokens, and their positions.
 
         Raises ValueError for images of another shape.
         """
@@ -220,7 +220,7 @@ torch.fx.wrap("check_images")
 def _fit_positions(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Fit the position table of weights that another image size was trained with."""
+    """Resize the position table of weights that were trained at another image size."""
     assert isinstance(model, SoViT)
     key = f"{prefix}pos_embed"
     table = state_dict.get(key)

@@ -1,4 +1,4 @@
-"""Read files of weights that others wrote, without running anything in them."""
+"""Read files of weights from others, without running any code in them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _UNREADABLE = (
 def read_tensors(
     source: str | os.PathLike[str], *, shown: str = ""
 ) -> Mapping[str, Any]:
-    """Read a file of tensors and plain values; anything else in it is refused.
+    """Read a file of tensors and plain values; reject anything else in it.
 
     A file is safetensors by its name, else what `torch.save` wrote. Raises ValueError
     that calls the file `shown`, if given.
@@ -90,14 +90,14 @@ def _read_safetensors(
 
 
 def _reason(error: Exception) -> str:
-    """Name what else a file holds: PyTorch's words advise to load it all the same."""
+    """Explain what else a file holds: PyTorch's message advises to load it anyway."""
     text = " ".join(str(error).split())
     other = re.search(r"Unsupported global: GLOBAL (\S+)", text)
     return f"it holds {other[1]}" if other else f"{type(error).__name__}: {text[:120]}"
 
 
 def find_weights(found: Mapping[str, Any], *, ema: bool = False) -> dict[str, Tensor]:
-    """Find the weights in what a file holds, without "module." before their names.
+    """Find the weights in a file's content, without "module." before their names.
 
     Raises ValueError where there are none, or with `ema` no averaged ones.
     """
@@ -120,7 +120,7 @@ def find_weights(found: Mapping[str, Any], *, ema: bool = False) -> dict[str, Te
 
 
 def average_keys(found: Mapping[str, Any]) -> list[str]:
-    """Return under which names a file holds averaged weights."""
+    """List the keys under which a file has averaged weights."""
     return _keys_in(found, EMA_KEYS)
 
 

@@ -53,7 +53,7 @@ def sovit_second_order(pretrained: bool = False, **kwargs: Any) -> SecondOrderNe
 
 
 def _data_config(backbone: str) -> dict[str, Any]:
-    """Return what the backbone's configuration says about images."""
+    """Return the entries on images of the backbone's configuration."""
     config = timm.get_pretrained_cfg(backbone)
     known = {} if config is None else config.to_dict()
     return {"url": "", **{key: known[key] for key in DATA_KEYS if key in known}}

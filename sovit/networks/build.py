@@ -1,4 +1,4 @@
-"""What the papers' networks share: their configurations, and how timm builds them."""
+"""Shared parts of the papers' networks: configurations, and building through timm."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def paper_cfg(
 
 
 def feature_cfg(num_features: int | None) -> dict[str, Any]:
-    """Return how timm's builder extracts features: see `create`.
+    """Return the settings of timm's feature extraction: see `create`.
 
     New for each network, since the builder changes it.
     """
@@ -62,14 +62,14 @@ def create(
     feature_indices: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Build a registered network: its own settings, and the caller's over them.
+    """Build a registered network from its own settings, overridden by the caller's.
 
-    With `features_only` it gives its last `feature_indices` features, where that is
+    With `features_only` it returns its last `feature_indices` features, where that is
     set, by `forward_intermediates`; else timm takes the network apart.
 
     `pooling` may be a mapping of the fields to change, or a method's name. Raises
-    ValueError where weights are asked for that nobody publishes at an address that can
-    be fetched.
+    ValueError for pretrained weights that nobody publishes at an address that can be
+    fetched.
     """
     check_weights(kwargs, name=name, pretrained=pretrained)
     kwargs = with_tuples(kwargs)
@@ -96,7 +96,7 @@ def create(
 
 
 def check_weights(kwargs: Mapping[str, Any], *, name: str, pretrained: bool) -> None:
-    """Raise ValueError where weights are asked for, and nothing says where they are."""
+    """Raise ValueError if pretrained weights are requested without a source."""
     overlay = kwargs.get("pretrained_cfg_overlay")
     if pretrained and not (overlay or kwargs.get("pretrained_cfg")):
         raise ValueError(
@@ -107,5 +107,5 @@ def check_weights(kwargs: Mapping[str, Any], *, name: str, pretrained: bool) -> 
 
 
 def with_tuples(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments with tuples for lists, which timm's records have as JSON."""
+    """Return arguments with tuples for lists: timm's records come from JSON."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}

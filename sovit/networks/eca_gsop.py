@@ -26,7 +26,7 @@ NARROW_CHS = 96
 
 
 def add_eca(model: ResNet, *, kernel_sizes: tuple[int, ...]) -> None:
-    """Put ECA into every residual block of a ResNet, one kernel size a stage.
+    """Insert ECA into every residual block of a ResNet, one kernel size per stage.
 
     As released, it sees the map after the last norm, before the sum with the shortcut.
     """
@@ -42,7 +42,7 @@ def add_eca(model: ResNet, *, kernel_sizes: tuple[int, ...]) -> None:
 
 
 def add_mobile_eca(model: EfficientNet) -> None:
-    """Put ECA at the end of every inverted residual block of a MobileNetV2.
+    """Insert ECA at the end of every inverted residual block of a MobileNetV2.
 
     As released, it sees the block's narrow output, after the last norm and before the
     sum (timm's squeeze-and-excitation sits on the wide map before), also where there is

@@ -148,7 +148,7 @@ default_cfgs = {name: _default_cfg() for name in ARCHITECTURES}
 
 
 def default_pooling(name: str) -> Pooling:
-    """Return the pooling settings that a model has unless told otherwise."""
+    """Return a model's default pooling settings."""
     if name not in ARCHITECTURES:
         raise ValueError(
             f"A model name of {list(ARCHITECTURES)} was wanted, got {name!r}: "
