@@ -1,8 +1,8 @@
-"""How a recipe's published batch lies on GPUs: 128 images of it on each.
+"""Number of GPUs for a recipe's published batch, with 128 images on each.
 
-So many keep a current GPU busy by arithmetic, which is not measured yet; BatchNorm's
-statistics are of them. Fewer or more GPUs: `--scale.num-workers`; on fewer a step is
-done in parts with `--optim.num-accumulation`. docs/gpu.md has which for which machine.
+By arithmetic, not measured yet, 128 keep a current GPU busy; BatchNorm's statistics
+are of them. Fewer or more GPUs: `--scale.num-workers`; on fewer a step is done in
+parts with `--optim.num-accumulation`. docs/gpu.md lists the values by machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _IMAGES_PER_GPU = 128
 
 
 def gpus_for(batch_size: int) -> Scale:
-    """Take as many GPUs as there are 128 images in a batch, but one at least."""
+    """Return the scale of a batch with 128 images on each GPU, at least one GPU."""
     return Scale(
         num_workers=max(batch_size // _IMAGES_PER_GPU, 1),
         use_gpu=True,

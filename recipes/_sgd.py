@@ -1,4 +1,4 @@
-"""What the papers' PyTorch scripts have in common: SGD on random crops and flips.
+"""Common settings of the papers' PyTorch scripts: SGD on random crops and flips.
 
 Momentum 0.9, all parameters decayed (BatchNorm's and biases too), no warm-up, plain
 cross-entropy. Training cuts random-resized crops and flips half of them; evaluation
@@ -23,7 +23,7 @@ NO_PROBE = Probe()
 
 
 def steps(*milestones: float) -> Schedule:
-    """Divide the rate by ten in these epochs."""
+    """Return the schedule that divides the rate by ten at these epochs."""
     return Schedule(kind="step", milestones=milestones)
 
 
@@ -35,7 +35,7 @@ def sgd(
     weight_decay: float = 1e-4,
     classifier_lr_scale: float = 1.0,
 ) -> Optim:
-    """Set SGD as the scripts do."""
+    """Return the scripts' SGD settings."""
     return Optim(
         optimizer="sgd",
         lr=lr,
@@ -59,7 +59,7 @@ def imagenet(
     published_top1: float | None = None,
     probe: Probe = NO_PROBE,
 ) -> Run:
-    """Train a model on ImageNet-1K as the scripts do."""
+    """Return the run of a training on ImageNet-1K as the scripts do it."""
     return Run(
         recipe=recipe,
         model=model,
