@@ -37,18 +37,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointEvaluation:
-    """Hold what the evaluation of a checkpoint came to."""
+    """Result of evaluating one checkpoint."""
 
     position: Position
     """Where the checkpoint's training stood."""
     metrics: dict[str, float]
-    """By the names that MLflow keeps them under."""
+    """By their MLflow names."""
     outcomes: dict[str, EvaluationResult]
     """By the sets' prefixes, `val` for the run's own; worst images have their keys."""
 
     @property
     def reports(self) -> dict[str, Report]:
-        """Give the reports by the sets' prefixes."""
+        """Reports by the sets' prefixes."""
         return reports_of(self.outcomes)
 
 
@@ -105,7 +105,7 @@ def load_models(
 
 
 def here(run: Run, *, batch_size: int, num_threads: int) -> Run:
-    """Describe a run's evaluation in one process that decodes for itself."""
+    """Adapt a run to evaluation in one process that decodes for itself."""
     data = dataclasses.replace(
         run.data,
         eval_batch_size=batch_size,
@@ -125,7 +125,7 @@ def measure_set(
     device: torch.device,
     on_bad: OnBad = ignore_bad,
 ) -> EvaluationResult:
-    """Evaluate models on a set in this process; a terminal shows how far it is.
+    """Evaluate models on a set in this process, with progress on a terminal.
 
     Raises as `check_counted`, and ValueError where the set can't be read.
     """
@@ -144,7 +144,7 @@ def measure_set(
 
 
 def named(outcome: EvaluationResult, *, shards: ShardSet) -> EvaluationResult:
-    """Look up the keys of the worst images; where that fails their rows must do."""
+    """Look up the keys of the worst images; if that fails, rows identify them."""
     report = outcome.report
     if report is None:
         return outcome
@@ -156,7 +156,7 @@ def named(outcome: EvaluationResult, *, shards: ShardSet) -> EvaluationResult:
 
 
 def reports_of(outcomes: Mapping[str, EvaluationResult]) -> dict[str, Report]:
-    """Give the reports of outcomes that have one."""
+    """Collect the reports of outcomes that have one."""
     return {
         name: outcome.report
         for name, outcome in outcomes.items()

@@ -1,4 +1,4 @@
-"""Write what an evaluation found as tables and pictures: no torch, the driver draws."""
+"""Write what an evaluation found as tables and pictures, in the driver: no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFUSION_FILE = "confusion.png"
 WORST_FILE = "worst.png"
 WORST_TABLE_FILE = "worst.csv"
 MAX_NAMED = 50
-"""Classes whose names fit the sides of a matrix; more are put together in cells."""
+"""Most classes whose names fit the sides of a matrix; more are binned into cells."""
 _MAX_WITH_NUMBERS = 20
 _MAX_CELLS = 100
 _NUM_PAIRS = 20
@@ -35,10 +35,10 @@ _COLORS = "YlGnBu"
 
 
 def pictured(reports: Mapping[str, Report], *, title: str) -> Figure:
-    """Give what the driver keeps in MLflow: a folder for each set, by its prefix.
+    """Build what the driver logs to MLflow: a folder for each set, by its prefix.
 
-    Each evaluation's takes the place of the one before, so that a long run's do not
-    pile up; the title says which it was.
+    Each evaluation's files replace those of the one before, so that they do not pile up
+    in a long run; the title says which it was.
     """
     draw = partial(write_reports, dict(reports), title=title)
     return Figure(draw=draw, path=ARTIFACT_FOLDER)
@@ -51,7 +51,7 @@ def write_reports(reports: Mapping[str, Report], folder: Path, *, title: str) ->
 
 
 def write_report(report: Report, folder: Path, *, title: str) -> None:
-    """Write all into a folder, which is made if it is not there.
+    """Write a set's report into a folder, which is made if it is not there.
 
     A table of the classes; a picture of which is taken for which, if they are few
     enough to be counted in pairs; and a table and a picture of the worst images, if any
@@ -94,7 +94,7 @@ def write_per_class(found: Confusions, path: Path) -> None:
 
 
 def write_worst(found: Worst, path: Path, *, classes: Sequence[str]) -> None:
-    """Write a line an image, the worst first: its names can be copied from here."""
+    """Write a line an image, the worst first, from which names can be copied."""
     rows = (
         (
             found.name_of(at),
@@ -141,7 +141,7 @@ def _draw_named(found: Confusions, *, title: str) -> Any:
     side = 3.2 + max(0.26, 0.5 - 0.01 * num) * num
     figure, (place,) = _figure(side + 0.6, side, title=title)
     shares = 100 * found.matrix() / np.maximum(found.num_images, 1)[:, None]
-    # The root: a confusion of 2 % is to be seen beside 90 % on the diagonal.
+    # The square root keeps a confusion of 2 % visible beside 90 % on the diagonal.
     norm = PowerNorm(0.5, vmin=0, vmax=100)
     image = place.imshow(shares, cmap=_COLORS, norm=norm)
     figure.colorbar(image, ax=place, label="% of the class's images", shrink=0.8)

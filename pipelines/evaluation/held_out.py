@@ -1,4 +1,4 @@
-"""Say by which labels a held-out set is judged: its classes, and ImageNet-ReaL's."""
+"""Describe the labels of a held-out set: its classes, and ImageNet-ReaL's."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _LEAST_AGREEMENT = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Describe a held-out set as a model of some classes is judged by it."""
+    """Held-out set as a model of some classes is evaluated on it."""
 
     name: str
-    """What its metrics are told apart by; empty for the run's own set."""
+    """Name that its metrics are told apart by; empty for the run's own set."""
     shards: ShardSet
     classes: tuple[str, ...]
     """The model's names of the set's classes, by the set's labels."""
@@ -40,7 +40,7 @@ class HeldOut:
 
     @property
     def prefix(self) -> str:
-        """Give what stands before its metrics, but for the slash."""
+        """Prefix of its metrics, without the slash."""
         return f"val_{self.name}" if self.name else "val"
 
 
@@ -89,7 +89,7 @@ def held_out_of(
 def match_classes(
     names: Sequence[str], *, classes: Sequence[str], shown: str
 ) -> tuple[int, ...] | None:
-    """Give the model's number of each class of a set; None where they are the same.
+    """Map a set's classes to the model's; None where they are the same.
 
     A set's classes are some of the model's by name, as ImageNet-A's 200, or numbers of
     them counted from 0, as the folders of ImageNetV2. Raises ValueError, naming the
@@ -144,7 +144,7 @@ def _no_real(path: str, *, came: str) -> ValueError:
 def _real_of(
     shards: ShardSet, *, path: str, columns: Sequence[int] | None, num: int
 ) -> np.ndarray:
-    """Give each row's ReaL labels as the set numbers classes: int32 (rows, n)."""
+    """Return each row's ReaL labels as the set numbers classes: int32 (rows, n)."""
     by_image = read_real(path)
     keys, labels = read_keys(shards)
     numbers = [_image_number(key, shards=shards) for key in keys]
@@ -162,7 +162,7 @@ def _real_of(
     for row, of in enumerate(lists):
         real[row, : len(of)] = of
     if columns is not None:
-        # One more for -1, which stays.
+        # One more for -1, which maps to itself.
         place = np.full(num + 1, -1, np.int32)
         place[list(columns)] = np.arange(len(columns))
         real = place[real]

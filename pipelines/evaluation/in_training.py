@@ -27,12 +27,12 @@ OpenBatches = Callable[[HeldOut], Iterable[Batch]]
 
 
 class InTrainingEvaluator:
-    """Evaluate a state on held-out sets, and say what was found.
+    """Evaluator of a training state on the held-out sets.
 
     All workers call it at the same step: it is a collective.
 
     Args:
-        batches: Gives a set's batches, those of one worker; they may be broken off.
+        batches: Opens a worker's batches of a set; they may be broken off.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class InTrainingEvaluator:
         self._pictured_s = time.monotonic()
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """Give all metrics by the names that MLflow keeps them under.
+        """Evaluate on all sets; return the metrics by their MLflow names.
 
         Raises as `check_counted`.
         """
@@ -77,13 +77,13 @@ class InTrainingEvaluator:
 
     @property
     def primary(self) -> Score:
-        """Give the score of the run's own set, the first."""
+        """Score on the run's own set, the first."""
         return next(iter(self._outcomes.values())).primary
 
     def pictures(self, *, title: str, is_last: bool) -> Figure | None:
-        """Give what draws the last evaluation, where it is the last, or it is time.
+        """Return what draws the last evaluation, if drawing is due or it is the end.
 
-        To draw them takes the driver seconds.
+        Drawing takes the driver seconds.
         """
         is_time = time.monotonic() - self._pictured_s > _PICTURES_EVERY_S
         if not (is_last or is_time):

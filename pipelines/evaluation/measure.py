@@ -27,7 +27,7 @@ from pipelines.training.metrics import MetricSums
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Hold what one model came to over all workers: a mean loss, and percent."""
+    """Scores of one model over all workers: mean loss, and accuracies in percent."""
 
     loss: float
     top1: float
@@ -41,7 +41,7 @@ class Score:
     """Images that have ReaL labels."""
 
     def values(self) -> dict[str, float]:
-        """Give by name what was measured."""
+        """Return the measured values by name."""
         found = dataclasses.asdict(self)
         if self.real_top1 is None:
             del found["real_top1"], found["num_real"]
@@ -50,22 +50,22 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """Hold what an evaluation came to, the same on all workers."""
+    """Result of an evaluation, the same on all workers."""
 
     scores: Mapping[str, Score]
-    """By the models' names, the first one's first."""
+    """By the models' names, the first model's first."""
     report: Report | None = None
     """Of the first model, where a held-out set was described."""
 
     @property
     def primary(self) -> Score:
-        """Give the first model's score."""
+        """Score of the first model."""
         return next(iter(self.scores.values()))
 
     def metrics(self, prefix: str = "val") -> dict[str, float]:
-        """Name all as MLflow keeps it: `val/top1`, of a second model `val_raw/top1`.
+        """Return all metrics by MLflow name: `val/top1`, a second one `val_raw/top1`.
 
-        What is the same of all models, the images' counts, is there once.
+        The counts of images, the same for all models, appear once.
         """
         found: dict[str, float] = {}
         for name, score in self.scores.items():
@@ -88,7 +88,7 @@ class EvaluationResult:
 def models_of(
     model: nn.Module, *, average: nn.Module | None, weights: Literal["average", "both"]
 ) -> dict[str, nn.Module]:
-    """Say which models to evaluate: the average first, where one is kept."""
+    """Select the models to evaluate: the average first, where one is kept."""
     if average is None:
         return {"raw": model}
     if weights == "average":
@@ -97,7 +97,7 @@ def models_of(
 
 
 class Narrowed(nn.Module):
-    """Let a model choose among some of its classes alone, as ImageNet-A wants.
+    """Model restricted to some of its classes, as for ImageNet-A.
 
     Args:
         columns: The model's number of each class.
@@ -109,7 +109,7 @@ class Narrowed(nn.Module):
         self._columns = torch.tensor(columns)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give the logits (B, len(columns)) of images (B, 3, H, W)."""
+        """Compute the logits (B, len(columns)) of images (B, 3, H, W)."""
         logits = self.model(images)
         if self._columns.device != logits.device:
             self._columns = self._columns.to(logits.device)
@@ -117,12 +117,12 @@ class Narrowed(nn.Module):
 
 
 def narrowed(model: nn.Module, columns: tuple[int, ...] | None) -> nn.Module:
-    """Give a model of a set's classes: see `HeldOut.columns`."""
+    """Restrict a model to a set's classes: see `HeldOut.columns`."""
     return model if columns is None else Narrowed(model, columns)
 
 
 class _Tally:
-    """Add up what one model comes to; the first one's classes and worst images too."""
+    """Running sums of one model; for the first also confusions and worst images."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class _Tally:
                 part.add(seen)
 
     def score(self) -> Score:
-        """Add up over all workers: a collective."""
+        """Reduce the sums over all workers: a collective."""
         means = self._sums.total()
         real_top1, num_real = self._real.total() if self._real else (None, 0)
         return Score(
@@ -183,7 +183,7 @@ class _Tally:
         )
 
     def report(self) -> Report | None:
-        """Bring home what pictures are made of: a collective."""
+        """Gather confusions and worst images from all workers: a collective."""
         if self._confusions is None or self._worst is None or self._held_out is None:
             return None
         return Report(

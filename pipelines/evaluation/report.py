@@ -1,4 +1,4 @@
-"""Hold what an evaluation found out by class and by image: no torch, to travel."""
+"""Results of an evaluation by class and by image; no torch, so that they can travel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Confusions:
-    """Count the images of each class, and which were taken for which other class."""
+    """Confusion counts: images of each class, and which classes they were taken for."""
 
     classes: tuple[str, ...]
     num_images: np.ndarray
@@ -24,11 +24,11 @@ class Confusions:
 
     @property
     def top1(self) -> float:
-        """Give top-1 of all images in percent."""
+        """Top-1 of all images in percent."""
         return 100 * float(self.num_right.sum()) / max(int(self.num_images.sum()), 1)
 
     def matrix(self) -> np.ndarray:
-        """Give the counts as int64 (K, K): class by prediction."""
+        """Build the confusion matrix as int64 (K, K): class by prediction."""
         assert self.pairs is not None
         matrix = np.diag(self.num_right)
         matrix[self.pairs[:, 0], self.pairs[:, 1]] = self.pairs[:, 2]
@@ -37,7 +37,7 @@ class Confusions:
 
 @dataclass(frozen=True, kw_only=True)
 class Worst:
-    """Hold the images of the highest loss, the worst first; arrays are (n,)."""
+    """Images of the highest loss, the worst first; arrays are (n,)."""
 
     losses: np.ndarray
     labels: np.ndarray
@@ -45,9 +45,9 @@ class Worst:
     probabilities: np.ndarray
     """Of the predictions."""
     row_ids: np.ndarray
-    """Places of their rows in the set."""
+    """Row ids in the set."""
     pixels: np.ndarray
-    """uint8 (n, H, W, 3): as the model sees them, made smaller."""
+    """uint8 (n, H, W, 3): as the model sees them, downscaled."""
     keys: Mapping[int, str] = dataclasses.field(default_factory=dict)
     """Names of the images by row, where they were looked up."""
 
@@ -62,12 +62,12 @@ class Worst:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Hold what tables and pictures of an evaluation are made of."""
+    """Everything that the tables and pictures of an evaluation are made of."""
 
     confusions: Confusions
     worst: Worst
 
     def named(self, keys: Mapping[int, str]) -> Report:
-        """Give the same with the names of the worst images."""
+        """Return a copy with the names of the worst images."""
         worst = dataclasses.replace(self.worst, keys=dict(keys))
         return dataclasses.replace(self, worst=worst)

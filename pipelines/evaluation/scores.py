@@ -1,6 +1,6 @@
-"""Add up on the device what a model's logits come to; no batch waits for it.
+"""Accumulate evaluation results on the device; no batch waits for it.
 
-Everything has a fixed size, and workers' sums meet once, when they are asked for.
+Everything has a fixed size, and workers' sums are reduced once, when asked for.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from pipelines.config import Data
 from pipelines.evaluation.report import Confusions, Worst
 
 MAX_CLASSES = 4096
-"""Past so many classes pairs are not counted: 64 MiB on the device."""
+"""Beyond this many classes pairs are not counted: 64 MiB on the device."""
 PICTURE_PIXELS = 112
-"""Sides that pictures of the worst images have at most."""
+"""Maximum side of the pictures of the worst images."""
 _NOTHING = -torch.inf
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """Hold a batch's rows and what a model said of them; tensors are (B,)."""
+    """A batch's rows and the model's predictions for them; tensors are (B,)."""
 
     images: Tensor
     """(B, 3, H, W), normalised."""
     labels: Tensor
     weights: Tensor
     rows: Tensor
-    """int64: places in the set; -1 where the weight is 0."""
+    """int64: row ids in the set; -1 where the weight is 0."""
     losses: Tensor
     predictions: Tensor
     probabilities: Tensor
@@ -40,7 +40,7 @@ class Seen:
 
 
 class RealSums:
-    """Count the predictions that are among an image's ReaL labels (arXiv 2006.07159).
+    """Top-1 against ImageNet's ReaL labels (arXiv 2006.07159).
 
     Args:
         labels: int64 (rows of the set, n): each row's labels, -1 where it has no more;
@@ -60,9 +60,9 @@ class RealSums:
         self._sums += (columns * seen.weights).sum(dim=1)
 
     def total(self) -> tuple[float | None, int]:
-        """Give top-1 in percent and the images it is of: a collective.
+        """Reduce over all workers to top-1 in percent and its images: a collective.
 
-        None where there is no such image.
+        Top-1 is None where there is no such image.
         """
         if dist.is_initialized():
             dist.all_reduce(self._sums)
@@ -71,7 +71,7 @@ class RealSums:
 
 
 class ConfusionSums:
-    """Count which class was taken for which; right and wrong alone past MAX_CLASSES."""
+    """Counts of label by prediction; only right and wrong past MAX_CLASSES."""
 
     def __init__(self, num_classes: int, *, device: torch.device) -> None:
         self._has_pairs = num_classes <= MAX_CLASSES
@@ -90,7 +90,7 @@ class ConfusionSums:
         self._counts.view(-1).index_add_(0, places, seen.weights.int())
 
     def total(self, classes: tuple[str, ...]) -> Confusions:
-        """Give the counts over all workers: a collective."""
+        """Reduce the counts over all workers: a collective."""
         if dist.is_initialized():
             dist.all_reduce(self._counts)
         counts = self._counts.cpu().numpy().astype(np.int64)
@@ -111,7 +111,7 @@ def _pairs(counts: np.ndarray) -> np.ndarray:
 
 
 class WorstSoFar:
-    """Keep the images of the highest loss.
+    """Images of the highest loss seen so far.
 
     Args:
         num: How many.
@@ -154,7 +154,7 @@ class WorstSoFar:
         self._table, self._pixels = table[kept], pixels[kept]
 
     def total(self) -> Worst:
-        """Give the worst over all workers, the same on each: a collective."""
+        """Find the worst over all workers, the same on each: a collective."""
         table, pixels = self._table, self._pixels
         if dist.is_initialized() and self._num:
             table, pixels = self._over_workers()
@@ -170,7 +170,7 @@ class WorstSoFar:
         )
 
     def _over_workers(self) -> tuple[Tensor, Tensor]:
-        """Find the worst of all; who holds one of them gives its pixels."""
+        """Find the worst of all workers; whoever holds one contributes its pixels."""
         tables = [torch.empty_like(self._table) for _ in range(dist.get_world_size())]
         dist.all_gather(tables, self._table)
         table = torch.cat(tables)
@@ -191,5 +191,5 @@ class WorstSoFar:
 
 
 def _highest(losses: Tensor, *, num: int) -> Tensor:
-    """Give the places of the highest losses, the first of equal ones first."""
+    """Return the places of the highest losses, the first of equal ones first."""
     return losses.sort(descending=True, stable=True).indices[:num]
