@@ -1,4 +1,4 @@
-"""Makes one shard: reads its images wherever they lie, checks them and writes them."""
+"""Make one shard: read its images wherever they lie, check them and write them."""
 
 from __future__ import annotations
 

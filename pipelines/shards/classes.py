@@ -1,4 +1,4 @@
-"""Numbers labels: which class each text stands for, or why that can't be told."""
+"""Number labels: which class each text stands for, or why that is ambiguous."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WNID_LINE = re.compile(r"(n\d{8})\s+\S")
 
 @dataclass(frozen=True)
 class Numbering:
-    """What the user says of classes.
+    """Options for the numbering of classes.
 
     Attributes:
         classes: Class names; a name's place is its label. None takes the source's.
@@ -44,13 +44,13 @@ class Numbering:
 
 
 def plain(name: str) -> str:
-    """Give a name as lists and folders agree on it: composed, without outer blanks."""
+    """Normalize a name as lists and folders agree on it: stripped and composed."""
     name = name.strip()
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def label_text(value: object) -> str | None:
-    """Give a label's text, None for a missing one.
+    """Return a label's text, None for a missing one.
 
     Raises ValueError where the value is no label.
     """
@@ -90,7 +90,7 @@ def read_classes(address: str | Path) -> list[str]:
 
 
 def parse_classes(text: str, *, name: str) -> list[str]:
-    """Read class names of a text, see `read_classes`; `name` is the file's."""
+    """Parse class names out of a text, see `read_classes`; `name` is the file's."""
     is_json = text.lstrip()[:1] in ("[", "{")
     names = _of_json(text, name=name) if is_json else _of_lines(text, name=name)
     names = [plain(item) for item in names]
@@ -296,7 +296,7 @@ def _refuse_unbounded(numbers: dict[str, int], *, numbering: Numbering) -> None:
 def refuse_captions(
     names: Sequence[str], *, num_images: int, numbering: Numbering, most: int
 ) -> None:
-    """Raise ValueError where labels are most likely no classes.
+    """Raise ValueError where labels are most likely captions or ids, not classes.
 
     Args:
         names: The distinct labels.

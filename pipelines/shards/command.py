@@ -130,7 +130,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Summary:
-    """What came of a run of the command."""
+    """Outcome of a run of the command."""
 
     plan: Plan
     report: Report
@@ -138,19 +138,19 @@ class Summary:
 
     @property
     def done(self) -> Done:
-        """How many rows were written and how many images left out."""
+        """Numbers of rows written and of images left out."""
         return Done(
             num_rows=self.report["num_rows"], num_skipped=self.report["num_skipped"]
         )
 
 
 def in_process(task: Task, indices: Sequence[int]) -> Iterator[Done]:
-    """Do the tasks here, one after the other."""
+    """Run the tasks in this process, one after the other."""
     return map(task, indices)
 
 
 def on_ray(task: Task, indices: Sequence[int]) -> Iterator[Done]:
-    """Do the tasks as Ray Data tasks of one CPU each, and yield as they end.
+    """Run the tasks as Ray Data tasks of one CPU each, and yield as they end.
 
     Starts a local Ray if none runs and RAY_ADDRESS names none.
 
@@ -194,7 +194,7 @@ def on_ray(task: Task, indices: Sequence[int]) -> Iterator[Done]:
 
 
 def make_shards(arguments: Arguments, *, execute: Executor = on_ray) -> Summary:
-    """Make a shard set, or go on with one that was interrupted.
+    """Make a shard set, or resume one that was interrupted.
 
     Args:
         arguments: The command line.
@@ -262,7 +262,7 @@ def _how_on(arguments: Arguments) -> str:
 
 
 def _told(summary: Summary) -> Summary:
-    """Warn of what the user should look at."""
+    """Log warnings of what the user should look at."""
     if "classes" in summary.report:
         for warning in warnings(summary.report):
             logger.warning(warning)
@@ -298,7 +298,7 @@ def _run(plan: Plan, *, execute: Executor) -> None:
 
 
 def _watch(done: Iterator[Done], *, num_images: int, verb: str) -> Iterator[Done]:
-    """Show a bar on a terminal, else a line every 15 seconds."""
+    """Show a progress bar on a terminal, else a line every 15 seconds."""
     is_terminal = sys.stderr.isatty()
     bar = tqdm(total=num_images, desc=verb, unit=" images", disable=not is_terminal)
     num_done, num_first = 0, 0

@@ -1,4 +1,4 @@
-"""Reads ImageNet's devkit as it is downloaded: labels of validation images, their ids.
+"""Read ImageNet's devkit as it is downloaded: labels of validation images, their ids.
 
 `ILSVRC2012_validation_ground_truth.txt` has a number a line, counted from 1 in an order
 of the devkit's own, which is not that of the sorted WordNet ids. `meta.mat`, beside it,
@@ -35,7 +35,7 @@ class Devkit:
 
 
 def is_devkit(address: str) -> bool:
-    """Say whether a file's name is that of a packed devkit."""
+    """Check whether a file's name is that of a packed devkit."""
     return "devkit" in base_name(address).lower() and ".t" in base_name(address).lower()
 
 
@@ -63,7 +63,7 @@ def open_devkit(address: str) -> Devkit:
 
 
 def read_ground_truth(devkit: Devkit) -> str:
-    """Read the text of labels of a devkit."""
+    """Read a devkit's ground truth, the text of labels."""
     data = devkit.read(f"{GROUND_TRUTH}.txt")
     if data is None:
         raise ValueError(f"Expected *{GROUND_TRUTH}.txt in {devkit.address}, got none.")
@@ -71,7 +71,7 @@ def read_ground_truth(devkit: Devkit) -> str:
 
 
 def read_ids(address: str) -> dict[str, str]:
-    """Read which class name each of the devkit's ids stands for.
+    """Read the class name that each of the devkit's ids stands for.
 
     Args:
         address: The devkit, packed or not; its meta.mat; or a text of lines `ID

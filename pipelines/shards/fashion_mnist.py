@@ -113,7 +113,7 @@ def encode(pixels: np.ndarray) -> bytes:
 def write_split(
     folder: Path, *, idx_dir: Path, split: Split, whole: bool = False
 ) -> int:
-    """Write one split as a shard set into `folder`, and give its number of rows."""
+    """Write one split as a shard set into `folder`; return its number of rows."""
     images = read_idx(idx_dir / f"{split.prefix}-images-idx3-ubyte.gz")
     labels = read_idx(idx_dir / f"{split.prefix}-labels-idx1-ubyte.gz")
     per_class = None if whole else split.images_per_class

@@ -1,4 +1,4 @@
-"""Lists and unpacks Parquet files as Hugging Face keeps image sets.
+"""List and unpack Parquet files as Hugging Face stores image sets.
 
 One image cannot be read out of a Parquet row group alone, and a shuffle wants images of
 all files in each shard. So each file is first unpacked, a row group at a time, into a
@@ -40,7 +40,7 @@ _DEFAULT = Fields(image="image", label="label")
 
 
 def columns(fields: Fields) -> Fields:
-    """Name the two columns that are read."""
+    """Return the names of the two columns that are read."""
     return Fields(
         image=fields.image or _DEFAULT.image, label=fields.label or _DEFAULT.label
     )
@@ -116,7 +116,7 @@ def _open(path: str, *, fields: Fields) -> Iterator[pq.ParquetFile]:
 
 
 def _check_types(schema: pa.Schema, *, path: str, fields: Fields) -> None:
-    """Refuse other than bytes and text: reading a type of Ray's own would unpickle."""
+    """Reject columns of other types: reading a type of Ray's own would unpickle."""
     image = schema.field(fields.image).type
     parts = {"bytes": image}
     if pa.types.is_struct(image):

@@ -1,4 +1,4 @@
-"""Checks an image as training will read it, and re-encodes the ones too large."""
+"""Check an image as training will read it, and re-encode oversized ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_JPEG_SIDE = 65500  # libjpeg's
 
 @dataclass(frozen=True)
 class Checked:
-    """An image that decodes: its bytes, and its stored pixels before any rotation."""
+    """Image that decodes: its bytes, and its stored size before any rotation."""
 
     data: bytes
     width: int

@@ -1,4 +1,4 @@
-"""Reads the labels of images that come without classes, and refuses what is unclear."""
+"""Read the labels of images that come without classes; reject ambiguous ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Rows = list[list[str]]
 
 @dataclass(frozen=True)
 class LabelFile:
-    """The text of labels that a user names, and how it is read.
+    """Text of labels that a user names, and how it is read.
 
     Attributes:
         address: A text, a table, the devkit (packed or not) or its folder.
@@ -98,7 +98,7 @@ def label_by_file(
 
 
 def _read(file: LabelFile) -> tuple[str, str | None]:
-    """Give the text of labels, and what maps its ids, where they are a devkit's."""
+    """Read the text of labels, and for a devkit's ids the file that maps them."""
     place = StoragePath(file.address)
     kind = place.kind()
     if kind == pafs.FileType.NotFound:
@@ -138,7 +138,7 @@ def _match(
 
 
 def _names_images(lines: Sequence[str], *, images: Sequence[str]) -> bool:
-    """Say whether lines begin with names of files, rather than being labels."""
+    """Check whether lines begin with names of files, rather than being labels."""
     rows = _split(lines)
     if max(map(len, rows)) < 2:
         return False
@@ -186,7 +186,7 @@ def _refuse_unclear_order(images: Sequence[str], *, file: LabelFile) -> None:
 
 
 class _Finder:
-    """Finds the image that a name means: by path, or by a file name that is one's."""
+    """Index from names to images: by path, or by a file name that is unique."""
 
     def __init__(self, images: Sequence[str]) -> None:
         self._paths = _places(images)
@@ -196,7 +196,7 @@ class _Finder:
         self._bare_names = _places(map(_without_suffix, names))
 
     def __call__(self, cell: str) -> int | None:
-        """Give an image's place, -1 if the name could mean several, None if none."""
+        """Return an image's place, -1 if the name is ambiguous, None if unknown."""
         parts = [plain(part) for part in cell.split("/") if part not in ("", ".")]
         for start in range(len(parts)):  # the text may name folders above the source
             name = "/".join(parts[start:])

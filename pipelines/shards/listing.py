@@ -1,4 +1,4 @@
-"""What a source holds: one record an image, and the class each label stands for."""
+"""Listing of a source: one record an image, and the class each label stands for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipelines.storage.redaction import without_credentials
 
 Store = Literal["folder", "tar", "zip", "parquet"]
-# No image that is trained on is larger; a shard holds its images in memory.
+# No image that is trained on is larger; a shard keeps its images in memory.
 MAX_IMAGE_BYTES = 1 << 30
 RECORD_SCHEMA = pa.schema(
     [
@@ -33,14 +33,14 @@ RECORD_SCHEMA = pa.schema(
 
 
 def printable(text: str | Path) -> str:
-    """Give a path that can be written as UTF-8, without credentials."""
+    """Return a path that can be written as UTF-8, without credentials."""
     text = os.fsencode(str(text)).decode("utf-8", "backslashreplace")
     return without_credentials(text)
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Which part of a sample, or which column, is the image and which the label."""
+    """Names of the part of a sample, or the columns, that are image and label."""
 
     image: str | None = None
     label: str | None = None
@@ -51,7 +51,7 @@ USUAL_FIELDS = Fields()
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image that is left out, and why."""
+    """Image that is left out, and why."""
 
     key: str
     source: str
@@ -60,7 +60,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source was understood to be: its classes and all of its images.
+    """Everything found in a source: its classes and all of its images.
 
     The images' order depends on nothing but the source.
 
@@ -88,7 +88,7 @@ class Listing:
     fields: Fields = USUAL_FIELDS
 
     def digest(self) -> str:
-        """Digest everything but where the source lies."""
+        """Compute a digest of everything but where the source lies."""
         digest = hashlib.sha256(json.dumps([self.kind, self.classes]).encode())
         digest.update(json.dumps([[s.key, s.reason] for s in self.skipped]).encode())
         for name in ("container", "offset", "size_bytes", "label"):
@@ -99,7 +99,7 @@ class Listing:
 
 @dataclass
 class Builder:
-    """Collects records; a million of them take about 150 MB."""
+    """Collector of records; a million of them take about 150 MB."""
 
     kind: Store
     layout: str = ""
@@ -138,7 +138,7 @@ class Builder:
         return list(self._names)
 
     def keep(self, is_kept: Callable[[str], bool], *, cut: int) -> int:
-        """Forget images by their keys, and cut the start off the others' keys.
+        """Drop images by their keys, and cut the start off the others' keys.
 
         Returns how many are left.
         """
@@ -179,7 +179,7 @@ class Builder:
         self._places = array("q", places.tobytes())
 
     def finish(self, classes: Sequence[str], *, labels: dict[str, int]) -> Listing:
-        """Make the listing, once the labels' names are resolved.
+        """Build the listing, once the labels' names are resolved.
 
         Args:
             classes: Class names in the order of their labels.
@@ -243,7 +243,7 @@ class Builder:
         return ", ".join(map(printable, self.containers[:3])) + more or "the source"
 
     def reasons(self) -> str:
-        """Say what was left out or ignored so far, by count; empty if nothing was."""
+        """Summarize by count what was left out or ignored so far; "" if nothing was."""
         by_reason: dict[str, list[str]] = {}
         for item in self.skipped:
             by_reason.setdefault(item.reason, []).append(item.key)

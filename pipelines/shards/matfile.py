@@ -1,4 +1,4 @@
-"""Reads fields of a struct array in a MATLAB 5 file, as ImageNet's meta.mat is one.
+"""Read fields of a struct array in a MATLAB 5 file such as ImageNet's meta.mat.
 
 SciPy reads them too, but is no requirement of ours. The format: MathWorks, "MAT-File
 Format", level 5; little-endian files, compressed or not.
@@ -99,7 +99,7 @@ def _structs(
 
 
 def _value(body: bytes) -> str:
-    """Give the one number or text of a small matrix."""
+    """Return the one number or text of a small matrix."""
     parts = _elements(body)
     flags = next(parts)[1]
     next(parts)  # dimensions

@@ -1,4 +1,4 @@
-"""What names of files and folders say: litter, images, other files, splits."""
+"""Classify names of files and folders: litter, images, other files, splits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LITTER = frozenset(
     | {"__pycache__"}
 )
 HIDDEN = "hidden files, or a system's own"
-# Folders that hold images and name nothing.
+# Folders that hold images without naming a class.
 IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "jpegimages"})
 PLAIN_FOLDERS = IMAGE_FOLDERS | {"pics", "pictures", "photos", "jpg", "jpeg", "png"}
 PLAIN_FOLDERS |= {"data", "dataset", "raw", "all"}
@@ -54,22 +54,22 @@ _PART = re.compile(r"(.*?)[-_](\d+)[-_]of[-_](\d+)(?!\d)")
 
 
 def is_litter(name: str) -> bool:
-    """Say whether a file or folder is a system's own and never a part of a set."""
+    """Check whether a file or folder is a system's own and never a part of a set."""
     return name.startswith(".") or name.casefold() in _LITTER
 
 
 def has_litter(path: str) -> bool:
-    """Say whether a path leads through litter."""
+    """Check whether a path leads through litter."""
     return any(map(is_litter, path.split("/")))
 
 
 def is_other(name: str) -> bool:
-    """Say whether a file's suffix is that of something else than an image."""
+    """Check whether a file's suffix is that of something else than an image."""
     return suffix(name) in OTHER_SUFFIXES
 
 
 def other_files(name: str) -> str:
-    """Name the reason for which a file of another suffix is counted."""
+    """Return the reason under which a file of another suffix is counted."""
     return f"other files (.{suffix(name)})"
 
 
@@ -79,13 +79,13 @@ def _words(name: str) -> list[str]:
 
 
 def is_split(name: str) -> bool:
-    """Say whether a folder is named as a part of a set: Train, val_images, test2017."""
+    """Check whether a folder is named as a split: Train, val_images, test2017."""
     words = [word for word in _words(name) if word not in _FILLING]
     return bool(words) and all(word in _MORE_SPLITS for word in words)
 
 
 def split_of(path: str) -> str | None:
-    """Find the part of a set that a file's path speaks of, such as `x-val-003.tar`."""
+    """Find the split that a file's path names, such as `x-val-003.tar`."""
     for part in path.split("/"):
         for word in _words(part):
             if word in _SPLITS:
@@ -140,7 +140,7 @@ def _pattern(path: str) -> str:
 
 
 def are_numbered(names: Iterable[str]) -> bool:
-    """Say whether names differ in a number alone, as parts of one set do.
+    """Check whether names differ in a number alone, as parts of one set do.
 
     WordNet ids (n01440764) are names.
     """

@@ -1,4 +1,4 @@
-"""Decides what shards a listing becomes."""
+"""Plan the shards that a listing becomes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIN_SHARDS = 8
 
 @dataclass(frozen=True)
 class Recipe:
-    """How images become rows; part of the plan's digest.
+    """Options that decide how images become rows; part of the plan's digest.
 
     Attributes:
         seed: Of the order of all rows.
@@ -50,11 +50,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a process needs to make one shard; small enough to send around."""
+    """Everything that a process needs to make one shard; small enough to send."""
 
     out: StoragePath
     scratch: Path | None
-    """Folder for what is unpacked on the way; None where nothing is."""
+    """Folder for files unpacked on the way; None where nothing is."""
     name: str
     kind: str
     containers: tuple[str, ...]
@@ -65,19 +65,19 @@ class Plan:
     fields: Fields = USUAL_FIELDS
 
     def shard(self, index: int) -> StoragePath:
-        """Give the place of one shard."""
+        """Return the place of one shard."""
         name = shard_name(self.name, index=index, num_shards=self.num_shards)
         return self.out.within(name)
 
     def blob_path(self, container: int) -> Path:
-        """Give the place of one unpacked Parquet file."""
+        """Return the path of one unpacked Parquet file."""
         assert self.scratch is not None
         return self.scratch / f"{container:05d}.bin"
 
 
 @dataclass(frozen=True)
 class Done:
-    """What one shard came to."""
+    """Counts of one shard's rows and of images left out."""
 
     num_rows: int
     num_skipped: int

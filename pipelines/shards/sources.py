@@ -1,7 +1,7 @@
-"""Finds out what a source is, once, and lists its images.
+"""Detect what a source is, once, and list its images.
 
-What is found is a `Listing`: its layout, classes and images, and what was left out.
-Where a source could be two things it is refused, with the option that decides.
+The result is a `Listing`: its layout, classes and images, and what was left out.
+Where a source could be two things it is rejected, with the option that decides.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _STORED = {"parquet": "Parquet files", "tar": "tars", "zip": "zips"}
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user says of a source.
+    """Options by which the user describes a source.
 
     Attributes:
         kind: What the source is; None finds out.

@@ -1,4 +1,4 @@
-"""Keeps a shard set's folder while it is made, a shard at a time, by many processes.
+"""Manage a shard set's folder while many processes make it, a shard at a time.
 
 The folder's state is its files, each put into place when it is whole: `_plan.json`
 says what is being made, `_records.arrow` holds all records in their final order, a
@@ -40,7 +40,7 @@ NUM_THREADS = 16
 
 
 def open_out(plan: Plan, *, listing: Listing, overwrite: bool = False) -> bool:
-    """Make the folder ready, and say whether its set is finished already.
+    """Prepare the folder; return whether its set is finished already.
 
     Raises:
         ValueError: The folder holds something else, or a set of another plan.
@@ -72,7 +72,7 @@ def open_out(plan: Plan, *, listing: Listing, overwrite: bool = False) -> bool:
 
 
 def _make_folders(plan: Plan) -> None:
-    """Make what is missing, and delete what a killed process left half written."""
+    """Make missing folders, and delete files that a killed process left incomplete."""
     plan.out.make_folder()
     for name in _names(plan.out):
         if name.endswith(PARTIAL_SUFFIX):
@@ -192,7 +192,7 @@ def pending_shards(plan: Plan) -> list[int]:
 
 @dataclass(frozen=True)
 class _Footer:
-    """What a shard's footer says of it."""
+    """Contents of a shard's footer."""
 
     num_rows: int
     skipped: list[tuple[int, str]]
@@ -232,7 +232,7 @@ def _read_footer(
 
 
 def finish(plan: Plan, *, listing: Listing) -> Report:
-    """Write the report out of the shards' footers, and clear the work files."""
+    """Write the report from the shards' footers, and clear the work files."""
     skipped = list(listing.skipped)
     num_rows, places = 0, list[int]()
     for shard, footer in enumerate(_read_footers(plan)):

@@ -1,4 +1,4 @@
-"""Finds, lists and opens what a source is made of, on a disk or in a bucket."""
+"""Find, list and open what a source is made of, on a disk or in a bucket."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REMOTE_BUFFER_BYTES = 8 << 20
 
 
 def child(address: str, name: str) -> str:
-    """Name something within a folder; options of the address stay."""
+    """Return the address of something within a folder; options of the address stay."""
     if not is_remote(address):
         return os.path.join(address, name)
     place, mark, options = address.partition("?")
@@ -28,24 +28,24 @@ def child(address: str, name: str) -> str:
 
 
 def base_name(address: str) -> str:
-    """Name a file without its folders and options."""
+    """Return a file's name without its folders and options."""
     if is_remote(address):
         address = address.partition("?")[0]
     return PurePosixPath(address).name
 
 
 def stem(address: str) -> str:
-    """Name a file without its folders and its last suffix."""
+    """Return a file's name without its folders and its last suffix."""
     return PurePosixPath(base_name(address)).stem
 
 
 def suffix(name: str) -> str:
-    """Give the last suffix in lower case, without its dot."""
+    """Return the last suffix in lower case, without its dot."""
     return name.rpartition(".")[2].lower() if "." in name.strip(".") else ""
 
 
 def find(source: str) -> tuple[list[str], bool]:
-    """Give the addresses that a source means, and whether it is one folder.
+    """List the addresses that a source means, and whether it is one folder.
 
     Raises ValueError where there is nothing.
     """
@@ -77,7 +77,7 @@ def _names(folder: str) -> list[str]:
 
 
 def open_stored(address: str | Path, *, reads_on: bool = True) -> BinaryIO:
-    """Open a file for reading at any place of it.
+    """Open a file for random access.
 
     Args:
         address: A path or an address.
@@ -104,7 +104,7 @@ def read_stored(address: str | Path) -> bytes:
 
 
 def read_text(address: str | Path) -> str:
-    """Read a text of UTF-8, with or without a byte order mark."""
+    """Read a UTF-8 text, with or without a byte order mark."""
     return decode_text(read_stored(address), name=str(StoragePath(str(address))))
 
 
@@ -122,7 +122,7 @@ def decode_text(data: bytes, *, name: str) -> str:
 
 
 def order_of(key: str) -> tuple[tuple[int, str], ...]:
-    """Sort key of a path: a folder's files first, then its folders, as a walk goes."""
+    """Return a path's sort key: a folder's files before its folders, as a walk goes."""
     *folders, name = key.split("/")
     return (*((1, folder) for folder in folders), (0, name))
 

@@ -1,4 +1,4 @@
-"""Suffixes by which a file counts as a picture, decoded here or not.
+"""Suffixes by which a file counts as an image, decoded here or not.
 
 A picture of a format that is not decoded is named with its reason; one whose suffix is
 not here is no picture to anyone, and would be left out in silence.

@@ -1,6 +1,6 @@
-"""Lists images in tars without unpacking them.
+"""List images in tars without unpacking them.
 
-A record says at which byte an image begins, so that any of them can be read at once.
+A record says at which byte an image begins, so that any of them can be read directly.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FIRST_MEMBERS = 16
 
 
 def check_member_name(name: str, *, archive: str | Path) -> str:
-    """Give an archive member's name in plain form.
+    """Normalize an archive member's name.
 
     Raises:
         ValueError: The name is absolute or climbs out of the archive.
@@ -45,7 +45,7 @@ def check_member_name(name: str, *, archive: str | Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member's plain name and where its bytes lie in the outermost file."""
+    """A member's normalized name and where its bytes lie in the outermost file."""
 
     name: str
     offset: int
@@ -96,7 +96,7 @@ def scan_tar(
 def image_files(
     builder: Builder, *, path: str, start: int = 0, size_bytes: int | None = None
 ) -> Iterator[Member]:
-    """Yield the plain files of a tar that are no litter."""
+    """Yield the regular files of a tar that are no litter."""
     for member in scan_tar(path, start=start, size_bytes=size_bytes):
         if has_litter(member.name):
             builder.ignored[HIDDEN] += 1
@@ -108,7 +108,7 @@ def image_files(
 
 @dataclass
 class Sketch:
-    """What a tar holds, by a look at its members.
+    """Summary of what a tar holds, from a look at its members.
 
     Attributes:
         kind: Tars within it, "nested"; samples of images and labels, "webdataset"; or
@@ -121,7 +121,7 @@ class Sketch:
 
 
 def sketch_tar(path: str, *, whole: bool) -> Sketch:
-    """Find out what a tar holds by its first members.
+    """Detect what a tar holds by its first members.
 
     Args:
         path: The tar.
@@ -152,7 +152,7 @@ def sketch_tar(path: str, *, whole: bool) -> Sketch:
 
 
 def sample_key(name: str) -> str:
-    """Give what the files of a WebDataset sample share: all up to the first dot."""
+    """Return the key of a WebDataset sample's files: all up to the first dot."""
     folder, slash, file = name.rpartition("/")
     return f"{folder}{slash}{file.partition('.')[0]}"
 

@@ -1,4 +1,4 @@
-"""Lists files in folders, on a disk, in a bucket, in a zip or in tars, by class."""
+"""List files in folders, on a disk, in a bucket, in a zip or in tars, by class."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Tree:
     other_folders: Counter[str] = field(default_factory=Counter)
 
     def add(self, key: str, *, size_bytes: int, offset: int = 0) -> None:
-        """Take a file: as an image, a container, or something else to be counted."""
+        """Add a file: as an image, a container, or something else to be counted."""
         kind = suffix(key)
         if has_litter(key):
             self.builder.ignored[HIDDEN] += 1
@@ -59,7 +59,7 @@ class Tree:
             self.builder.add(key, size_bytes=size_bytes, offset=offset)
 
     def keep_below(self, folder: str) -> None:
-        """Take the files below a folder as all there are.
+        """Keep only the files below a folder.
 
         Raises ValueError where there are none.
         """
@@ -137,7 +137,7 @@ def _enter(
     above: tuple[_Id, ...],
     seen: set[_Id],
 ) -> _Id | None:
-    """Identify a folder to walk, or count why it is not walked."""
+    """Identify a folder to walk, or count why it is skipped."""
     if is_litter(entry.name):
         tree.builder.ignored[HIDDEN] += 1
         return None
@@ -285,7 +285,7 @@ def _refuse_unclear(tree: Tree) -> None:
 
 
 def _choice(tree: Tree, folder: str) -> str:
-    """Say how a folder of the source is chosen."""
+    """Describe how a folder of the source is chosen."""
     if tree.builder.kind == "folder":
         return child(tree.root, folder)
     return f"--subfolder {folder}"

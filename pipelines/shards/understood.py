@@ -1,4 +1,4 @@
-"""Says what a source was understood to be, and what became of its images."""
+"""Report how a source was understood, and what became of its images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Report = dict[str, Any]
 
 
 def describe(listing: Listing) -> Report:
-    """Give what the listing found, for report.json."""
+    """Describe the listing for report.json."""
     return {
         "source": [printable(path) for path in listing.containers[:1000]],
         "layout": listing.layout,
@@ -40,7 +40,7 @@ def class_counts(listing: Listing, *, skipped: Sequence[int]) -> list[list[Any]]
 
 
 def left_out(skipped: Sequence[Mapping[str, str]]) -> dict[str, int]:
-    """Count what was left out by reason, the most frequent first.
+    """Count left-out images by reason, the most frequent first.
 
     A reason's details are cut off, and its numbers are N; the suffixes of its files are
     named, the most frequent first.
@@ -61,7 +61,7 @@ def left_out(skipped: Sequence[Mapping[str, str]]) -> dict[str, int]:
 
 
 def warnings(report: Report) -> Iterator[str]:
-    """Yield what the user should look at."""
+    """Yield warnings of what the user should look at."""
     yield from (f"note: {note}" for note in report["notes"])
     empty = [name for name, num in report["classes"] if not num]
     if empty:
@@ -77,13 +77,13 @@ def warnings(report: Report) -> Iterator[str]:
 
 
 def share_left_out(report: Report) -> float:
-    """Give the share of images that were left out."""
+    """Return the share of images that were left out."""
     num = report["num_rows"] + report["num_skipped"]
     return report["num_skipped"] / num if num else 0.0
 
 
 def summarize(report: Report, *, out: str, num_shards: int, place: str) -> str:
-    """Say in a few lines what a set was made of."""
+    """Summarize in a few lines what a set was made of."""
     lines = []
     if "classes" in report:  # a set of an older version has no more than the counts
         source = report["source"]

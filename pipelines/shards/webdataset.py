@@ -1,4 +1,4 @@
-"""Lists WebDataset tars: files of one name are one sample, its image and its label."""
+"""List WebDataset tars: files of one name are one sample, its image and its label."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _read_samples(builder: Builder, *, path: str, fields: Fields) -> dict[str, _
 
 
 def _rank(kind: str, *, wanted: str | None) -> int | None:
-    """Order what may hold the label, the first counts; None for what never does."""
+    """Rank a file by how it may hold the label, the first counts; None for never."""
     if wanted and kind == wanted.lower().lstrip("."):
         return 0
     if wanted:

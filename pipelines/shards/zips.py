@@ -1,4 +1,4 @@
-"""Lists images in a zip and reads them where they lie, without unpacking it."""
+"""List images in a zip and read them where they lie, without unpacking it."""
 
 from __future__ import annotations
 
