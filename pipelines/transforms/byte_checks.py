@@ -1,4 +1,4 @@
-"""Look at an image's bytes before a decoder does: most damage shows without decoding.
+"""Check an image's bytes before a decoder does: most damage shows without decoding.
 
 A decoder refuses a whole batch for one bad image, and a JPEG that was cut off passes
 where the crop misses the hole. Here that image is found whatever its crop.
@@ -12,7 +12,7 @@ from pipelines.transforms.headers import BadImageError, read_header
 
 
 def screen(encoded: np.ndarray, *, height: int, width: int) -> str:
-    """Say why an image can't be decoded, or "" where its bytes look whole.
+    """Return why an image can't be decoded, or "" where its bytes look whole.
 
     Args:
         encoded: uint8 view of the file's bytes.

@@ -1,4 +1,4 @@
-"""Draw RandAugment and colour jitter as numbers, before any pixel is touched.
+"""Draw RandAugment and colour jitter as numbers, without touching pixels.
 
 `pillow_ops` and `dali_ops` apply them. What a sample draws depends on (seed, epoch, its
 draw id) alone: not on the batch, the order or the worker.
@@ -17,13 +17,13 @@ from pipelines.rng import Purpose, key, uniform
 
 
 class Op(IntEnum):
-    """Name an operation: identity, then timm's 15 in timm's order.
+    """Operation on an image: identity, then timm's 15 in timm's order.
 
-    What the argument of each is, and `pillow_ops` what it does: degrees for ROTATE;
+    Their arguments, and in `pillow_ops` what they do: degrees for ROTATE;
     bits that are kept for POSTERIZE; the least level that is inverted for SOLARIZE;
     levels that are added for SOLARIZE_ADD; for COLOR, CONTRAST, BRIGHTNESS and
     SHARPNESS a factor, 1 for no change; pixels a pixel for shears; a share of the side
-    for translations. The others have none, and 0 stands there.
+    for translations. The others have no argument, and their value is 0.
     """
 
     IDENTITY = 0
@@ -46,7 +46,7 @@ class Op(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """Say for each image which operations it goes through, column by column.
+    """Operations that each image of a batch goes through, column by column.
 
     All arrays are of shape (n, k).
     """
@@ -56,7 +56,7 @@ class Ops:
     args: np.ndarray
     """float64."""
     bicubic: np.ndarray
-    """bool: whether pixels that move are interpolated so, else bilinearly."""
+    """bool: whether moved pixels are interpolated bicubically, else bilinearly."""
 
 
 _ENHANCE = (Op.COLOR, Op.CONTRAST, Op.BRIGHTNESS, Op.SHARPNESS)

@@ -28,19 +28,19 @@ _PARTS_PER_THREAD = 4
 
 
 class Windows(Protocol):
-    """Decodes a window of each image: uint8 (height, width, 3); see dali."""
+    """Protocol for decoders of a window of each image: uint8 (height, width, 3)."""
 
     def __call__(
         self, encoded: Sequence[np.ndarray], geometry: Geometry
     ) -> list[Tensor]: ...
 
     def reset(self) -> None:
-        """Be as new after an error."""
+        """Reset to a fresh state after an error."""
         ...
 
 
 class HostDecoder:
-    """Turn encoded images into uint8 pixels (n, img_size, img_size, 3) on the CPU."""
+    """CPU decoder of encoded images to uint8 pixels (n, img_size, img_size, 3)."""
 
     num_ahead = 0
 
@@ -58,7 +58,7 @@ class HostDecoder:
         self._threads = Threads(num_threads)
 
     def __call__(self, encoded: Sequence[np.ndarray], draws: Draws) -> Tensor:
-        """Decode a batch; raises what the decoder raises where an image is bad."""
+        """Decode a batch; a bad image raises the error of `windows`."""
         windows = self._windows(encoded, draws.geometry)
         size = self._img_size
         pixels = np.empty((len(windows), size, size, 3), np.uint8)
@@ -72,11 +72,11 @@ class HostDecoder:
     def start(
         self, encoded: Sequence[np.ndarray], draws: Draws
     ) -> Callable[[], Tensor]:
-        """Decode once the pixels are asked for: no other device could meanwhile."""
+        """Return a deferred decode: on the CPU there is nothing to overlap it with."""
         return functools.partial(self, encoded, draws)
 
     def reset(self) -> None:
-        """Be as new after an error."""
+        """Reset to a fresh state after an error."""
         self._windows.reset()
 
     def _pixels(self, window: Tensor, draws: Draws, at: int) -> np.ndarray:
@@ -104,7 +104,7 @@ class HostDecoder:
 
 
 class PlainViews:
-    """Give DALI what it decodes rightly: of other images, the judge's pixels."""
+    """Filter before DALI: images it decodes differently become the judge's pixels."""
 
     def __init__(self, *, exif: Exif, num_threads: int) -> None:
         self._exif: Exif = exif
@@ -126,7 +126,7 @@ class PlainViews:
 
 
 class Threads:
-    """Call a function for every place of a batch, on some threads."""
+    """Thread pool that calls a function for every place of a batch."""
 
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads

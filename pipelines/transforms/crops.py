@@ -1,4 +1,4 @@
-"""Work out crop windows and flips as numbers, before any pixel is touched.
+"""Compute crop windows and flips as numbers, without touching pixels.
 
 Decoders take these as inputs, so a sample's pixels depend on (seed, epoch, sample)
 alone, and DALI and the torch path do the same thing.
@@ -23,7 +23,7 @@ _MARGIN = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Say for each image of a batch what is cut, how it is resized, what is kept.
+    """Geometry of a batch's images: the window, its resizing, the final crop, the flip.
 
     All arrays are int64 of shape (n, 2), height first, but `bicubic` and `flip`, bool
     of shape (n,).
@@ -36,7 +36,7 @@ class Geometry:
     resized: np.ndarray
     """Height and width that the window is resized to."""
     bicubic: np.ndarray
-    """Whether it is resized so, else bilinearly; antialiased both."""
+    """Whether the resize is bicubic, else bilinear; both are antialiased."""
     crop: np.ndarray
     """Top left corner of the final square in the resized window."""
     flip: np.ndarray
@@ -99,7 +99,7 @@ def random_resized_crop(
 
 
 def _largest_window(size: np.ndarray, *, ratio: tuple[float, float]) -> np.ndarray:
-    """Take the whole image, narrowed where it is longer than the ratio allows."""
+    """Return the whole image's size, narrowed where its ratio is out of bounds."""
     height, width = size[:, 0], size[:, 1]
     aspect = width / height
     window_w = np.where(aspect > ratio[1], np.rint(height * ratio[1]), width)
@@ -115,7 +115,7 @@ def center_crop(
     crop_pct: float,
     interpolation: Literal["bilinear", "bicubic"],
 ) -> Geometry:
-    """Give the windows of evaluation: short side to img_size / crop_pct, centre crop.
+    """Compute evaluation's windows: short side to img_size / crop_pct, centre crop.
 
     Roundings are those of torchvision and timm: the short side's length and the long
     side's are cut to whole pixels, the crop's corner is rounded. Of a picture that

@@ -31,7 +31,7 @@ _INT32, _FLOAT = types.DALIDataType.INT32, types.DALIDataType.FLOAT
 
 
 class DaliWindows:
-    """Decode a window of each image on the CPU: uint8 (height, width, 3)."""
+    """DALI decoder of a window of each image on the CPU: uint8 (height, width, 3)."""
 
     def __init__(
         self, *, batch_size: int, num_threads: int, exif: Exif = "ignore"
@@ -51,7 +51,7 @@ class DaliWindows:
         return [torch.from_dlpack(output[at]) for at in range(len(encoded))]
 
     def reset(self) -> None:
-        """Build the pipeline anew: 20 to 45 ms."""
+        """Rebuild the pipeline: 20 to 45 ms."""
         self._pipeline = Pipeline(
             batch_size=self._batch_size,
             num_threads=self._num_threads,
@@ -66,7 +66,7 @@ class DaliWindows:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Batch:
-    """Images that were given to be decoded, and what became of them."""
+    """Images submitted for decoding, and their result."""
 
     encoded: Sequence[np.ndarray]
     draws: Draws
@@ -74,7 +74,7 @@ class _Batch:
 
 
 class DaliDecoder:
-    """Turn encoded images into uint8 pixels (n, img_size, img_size, 3) on a GPU.
+    """DALI decoder of encoded images to uint8 (n, img_size, img_size, 3) on a GPU.
 
     The same work as `HostDecoder` on the CPU, by DALI's own operators; `dali_ops` says
     where their pixels differ. While one batch is waited for, the next is fed already.
@@ -107,7 +107,7 @@ class DaliDecoder:
     def start(
         self, encoded: Sequence[np.ndarray], draws: Draws
     ) -> Callable[[], Tensor]:
-        """Begin to decode a batch; what is returned gives its pixels, or its error."""
+        """Start decoding a batch; return a function that waits for its pixels."""
         try:
             batch = _Batch(encoded=self._plain(encoded), draws=draws)
         except BadImageError as error:  # nothing was fed: what is on its way goes on
@@ -118,9 +118,9 @@ class DaliDecoder:
         return lambda: self._pixels_of(batch)
 
     def reset(self) -> None:
-        """Build the pipeline anew before the next batch.
+        """Discard the pipeline; it is built anew before the next batch.
 
-        Batches that were on their way are fed again when they are asked for.
+        Batches in flight are fed again when they are asked for.
         """
         self._in_flight.clear()
         self._pipeline = None
@@ -152,7 +152,7 @@ class DaliDecoder:
         return batch.pixels.result()
 
     def _fail(self, batch: _Batch, error: Exception) -> None:
-        """Keep an error for who asks for the batch; DALI may not go on after one."""
+        """Store an error for the batch's consumer; DALI may not go on after one."""
         batch.pixels.set_exception(error)
         self.reset()
 

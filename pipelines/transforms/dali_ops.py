@@ -28,7 +28,7 @@ _CUT = 0.499
 
 
 class _Kind(Enum):
-    """Name what operations have in common that share a branch."""
+    """Groups of operations that share a branch."""
 
     MOVE = (Op.ROTATE, Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y)
     ENHANCE = (Op.COLOR, Op.CONTRAST, Op.BRIGHTNESS, Op.SHARPNESS)
@@ -37,9 +37,9 @@ class _Kind(Enum):
 
 
 def op_inputs(ops: Ops, *, img_size: int) -> dict[str, np.ndarray]:
-    """Give the arrays to feed to the inputs of `apply_ops`, by name.
+    """Return the arrays to feed to the inputs of `apply_ops`, by name.
 
-    They are worked out here since an operator of DALI on single numbers takes as long
+    They are computed here since an operator of DALI on single numbers takes as long
     for each as NumPy takes for all of them.
     """
     # Nothing is as light as that; and it is no uint8.
@@ -56,7 +56,7 @@ def op_inputs(ops: Ops, *, img_size: int) -> dict[str, np.ndarray]:
 
 
 def _matrices(ops: Ops, *, img_size: int) -> np.ndarray:
-    """Give where in the source each place is taken from: (n, k, 2, 3), in pixels."""
+    """Return inverse affine maps, each place to its source: (n, k, 2, 3), in pixels."""
     arg = {op: np.where(ops.ids == op, ops.args, 0.0) for op in _Kind.MOVE.value}
     angle = np.deg2rad(arg[Op.ROTATE])
     cosine, sine = np.cos(angle), np.sin(angle)
@@ -70,7 +70,7 @@ def _matrices(ops: Ops, *, img_size: int) -> np.ndarray:
 
 
 def _levels(ops: Ops) -> np.ndarray:
-    """Give uint8: POSTERIZE's mask, SOLARIZE_ADD's addend, SOLARIZE's least level."""
+    """Return uint8: POSTERIZE's mask, SOLARIZE_ADD's addend, SOLARIZE's threshold."""
     is_posterize = ops.ids == Op.POSTERIZE
     masks = 256 - 2.0 ** (8 - np.where(is_posterize, ops.args, 8))
     return np.clip(np.where(is_posterize, masks, ops.args), 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Make a worker's images of rows: draw, decode, fill, normalise, erase."""
+"""Turn rows into a worker's images: draw, decode, fill, normalise, erase."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipelines.transforms.sampling import Draws, PixelSettings, draw, draw_ids_o
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """Hold a micro-batch of one shape, its rows beyond the good ones filled."""
+    """Micro-batch of a fixed shape, its rows beyond the good ones filled."""
 
     images: Tensor
     """float32 or bfloat16 (num_rows, 3, H, W), channels last."""
@@ -29,7 +29,7 @@ class Decoded:
     weights: np.ndarray
     """float32 (num_rows,): 1 where a row was decoded, else 0."""
     draw_ids: np.ndarray
-    """int64 (num_rows,): what such a row draws by, else -1."""
+    """int64 (num_rows,): draw ids of decoded rows, else -1."""
     bad: tuple[BadImage, ...]
 
 
@@ -68,7 +68,7 @@ def make_decoder(
 
 
 class BatchDecoder:
-    """Make normalised images of rows, all batches of one shape.
+    """Decoder of rows to normalised images, all batches of one shape.
 
     Rows that fill the shape, and those whose image is bad, repeat the good ones with
     their labels: real pixels keep BatchNorm's statistics. Their weight is 0.
@@ -121,7 +121,7 @@ class BatchDecoder:
         return self.start(rows, epoch)()
 
     def start(self, rows: Rows, epoch: int) -> Callable[[], Decoded]:
-        """Begin to decode; what is returned gives the images, in the batches' order."""
+        """Start decoding; return a function that gives the images, in batch order."""
         draws = draw(rows, settings=self._settings, epoch=epoch)
         if self._decode is None:
             size = self._settings.img_size
@@ -157,7 +157,7 @@ class BatchDecoder:
         )
 
     def _filled(self, found: Salvaged) -> tuple[Tensor, list[int]]:
-        """Give pixels of the whole shape, and which row each shows; -1 for none."""
+        """Fill pixels to the whole shape; also return the row each shows, or -1."""
         if found.pixels is None:
             shape = (self._num_rows, -1, -1, -1)
             return self._last.expand(shape), [-1] * self._num_rows
@@ -172,7 +172,7 @@ class BatchDecoder:
 
 
 def pixels_of(rows: Rows, *, img_size: int) -> Salvaged:
-    """Take pixels that the readers decoded out of the rows."""
+    """Extract the pixels that the readers decoded from the rows."""
     assert rows.reasons is not None
     said = rows.reasons.to_pylist()
     good = [at for at in range(len(rows)) if not said[at]]

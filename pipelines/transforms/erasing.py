@@ -1,4 +1,4 @@
-"""Erase boxes at random (Zhong et al., 2017), as timm does, by numbers drawn before."""
+"""Erase random boxes (Zhong et al., 2017), as timm does, by numbers drawn before."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUM_TRIES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Boxes:
-    """Say which boxes of each image are erased, one after another.
+    """Boxes that are erased of each image, one after another.
 
     All arrays are int64 of shape (n, count), in pixels; where there is no box, heights
     and widths are 0.
@@ -30,7 +30,7 @@ class Boxes:
     heights: np.ndarray
     widths: np.ndarray
     noise_keys: np.ndarray
-    """Seeds for what the boxes are filled with."""
+    """Seeds for the boxes' noise."""
 
 
 def erase_boxes(

@@ -1,4 +1,4 @@
-"""Decode what can be decoded of a batch: a bad image costs that image alone.
+"""Decode whatever is decodable of a batch: a bad image costs that image alone.
 
 Bytes are screened first. Where a decoder still refuses a batch, DALI often does not
 say for which image, so each is tried alone and the rest goes on.
@@ -22,7 +22,7 @@ from pipelines.transforms.sampling import Draws
 
 
 class PixelDecoder(Protocol):
-    """Anything that makes uint8 pixels (n, H, W, 3) of encoded images."""
+    """Protocol for decoders of encoded images to uint8 pixels (n, H, W, 3)."""
 
     @property
     def num_ahead(self) -> int:
@@ -32,31 +32,31 @@ class PixelDecoder(Protocol):
     def start(
         self, encoded: Sequence[np.ndarray], draws: Draws
     ) -> Callable[[], Tensor]:
-        """Begin to decode; what is returned gives the pixels, or raises.
+        """Start decoding; return a function that waits for the pixels, or raises.
 
         Each batch gives its own, or its own error, whatever becomes of the others.
         """
         ...
 
     def reset(self) -> None:
-        """Be as new after an error."""
+        """Reset to a fresh state after an error."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Salvaged:
-    """Hold the pixels that some rows have, and why others have none."""
+    """Pixels of the rows that could be decoded, and why others could not."""
 
     pixels: Tensor | None
     """uint8 (len(good), H, W, 3); None where no image is good."""
     good: list[int]
     """Places of the rows that were decoded."""
     reasons: dict[int, str]
-    """Why the row at a place was not."""
+    """Reason why the row at a place was not decoded."""
 
 
 class SafeDecoder:
-    """Decode rows with a decoder that refuses a whole batch for one bad image.
+    """Decoder that isolates bad images where another refuses a whole batch for one.
 
     What it refuses is bad only where the judge, `decode_image`, refuses it too: else it
     is given the judge's pixels.
@@ -75,11 +75,11 @@ class SafeDecoder:
         return self._decoder.num_ahead
 
     def __call__(self, rows: Rows, draws: Draws) -> Salvaged:
-        """Decode; raises only what is not an image's fault: memory, a driver."""
+        """Decode; raises only errors that no image causes: memory, a driver."""
         return self.start(rows, draws)()
 
     def start(self, rows: Rows, draws: Draws) -> Callable[[], Salvaged]:
-        """Begin to decode; what is returned gives what `__call__` does."""
+        """Start decoding; return a function that waits for the result of `__call__`."""
         reasons: dict[int, str] = {}
         for at, view in enumerate(rows.views):
             size = {"height": int(rows.heights[at]), "width": int(rows.widths[at])}
@@ -112,7 +112,7 @@ class SafeDecoder:
         num_judged: int,
         error: Exception,
     ) -> Salvaged:
-        """Decode without what is bad; raises the error where that is no image."""
+        """Decode without the bad images; raises the error where none is to blame."""
         self._decoder.reset()
         found = self._find(rows, draws, good)
         blames_all = len(found) == len(good) > 1
@@ -143,7 +143,7 @@ class SafeDecoder:
         return self._decoder.start(views, draws.take(places))
 
     def _find(self, rows: Rows, draws: Draws, places: list[int]) -> dict[int, str]:
-        """Try each image alone; say why the bad ones can't be decoded."""
+        """Try each image alone; return why the bad ones can't be decoded."""
         found = {}
         for at in places:
             try:
@@ -156,7 +156,7 @@ class SafeDecoder:
         return found
 
     def _judge(self, rows: Rows, draws: Draws, at: int, *, error: Exception) -> str:
-        """Say why an image that the decoder refuses is bad, or "" where it is whole."""
+        """Return why an image that the decoder refuses is bad; "" where it is whole."""
         try:
             decode_image(rows.views[at].tobytes(), exif=self._exif)
         except BadImageError as bad:
@@ -172,7 +172,7 @@ class SafeDecoder:
 
 
 def _reason(error: Exception) -> str:
-    """Give the line of a decoder's message that says what is wrong."""
+    """Extract the line of a decoder's message that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "fail" in line.lower()]
     said = (telling or lines or [type(error).__name__])[-1]

@@ -45,11 +45,11 @@ TIFF_WIDTH, TIFF_HEIGHT = 256, 257
 
 
 class BadImageError(ValueError):
-    """The bytes are not an image that is decoded here; the text says why."""
+    """Raised when the bytes are no image that is decoded here; the text says why."""
 
 
 class JpegFrame(NamedTuple):
-    """What the segments before a JPEG's scan say."""
+    """Contents of the segments before a JPEG's scan."""
 
     marker: int
     """The frame's kind, as its marker."""
@@ -67,7 +67,7 @@ class JpegFrame(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What an image's first bytes say."""
+    """Contents of an image's first bytes."""
 
     format: str
     """In Pillow's names."""

@@ -16,7 +16,7 @@ from pipelines.transforms.sampling import Draws, PixelSettings
 
 
 class Finisher:
-    """Turn uint8 pixels (n, H, W, 3) into floats (n, 3, H, W), channels last.
+    """Converter of uint8 pixels (n, H, W, 3) to floats (n, 3, H, W), channels last.
 
     Args:
         dtype: What the images are rounded to, once, from float32: bfloat16 comes out
@@ -74,7 +74,7 @@ class Finisher:
 
 
 class Buffers:
-    """Lend float32 memory for batches, and lend it again when nobody refers to it.
+    """Pool of float32 buffers for batches, reused when nothing refers to them.
 
     Fresh memory costs a page fault every 4 kB: a quarter of a millisecond an image of
     224x224, a fifth of all its work.
@@ -84,7 +84,7 @@ class Buffers:
         self._lent: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
-        """Give a float32 tensor with any content."""
+        """Return a float32 tensor with arbitrary content."""
         self._lent = [array for array in self._lent if array.shape == shape]
         for array in self._lent:
             # A tensor refers to its array until the last view of it is gone. These two

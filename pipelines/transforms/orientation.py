@@ -40,12 +40,12 @@ def orientation_of(content: memoryview) -> int:
 
 
 def is_lying(orientation: int) -> bool:
-    """Check whether height and width change places."""
+    """Check whether an orientation swaps height and width."""
     return orientation >= 5
 
 
 def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn stored pixels (H, W, C) upright."""
+    """Apply an EXIF orientation to stored pixels (H, W, C)."""
     if orientation not in _TURNS:
         return pixels
     return np.ascontiguousarray(_TURNS[orientation](pixels))

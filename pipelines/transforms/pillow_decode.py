@@ -42,7 +42,7 @@ _CHUNK_BYTES, _STRIP_PIXELS = 1 << 20, 1 << 22
 
 
 class PillowWindows:
-    """Decode a window of each image: uint8 (height, width, 3)."""
+    """Pillow decoder of a window of each image: uint8 (height, width, 3)."""
 
     def __init__(self, *, exif: Exif = "ignore") -> None:
         self._exif: Exif = exif
@@ -169,7 +169,7 @@ def is_plain(view: np.ndarray, *, exif: Exif) -> bool:
 
 
 def as_ppm(pixels: np.ndarray) -> np.ndarray:
-    """Encode uint8 (height, width, 3) without loss or work, as uint8 (n,)."""
+    """Prepend a PPM header to uint8 (height, width, 3); return uint8 (n,), lossless."""
     height, width, _ = pixels.shape
     head = np.frombuffer(b"P6 %d %d 255\n" % (width, height), np.uint8)
     return np.concatenate([head, pixels.reshape(-1)])

@@ -19,7 +19,7 @@ def apply_ops(
     bicubic: np.ndarray,
     fill: tuple[int, int, int],
 ) -> np.ndarray:
-    """Apply one image's operations in turn: what timm does with the same numbers.
+    """Apply one image's operations in turn, as timm does with the same numbers.
 
     Args:
         pixels: uint8 of shape (H, W, 3), with any strides.

@@ -1,4 +1,4 @@
-"""Take rows out of a worker's share tables, their bytes as views."""
+"""Unpack the rows of a worker's share tables, their bytes as views."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PIXELS, REASON = "pixels", "reason"
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Hold rows of one micro-batch; arrays are of shape (n,)."""
+    """Rows of one micro-batch; arrays are of shape (n,)."""
 
     views: list[np.ndarray]
     """uint8 views, in shared memory, of the encoded images or of decoded pixels."""
@@ -22,7 +22,7 @@ class Rows:
     ids: np.ndarray
     """Places of the rows in the set."""
     repeats: np.ndarray
-    """Which time of `num_repeats` a row comes."""
+    """Index of the repetition, of `num_repeats`."""
     heights: np.ndarray
     widths: np.ndarray
     keys: pa.Array
@@ -34,7 +34,7 @@ class Rows:
         return len(self.ids)
 
     def cut(self, start: int, stop: int) -> Rows:
-        """Take some of the rows."""
+        """Return some of the rows."""
         part = slice(start, stop)
         return Rows(
             views=self.views[part],
@@ -50,7 +50,7 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class BadImage:
-    """Name an image that could not be decoded."""
+    """Image that could not be decoded."""
 
     row_id: int
     """Place of its row in the set."""

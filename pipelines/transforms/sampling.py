@@ -1,4 +1,4 @@
-"""Draw everything random about a batch's pixels as numbers, before one is touched.
+"""Draw all randomness of a batch's pixels as numbers, without touching pixels.
 
 What a sample draws depends on (seed, epoch, sample, repetition) alone: not on the
 batch, the worker, the order, or on how often a run was stopped.
@@ -24,7 +24,7 @@ T = TypeVar("T", Geometry, Ops, Boxes)
 
 @dataclass(frozen=True, kw_only=True)
 class PixelSettings:
-    """Hold what decides a sample's pixels beside the sample."""
+    """Settings that decide a sample's pixels."""
 
     data: Data
     augment: Augment
@@ -34,13 +34,13 @@ class PixelSettings:
 
     @property
     def fill(self) -> tuple[int, int, int]:
-        """Give the colour that shows where an operation moved the image away."""
+        """Fill colour where an operation moved the image away."""
         red, green, blue = (min(round(255 * value), 255) for value in self.data.mean)
         return red, green, blue
 
     @property
     def num_ops(self) -> int:
-        """Count the operations that an image may go through one after another."""
+        """Number of operations that an image may go through one after another."""
         policy = self.augment.rand_augment
         if not self.train:
             return 0
@@ -51,7 +51,7 @@ class PixelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """Hold what was drawn for some images."""
+    """Random draws for some images."""
 
     geometry: Geometry
     ops: Ops | None
@@ -60,7 +60,7 @@ class Draws:
     """None where nothing is erased."""
 
     def take(self, places: list[int]) -> Draws:
-        """Take what was drawn for some of the images."""
+        """Return the draws of some of the images."""
         return Draws(
             geometry=_take(self.geometry, places),
             ops=None if self.ops is None else _take(self.ops, places),
@@ -80,7 +80,7 @@ def draw_ids_of(rows: Rows, *, settings: PixelSettings) -> np.ndarray:
 
 
 def draw(rows: Rows, *, settings: PixelSettings, epoch: int) -> Draws:
-    """Draw for training; give the fixed windows of evaluation."""
+    """Draw the numbers of training, or return evaluation's fixed windows."""
     data, augment = settings.data, settings.augment
     heights, widths = _shown_sizes(rows, exif=data.exif)
     if not settings.train:
@@ -113,7 +113,7 @@ def draw(rows: Rows, *, settings: PixelSettings, epoch: int) -> Draws:
 
 
 def _shown_sizes(rows: Rows, *, exif: Exif) -> tuple[np.ndarray, np.ndarray]:
-    """Give heights and widths as images are decoded: shards have those stored."""
+    """Return heights and widths as images are decoded: shards have those stored."""
     if exif == "ignore" or rows.reasons is not None:  # or decoded by the readers
         return rows.heights, rows.widths
     lies = np.array([is_lying(orientation_of(v.data)) for v in rows.views], dtype=bool)
