@@ -27,20 +27,20 @@ _CELLS = ("epoch", "first_batch", "share_rows", "batch_rows", "ends_epoch")
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Say how a worker's share of a global batch is cut."""
+    """Shape of a worker's share of a global batch."""
 
     share_rows: int
-    """Rows of a share at most: the batch over the workers, rounded up."""
+    """Maximum rows of a share: the batch over the workers, rounded up."""
     num_micro: int = 1
 
     @property
     def micro_rows(self) -> int:
-        """Count the rows of every micro-batch."""
+        """Number of rows of every micro-batch."""
         return math.ceil(self.share_rows / self.num_micro)
 
 
 class RowsDecoder(Protocol):
-    """Makes images of an epoch's rows, all batches of one shape; see BatchDecoder."""
+    """Protocol for decoders of an epoch's rows, all batches of one shape."""
 
     @property
     def num_ahead(self) -> int:
@@ -48,7 +48,7 @@ class RowsDecoder(Protocol):
         ...
 
     def start(self, rows: Rows, epoch: int) -> Callable[[], Decoded]:
-        """Begin to decode; what is returned gives the images."""
+        """Start decoding; return a function that waits for the images."""
         ...
 
 
@@ -89,7 +89,7 @@ def _started(
 def _micro_batches(
     rows: Rows, *, shape: Shape, cells: dict[str, Any]
 ) -> Iterator[tuple[Rows, dict[str, Any]]]:
-    """Cut a share table's rows; say where in the epoch each cut lies."""
+    """Cut a share table's rows, each with its position in the epoch."""
     first = 0
     for at, num_rows in enumerate(cells["share_rows"]):
         for micro in range(shape.num_micro):

@@ -26,7 +26,7 @@ from pipelines.rng import Purpose, key, seeded_order
 
 @dataclass(frozen=True, kw_only=True)
 class GroupTable:
-    """List the row groups of a shard set, by file and then by place in the file.
+    """Row groups of a shard set, by file and then by place in the file.
 
     Small enough for 10^9 rows: four bytes a group, and a few numbers a file.
     """
@@ -40,7 +40,7 @@ class GroupTable:
 
     @property
     def total_rows(self) -> int:
-        """Count the rows of the set."""
+        """Number of rows in the set."""
         return int(self._first_rows[-1])
 
     @functools.cached_property
@@ -54,7 +54,7 @@ class GroupTable:
         return np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
 
     def slice_of(self, group: int, *, start: int = 0, stop: int | None = None) -> Slice:
-        """Name rows `start` to `stop` of one group; all of them by default."""
+        """Return a slice of one group, `start` to `stop`; all of it by default."""
         file = int(np.searchsorted(self._first_groups, group, side="right")) - 1
         first_group = int(self._first_groups[file])
         before = int(self.num_rows[first_group:group].sum(dtype=np.int64))
@@ -67,27 +67,27 @@ class GroupTable:
         )
 
     def path_of(self, row_id: int) -> str:
-        """Name the file that holds a row."""
+        """Return the path of the file that contains a row."""
         file = int(np.searchsorted(self._first_rows, row_id, side="right")) - 1
         return self.paths[file]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Name some rows of one row group."""
+    """Slice of the rows of one row group."""
 
     path: str
     place: int
-    """Which row group of the file."""
+    """Index of the row group in the file."""
     start: int
     stop: int
     first_id: int
-    """Id of the group's row 0: its place in the set, files in sorted order."""
+    """Id of the group's row 0: its index in the set, files in sorted order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Say what one read task reads, in what order, and which batches that makes."""
+    """Read unit: what one read task reads, in what order, for which batches."""
 
     epoch: int
     first_batch: int
@@ -95,20 +95,20 @@ class Unit:
     num_rows: int
     slices: tuple[Slice, ...]
     row_key: int | None
-    """Key of the shuffle of the rows; None keeps the order of the slices."""
+    """Key for shuffling the rows; None keeps the order of the slices."""
     ends_epoch: bool
     start_batch: int = 0
-    """Batches of the epoch before this one are left out: they were trained on."""
+    """Earlier batches of the epoch are left out: they were trained on."""
     num_repeats: int = 1
-    """Times that each row comes in its batch."""
+    """Number of repetitions of each row in its batch."""
 
     @property
     def num_batches(self) -> int:
-        """Count the batches that the unit's rows make; the last may be short."""
+        """Number of batches that the unit's rows make; the last may be short."""
         return math.ceil(self.num_rows / self.batch_size)
 
     def order(self) -> np.ndarray:
-        """Give the order of the rows: int64 (num_rows,)."""
+        """Compute the order of the rows: int64 (num_rows,)."""
         if self.row_key is None:
             return np.arange(self.num_rows)
         return seeded_order(self.num_rows, key=self.row_key)
@@ -116,11 +116,11 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochShape:
-    """Count what an epoch consists of; needs no footers but their number of rows."""
+    """Counts of an epoch; the only input from the footers is their number of rows."""
 
     epoch: int
     first_row: int
-    """Where the epoch's part of the sequence of rows begins."""
+    """First row of the epoch's part of the sequence of rows."""
     num_rows: int
     unit_rows: int
     batch_size: int
@@ -129,22 +129,22 @@ class EpochShape:
 
     @property
     def num_images(self) -> int:
-        """Count the images that the epoch trains on, repetitions included."""
+        """Number of images that the epoch trains on, repetitions included."""
         return self.num_rows * self.num_repeats
 
     @property
     def num_batches(self) -> int:
-        """Count the global batches of the epoch; the last one may be short."""
+        """Number of global batches of the epoch; the last one may be short."""
         return math.ceil(self.num_rows / self.batch_size)
 
     @property
     def num_units(self) -> int:
-        """Count the read units of the epoch."""
+        """Number of read units of the epoch."""
         return math.ceil(self.num_rows / self.unit_rows)
 
     @property
     def batches_per_unit(self) -> int:
-        """Count the batches of every unit but the last."""
+        """Number of batches of every unit but the last."""
         return self.unit_rows // self.batch_size
 
 
@@ -156,7 +156,7 @@ def epoch_shape(
     epoch: int = 0,
     num_repeats: int = 1,
 ) -> EpochShape:
-    """Work out an epoch's counts; arguments as for `plan_epoch`.
+    """Compute an epoch's counts; arguments as for `plan_epoch`.
 
     Raises ValueError where there are not enough rows.
     """
@@ -184,7 +184,7 @@ def epoch_shape(
 
 @dataclass(frozen=True, kw_only=True)
 class EpochPlan:
-    """Hold one epoch's order; cheap to build, units are worked out when asked for."""
+    """Plan of one epoch's order; cheap to build, units are computed on demand."""
 
     shape: EpochShape
     groups: GroupTable
@@ -193,10 +193,10 @@ class EpochPlan:
     ends: np.ndarray
     """int64 (num_groups,): rows up to and including each group, in reading order."""
     row_key: int | None
-    """Key of the shuffle within units; None keeps the order of the files."""
+    """Key for shuffling within units; None keeps the order of the files."""
 
     def unit(self, index: int, *, start_batch: int = 0) -> Unit:
-        """Work out one read unit."""
+        """Build one read unit."""
         shape = self.shape
         start = index * shape.unit_rows
         stop = min(start + shape.unit_rows, shape.num_rows)
@@ -215,7 +215,7 @@ class EpochPlan:
     def units(
         self, *, start_batch: int = 0, places: range | None = None
     ) -> Iterator[Unit]:
-        """Yield units that hold batches from `start_batch` on: all, or some places."""
+        """Yield units with batches from `start_batch` on: all, or those in `places`."""
         if places is None:
             first = start_batch // self.shape.batches_per_unit
             places = range(first, self.shape.num_units)

@@ -1,4 +1,4 @@
-"""Give one worker its batches of a split: a stream, a decoder and a thread."""
+"""Loader of one worker's batches of a split: a stream, a decoder and a thread."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ OnBad = Callable[[tuple[BadImage, ...]], None]
 
 
 def ignore_bad(bad: tuple[BadImage, ...]) -> None:
-    """Tell nobody of bad images; they are counted all the same."""
+    """Ignore bad images; they are counted all the same."""
 
 
 def pixel_settings(run: Run, *, train: bool) -> PixelSettings:
-    """Take out of a run what decides the pixels of a split."""
+    """Extract from a run what decides the pixels of a split."""
     return PixelSettings(
         data=run.data,
         augment=run.augment,
@@ -40,7 +40,7 @@ def pixel_settings(run: Run, *, train: bool) -> PixelSettings:
 
 
 def image_dtype(run: Run, *, train: bool, device: torch.device) -> torch.dtype:
-    """Find what images are handed over in: bfloat16 where a GPU's step rounds to it.
+    """Choose the dtype of images: bfloat16 where a GPU's step rounds to it.
 
     Its autocast would round them before the first layer, so the numbers are the same
     and the traffic is half. They stay float32 where something else comes first: mixup,
@@ -56,7 +56,7 @@ def image_dtype(run: Run, *, train: bool, device: torch.device) -> torch.dtype:
 def reading_of(
     shards: ShardSet, *, run: Run, train: bool = False, num_workers: int = 1
 ) -> Reading:
-    """Say how a split's units are read."""
+    """Describe how a split's units are read."""
     decodes = run.data.decode_on == "readers"
     return Reading(
         address=shards.address,
@@ -67,16 +67,16 @@ def reading_of(
 
 
 class Loader:
-    """Iterate over the batches of all epochs that are left, decoded ahead.
+    """Iterator over the batches of all remaining epochs, decoded ahead.
 
-    Breaking off the iteration and beginning again goes on with the next batch, so that
-    one supply serves many evaluations.
+    Breaking off the iteration and starting again resumes with the next batch, so that
+    one loader serves many evaluations.
 
     Args:
-        start: Where to begin; evaluation begins with a whole epoch.
+        start: Where to start; evaluation starts with a whole epoch.
         opener: Starts reading units on all workers.
         num_epochs: Where the batches end; the run's epochs by default.
-        on_bad: Is told, on a thread, of images that can't be decoded.
+        on_bad: Called, on a thread, with images that can't be decoded.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Loader:
         )
 
     def start(self) -> None:
-        """Begin to read and decode ahead."""
+        """Start to read and decode ahead."""
         run, data = self._run, self._run.data
         batch_size = data.batch_size if self._train else data.eval_batch_size
         shape = Shape(
@@ -137,7 +137,7 @@ class Loader:
             yield batch
 
     def close(self) -> None:
-        """End the thread; safe at any moment."""
+        """Stop the thread; safe at any moment."""
         if self._prefetcher is not None:
             self._prefetcher.close()
 
@@ -151,7 +151,7 @@ def opened_here(
     train: bool = False,
     on_bad: OnBad = ignore_bad,
 ) -> Iterator[Loader]:
-    """Supply batches in this process without Ray: evaluation's epoch, or the run's."""
+    """Open a loader in this process without Ray: evaluation's epoch, or the run's."""
     supply = Loader(
         shards,
         run=run,

@@ -1,4 +1,4 @@
-"""Where a training stands in its data: the next global batch."""
+"""Position of a training in its data: the next global batch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Point at the next global batch to train on."""
+    """Next global batch to train on."""
 
     epoch: int = 0
     batch: int = 0
-    """Batches of this epoch that were trained on."""
+    """Batches of this epoch already trained on."""
     step: int = 0
-    """Batches of all epochs that were trained on."""
+    """Batches of all epochs already trained on."""

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def taken_ahead(items: Iterable[T], *, num_ahead: int) -> Iterator[T]:
-    """Yield items in order, each once the `num_ahead` after it were taken as well.
+    """Yield items in order, each only after the `num_ahead` behind it were taken.
 
     An error comes after the items before it, as it would without.
     """
@@ -47,12 +47,12 @@ def taken_ahead(items: Iterable[T], *, num_ahead: int) -> Iterator[T]:
     yield from waiting
 
 
-# A batch and the event of its being made, an error, or the end.
+# A batch and the event that marks it ready, an error, or the end.
 _Item = tuple[Batch, Event | None] | BaseException | None
 
 
 class Prefetcher:
-    """Run an iterator on a thread and hand its items over through a bounded queue.
+    """Thread that runs an iterator and passes its items through a bounded queue.
 
     An error of the iterator is raised where the items are taken. `close` ends the
     thread; it is safe at any moment, and taking items after it ends at once.
@@ -73,7 +73,7 @@ class Prefetcher:
         while not self._closed.is_set():
             item = self._queue.get()
             if item is None or isinstance(item, BaseException):
-                # The end stays: who asks again must not wait for ever.
+                # The end stays in the queue: a later call must not wait for ever.
                 self._queue.put(item)
             if item is None:
                 return
@@ -85,7 +85,7 @@ class Prefetcher:
             yield batch
 
     def close(self) -> None:
-        """Stop the thread, and wait a moment for it."""
+        """Stop the thread, and wait briefly for it."""
         self._closed.set()
         self._thread.join(timeout=_CLOSE_TIMEOUT_S)
         with contextlib.suppress(queue.Full):

@@ -29,14 +29,14 @@ T = TypeVar("T")
 
 
 class TaskSource(Datasource):
-    """Offer read tasks as they are, in order."""
+    """Datasource of given read tasks, in order."""
 
     def __init__(self, tasks: Sequence[ReadTask]) -> None:
         super().__init__()
         self._tasks = tasks
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Decline to guess: shares are small and back-pressure is by their number."""
+        """Return no estimate: shares are small and back-pressure is by their number."""
         return None
 
     def get_read_tasks(
@@ -45,14 +45,14 @@ class TaskSource(Datasource):
         per_task_row_limit: int | None = None,
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
-        """Give all tasks, whatever parallelism Ray would like."""
+        """Return all tasks, whatever parallelism Ray requests."""
         return list(self._tasks)
 
 
 def read_task(
     read: Callable[[], Iterable[pa.Table]], *, unit: Unit, num_rows: int | None = None
 ) -> ReadTask:
-    """Make the task that reads a unit; `num_rows` are those of its blocks, if known.
+    """Build the task that reads a unit; `num_rows` are those of its blocks, if known.
 
     A task carries its own unit only: the set's footers would be megabytes.
     """
@@ -66,7 +66,7 @@ def read_task(
 
 
 def reader_labels(data: Data) -> dict[str, str] | None:
-    """Name the nodes that read, as Ray selects them; None is any."""
+    """Return Ray's label selector for the nodes that read; None is any."""
     label, _, value = data.reader_label.partition("=")
     return {label: value} if label else None
 
@@ -116,7 +116,7 @@ def shares(iterator: DataIterator, *, data: Data) -> Iterator[pa.Table]:
 
 
 def begun(items: Iterator[T]) -> Iterator[T]:
-    """Take the first item on a thread at once: Ray begins to read when it is asked."""
+    """Request the first item on a thread at once: Ray starts reading on request."""
     first: queue.Queue[tuple[list[T], BaseException | None]] = queue.Queue()
 
     def take() -> None:

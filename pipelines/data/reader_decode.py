@@ -17,7 +17,7 @@ from pipelines.transforms.sampling import PixelSettings, draw
 
 
 class ReaderDecoder:
-    """Replace the images of share tables by pixels, and say why where there are none.
+    """Decoder of share tables: images become pixels, or a reason why there are none.
 
     Args:
         batch_size: Rows that one worker has of a batch, at most.
@@ -33,7 +33,7 @@ class ReaderDecoder:
 
     @property
     def bytes_per_image(self) -> int:
-        """Count the bytes of an image's pixels."""
+        """Number of bytes of an image's pixels."""
         return 3 * self._settings.img_size**2
 
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -43,13 +43,13 @@ FILES_AT_ONCE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Say what read tasks need to know beside their unit."""
+    """Settings of read tasks beside their unit."""
 
     address: str
     num_classes: int
     num_workers: int = 1
     decode: PixelSettings | None = None
-    """Given where the readers decode, so that pixels travel."""
+    """Set where the readers decode, so that pixels travel."""
 
 
 def read_rows(unit: Unit, *, reading: Reading) -> pa.Table:
@@ -76,7 +76,7 @@ def read_rows(unit: Unit, *, reading: Reading) -> pa.Table:
 
 
 def read_shard(read: Callable[[], T], *, address: str, path: str) -> T:
-    """Read of a shard at an address, again where the store fails for a moment.
+    """Read from a shard at an address, with retries for a store's passing failures.
 
     Raises ValueError, naming the shard, where it is gone or damaged, and
     ConnectionError where the store does not answer.
@@ -155,7 +155,7 @@ def share_tables(unit: Unit, *, reading: Reading) -> Iterator[pa.Table]:
 
 
 class Cutter:
-    """Cut a unit's rows into share tables."""
+    """Cutter of a unit's rows into share tables."""
 
     def __init__(
         self, unit: Unit, *, rows: pa.Table, images: Sequence[np.ndarray]
@@ -202,7 +202,7 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _joined(views: Sequence[np.ndarray]) -> pa.Array:
-    """Join images to a large_binary array: the one copy of their bytes."""
+    """Concatenate images to a large_binary array: the one copy of their bytes."""
     offsets = np.zeros(len(views) + 1, np.int64)
     np.cumsum([view.nbytes for view in views], out=offsets[1:])
     content = np.concatenate(views) if views else np.empty(0, np.uint8)

@@ -1,4 +1,4 @@
-"""The shard set: what `sovit-shards` writes and training reads.
+"""Format of a shard set, which `sovit-shards` writes and training reads.
 
 A set is a folder of Parquet files `NAME-00000-of-00008.parquet` with the columns of
 `SCHEMA` and a `classes.json`, a list of class names whose place is the label. A
@@ -35,12 +35,12 @@ ROWS_PER_GROUP = 64
 
 
 def shard_name(name: str, *, index: int, num_shards: int) -> str:
-    """Name one file of a set, for example `train-00002-of-00008.parquet`."""
+    """Return the name of one file of a set, such as `train-00002-of-00008.parquet`."""
     return f"{name}-{index:05d}-of-{num_shards:05d}.parquet"
 
 
 def cut_evenly(num: int, *, num_parts: int) -> list[int]:
-    """Give the `num_parts + 1` bounds that cut `num` rows into parts of like length."""
+    """Return the `num_parts + 1` bounds that cut `num` rows into nearly equal parts."""
     return [num * part // num_parts for part in range(num_parts + 1)]
 
 
@@ -71,7 +71,7 @@ def write_shard(
     image_compression: str = "none",
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write one file of a set, so that it is there whole or not at all.
+    """Write one file of a set, whole or not at all.
 
     Args:
         file: The file's final place; replaced if it is there.

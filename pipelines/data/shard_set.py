@@ -1,4 +1,4 @@
-"""Read what a shard set holds from its Parquet footers, or say why it can't be used."""
+"""Read a shard set's contents from its Parquet footers, or say why it is unusable."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MAX_LABEL_REQUESTS = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSet:
-    """Describe a shard set: files, classes, row groups, and a digest of them all."""
+    """Shard set: files, classes, row groups, and a digest of them all."""
 
     address: str
     classes: tuple[str, ...]
@@ -111,7 +111,7 @@ def check_labels(labels: pa.ChunkedArray, *, num_classes: int, path: str) -> Non
 
 
 def _check_whole(paths: Sequence[str], *, place: StoragePath) -> None:
-    """Refuse a set of which files are missing: their names say how many there are."""
+    """Reject a set with missing files: their names say how many there are."""
     counts = {int(found[1]) for path in paths if (found := _COUNT.search(path))}
     if counts and counts != {len(paths)}:
         wanted = " or ".join(str(count) for count in sorted(counts))
@@ -143,14 +143,14 @@ def _read_classes(file: StoragePath) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Reader:
-    """Read a shard's footer, and its labels where that is cheap."""
+    """Reader of a shard's footer, and of its labels where that is cheap."""
 
     place: StoragePath
     num_files: int
     num_classes: int
 
     def read(self, info: pafs.FileInfo) -> list[int]:
-        """Give the rows of each row group; ValueError as `read_shard_set`."""
+        """Return the rows of each row group; ValueError as `read_shard_set`."""
         name = str(self.place.within(info.base_name))
         filesystem, _ = self.place.open()
         # Told the size, a fragment needs one request: the file's end.
@@ -172,7 +172,7 @@ class _Reader:
         return num_requests * self.num_files <= _MAX_LABEL_REQUESTS
 
     def _known_labels(self, footer: pq.FileMetaData) -> pa.ChunkedArray | None:
-        """Give the least and the greatest label of each row group by its statistics.
+        """Return the minimum and maximum label of each row group from its statistics.
 
         None where one has none, and on a path: there the labels themselves are read,
         which shows damage too.
@@ -244,7 +244,7 @@ def _digest(
     rows: Sequence[list[int]],
     classes: Sequence[str],
 ) -> str:
-    """Digest names, sizes, row counts and classes: what changes when a set changes."""
+    """Hash names, sizes, row counts and classes: what changes when a set changes."""
     # The JSON of [[[name, size, counts], ...], classes], a shard at a time.
     digest = hashlib.sha256(b"[[")
     for at, (item, counts) in enumerate(zip(files, rows, strict=True)):

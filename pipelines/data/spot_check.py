@@ -1,4 +1,4 @@
-"""Read parts of a shard set before a training starts: damage shows while one waits."""
+"""Read parts of a shard set before training starts: damage shows while one waits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def spot_check(shards: ShardSet, *, max_bytes: int = _MAX_BYTES) -> int:
 
 
 def _read(shards: ShardSet, *, group: int) -> int:
-    """Read one row group; return its bytes."""
+    """Read one row group; return its number of bytes."""
     whole = shards.groups.slice_of(group)
     unit = Unit(
         epoch=0,

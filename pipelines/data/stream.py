@@ -37,7 +37,7 @@ _OPEN_AT_SHARE = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class EpochUnits:
-    """Name consecutive units of one epoch."""
+    """Consecutive units of one epoch."""
 
     epoch: int
     places: range
@@ -47,33 +47,33 @@ Segment = tuple[EpochUnits, ...]
 
 
 class ShardOpener(Protocol):
-    """Starts datasets on all workers together; all of them call it in step."""
+    """Protocol for starting datasets on all workers, which call it in step."""
 
     def prepare(self, plan: Callable[[], list[Unit]]) -> None:
-        """Begin to plan units and make a dataset of them, in the background.
+        """Start to plan units and build a dataset of them, in the background.
 
-        One worker does.
+        Only one worker does.
         """
         ...
 
     def open(self) -> Iterator[pa.Table]:
-        """Give this worker's tables of the dataset that was prepared."""
+        """Return this worker's tables of the prepared dataset."""
         ...
 
 
 class LocalOpener:
-    """Read units in this process, for one worker without Ray."""
+    """Opener of units in this process, for one worker without Ray."""
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
         self._plan: Callable[[], list[Unit]] = list
 
     def prepare(self, plan: Callable[[], list[Unit]]) -> None:
-        """Keep what plans the units until they are opened."""
+        """Keep the function that plans the units until they are opened."""
         self._plan = plan
 
     def open(self) -> Iterator[pa.Table]:
-        """Give the tables; a unit is read when its first one is taken."""
+        """Return the tables; a unit is read when its first one is taken."""
         return itertools.chain.from_iterable(
             share_tables(unit, reading=self._reading) for unit in self._plan()
         )
@@ -81,14 +81,14 @@ class LocalOpener:
 
 @dataclass(frozen=True, kw_only=True)
 class Plans:
-    """Plan the epochs of one split of a run."""
+    """Planner of the epochs of one split of a run."""
 
     shards: ShardSet
     run: Run
     train: bool
 
     def shape(self, epoch: int) -> EpochShape:
-        """Count what an epoch consists of."""
+        """Compute an epoch's counts."""
         return epoch_shape(self.shards.groups.total_rows, epoch=epoch, **self._sizes)
 
     def plan(self, epoch: int) -> EpochPlan:
@@ -121,7 +121,7 @@ def cut_segments(
     """Cut the units from a position on into segments of `num_units`, the last shorter.
 
     Args:
-        shape: counts an epoch.
+        shape: Counts an epoch.
     """
     parts: list[EpochUnits] = []
     room = num_units
@@ -141,7 +141,7 @@ def cut_segments(
 
 
 class EpochStream:
-    """Yield a worker's share tables from a position to the last epoch's end.
+    """Stream of a worker's share tables from a position to the last epoch's end.
 
     Args:
         plans: Plans the epochs; all workers count them, one plans them.
@@ -177,12 +177,12 @@ class EpochStream:
         self.reached(start.epoch, start.batch)
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yield the tables; blocks where the next segment is not opened yet."""
+        """Yield the tables; blocks while the next segment is not open yet."""
         while (opened := self._opened.get()) is not None:
             yield from opened
 
     def reached(self, epoch: int, batch: int) -> None:
-        """Open what is needed soon; all workers call it with the same batches."""
+        """Open segments needed soon; all workers call it with the same batches."""
         while self._next is not None and (epoch, batch) >= self._open_at:
             segment = self._next
             self._opened.put(self._opener.open())
@@ -210,7 +210,7 @@ class EpochStream:
         return self._planned.units(start_batch=start, places=part.places)
 
     def _late_batch(self, segment: Segment) -> tuple[int, int]:
-        """Give the first batch of a segment's last tenth."""
+        """Return the first batch of a segment's last tenth."""
         num_units = sum(len(part.places) for part in segment)
         skip = int(num_units * _OPEN_AT_SHARE)
         for part in segment:
