@@ -1,4 +1,4 @@
-"""Reach files wherever they lie: on a path, in a bucket, anywhere that fsspec opens.
+"""Open files wherever they lie: on a path, in a bucket, anywhere that fsspec opens.
 
 A place is a path or an address. `file://`, `s3://`, `gs://`, `abfs://` and `hdfs://`
 are opened by pyarrow, any other scheme by the fsspec package that knows it. S3 takes
@@ -37,7 +37,7 @@ _GCS_PATIENCE_S = 10
 
 
 def absolute(place: str) -> str:
-    """Make a local path absolute, with `~` as the shell reads it; addresses are so.
+    """Make a local path absolute, with `~` as the shell reads it; addresses stay.
 
     A shell leaves the `~` of `--storage=~/runs` alone.
     """
@@ -45,7 +45,7 @@ def absolute(place: str) -> str:
 
 
 def open_filesystem(address: str) -> tuple[pafs.FileSystem, str]:
-    """Find the filesystem and the path of a folder or a file.
+    """Open the filesystem of a folder or a file; return it and the path.
 
     Raises ValueError, without any credentials, where the address can't be read, its
     scheme is not known or the package for it is missing. An S3 bucket whose region
@@ -95,7 +95,7 @@ def _open_s3(address: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _s3_environment() -> dict[str, str]:
-    """Give the settings that pyarrow's client does not look for itself."""
+    """Return the settings that pyarrow's client does not look up itself."""
     found = {
         "endpoint_override": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
         "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
@@ -139,7 +139,7 @@ def _open_fsspec(address: str, *, scheme: str) -> tuple[pafs.FileSystem, str]:
 
 
 def parent_address(address: str) -> str:
-    """Give the address of the folder that a folder lies in."""
+    """Return the address of a folder's parent."""
     if "://" not in address:
         return os.path.dirname(os.path.abspath(address))
     path, mark, options = address.partition("?")

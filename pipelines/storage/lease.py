@@ -1,4 +1,4 @@
-"""Let one process at a time work on a run or a sweep.
+"""Lease on a run or a sweep: one process at a time works on it.
 
 On a disk that is a file lock: the kernel frees it when its holder dies, however that
 happens. A bucket has no locks: there the holder writes its name every few seconds, and
@@ -42,7 +42,7 @@ _HAS_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """Describe the process that works on a run or a sweep."""
+    """Process that works on a run or a sweep."""
 
     command: str
     host: str
@@ -57,18 +57,18 @@ class Owner:
 
     @property
     def is_dead(self) -> bool:
-        """Tell whether it ran on this machine and is gone."""
+        """Whether it ran on this machine and is gone."""
         return self.machine == _machine() and _start_of(self.pid) != self.start
 
 
 @contextlib.contextmanager
 def claimed(folder: StoragePath, *, patience_s: float = 0.0) -> Iterator[None]:
-    """Hold a run's or a sweep's folder, which is made where it is not there.
+    """Claim a run's or a sweep's folder, which is made where it is not there.
 
     Folders that were made for that and are empty at the end are deleted again.
 
     Args:
-        patience_s: How long another holder may take to let go.
+        patience_s: Timeout for another holder to let go.
 
     Raises ValueError naming the process that holds it, and where nothing can be
     written.
@@ -86,7 +86,7 @@ def claimed(folder: StoragePath, *, patience_s: float = 0.0) -> Iterator[None]:
 def _taken(
     folder: StoragePath, *, owner: Owner
 ) -> contextlib.AbstractContextManager[None] | None:
-    """Take hold of a folder; None where another process has it."""
+    """Take the lease on a folder; None where another process has it."""
     if folder.is_remote:
         return _beating(folder, owner=owner)
     try:

@@ -28,9 +28,9 @@ _CHUNK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class StoragePath:
-    """Name a file or a folder at an address; nothing is opened before it is used.
+    """File or folder at an address; nothing is opened before it is used.
 
-    The methods try again where a store fails, and raise as `retrying` does.
+    The methods retry where a store fails, and raise as `retrying` does.
     """
 
     address: str
@@ -38,7 +38,7 @@ class StoragePath:
     """Path within the folder at the address."""
 
     def __str__(self) -> str:
-        """Give the address for people: without credentials."""
+        """Return the address for people: without credentials."""
         text = without_credentials(self.address)
         if not self.inner:
             return text
@@ -47,29 +47,29 @@ class StoragePath:
 
     @property
     def is_remote(self) -> bool:
-        """Say whether it is reached by requests."""
+        """Whether it is reached by requests."""
         return is_remote(self.address)
 
     @property
     def name(self) -> str:
-        """Give the last part of the path."""
+        """Last part of the path."""
         return PurePosixPath(self.open()[1]).name
 
     def open(self) -> tuple[pafs.FileSystem, str]:
-        """Give the filesystem and the path; ValueError as `open_filesystem`."""
+        """Open the filesystem and return it with the path; see `open_filesystem`."""
         filesystem, root = open_filesystem(self.address)
         return filesystem, f"{root.rstrip('/')}/{self.inner}" if self.inner else root
 
     def within(self, name: str) -> StoragePath:
-        """Name something in this folder."""
+        """Return the place of something in this folder."""
         return StoragePath(self.address, f"{self.inner}/{name}" if self.inner else name)
 
     def kind(self) -> pafs.FileType:
-        """Say whether a file, a folder or nothing is there."""
+        """Return whether a file, a folder or nothing is there."""
         return self._retrying(lambda files, path: files.get_file_info(path).type)
 
     def check_bucket(self) -> None:
-        """Raise ValueError where this is in a bucket and that is not there."""
+        """Raise ValueError where this is in a bucket that does not exist."""
 
         def kind(files: pafs.FileSystem, path: str) -> pafs.FileType:
             if files.type_name not in _PUT_WHOLE:
@@ -102,12 +102,12 @@ class StoragePath:
         return self._retrying(read)
 
     def write(self, content: bytes) -> None:
-        """Write a file so that it is there whole or not at all."""
+        """Write a file, whole or not at all."""
         self._retrying(lambda files, path: _put(files, path, content=content))
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Path]:
-        """Give a local file to write, and put it in its place once it is whole."""
+        """Yield a local file to write, and put it in its place once it is whole."""
         if not self.is_remote:
             _, path = self.open()
             partial = Path(partial_name(path))
@@ -131,7 +131,7 @@ class StoragePath:
         self._retrying(copy)
 
     def make_folder(self) -> None:
-        """Make a folder where there is such a thing: a bucket has none."""
+        """Make a folder where the store has such a thing: a bucket has none."""
 
         def make(files: pafs.FileSystem, path: str) -> None:
             if files.type_name not in _PUT_WHOLE:
@@ -155,7 +155,7 @@ class StoragePath:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold what was written to a local file, or a folder's names."""
+    """Flush a local file's content, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -164,7 +164,7 @@ def flush(path: Path) -> None:
 
 
 def partial_name(path: str) -> str:
-    """Name a file that is to become `path` once it is whole.
+    """Return a unique name for a file that is to become `path` once it is whole.
 
     Every call names another: a process left over from a killed run must not write into
     the file of the next.

@@ -1,4 +1,4 @@
-"""Keep secrets out of what is shown: an address without its password or signature."""
+"""Redact secrets in what is shown: an address without its password or signature."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LONGEST_SCHEME = 16
 
 
 def without_credentials(text: str) -> str:
-    """Take users, passwords and secret arguments out of every address in a text.
+    """Remove users, passwords and secret arguments from every address in a text.
 
     `https://me:word@host/a?token=x` becomes `https://host/a?token=***`. Where what
     stands first is a container's or a user's name, it stays: `abfs://box@account/a`.
@@ -39,7 +39,7 @@ def without_credentials(text: str) -> str:
 
 
 def holds_secret(address: str) -> bool:
-    """Tell whether one address, with no text around it, holds a secret."""
+    """Check whether one address, with no text around it, holds a secret."""
     plain = _ENDS.sub("_", address)
     return without_credentials(plain) != plain
 
@@ -55,6 +55,6 @@ def _name_alone(found: re.Match[str]) -> str:
 
 
 def error_summary(error: BaseException) -> str:
-    """Say an error's type and first line, without credentials, for a log."""
+    """Summarize an error in its type and first line, without credentials, for a log."""
     line = next(iter(without_credentials(str(error)).strip().splitlines()), "")
     return f"{type(error).__name__}: {line[:_MAX_ERROR_CHARS]}"

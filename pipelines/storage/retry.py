@@ -1,7 +1,7 @@
-"""Try again where a store fails for a moment, and say plainly where it refuses.
+"""Retry where a store fails for a moment, and raise plain errors where it refuses.
 
 A store is whatever an address with a scheme names, but for `file://`. Local files are
-never tried again: what fails there fails for a reason that stays.
+never retried: what fails there fails for a reason that stays.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _GONE = re.compile(r"AWS Error (NO_SUCH_KEY|RESOURCE_NOT_FOUND)|HTTP status 404"
 
 
 def is_remote(address: str) -> bool:
-    """Say whether a place is reached by requests: anything but a local path."""
+    """Check whether a place is reached by requests: anything but a local path."""
     return "://" in address and not address.startswith("file://")
 
 
@@ -61,10 +61,10 @@ def retrying(
     address: str,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """Call a function that reads or writes at an address, up to five times.
+    """Call a function that reads or writes at an address, with up to four retries.
 
-    Between the tries pass 1, 2, 4 and 8 s, give or take a quarter, with a warning for
-    each. Only what may pass is tried again: refused, missing and damaged files are not.
+    Backoff: 1, 2, 4 and 8 s, give or take a quarter, with a warning for
+    each. Only passing faults are retried: refused, missing and damaged files are not.
 
     Raises:
         ConnectionError: The last try failed like those before.
@@ -97,7 +97,7 @@ def retrying(
 
 @contextlib.contextmanager
 def answering() -> Iterator[None]:
-    """Raise ValueError where a store does not answer: the user sees to that."""
+    """Raise a ConnectionError of a store as ValueError: the user has to fix that."""
     try:
         yield
     except ConnectionError as error:
