@@ -1,4 +1,4 @@
-"""Write checkpoints on a thread while training goes on, and outlive faults there."""
+"""Asynchronous checkpoint writer: training goes on, and survives failed writes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pipelines.events.channel import (
     Metrics,
 )
 
-# How long a checkpoint within an epoch waits for the one before it to be written.
+# Timeout for a checkpoint within an epoch to wait for the one before it.
 _PATIENCE_S = 0.5
 
 
 class CheckpointWriter:
-    """Write snapshots one after the other.
+    """Asynchronous writer of snapshots, one after the other.
 
-    A checkpoint that can't be written is told, and training goes on; those before it
-    are as they were. Where too many fail in a row, or the last one of the run does,
-    that ends the run.
+    A failed write is reported, and training goes on; earlier checkpoints stay as they
+    were. Too many failures in a row, or a failure of the run's last checkpoint, end the
+    run.
 
     Args:
-        tell: Gets what is to be told the driver.
-        max_failures: Failures in a row that training goes on after.
+        tell: Sends an event to the driver.
+        max_failures: Failures in a row that training survives.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class CheckpointWriter:
     def write(
         self, take: Callable[[], Snapshot], *, name: str, can_wait: bool = False
     ) -> bool:
-        """Take a snapshot and begin to write it; tell whether that was possible.
+        """Take a snapshot and start writing it; return whether that was possible.
 
         Args:
-            can_wait: Whether to wait until the one before it is written. Else it is
-                left out where that takes longer than half a second.
+            can_wait: Whether to wait until the one before it is written. Else this is
+                skipped where that takes longer than half a second.
 
-        Raises ValueError where too many could not be written.
+        Raises ValueError where too many writes have failed.
         """
         if self._pending is not None:
             wait([self._pending], timeout=None if can_wait else _PATIENCE_S)
@@ -68,7 +68,7 @@ class CheckpointWriter:
         return True
 
     def close(self, *, is_done: bool) -> None:
-        """Wait for what is being written.
+        """Wait for the write in progress.
 
         Raises ValueError where training `is_done` and its last checkpoint is not there.
         """
@@ -81,7 +81,7 @@ class CheckpointWriter:
         step = snapshot.position.step
         try:
             self._store.write(snapshot, name=name)
-        # safetensors, torch and pyarrow each have their own for a disk that is full.
+        # safetensors, torch and pyarrow each raise their own errors for a full disk.
         except Exception as error:
             self._num_failures += 1
             self._error = error

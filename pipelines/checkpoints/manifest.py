@@ -1,9 +1,9 @@
-"""Read checkpoints that are whole or refused, without pickled objects.
+"""Read whole checkpoints and reject all others, without unpickling objects.
 
 A checkpoint is a folder: `model.safetensors`, `ema.safetensors` where an average is
 kept, `optimizer.pt` (read with `weights_only=True`) and, written last,
 `checkpoint.json` with the run, the position, the classes, the metrics, each file's
-size and CRC-32, and its own. A folder whose files do not match it is refused.
+size and CRC-32, and its own. A folder whose files do not match it is rejected.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pipelines.training.model import build_model, without_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Say what a checkpoint holds."""
+    """Contents of a checkpoint."""
 
     run: Run
     position: Position
@@ -51,7 +51,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read what a checkpoint holds and check that every file is whole.
+    """Read a checkpoint's manifest and check that every file is whole.
 
     Raises ValueError where the folder is no checkpoint, or one that was cut off.
     """
@@ -78,7 +78,7 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
 
 
 def peek(place: StoragePath) -> Manifest | None:
-    """Read a checkpoint's manifest alone; None where it was cut off.
+    """Read a checkpoint's manifest alone; None where it is missing.
 
     Raises ValueError where its manifest is damaged.
     """
@@ -93,10 +93,10 @@ def peek(place: StoragePath) -> Manifest | None:
 
 @contextlib.contextmanager
 def opened(address: str | StoragePath) -> Iterator[Path]:
-    """Give the local folder of a checkpoint that may lie in a bucket.
+    """Yield the local folder of a checkpoint that may lie in a bucket.
 
-    A folder on a path is given as it is. Of a remote one, the manifest and the files
-    that it names are copied, each held against its size and CRC-32, and removed after
+    A local folder is yielded as it is. Of a remote one, the manifest and the files
+    that it names are copied, each checked by its size and CRC-32, and removed after
     use. Raises ValueError, naming the address, where there is no checkpoint, it is
     damaged, or the store does not answer.
     """
@@ -159,7 +159,7 @@ def _parsed(manifest: bytes, *, shown: str) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read tensors by name: the format has no room for anything else."""
+    """Read tensors by name: safetensors has no room for anything else."""
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -26,7 +26,7 @@ _NOTES = "sovit/trusted_code"
 
 
 def load_model_code(checkpoint: str, *, given: str = "") -> OwnCode | None:
-    """Make a checkpoint's model known to timm, where it is one of the user's own.
+    """Register a checkpoint's model with timm, where it is one of the user's own.
 
     Args:
         given: Recipe file that the user names; it is run whatever the record says.
@@ -59,7 +59,7 @@ def load_model_code(checkpoint: str, *, given: str = "") -> OwnCode | None:
 
 
 def trust(code: OwnCode) -> None:
-    """Note that the user trains with this code; a home that can't be written is none's.
+    """Record that the user trains with this code; an unwritable home records nothing.
 
     Then `sovit-eval` asks for `--code`.
     """
@@ -81,7 +81,7 @@ def trust(code: OwnCode) -> None:
 
 
 def is_trusted(code: OwnCode) -> bool:
-    """Whether the user has trained with this very code."""
+    """Check whether the user has trained with this very code."""
     try:
         return code.digest in _notes().read_text().split()
     except OSError:

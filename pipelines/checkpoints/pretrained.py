@@ -1,4 +1,4 @@
-"""Start a training from the weights of another: fine-tuning."""
+"""Start training from the weights of another: fine-tuning."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def load_initial(
 def _choose(
     start: Start, *, num_rows: int, classes: tuple[str, ...]
 ) -> tuple[bool, str]:
-    """Say whether a classifier of so many classes is taken, and why."""
+    """Decide whether a classifier of so many classes is taken; also return why."""
     if not num_rows:
         return False, "it has none"
     if start.classes is not None:
@@ -98,9 +98,9 @@ def _choose(
 def _adapted(
     weights: dict[str, Tensor], model: nn.Module, *, name: str, triangle: str | None
 ) -> tuple[dict[str, Tensor], str]:
-    """Give weights the model's names, and position tables its image size.
+    """Rename weights as in the model, and fit position tables to its image size.
 
-    Returns them, and of a file that authors released what it is.
+    Returns them, and of a file that authors released a description.
     """
     named = plain_names(weights)
     if recognise(named) and not weights.keys() <= model.state_dict().keys():

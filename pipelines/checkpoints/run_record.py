@@ -1,4 +1,4 @@
-"""Keep a run's folder: its configuration, its MLflow run, and whether it has ended."""
+"""Record of a run in its folder: configuration, MLflow run, and status."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAME = re.compile(r"\w[\w.-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """Say what a run is and how far it came."""
+    """A run's identity and status."""
 
     name: str
     run: Run
@@ -66,7 +66,7 @@ def check_name(storage: str, *, name: str) -> None:
 
 
 def _is_taken(folder: StoragePath) -> bool:
-    """Tell whether a folder holds anything but the sign of who works on it now."""
+    """Check whether a folder contains anything but the lease of who works on it now."""
     if (kind := folder.kind()) != pafs.FileType.Directory:
         return kind != pafs.FileType.NotFound
     names = {entry.base_name for entry in folder.entries()}
@@ -81,7 +81,7 @@ def new_record(
     digests: Mapping[str, str] = MappingProxyType({}),
     code: OwnCode | None = None,
 ) -> Record:
-    """Make a new run's folder; ValueError as `check_name`."""
+    """Create a new run's folder and record; ValueError as `check_name`."""
     check_name(run.storage, name=name)
     record = Record(
         name=name,
@@ -105,7 +105,7 @@ def new_record(
 
 
 def read_record(storage: str, *, name: str) -> Record:
-    """Read a run that is to go on; ValueError where it is not there or has finished."""
+    """Read a run to resume; ValueError where it is missing or finished."""
     record = find_record(storage, name=name)
     if record is None:
         raise ValueError(
@@ -169,6 +169,6 @@ def write_record(record: Record) -> None:
 
 
 def delete_record(record: Record) -> None:
-    """Take back a new run's record, before anything else is in its folder."""
+    """Delete a new run's record, before anything else is in its folder."""
     with answering():
         StoragePath(record.run.storage).within(record.name).within(_RECORD).delete()

@@ -1,4 +1,4 @@
-"""Copy what a checkpoint holds, and write it later, whole or not at all.
+"""Copy a checkpoint's contents, and write them later, whole or not at all.
 
 Taking a snapshot is all that training waits for; writing it is for a thread.
 """
@@ -34,7 +34,7 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Hold on the host all that a checkpoint has; training may go on meanwhile."""
+    """Copy of a checkpoint's contents on the host; training may go on meanwhile."""
 
     run: Run
     position: Position
@@ -78,9 +78,9 @@ def assist_snapshot(
     ema: nn.Module | None,
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
-    """Take this worker's part in the collectives of another one's `take_snapshot`.
+    """Join the collectives of another worker's `take_snapshot`.
 
-    Each tensor is let go of once it is whole: nothing comes to this worker's host.
+    Each tensor is released once it is whole: nothing comes to this worker's host.
     """
     for part in (model, ema, optimizer):
         if part is not None:
@@ -99,7 +99,7 @@ def copied(value: Any, *, copy: Callable[[Tensor], Any] = download) -> Any:
 
 
 def _let_go(tensor: Tensor) -> None:
-    """Keep nothing of a tensor."""
+    """Discard a tensor."""
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
@@ -159,12 +159,12 @@ def save_checkpoint(
 
 
 def crc_of(content: Mapping[str, Any]) -> int:
-    """Give the CRC-32 of a manifest's content."""
+    """Compute the CRC-32 of a manifest's content."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def fingerprint(path: Path) -> dict[str, int]:
-    """Give a file's size in bytes and its CRC-32."""
+    """Compute a file's size in bytes and its CRC-32."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(_CHUNK_BYTES):

@@ -1,7 +1,7 @@
 """Keep a run's checkpoints in its folder: the last few, and the best.
 
-What is there is read from the folder alone, so whoever starts next, a worker after a
-failure or a driver on another machine, goes on from the newest that is whole.
+The state is read from the folder alone, so whoever starts next, a worker after a
+failure or a driver on another machine, resumes from the newest whole checkpoint.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from pipelines.storage.retry import answering
 logger = logging.getLogger(__name__)
 
 SCORE = "val/top1"
-"""What the best checkpoint is best in."""
+"""Metric by which the best checkpoint is chosen."""
 VALIDATION_FILE = "validation.json"
 _NAME = re.compile(r"(epoch_\d{4,}|step_\d{8,})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """Say what is known of a checkpoint that is whole."""
+    """Facts about a whole checkpoint."""
 
     name: str
     step: int
@@ -44,13 +44,13 @@ class CheckpointInfo:
 
     @property
     def score(self) -> float:
-        """Give what it is compared by; minus infinity where it was not evaluated."""
+        """Accuracy to compare by; minus infinity where it was not evaluated."""
         score = self.metrics.get(SCORE, math.nan)
         return -math.inf if math.isnan(score) else score
 
 
 class CheckpointStore:
-    """Hold the checkpoints of one run.
+    """Store of one run's checkpoints.
 
     Args:
         folder: The run's.
@@ -69,7 +69,7 @@ class CheckpointStore:
     def kept(self) -> list[CheckpointInfo]:
         """List the whole checkpoints, by their steps.
 
-        One whose manifest is damaged is passed over with a warning. Raises ValueError
+        One with a damaged manifest is skipped with a warning. Raises ValueError
         where the store does not answer: what it holds then is not known.
         """
         found = []
@@ -87,7 +87,7 @@ class CheckpointStore:
         return sorted(found, key=lambda kept: kept.step)
 
     def newest(self) -> str:
-        """Name the newest checkpoint whose files are whole; "" where there is none.
+        """Return the name of the newest whole checkpoint; "" where there is none.
 
         A local one is read: a disk may have lost what it said it had. Of a bucket's,
         each file is there whole or not at all.
@@ -102,16 +102,16 @@ class CheckpointStore:
         return ""
 
     def best(self) -> CheckpointInfo | None:
-        """Give the checkpoint with the best accuracy, of several the first."""
+        """Return the checkpoint with the best accuracy, the first of several."""
         return _best(self.kept())
 
     def place(self, name: str) -> StoragePath:
-        """Say where a checkpoint lies."""
+        """Return the place of a checkpoint."""
         return self._folder.within(name)
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[Path]:
-        """Give a checkpoint's folder here; ValueError where a remote one is damaged."""
+        """Yield a checkpoint's local folder; ValueError if a remote one is damaged."""
         with opened(self.place(name)) as folder:
             yield folder
 
@@ -124,7 +124,7 @@ class CheckpointStore:
         place = self.place(name)
         with self._whole(place), answering():
             place.make_folder()
-            # One of this name, from a life that was given up, is none from now on.
+            # One of this name, from an abandoned attempt, is void from now on.
             place.within(MANIFEST).delete()
             place.within(VALIDATION_FILE).delete()
             if self._folder.is_remote:
@@ -136,10 +136,10 @@ class CheckpointStore:
                 flush(folder.parent)
 
     def retire(self, *, until: int) -> None:
-        """Delete what is neither among the last nor the best nor to be evaluated.
+        """Delete all but the last, the best and those to be evaluated.
 
         Args:
-            until: Those of later steps are of a life that was given up, and left alone.
+            until: Later ones are of an abandoned attempt, and left alone.
         """
         there = [kept for kept in self.kept() if kept.step <= until]
         best = _best(there)
@@ -162,7 +162,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _whole(self, place: StoragePath) -> Iterator[None]:
-        """Leave nothing of a folder that could not be written."""
+        """Delete a folder that could not be written."""
         try:
             yield
         except BaseException:
@@ -194,7 +194,7 @@ class CheckpointStore:
 
 
 def write_validation(place: StoragePath, *, metrics: Mapping[str, float]) -> None:
-    """Note in a checkpoint's folder what another process measured of it."""
+    """Save in a checkpoint's folder the metrics that another process measured."""
     with answering():
         place.within(VALIDATION_FILE).write(json.dumps(dict(metrics)).encode())
 

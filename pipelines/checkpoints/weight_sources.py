@@ -1,4 +1,4 @@
-"""Read the weights that a training starts from: ours, or a file that others wrote.
+"""Read the weights to start training from: ours, or a file that others wrote.
 
 An address may name a checkpoint folder of ours, a folder as timm and Hugging Face write
 it (`config.json` beside the weights), or one file of weights: `.safetensors`, or what
@@ -30,12 +30,12 @@ _SUFFIXES = (_SAFETENSORS, ".pth", ".pt", ".tar", ".bin")
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Hold weights by name, and what is known of them."""
+    """Weights by name, and their origin."""
 
     weights: dict[str, Tensor]
     is_average: bool
     classes: tuple[str, ...] | None
-    """What the classifier tells apart, in its order; None where nothing says it."""
+    """Classes of the classifier, in its order; None where nothing says them."""
 
 
 def read_start(address: str) -> Start:
@@ -129,7 +129,7 @@ def _of_file(place: StoragePath, *, classes: tuple[str, ...] | None = None) -> S
 
 @contextlib.contextmanager
 def _at_hand(place: StoragePath) -> Iterator[Path]:
-    """Give a file on this machine: a remote one is copied, and removed after use."""
+    """Yield a local file: a remote one is copied, and removed after use."""
     if not place.is_remote:
         yield Path(place.open()[1])
         return
