@@ -1,4 +1,4 @@
-"""Describe a run: frozen dataclasses, their overrides, and how they are stored.
+"""Configuration of a run: frozen dataclasses, their overrides, and their storage.
 
 The classes that recipes use are imported from here, and each only once it is asked for:
 most modules of this room do without torch, which `Run` brings.

@@ -1,4 +1,4 @@
-"""Check a dataclass's fields when it is built, and name what is wrong as typed."""
+"""Check a dataclass's fields when it is built, with errors in the user's spelling."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ def check_fields(owner: object, section: str, **rules: tuple[bool, str]) -> None
     """Raise ValueError for the first field whose rule does not hold.
 
     Args:
-        section: What stands before the field's name on the command line: `data.`.
+        section: Prefix of the field's name on the command line: `data.`.
         rules: For a field, whether it holds and what was wanted.
     """
     for name, (holds, wanted) in rules.items():

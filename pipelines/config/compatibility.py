@@ -1,4 +1,4 @@
-"""Name the fields of a run that change what is kept or shown, not what it learns."""
+"""Fields of a run that change what is kept or shown, not what it learns."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NOT_LEARNT = frozenset(
         "optim.max_nonfinite_steps",
     }
 )
-"""Fields that say what is kept and when a run stops, not what it learns."""
+"""Fields that decide what is kept and when a run stops, not what it learns."""
 NOT_LEARNT_GROUPS = ("scale.", "probe.", "validation.")
-"""Of these no field changes what a run learns."""
+"""Groups of fields of which none changes what a run learns."""
 READING = frozenset(
     {
         "experiment",
@@ -32,4 +32,4 @@ READING = frozenset(
 )
 """Fields that change how fast the same images come, and where a run is filed."""
 LOCATIONS = frozenset({"data.train", "data.val"})
-"""Folders of shards: what is in them decides, not where they are."""
+"""Folders of shards, for which the content counts, not the place."""

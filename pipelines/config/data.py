@@ -1,4 +1,4 @@
-"""Describe which shards are read, and how training changes their images."""
+"""Settings of the data: shards, reading, and how training changes images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Exif = Literal["ignore", "rotate"]
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Say how training changes images; names and meanings are timm's."""
+    """Augmentation of training images; names and meanings are timm's."""
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a crop covers."""
@@ -63,13 +63,13 @@ class Augment:
 
     @property
     def rand_augment(self) -> RandAugment | None:
-        """Give RandAugment's settings; None where it is off."""
+        """RandAugment's settings; None where it is off."""
         return parse_rand_augment(self.auto_augment) if self.auto_augment else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Say which shards are read, in what order, and how pixels are made of them."""
+    """Shards that are read, in what order, and how pixels are made of them."""
 
     train: str
     """Folder of training shards, as sovit-shards writes them."""

@@ -1,4 +1,4 @@
-"""Describe what is measured on held-out images while a run trains, and where."""
+"""Settings of evaluation on held-out images while a run trains."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipelines.config.checks import check_fields
 # Their metrics are val_NAME/top1 and, of the raw weights, val_NAME_raw/top1.
 _NAME = re.compile(r"(?!.*raw$)[A-Za-z0-9_.-]+")
 MAX_WORST = 256
-"""Pictures of the worst images that a report can hold."""
+"""Maximum pictures of the worst images in a report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Say how often, of which weights and on what else a run is evaluated."""
+    """Evaluation of a run: how often, of which weights and on what else."""
 
     held_out: bool = True
     """no-held-out trains on without any held-out set: nothing is evaluated, and no
@@ -60,23 +60,23 @@ class Validation:
 
     @property
     def also_at(self) -> dict[str, str]:
-        """Give the further sets' addresses by name."""
+        """Addresses of the further sets by name."""
         return named_addresses(self.also, option="--validation.also")
 
     def is_due(self, epoch: int, *, num_epochs: int) -> bool:
-        """Tell whether to evaluate after so many of a run's epochs."""
+        """Check whether to evaluate after so many of a run's epochs."""
         is_due = epoch % self.every_epochs == 0 or epoch == num_epochs
         return self.held_out and is_due
 
     def moved(self, move: Callable[[str], str]) -> Validation:
-        """Give the same with every path changed, to an absolute one say."""
+        """Return a copy with every path changed, to an absolute one say."""
         also = tuple(f"{name}={move(at)}" for name, at in self.also_at.items())
         real_labels = move(self.real_labels) if self.real_labels else ""
         return dataclasses.replace(self, also=also, real_labels=real_labels)
 
 
 def named_addresses(also: Sequence[str], *, option: str) -> dict[str, str]:
-    """Split NAME=SHARDS of each set.
+    """Parse NAME=SHARDS of each set.
 
     Raises ValueError, naming the option, where one has no name, a name that its metrics
     could not be told apart by, or a name twice.

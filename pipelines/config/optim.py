@@ -1,4 +1,4 @@
-"""Describe the optimiser, the schedule of its learning rate, and the regularisers."""
+"""Settings of the optimiser, its learning rate schedule, and the regularisers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ScheduleKind = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Say how the learning rate falls after the warm-up.
+    """Schedule of the learning rate after the warm-up.
 
     "step", "exponential" and "polynomial" move at the beginning of an epoch, as the
     papers' code does, the others by step.
@@ -59,7 +59,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """Set the optimiser, its schedule and the regularisers of the loss."""
+    """Optimiser, its schedule and the regularisers of the loss."""
 
     lr: float
     num_epochs: int
@@ -136,5 +136,5 @@ class Optim:
 
     @property
     def total_epochs(self) -> int:
-        """Count all epochs, the cool-down included."""
+        """Number of all epochs, the cool-down included."""
         return self.num_epochs + self.cooldown_epochs

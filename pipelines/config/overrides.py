@@ -1,4 +1,4 @@
-"""Change a run's fields by their dotted names, as MLflow shows them."""
+"""Override a run's fields by their dotted names, as MLflow shows them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _POOLING = "pooling"
 
 
 def change_fields(run: Run, fields: Mapping[str, object]) -> Run:
-    """Give the run with other values for some fields.
+    """Return the run with other values for some fields.
 
     Args:
         fields: Values by dotted names, such as `optim.lr`; the pooling's stand without
@@ -75,7 +75,7 @@ def _checked(value: object, *, hint: object, name: str) -> object:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Tell whether a value is of the type that a field's annotation says."""
+    """Check whether a value is of a field's annotated type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in arguments
@@ -91,9 +91,9 @@ def fits(value: object, hint: Any) -> bool:
 
 
 def wrong_fields(owner: Any, *, prefix: str = "") -> list[str]:
-    """Describe the fields of a dataclass, and of those in it, with values of no type.
+    """Describe the fields of a dataclass, nested ones too, whose values are mistyped.
 
-    Python checks no annotation, and a wrong value would fail much later.
+    Python checks no annotations, and a wrong value would fail much later.
     """
     found: list[str] = []
     hints = typing.get_type_hints(type(owner))
@@ -117,7 +117,7 @@ def _items_fit(value: tuple[object, ...], hints: tuple[Any, ...]) -> bool:
 
 
 def differing(before: Run, now: Run) -> dict[str, Any]:
-    """Give the fields of `now`, by dotted names, that are not as in `before`."""
+    """Return the fields of `now`, by dotted names, that differ from `before`."""
     was = flat_params(before)
     return {
         name: value
@@ -127,7 +127,7 @@ def differing(before: Run, now: Run) -> dict[str, Any]:
 
 
 def short_tail(name: str, *, among: Iterable[str], taken: Iterable[str] = ()) -> str:
-    """Give the last part of a dotted name, or as many as tell it from the others.
+    """Return the last parts of a dotted name, as few as tell it from the others.
 
     Args:
         among: All names, this one or not.

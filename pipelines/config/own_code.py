@@ -1,4 +1,4 @@
-"""A recipe file of the user's own, with the modules beside it that it imports.
+"""Recipe file of the user's own, with the modules beside it that it imports.
 
 The texts are read once, kept in the run's record and run from there, so workers on
 other machines, `--resume` and `sovit-eval` get the code that the run began with.
@@ -44,7 +44,7 @@ class OwnCode:
     """Texts by their paths in the file's folder, the file's own among them."""
 
     def __post_init__(self) -> None:
-        """Refuse a record that was changed by hand."""
+        """Reject a record that was changed by hand."""
         if self.file not in self.sources:
             raise ValueError(
                 f"expected the text of {self.file} in the record, got those of "
@@ -64,7 +64,7 @@ class OwnCode:
 
     @property
     def file(self) -> str:
-        """The file's name."""
+        """Name of the file."""
         return Path(self.origin).name
 
     @property
@@ -147,9 +147,9 @@ def _beside(folder: Path, names: set[str]) -> Iterator[Path]:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether another folder has a module or a package of this name, not a mere folder.
+    """Check whether a module or a package of this name lies in another folder.
 
-    Python takes those before a folder without `__init__.py` too.
+    Python prefers either to a folder without `__init__.py`, which does not count.
     """
     spec = importlib.util.find_spec(name)
     return spec is not None and spec.origin is not None
@@ -160,7 +160,7 @@ def _python_in(folder: Path) -> list[Path]:
 
 
 def _is_elsewhere(name: str, *, folder: Path) -> bool:
-    """Whether a module of this name is imported already, from another folder."""
+    """Check whether a module of this name is imported already, from another folder."""
     module = sys.modules.get(name)
     if module is None or _loaded_by_us(module):
         return False
@@ -255,7 +255,7 @@ def importable(code: OwnCode) -> ModuleSpec | None:
 
 
 def look_here_last() -> None:
-    """Have modules of the working directory come after installed ones, if any clash."""
+    """Move the working directory behind installed modules, if any names clash."""
     if not _clashes(Path.cwd()):
         return
     here = ("", os.getcwd())
@@ -264,7 +264,7 @@ def look_here_last() -> None:
 
 
 def away_from_clashes() -> contextlib.AbstractContextManager[None]:
-    """Be in the folder of our packages for a block in which Ray is started or joined.
+    """Change to our packages' folder for a block in which Ray is started or joined.
 
     Ray's processes look for modules first where their driver was then.
     """
@@ -274,7 +274,7 @@ def away_from_clashes() -> contextlib.AbstractContextManager[None]:
 
 
 def _clashes(folder: Path) -> bool:
-    """Whether a folder that isn't ours has modules by the names of our packages."""
+    """Check whether a folder that isn't ours has modules named as our packages."""
     if folder == _HOME:
         return False
     return any(

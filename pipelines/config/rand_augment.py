@@ -1,4 +1,4 @@
-"""Read RandAugment's settings as timm writes them: `rand-m9-mstd0.5-inc1`."""
+"""Parse RandAugment's settings as timm writes them: `rand-m9-mstd0.5-inc1`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RandAugment:
-    """Hold RandAugment's settings (Cubuk et al., 2020), with timm's additions.
+    """RandAugment's settings (Cubuk et al., 2020), with timm's additions.
 
     The defaults are timm's, for what a text does not name.
     """
@@ -37,7 +37,7 @@ class RandAugment:
 
 
 def parse_rand_augment(text: str) -> RandAugment:
-    """Read `rand`, then parts of a key and a number, in any order, joined by `-`.
+    """Parse `rand`, then parts of a key and a number, in any order, joined by `-`.
 
     The meaning is that of `timm.data.auto_augment.rand_augment_transform`, which passes
     over parts without a number and takes the first or the last of two with one key;
@@ -91,7 +91,7 @@ def _read_part(part: str, *, text: str) -> tuple[str, int | float | bool]:
 
 
 class _OutOfRange(Exception):
-    """Say what number was wanted."""
+    """Raised when a number is out of range; its text is what was wanted."""
 
 
 def _whole(number: str, *, at_least: int = 0) -> int:

@@ -180,7 +180,7 @@ def _globals(function: Callable[..., Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def explained(code: OwnCode) -> Iterator[None]:
-    """Turn what the user's own code raises into a ValueError that names the line."""
+    """Turn errors of the user's own code into a ValueError that names the line."""
     try:
         yield
     except SyntaxError as error:
@@ -198,7 +198,7 @@ def explained(code: OwnCode) -> Iterator[None]:
 
 
 def _reason(error: BaseException, *, text: str) -> str:
-    """Describe an error; of a field that isn't there or has another type, say which."""
+    """Describe an error; name the field where it is missing or of another type."""
     if found := _UNKNOWN.search(text):
         kind = getattr(config, found[1], None)
         if dataclasses.is_dataclass(kind):
@@ -219,7 +219,7 @@ def _reason(error: BaseException, *, text: str) -> str:
 
 
 def _line_in(traceback: TracebackType | None, *, code: OwnCode) -> str:
-    """Name the innermost line of the user's own; "" where there is none."""
+    """Return the innermost line of the user's own; "" where there is none."""
     lines = [
         f"{Path(frame.tb_frame.f_code.co_filename).name}, line {frame.tb_lineno}"
         for frame in _frames(traceback)
@@ -235,7 +235,7 @@ def _frames(traceback: TracebackType | None) -> Iterator[TracebackType]:
 
 
 def module_of(path: Path) -> ModuleType:
-    """Run a Python file that is on no path; ValueError where that fails."""
+    """Run a Python file that is not importable; ValueError where that fails."""
     return load_code(read_code(path))
 
 

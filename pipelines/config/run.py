@@ -1,4 +1,4 @@
-"""Describe a run as frozen dataclasses that refuse bad values when they are built."""
+"""Configuration of a run: frozen dataclasses that reject bad values when built."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Name a timm model and what to build it with."""
+    """Model of timm, and the arguments to build it with."""
 
     name: str
     """Any name that timm knows, ours included."""
@@ -80,7 +80,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Say how often the loss is probed along its gradient: see `sovit.probes`."""
+    """Probing of the loss along its gradient: see `sovit.probes`."""
 
     every_steps: int = 0
     """0 is never; the optimisation study takes 500."""
@@ -104,7 +104,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Say on how many workers a run goes, and what each of them holds."""
+    """Number of workers of a run, and the resources of each."""
 
     num_workers: int = 1
     """0 trains in the calling process: no Ray is started, and what fails ends the run,
@@ -166,7 +166,7 @@ class Scale:
 
     @property
     def is_local(self) -> bool:
-        """Tell whether the calling process trains, without Ray."""
+        """Whether the calling process trains, without Ray."""
         return not self.num_workers
 
     @property
@@ -176,13 +176,13 @@ class Scale:
 
     @property
     def world_size(self) -> int:
-        """Count the processes that train."""
+        """Number of processes that train."""
         return max(self.num_workers, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Hold everything that one training needs: a recipe returns this."""
+    """Everything that one training needs: a recipe returns this."""
 
     recipe: str
     """Name that the recipe goes by, such as imagenet.so_vit_14."""
@@ -259,7 +259,7 @@ class Run:
 
     @property
     def micro_batch_size(self) -> int:
-        """Count the images of one forward pass of one worker."""
+        """Number of images of one forward pass of one worker."""
         share = math.ceil(self.data.batch_size / self.scale.world_size)
         return math.ceil(share / self.optim.num_accumulation)
 

@@ -56,7 +56,7 @@ def from_json(text: str) -> Run:
 
 
 def tuples(value: Any) -> Any:
-    """Turn JSON's lists back into the tuples that the dataclasses hold."""
+    """Convert JSON's lists back into the tuples that the dataclasses have."""
     if isinstance(value, dict):
         return {name: tuples(item) for name, item in value.items()}
     return tuple(tuples(item) for item in value) if isinstance(value, list) else value
