@@ -1,6 +1,6 @@
-"""CPU or GPU: everything that differs between the two.
+"""CPU and GPU: everything that differs between the two.
 
-No other module of ours asks what a device is by itself (`tests/test_device.py` holds
+No other module of ours asks what a device is by itself (`tests/test_device.py` checks
 it), so that all code for a GPU is either common to both, and runs in every test, or
 here, and is entered on a fake GPU.
 """
@@ -28,12 +28,12 @@ _CUBLAS_DETERMINISTIC = ":4096:8"
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether a device is a GPU; for what only one of the two has, such as a codec."""
+    """Check whether a device is a GPU; for GPU-only features such as a codec."""
     return device.type == "cuda"
 
 
 def has_gpu() -> bool:
-    """Whether PyTorch finds a GPU on this machine."""
+    """Check whether PyTorch finds a GPU on this machine."""
     return torch.cuda.is_available()
 
 
@@ -53,12 +53,12 @@ def find_device(wanted: Wanted, *, flag: str = "--device") -> torch.device:
 
 
 def device_of(use_gpu: bool, *, flag: str) -> torch.device:
-    """Find the device that a flag asks for; ValueError, naming it, where it is not."""
+    """Find the device that a flag asks for; ValueError, naming the flag, if missing."""
     return find_device("cuda" if use_gpu else "cpu", flag=flag)
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16, not just the type."""
+    """Check whether a device has instructions for bfloat16, not just the type."""
     if is_gpu(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
@@ -68,19 +68,19 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def autocast_dtype(device: torch.device, *, amp: str) -> torch.dtype:
-    """Find what a run's steps compute in on a device: `amp` is that of `Scale`."""
+    """Choose the dtype of a run's steps on a device: `amp` is that of `Scale`."""
     is_short = amp == "auto" and has_bfloat16(device)
     return torch.bfloat16 if is_short else torch.float32
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all that it was given."""
+    """Wait until a device has finished all work queued on it."""
     if is_gpu(device):
         torch.cuda.synchronize(device)
 
 
 def current_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """Find the stream that a GPU's work is queued on here; None on a CPU.
+    """Return the stream that a GPU's work is queued on here; None on a CPU.
 
     DALI's `run` takes either.
     """
@@ -89,7 +89,7 @@ def current_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 @contextlib.contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """Queue what is done within beside the model's work, not behind it."""
+    """Queue the block's work on a stream beside the model's, not behind it."""
     if not is_gpu(device):
         yield
         return
@@ -98,13 +98,13 @@ def side_stream(device: torch.device) -> Iterator[None]:
 
 
 def wait_for_stream(device: torch.device) -> None:
-    """Wait until the current stream has done all that it was given."""
+    """Wait until the current stream has finished all work queued on it."""
     if is_gpu(device):
         torch.cuda.current_stream(device).synchronize()
 
 
 def record_event(device: torch.device) -> Event | None:
-    """Mark the end of what the current stream was given so far; None on a CPU.
+    """Record an event after the current stream's work so far; None on a CPU.
 
     A CPU has done its work when a call returns, so that there is nothing to wait for.
     """
@@ -116,15 +116,15 @@ def record_event(device: torch.device) -> Event | None:
 
 
 def wait_for_event(event: Event | None, device: torch.device) -> None:
-    """Let the current stream wait for another one's event; the host goes on."""
+    """Make the current stream wait for another one's event; the host goes on."""
     if event is not None:
         torch.cuda.current_stream(device).wait_event(event)
 
 
 def used_here(*tensors: Tensor) -> None:
-    """Keep memory of tensors of another stream until the current one is done with it.
+    """Keep memory of another stream's tensors until the current stream is done with it.
 
-    PyTorch's allocator would otherwise lend it anew as soon as the last reference goes.
+    PyTorch's allocator would otherwise reuse it as soon as the last reference goes.
     """
     for tensor in tensors:
         if is_gpu(tensor.device):
@@ -132,14 +132,14 @@ def used_here(*tensors: Tensor) -> None:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device; to a GPU through pinned memory, without a wait."""
+    """Copy a tensor to a device; to a GPU through pinned memory, asynchronously."""
     if not is_gpu(device) or is_gpu(tensor.device):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def download(tensor: Tensor) -> Tensor:
-    """Copy a tensor to fresh memory of the host; a GPU's is still on the way.
+    """Copy a tensor to fresh memory of the host; from a GPU asynchronously.
 
     The memory is pinned, so that many copies run one after the other without a wait
     between: `wait_for_stream` once, after the last.
@@ -150,12 +150,12 @@ def download(tensor: Tensor) -> Tensor:
 
 
 def forked_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Leave the caller's random numbers, the device's too, as they are."""
+    """Preserve the caller's random state, the device's too."""
     return torch.random.fork_rng(devices=[device] if is_gpu(device) else [])
 
 
 def gpu_facts(device: torch.device) -> dict[str, str]:
-    """Kind of a GPU, and versions of what computes on it; nothing of a CPU."""
+    """Return a GPU's name, and versions of what computes on it; nothing of a CPU."""
     if not is_gpu(device):
         return {}
     facts = {"gpu": torch.cuda.get_device_name(device)}
@@ -169,7 +169,7 @@ def gpu_facts(device: torch.device) -> dict[str, str]:
 
 
 class PeakMemory:
-    """The most memory that a device had in use, by all that uses it.
+    """Peak memory of a device, by all that uses it.
 
     Of a GPU that is what it tells whenever it is looked at: PyTorch's allocator, DALI's
     pools, NCCL, the context, and other processes too. What PyTorch has asked for it
@@ -181,13 +181,13 @@ class PeakMemory:
         self._device, self._peak_mb = device, 0.0
 
     def look(self) -> None:
-        """Ask a GPU what of its memory is in use."""
+        """Sample a GPU's memory in use."""
         if is_gpu(self._device):
             free, total = torch.cuda.mem_get_info(self._device)
             self._peak_mb = max(self._peak_mb, (total - free) / _MIB)
 
     def metrics(self) -> dict[str, float]:
-        """Look once more; name the most so far, and of a GPU that of tensors alone."""
+        """Sample once more; return the peak, and of a GPU that of tensors alone."""
         if not is_gpu(self._device):
             return {"peak_memory_mb": _peak_of_process_mb()}
         self.look()
@@ -219,7 +219,7 @@ def set_numerics(
 
 @contextlib.contextmanager
 def numerics_kept() -> Iterator[None]:
-    """Leave the process, after what is done within, computing as it did before."""
+    """Restore the process's numerics after the block."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark
     precision = torch.get_float32_matmul_precision()
@@ -235,20 +235,20 @@ def numerics_kept() -> Iterator[None]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes of a device; 0 where the system does not say."""
+    """Return the free bytes of a device; 0 where the system does not say."""
     if is_gpu(device):
         return torch.cuda.mem_get_info(device)[0]
     return pages_bytes("SC_AVPHYS_PAGES")
 
 
 def gpus_here() -> tuple[int, int]:
-    """Number of GPUs, and the bytes of memory that the first has: 0, 0 for none."""
+    """Return the number of GPUs, and the first one's bytes of memory: 0, 0 for none."""
     num = torch.cuda.device_count()
     return num, torch.cuda.get_device_properties(0).total_memory if num else 0
 
 
 def pages_bytes(name: str) -> int:
-    """Bytes of so many pages as `sysconf` says; 0 where it does not know the name."""
+    """Return the bytes of so many pages as `sysconf` says; 0 for an unknown name."""
     if name not in os.sysconf_names:
         return 0
     return max(os.sysconf(name) * os.sysconf("SC_PAGE_SIZE"), 0)

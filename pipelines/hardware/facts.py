@@ -1,4 +1,4 @@
-"""What a worker computes on and in: of its host and its GPU, told in tags of a run."""
+"""Facts about a worker's host and GPU, for tags of a run."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def worker_facts(device: torch.device, *, precision: str) -> dict[str, str]:
     """Describe the host of a worker, its GPU if it has one, and what it computes in."""
     gpu = gpu_facts(device)
     if gpu and (driver := output_of(*_ASK_DRIVER)):
-        # One a GPU of the host, all the same.
+        # One line a GPU of the host, all the same.
         gpu["driver"] = driver.splitlines()[0].strip()
     return host_facts() | gpu | {PRECISION: precision}
 
 
 def tags_of(workers: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Put what all workers have told into tags; where they differ, all is named."""
+    """Merge all workers' facts into tags; where they differ, all values are listed."""
     tags = {
         tag: ", ".join(found)
         for name, tag in _TAGS.items()
@@ -61,16 +61,16 @@ def tags_of(workers: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def gpu_summary(names: Iterable[str]) -> str:
-    """Count GPUs of a kind: `8 x NVIDIA H200`."""
+    """Summarize GPUs by kind: `8 x NVIDIA H200`."""
     counts = Counter(name.strip() for name in names)
     return ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
 
 
 def without_bfloat16(workers: Sequence[Mapping[str, str]]) -> str:
-    """Say what it means that GPUs have no bfloat16, where it is wanted; else "".
+    """Describe the cost of GPUs without bfloat16, where it is wanted; else "".
 
-    Float16 would need a scaler of the loss, which takes steps out by the same flag of
-    the optimiser's as `pipelines.training.nonfinite`, and a state of its own in each
+    Float16 would need a loss scaler, which skips steps by the same flag of the
+    optimiser's as `pipelines.training.nonfinite`, and a state of its own in each
     checkpoint.
     """
     slow = [
@@ -95,7 +95,7 @@ def _cpu_name() -> str:
 
 
 def output_of(*command: str, cwd: Path | None = None) -> str | None:
-    """Run a program; None where it is missing, fails or takes too long."""
+    """Run a program and return its output; None if missing, failing or too slow."""
     try:
         done = subprocess.run(
             command,
