@@ -1,4 +1,4 @@
-"""Share what the commands have in common: typed overrides and one-line errors."""
+"""Common parts of the commands: typed overrides and one-line errors."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def parse(
 
 
 def _unboxed(text: str) -> str:
-    """Set what tyro draws in a box as one line."""
+    """Join the text that tyro draws in a box into one line."""
     parts = _RULE.split(_TITLE.sub("", text))
     return "; ".join(_BOX.sub(" ", part).strip() for part in parts)
 
 
 def _with_choices(arguments: Sequence[str]) -> list[str]:
-    """Write a flag that has become a choice, and may be a flag still, as the choice."""
+    """Rewrite a flag that has become a choice as the choice; it may be either."""
     found: list[str] = []
     for argument, after in itertools.zip_longest(arguments, arguments[1:]):
         option = argument.replace("_", "-")
@@ -85,7 +85,7 @@ def _with_choices(arguments: Sequence[str]) -> list[str]:
 
 
 def run_command(command: Callable[[Sequence[str]], None], *, prog: str) -> NoReturn:
-    """Run a command; what the user can mend becomes one line and exit status 2.
+    """Run a command; user errors become one line and exit status 2.
 
     So does an argument that holds a secret: the command does not begin. A run whose
     workers failed too often becomes one line and exit status 1. One that was asked to
@@ -134,14 +134,14 @@ def refuse_secrets(arguments: Sequence[str]) -> None:
 
 
 class _WithoutCredentials(logging.Formatter):
-    """Write a record without the secrets that an address in it holds."""
+    """Log formatter that removes the secrets of addresses."""
 
     def format(self, record: logging.LogRecord) -> str:
         return without_credentials(super().format(record))
 
 
 def _show_progress_of_ours() -> None:
-    """Print what our modules log at INFO, plainly; other libraries' warnings alone."""
+    """Log our modules' progress at INFO, plainly; other libraries' warnings alone."""
     handler = logging.StreamHandler()
     handler.setFormatter(_WithoutCredentials("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
@@ -150,6 +150,6 @@ def _show_progress_of_ours() -> None:
 
 
 def fail(message: str, *, status: int) -> NoReturn:
-    """Say why in one line on stderr, without credentials, and leave."""
+    """Print the reason in one line on stderr, without credentials, and exit."""
     print(without_credentials(" ".join(message.split())), file=sys.stderr)
     sys.exit(status)

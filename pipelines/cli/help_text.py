@@ -1,4 +1,4 @@
-"""Print a command's help: its own options first, and no more than two screens.
+"""Format a command's help: its own options first, and no more than two screens.
 
 What the typed fields are comes from tyro's help, of which all is shown on `--help-all`.
 """
@@ -32,7 +32,7 @@ COMMON = (
 
 
 def wants_help(arguments: Sequence[str]) -> bool:
-    """Whether one of the arguments asks for help."""
+    """Check whether one of the arguments asks for help."""
     return any(argument in WANTED for argument in arguments)
 
 
@@ -70,7 +70,7 @@ def help_text(
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Fit a module's description to the width; its indented examples stay."""
+    """Wrap a module's description to the width; its indented examples stay."""
     found: list[str] = []
     for paragraph in text.strip().split("\n\n"):
         is_example = paragraph.startswith(" ")
@@ -79,7 +79,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _described(lines: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Find each option's kind of value, and the first sentence and default."""
+    """Parse each option's kind of value, first sentence and default."""
     found: dict[str, tuple[str, list[str]]] = {}
     words: list[str] = []
     for line in lines:
@@ -114,7 +114,7 @@ def _wrapped(options: Mapping[str, str]) -> list[str]:
 
 
 def _without(lines: Sequence[str], *, hidden: str) -> list[str]:
-    """Leave out one option with the lines that describe it."""
+    """Remove one option with the lines that describe it."""
     kept, is_hidden = list[str](), False
     for line in lines:
         if option := _OPTION.fullmatch(line):

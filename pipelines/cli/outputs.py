@@ -1,4 +1,4 @@
-"""Check where a command is to write, before the work whose outcome it writes."""
+"""Check where a command is to write, before the work whose result it writes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_folder(path: str | Path | None, *, option: str) -> None:
 
 
 def why_no_folder(path: Path) -> str:
-    """Why no folder can be made at a path and written into; "" where one can."""
+    """Return why no folder can be made at a path and written into; "" where one can."""
     whole = path.absolute()
     there = next(part for part in (whole, *whole.parents) if part.exists())
     if not there.is_dir():

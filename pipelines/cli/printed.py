@@ -1,4 +1,4 @@
-"""Write commands as a person can paste them into a shell."""
+"""Format commands for pasting into a shell."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pipelines.storage.redaction import without_credentials
 
 
 def command_line(program: str, *arguments: object) -> str:
-    """Write a command of ours or MLflow's, quoted where a shell needs it.
+    """Format a command of ours or MLflow's, quoted where a shell needs it.
 
-    With its folder where it is on no path; addresses lose their secrets.
+    A program that is not on PATH gets its folder; addresses lose their secrets.
     """
     beside = Path(sys.executable).with_name(program)
     is_found = shutil.which(program) or not beside.exists()

@@ -1,4 +1,4 @@
-"""Console scripts: each imports its command, and Ctrl-C meanwhile ends it quietly.
+"""Console scripts: each imports its command, quiet on Ctrl-C meanwhile.
 
 torch, Ray and timm take seconds to import, in which Python would answer Ctrl-C with a
 traceback from somewhere within them.
