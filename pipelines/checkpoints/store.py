@@ -139,7 +139,7 @@ class CheckpointStore:
         """Delete all but the last, the best and those to be evaluated.
 
         Args:
-            until: Later ones are of an abandoned attempt, and left alone.
+            until: Step; later checkpoints are of an abandoned attempt, and left alone.
         """
         there = [kept for kept in self.kept() if kept.step <= until]
         best = _best(there)

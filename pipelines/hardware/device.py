@@ -28,7 +28,7 @@ _CUBLAS_DETERMINISTIC = ":4096:8"
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Check whether a device is a GPU; for GPU-only features such as a codec."""
+    """Check whether a device is a GPU; for features that only one of them has."""
     return device.type == "cuda"
 
 
@@ -53,7 +53,7 @@ def find_device(wanted: Wanted, *, flag: str = "--device") -> torch.device:
 
 
 def device_of(use_gpu: bool, *, flag: str) -> torch.device:
-    """Find the device that a flag asks for; ValueError, naming the flag, if missing."""
+    """Find the device that a flag asks for; ValueError names it where there is none."""
     return find_device("cuda" if use_gpu else "cpu", flag=flag)
 
 

@@ -19,7 +19,7 @@ _NUM_TRIES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Boxes:
-    """Boxes that are erased of each image, one after another.
+    """Boxes to erase from each image, one after another.
 
     All arrays are int64 of shape (n, count), in pixels; where there is no box, heights
     and widths are 0.
