@@ -1,4 +1,4 @@
-"""Hold measured points until a store takes them, on a thread of its own."""
+"""Buffer metric points and send them to a store from a background thread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LAST_RETRY_S = 15.0
 
 
 class Point(NamedTuple):
-    """Hold one value of one metric at one step."""
+    """One value of one metric at one step."""
 
     key: str
     value: float
@@ -30,14 +30,14 @@ class Point(NamedTuple):
 
 
 class RefusedError(Exception):
-    """Say that the store is there and will never take these points."""
+    """Raised when a reachable store rejects points for good: no retry."""
 
 
 class MetricBuffer:
-    """Send points in order from a background thread, and keep them while that fails.
+    """Queue that a background thread sends in order, retrying what fails.
 
     `send` may block or raise. RefusedError loses the points it was given; any other
-    exception keeps them and is tried again, after 0.5 s at first and 15 s at last.
+    exception keeps them for a retry, with a backoff from 0.5 s to 15 s.
     Past `max_points` the oldest points are lost. An outage is logged when it begins
     and when it ends.
     """
@@ -64,14 +64,14 @@ class MetricBuffer:
         self._thread.start()
 
     def add(self, points: Iterable[Point]) -> None:
-        """Queue points; never waits for the store."""
+        """Queue points, without waiting for the store."""
         with self._changed:
             self._points.extend(points)
             self._trim()
             self._changed.notify()
 
     def close(self, timeout_s: float) -> int:
-        """Send what waits, for at most `timeout_s`; return how many points are lost."""
+        """Flush for at most `timeout_s`; return how many points are lost."""
         with self._changed:
             self._deadline_s = time.monotonic() + timeout_s
             self._changed.notify()
@@ -80,7 +80,7 @@ class MetricBuffer:
             return self._num_lost + len(self._in_flight) + len(self._points)
 
     def left(self) -> list[Point]:
-        """List the points that wait, once it is closed."""
+        """List the points that are still queued, once it is closed."""
         with self._changed:
             return [*self._in_flight, *self._points]
 
@@ -114,7 +114,7 @@ class MetricBuffer:
         logger.warning(f"%s {what}", self._place, *details)
 
     def _take(self) -> list[Point]:
-        """Wait for points; nothing means that the buffer is closed."""
+        """Wait for points; an empty list means that the buffer is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._points or self._deadline_s is not None)
             if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
@@ -140,7 +140,7 @@ class MetricBuffer:
             self._num_lost += 1
 
     def _pause(self, wait_s: float) -> None:
-        """Wait before the next try; closing cuts it to the first, short wait."""
+        """Wait before a retry; closing cuts that to the first, short wait."""
         with self._changed:
             self._changed.wait_for(lambda: self._deadline_s is not None, wait_s)
             is_closing = self._deadline_s is not None

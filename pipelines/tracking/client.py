@@ -1,4 +1,4 @@
-"""Reach an MLflow store soon or not at all."""
+"""Connect to an MLflow store within a timeout, or fail."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 
 
 def default_uri(storage: str) -> str:
-    """Name the MLflow store of a storage folder: an SQLite file beside the runs.
+    """Return the MLflow URI of a storage folder: an SQLite file beside the runs.
 
     `MLFLOW_TRACKING_URI` wins where it is set. Raises ValueError for a bucket, since
     SQLite needs a filesystem.
@@ -60,12 +60,12 @@ def default_uri(storage: str) -> str:
 
 
 def sqlite_uri(path: Path) -> str:
-    """Name an SQLite file so that SQLAlchemy finds it, whatever stands in its path."""
+    """Build an SQLite file's URI for SQLAlchemy, its path escaped."""
     return _SQLITE + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def artifact_location(uri: str) -> str | None:
-    """Name the folder beside an SQLite store for artifacts; servers have their own.
+    """Return the artifact folder beside an SQLite store; servers have their own.
 
     Left alone, a client of an SQLite file puts them in the working directory.
     """
@@ -83,7 +83,7 @@ def attempt(
     settings: Mapping[str, str] = PATIENCE,
     create: bool = True,
 ) -> Result:
-    """Call with a client; where that fails, warn what is lost and go on.
+    """Call with a client; on failure, warn of the loss and return `otherwise`.
 
     A store that is no SQLite file, whose creation takes its time, gets `timeout_s`.
     Only the driver may `create` one: workers could be on another machine.
@@ -108,7 +108,7 @@ def attempt(
 def within_time(
     call: Callable[[], Result], *, uri: str, timeout_s: float = _TIMEOUT_S
 ) -> Result:
-    """Call on a thread that is left behind, with TimeoutError, where it takes longer.
+    """Call on a thread; past the timeout, abandon it and raise TimeoutError.
 
     Not every wait has a setting: names that don't resolve, databases that don't answer.
     A SQLite file, whose creation takes its time, has all the time it needs.
@@ -132,7 +132,7 @@ def within_time(
 
 @contextmanager
 def environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, which MLflow reads at each call, for a while."""
+    """Set environment variables temporarily; MLflow reads them at each call."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -146,7 +146,7 @@ def environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def connect(uri: str, *, create: bool) -> MlflowClient:
-    """Give a client of a store that can be written; raise soon where it can't.
+    """Connect to a store that can be written; raise quickly if it can't be.
 
     MLflow tries for over 100 s to open an SQLite file that it can't open, and two
     processes that create one at the same time break it, so both are settled here.
@@ -179,7 +179,7 @@ def connect(uri: str, *, create: bool) -> MlflowClient:
 
 @contextmanager
 def _no_other_folders(uri: str) -> Iterator[None]:
-    """Delete the folder that MLflow makes where it takes an address for a path."""
+    """Delete the folder that MLflow makes when it takes a URI for a path."""
     path, taken = sqlite_path(uri), Path(uri.removeprefix(_SQLITE)).absolute().parent
     is_other = path is not None and taken != path.parent
     folders = [taken, *taken.parents] if is_other else []
@@ -193,7 +193,7 @@ def _no_other_folders(uri: str) -> Iterator[None]:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """Give the file of an SQLite store, None for a store of another kind."""
+    """Return an SQLite store's file, None for a store of another kind."""
     if not uri.startswith(_SQLITE):
         return None
     return Path(unquote(uri.removeprefix(_SQLITE).partition("?")[0])).absolute()

@@ -32,7 +32,7 @@ _BAD_NAME_CHARS = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
 def find_run(client: MlflowClient, *, run_id: str, id: str = "") -> Run | None:
-    """Find a run that can go on; None, with a warning, where it is gone.
+    """Find a run to resume; None, with a warning, if it is gone.
 
     One whose tag names another record's `id` is not taken either.
     """
@@ -48,7 +48,7 @@ def find_run(client: MlflowClient, *, run_id: str, id: str = "") -> Run | None:
 
 
 def active_run(client: MlflowClient, *, run_id: str) -> Run | None:
-    """Get a run; None where there is none, or it was deleted."""
+    """Return a run; None if there is none, or it was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -69,9 +69,9 @@ def create_run(
     place: str,
     id: str = "",
 ) -> Run:
-    """Create a run, and its experiment where that is new.
+    """Create a run, and its experiment if that is new.
 
-    `place` and `id` go with it from the first moment: see `placed_run`.
+    `place` and `id` are tags of it from the start: see `placed_run`.
     """
     tags = {PLACE_TAG: value_text(place)} | ({ID_TAG: id} if id else {})
     found = client.get_experiment_by_name(experiment)
@@ -89,9 +89,9 @@ def create_run(
 
 
 def own_run(client: MlflowClient, *, id: str) -> Run | None:
-    """Find the run that was created for a record, in whatever experiment.
+    """Find the run that was created for a record, in any experiment.
 
-    Who creates a run notes its id only then: between the two it may be killed.
+    A run's id is recorded only after its creation: a kill may come between the two.
     """
     experiments = client.search_experiments(max_results=_MAX_EXPERIMENTS)
     found = client.search_runs(
@@ -120,7 +120,7 @@ def placed_run(
 
 
 def reopen_run(client: MlflowClient, *, run: Run) -> None:
-    """Let a run go on: RUNNING, without a reason of failure, one more restart."""
+    """Resume a run: RUNNING, no failure reason, one more restart counted."""
     client.update_run(run.info.run_id, status="RUNNING")
     num_restarts = int(run.data.tags.get(RESTARTS_TAG, "0")) + 1
     client.set_tag(run.info.run_id, RESTARTS_TAG, str(num_restarts))
@@ -129,7 +129,7 @@ def reopen_run(client: MlflowClient, *, run: Run) -> None:
 
 
 def log_params(client: MlflowClient, *, run: Run, params: Mapping[str, object]) -> None:
-    """Log params; those that MLflow no longer lets us change become tags."""
+    """Log params; those that MLflow refuses to change become tags."""
     from mlflow.entities import Param
 
     run_id, known = run.info.run_id, run.data.params
@@ -149,7 +149,7 @@ def log_params(client: MlflowClient, *, run: Run, params: Mapping[str, object]) 
 def upload_model(
     client: MlflowClient, *, run_id: str, folder: Path, described: Model
 ) -> str:
-    """Keep a model folder as a logged model of a run; return its address."""
+    """Upload a model folder as a logged model of a run; return its address."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.models.model import MLMODEL_FILE_NAME
 
@@ -184,11 +184,11 @@ def log_tags(client: MlflowClient, *, run_id: str, tags: Mapping[str, object]) -
 
 
 def name_text(name: str) -> str:
-    """Write a name with the characters that MLflow takes, `_` for each other."""
+    """Replace each character that MLflow refuses in a name by `_`."""
     return _BAD_NAME_CHARS.sub("_", name)
 
 
 def value_text(value: object) -> str:
-    """Write a param's or tag's value without passwords, in at most 500 characters."""
+    """Format a param's or tag's value: no passwords, at most 500 characters."""
     text = without_credentials(str(value))
     return text if len(text) <= _MAX_VALUE_CHARS else f"{text[: _MAX_VALUE_CHARS - 1]}…"

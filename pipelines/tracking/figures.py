@@ -1,4 +1,4 @@
-"""Draw figures and keep them in MLflow, on a thread of their own."""
+"""Draw figures and log them to MLflow from a background thread."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _MAX_WAITING = 4
 
 
 class FigureWriter:
-    """Keep a run's figures as artifacts; training never waits for them.
+    """Asynchronous logger of a run's figures as artifacts.
 
-    One is drawn at a time, in turn: a figure that comes while a few wait, since MLflow
-    is slow, is left out, with a warning. An empty run id keeps none.
+    Figures are drawn one at a time, in order. While a few are queued, since MLflow is
+    slow, further ones are dropped with a warning. An empty run id logs none.
 
     Args:
         run_id: May be a call that waits for the run.
@@ -35,7 +35,7 @@ class FigureWriter:
         self._thread: threading.Thread | None = None
 
     def log(self, draw: Draw, *, path: str) -> None:
-        """Let `draw` write a file or a folder, and keep it as `path`; never raises."""
+        """Queue `draw`, which writes what is logged as `path`: a file or a folder."""
         if not self._is_recorded:
             return
         try:
@@ -49,7 +49,7 @@ class FigureWriter:
             self._thread.start()
 
     def close(self, timeout_s: float) -> None:
-        """Wait for the last figure, for at most `timeout_s`."""
+        """Wait at most `timeout_s` for the last figure."""
         if self._thread is not None:
             with contextlib.suppress(queue.Full):
                 self._waiting.put(None, timeout=timeout_s)

@@ -34,14 +34,13 @@ _POLL_S = 0.5
 
 
 class NotOpenYetError(Exception):
-    """MLflow has been away since the training began."""
+    """Raised when MLflow has been unreachable since the training began."""
 
 
 class LateRun:
-    """The MLflow run of a training, which may be opened only while that trains.
+    """A training's MLflow run, opened at the start or later in the background.
 
-    What is to be recorded in it waits in order until then: nothing is lost but with
-    the process.
+    Records for it are queued in order until then: they are lost only with the process.
 
     Args:
         run: What `find_or_create` takes.
@@ -67,7 +66,7 @@ class LateRun:
 
     @property
     def is_open(self) -> bool:
-        """Tell whether MLflow has the run."""
+        """Whether MLflow has the run."""
         return self._opened.is_set()
 
     @property
@@ -76,13 +75,13 @@ class LateRun:
         return self._run.info.run_id if self.is_open and self._run else ""
 
     def needed_id(self) -> str:
-        """Return the run's id; raise NotOpenYetError while there is none."""
+        """Return the run's id, or raise NotOpenYetError."""
         if not self.is_open:
             raise NotOpenYetError("the run is not open yet")
         return self.run_id
 
     def open(self, *, is_demanded: bool) -> None:
-        """Open the run, or begin to try again and again.
+        """Open the run, or start retrying in the background.
 
         Raises ValueError, where that `is_demanded`, for what waiting won't mend.
         """
@@ -103,7 +102,7 @@ class LateRun:
             self._settle()
 
     def do(self, call: Callable[[str], None]) -> None:
-        """Call with the run's id: now, or in turn once the run is open."""
+        """Call with the run's id: now, or in order once the run is open."""
         with self._lock:
             if not self.is_open:
                 self._waiting.append(call)
@@ -111,12 +110,12 @@ class LateRun:
         call(self.run_id)
 
     def awaited_id(self) -> str:
-        """Return the run's id; wait for it as long as that takes."""
+        """Return the run's id, waiting for it without a timeout."""
         self._opened.wait()
         return self.run_id
 
     def wait(self, timeout_s: float, *, until: threading.Event | None = None) -> bool:
-        """Wait until the run is open, or the event is set; tell whether it is open."""
+        """Wait until the run is open or the event is set; return whether it is open."""
         if not self.is_open:
             place = without_credentials(self._uri)
             logger.info("waiting for MLflow at %s, up to %.0f s", place, timeout_s)
@@ -130,7 +129,7 @@ class LateRun:
     def end(
         self, *, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str = ""
     ) -> None:
-        """Write the run's last state; where MLflow is away, wait a while for it."""
+        """Write the run's final status; wait a while for an unreachable MLflow."""
         self.do(lambda id: end_run(self._uri, id, status=status, reason=reason))
         self.wait(_END_PATIENCE_S)
         self._is_over.set()
@@ -152,7 +151,7 @@ class LateRun:
         within_time(self._open, uri=self._uri)
 
     def _settle(self) -> None:
-        """Note the run's id, and do what waited for it."""
+        """Record the run's id, and make the calls that were queued for it."""
         assert self._run is not None
         run_id = self._run.info.run_id
         self._on_open(run_id)

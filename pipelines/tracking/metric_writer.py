@@ -1,4 +1,4 @@
-"""Write metrics by step on a thread, whatever MLflow does meanwhile."""
+"""Write metrics by step from a background thread."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 class MetricWriter:
-    """Write a run's metrics by step, without ever stopping the training loop.
+    """Asynchronous writer of a run's metrics by step; never blocks training.
 
-    Points are sent by a thread of their own and wait, the newest 100 000 of them, while
-    MLflow is away. After a restart from an earlier checkpoint some steps are logged
-    twice: MLflow keeps both points, each with its time. Charts are drawn by step, so
-    such a step shows two values, and a metric's last value is that of the highest step,
-    the later point where two have it: right as soon as training has passed the point it
-    had come to before. `num_restarts` says that it happened.
+    A background thread sends the points; while MLflow is away the newest 100 000 wait.
+    After a restart from an earlier checkpoint some steps are logged twice: MLflow keeps
+    both points, each with its time. Charts are drawn by step, so such a step shows two
+    values, and a metric's last value is that of the highest step, the later of two
+    points: right as soon as training has passed the step it had reached before.
+    `num_restarts` counts such restarts.
 
     Args:
         run_id: May be a call that raises while there is no run yet; "" writes nothing.
@@ -48,9 +48,9 @@ class MetricWriter:
         self._buffer.add(self._sent_late())
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Queue one value of each metric at a step; never raises, never waits.
+        """Queue one value of each metric at a step; never raises or blocks.
 
-        Characters that MLflow refuses in a name become `_`. What is no number is left
+        Characters that MLflow refuses in a name become `_`. Non-finite values are left
         out, with one warning.
         """
         if not self._is_recorded:
@@ -78,7 +78,7 @@ class MetricWriter:
         return num_lost
 
     def _sent_late(self) -> list[Point]:
-        """Read the points that an earlier life of the run could not send."""
+        """Load the points that an earlier process of the run could not send."""
         if self._unsent is None:
             return []
         try:
@@ -90,7 +90,7 @@ class MetricWriter:
             return []
 
     def _keep_unsent(self) -> bool:
-        """Write the points that wait still, or delete the file of those sent."""
+        """Save the unsent points, or delete the file if there are none."""
         if self._unsent is None:
             return False
         left = self._buffer.left()

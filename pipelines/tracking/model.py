@@ -46,7 +46,7 @@ _PACKAGES = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "timm", "torc
 
 
 class ImageClassifier(PythonModel):
-    """Classify encoded images with a checkpoint's model.
+    """MLflow `PythonModel` that classifies encoded images with a checkpoint's model.
 
     Input: a table with the column `image`, bytes of a JPEG, PNG or other format that
     training reads. Output, a row each: `label`, `score` (its probability), and
@@ -54,7 +54,7 @@ class ImageClassifier(PythonModel):
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Build the model on a GPU where there is one."""
+        """Build the model, on a GPU if there is one."""
         if _CODE in context.artifacts:
             text = Path(context.artifacts[_CODE]).read_text()
             load_code(OwnCode(**json.loads(text)))
@@ -135,7 +135,7 @@ def write_model(
 
 
 def signature() -> ModelSignature:
-    """Describe the columns of input and output."""
+    """Return the signature: the columns of input and output."""
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, "image")]),
         outputs=Schema(
@@ -150,7 +150,7 @@ def signature() -> ModelSignature:
 
 
 def requirements() -> list[str]:
-    """Pin what the model needs; a build's local mark (`+cu130`) is left out."""
+    """Pin the model's requirements, without a build's local version (`+cu130`)."""
     return [
         f"{package}=={metadata.version(package).partition('+')[0]}"
         for package in _PACKAGES
@@ -158,7 +158,7 @@ def requirements() -> list[str]:
 
 
 def _reduce(checkpoint: Path, folder: Path) -> None:
-    """Write a checkpoint again with the evaluated weights only, and no password."""
+    """Rewrite a checkpoint with only the evaluated weights, and no password."""
     model, manifest = load_model(checkpoint)
     clean = without_credentials(serialization.to_json(manifest.run))
     save_checkpoint(

@@ -1,4 +1,4 @@
-"""Let an SQLite store that was moved or copied keep artifacts beside it again."""
+"""Point a moved or copied SQLite store's artifacts to the folder beside it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _COLUMNS = (
 
 
 def follow_move(uri: str, *, path: Path) -> None:
-    """Replace the folder of artifacts that a store had where it was before.
+    """Replace the artifact folder of a store's earlier location.
 
-    One that was copied gets that only where its artifacts were copied too. Raises
+    A copied store changes only if its artifacts were copied too. Raises
     sqlite3.Error where the store can't be written.
     """
     here = artifact_location(uri)

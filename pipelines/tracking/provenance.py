@@ -1,4 +1,4 @@
-"""Tell where a run came from: code, versions and host, without secrets."""
+"""Collect a run's provenance: code, versions and host, without secrets."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _PACKAGES = ("torch", "timm", "ray", "mlflow", "nvidia-dali-cuda130", "pyarrow")
 
 
 def provenance_tags() -> dict[str, str]:
-    """Describe this code, these versions and this host as tags of a run.
+    """Return the tags of this code, its versions and this host.
 
-    Where workers train, what they tell of theirs comes in the host's place.
+    Where workers train, their own host tags replace those of this host.
     """
     return {**git_tags(), **version_tags(), **tags_of([host_facts()])}
 
 
 def git_tags(source: Path = Path(__file__)) -> dict[str, str]:
-    """Name the commit that a source file belongs to, and whether its tree was changed.
+    """Return the tags of a source file's commit, and whether its tree was changed.
 
     Returns no tags where git is missing, the file lies outside a repository, or the
     repository around it does not track it (an environment inside a checkout).
@@ -40,7 +40,7 @@ def git_tags(source: Path = Path(__file__)) -> dict[str, str]:
 
 
 def version_tags() -> dict[str, str]:
-    """Name the versions of Python and of the packages that can change a result."""
+    """Return the versions of Python and of the packages that can change a result."""
     tags = {"version.python": platform.python_version()}
     for package in _PACKAGES:
         try:

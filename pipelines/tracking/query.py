@@ -1,4 +1,4 @@
-"""Read runs back from MLflow; nothing here creates a store or changes one.
+"""Read runs back from MLflow, without creating or changing a store.
 
 Unlike what a training does with MLflow, reading fails clearly: with a ValueError of one
 line where the store is away or has no such run.
@@ -43,7 +43,7 @@ _NUM_SUGGESTED = 5
 
 
 class MetricPoint(NamedTuple):
-    """Hold one value of a metric, the step it was logged at, and when."""
+    """One value of a metric, with the step and the time of its logging."""
 
     step: int
     value: float
@@ -52,7 +52,7 @@ class MetricPoint(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRun:
-    """Hold what MLflow knows of a run, histories apart."""
+    """A run as MLflow stores it, without its metric histories."""
 
     run_id: str
     name: str
@@ -68,7 +68,7 @@ class StoredRun:
 
 
 class RunStore:
-    """Read the runs of one MLflow store.
+    """Read-only access to the runs of one MLflow store.
 
     Opening one, and each method, raises ValueError where the store does not answer.
     """
@@ -81,7 +81,7 @@ class RunStore:
             self._client.search_experiments(max_results=1)
 
     def find(self, names: Sequence[str]) -> list[StoredRun]:
-        """Find the runs that names stand for, each run once, in the names' order.
+        """Resolve names to runs, each run once, in the names' order.
 
         A name is a run's name, its id or the first four characters of it or more, the
         name of a sweep (which gives its trials), or `experiment:NAME` (all its runs).
@@ -96,7 +96,7 @@ class RunStore:
         return list(found.values())
 
     def history(self, run_id: str, *, metric: str) -> tuple[MetricPoint, ...]:
-        """Read a metric by rising step, as the run has it after its restarts.
+        """Read a metric by increasing step, without what restarts repeated.
 
         A run that went on from a checkpoint repeats some steps: what it had measured
         beyond that checkpoint is left out. Empty where the run has no such metric.
@@ -109,7 +109,7 @@ class RunStore:
         )
 
     def finished(self) -> list[StoredRun]:
-        """Read all runs that have finished."""
+        """List all runs that have finished."""
         with self._clearly(_READING):
             return self._search("attributes.status = 'FINISHED'")
 
@@ -144,7 +144,7 @@ class RunStore:
         raise ValueError(f"wanted runs of the experiment {name!r}, came none")
 
     def _one(self, name: str) -> StoredRun:
-        """Find the run of a name, or of an id or its beginning."""
+        """Find a run by its name, its id or an id's prefix."""
         if named := self._named(name):
             *others, run = named
             if others:
@@ -173,7 +173,7 @@ class RunStore:
         )
 
     def _named(self, name: str) -> list[StoredRun]:
-        """Find the runs of a name, the newest last."""
+        """List the runs of a name, the newest last."""
         # MLflow's filters have no escape for a quote within quotes.
         mark = '"' if "'" in name else "'"
         if mark in name or "\\" in name:
@@ -194,7 +194,7 @@ class RunStore:
     def _search(
         self, wanted: str = "", *, experiment_ids: list[str] | None = None
     ) -> list[StoredRun]:
-        """Search the runs that are not deleted, the newest last."""
+        """List matching runs that are not deleted, the newest last."""
         if experiment_ids is None:
             experiment_ids = self._experiment_ids()
         runs: list[StoredRun] = []
@@ -238,7 +238,7 @@ class RunStore:
 
     @contextmanager
     def _clearly(self, settings: Mapping[str, str]) -> Iterator[None]:
-        """Turn whatever a client library raises into one line."""
+        """Convert a client library's exceptions into one-line errors."""
         try:
             with environment(settings):
                 yield
@@ -252,7 +252,7 @@ class RunStore:
 
 
 def last_life(points: Iterable[MetricPoint]) -> tuple[MetricPoint, ...]:
-    """Order points by step; what came before a step was repeated is forgotten."""
+    """Order points by step, dropping those that a restart repeated."""
     kept: list[MetricPoint] = []
     for point in sorted(points, key=lambda point: (point.time_s, point.step)):
         while kept and kept[-1].step >= point.step:
@@ -271,7 +271,7 @@ def _is_sweep(run: StoredRun) -> bool:
 
 
 def _suggestion(name: str, *, there: Sequence[str]) -> str:
-    """Name what is like a name, or else the newest."""
+    """Suggest similar names, or else the newest."""
     if not there:
         return "; nothing is kept there yet"
     like = difflib.get_close_matches(name, there, n=_NUM_SUGGESTED)
@@ -280,7 +280,7 @@ def _suggestion(name: str, *, there: Sequence[str]) -> str:
 
 
 def _check_there(uri: str) -> None:
-    """Refuse what MLflow would create, or would write its tables into."""
+    """Reject a missing store or one without tables, which MLflow would create."""
     if "://" not in uri:
         raise ValueError(
             f"wanted the address of an MLflow store, came {uri!r}; write "

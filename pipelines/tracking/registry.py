@@ -1,4 +1,4 @@
-"""Register each run's model under its recipe, and let the alias `best` name the best.
+"""Register each run's model under its recipe; the alias `best` marks the best.
 
 `models:/RECIPE@best` is then what `mlflow.pyfunc.load_model` takes. As for runs,
 nothing of MLflow stops a training: what fails is warned of, and the model stays as it
@@ -27,7 +27,7 @@ _VERSIONS_AT_ONCE = 200
 def register_model(
     uri: str, address: str, *, name: str, run_id: str, top1: float
 ) -> str:
-    """Register a logged model as a new version, and set the alias `best` anew.
+    """Register a logged model as a new version, and update the alias `best`.
 
     `best` names the version with the highest `top1` in its tag, of equal ones the
     oldest; NaN is never the best.
@@ -64,7 +64,7 @@ def register_model(
 
 
 def registered_name(recipe: str) -> str:
-    """Make a recipe's name one that MLflow takes for a registered model."""
+    """Convert a recipe's name to one that MLflow accepts for a registered model."""
     name = _BAD_NAME_CHARS.sub("_", recipe).strip(". ")
     return name[:_MAX_NAME_CHARS].rstrip(". ") or "model"
 
@@ -80,7 +80,7 @@ def _make_room(client: MlflowClient, *, name: str) -> None:
 
 
 def _point_to_best(client: MlflowClient, *, name: str) -> None:
-    """Set the alias until it is right: another run may register at the same time."""
+    """Set the alias until it is right: runs may register concurrently."""
     named = ""
     while (best := _best(_versions(client, name=name))) not in ("", named):
         client.set_registered_model_alias(name, BEST, best)
@@ -88,7 +88,7 @@ def _point_to_best(client: MlflowClient, *, name: str) -> None:
 
 
 def _best(versions: list[ModelVersion]) -> str:
-    """Choose a version by its number in the tag; "" where none has one."""
+    """Return the version with the highest score in its tag; "" if none has one."""
     scored = [
         (top1, -int(version.version))
         for version in versions

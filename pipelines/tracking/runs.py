@@ -1,4 +1,4 @@
-"""Keep a training as one MLflow run, and train on where MLflow is away.
+"""Record a training as one MLflow run, without ever failing because of MLflow.
 
 The driver opens the run and hands its id to the workers; rank 0 of them writes metrics
 by step with `MetricWriter`; the driver logs the model and ends the run. No function
@@ -56,7 +56,7 @@ def open_run(
     is_begun: bool = False,
     id: str = "",
 ) -> str:
-    """Create a run, or open one again after a restart, and return its id.
+    """Create a run, or reopen it after a restart; return its id.
 
     A run that is opened again is RUNNING again and counts its restarts in the tag
     `num_restarts`. Its params stay, as MLflow wants; one that has changed since is
@@ -106,7 +106,7 @@ def find_or_create(
     is_begun: bool,
     id: str,
 ) -> Run:
-    """Open a run again, or create it: see `open_run`."""
+    """Reopen a run, or create it: see `open_run`."""
     found = find_run(client, run_id=run_id, id=id)
     if found is None and is_begun and not run_id:
         found = (
@@ -162,7 +162,7 @@ def log_dataset(
 
 
 def tag_run(uri: str, run_id: str, *, tags: Mapping[str, object]) -> None:
-    """Put tags on a run, in the place of those of the same names."""
+    """Set tags of a run, replacing those of the same names."""
     if run_id:
         attempt(
             lambda client: log_tags(client, run_id=run_id, tags=tags),
@@ -173,7 +173,7 @@ def tag_run(uri: str, run_id: str, *, tags: Mapping[str, object]) -> None:
 
 
 def log_text(uri: str, run_id: str, *, text: str, path: str) -> None:
-    """Keep a text as the artifact `path` of a run, without any address's password."""
+    """Log a text as a run's artifact `path`, without any URL's password."""
     if run_id:
         attempt(
             lambda client: client.log_text(run_id, without_credentials(text), path),
@@ -184,7 +184,7 @@ def log_text(uri: str, run_id: str, *, text: str, path: str) -> None:
 
 
 def read_text(uri: str, run_id: str, *, path: str) -> str:
-    """Read a text that `log_text` kept; "" where there is none, or MLflow is away."""
+    """Read a text that `log_text` logged; "" if there is none, or MLflow is away."""
 
     def read(client: MlflowClient) -> str:
         from mlflow.exceptions import MlflowException
@@ -204,7 +204,7 @@ def read_text(uri: str, run_id: str, *, path: str) -> str:
 def log_file(
     uri: str, run_id: str, *, file: Path, folder: str = "", create: bool = True
 ) -> None:
-    """Keep a file, a figure say, as an artifact of a run; its content goes as it is.
+    """Log a file, such as a figure, as a run's artifact, its content unchanged.
 
     `create` makes an SQLite store that is not there: for the driver, not for workers.
     """
@@ -275,7 +275,7 @@ def end_run(
     status: Literal["FINISHED", "FAILED", "KILLED"],
     reason: str = "",
 ) -> None:
-    """Give a run its last state; a reason's first line goes to `failure_reason`."""
+    """Set a run's final status; a reason's first line goes to `failure_reason`."""
 
     def end(client: MlflowClient) -> None:
         if line := next(iter(reason.strip().splitlines()), ""):

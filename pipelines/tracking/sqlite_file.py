@@ -1,4 +1,4 @@
-"""Settle soon whether an SQLite file can be written, and by whom first."""
+"""Check that an SQLite file can be written, and serialise its creation."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _POLL_S = 0.1
 
 
 def is_made(path: Path) -> bool:
-    """Tell whether a database is there: an empty file is none yet."""
+    """Check whether a database exists: an empty file is none yet."""
     return path.exists() and path.stat().st_size > 0
 
 
 @contextmanager
 def put_in_place(path: Path) -> Iterator[Path]:
-    """Make a database under another name, and give it its own once it is whole.
+    """Create a database under a temporary name, and rename it once it is whole.
 
     One that someone else has made meanwhile stays. What a killed maker left is deleted.
     For who is the `sole_creator`.
@@ -63,7 +63,7 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def sole_creator(path: Path) -> Iterator[None]:
-    """Let one process at a time create a database's tables; others wait a minute.
+    """Serialise the creation of a database's tables; others wait a minute.
 
     Uses a lock file beside it, since the tables' creator takes SQLite's own lock.
     Raises TimeoutError.

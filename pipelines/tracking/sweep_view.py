@@ -1,4 +1,4 @@
-"""Describe how MLflow's page shows a sweep, in the words of its saved views."""
+"""Build the saved view in which MLflow's page shows a sweep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MADE = {"deleted": False, "isGenerated": False}
 
 
 def view_state(parent_id: str, *, fields: Sequence[str], metric: str) -> dict[str, Any]:
-    """Give the state of a view of all runs below a parent, the best first."""
+    """Build the state of a view of all runs below a parent, the best first."""
     return {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_id}'",
         "orderByKey": f"metrics.`{metric}`",

@@ -1,4 +1,4 @@
-"""Keep a sweep in MLflow: one run for the whole, one below it for each trial.
+"""Record a sweep in MLflow: a parent run, and a child run for each trial.
 
 A training goes on where MLflow is away. A sweep is there to be compared, so it asks for
 MLflow before it begins, and fails in one line where the store or the experiment can't
@@ -54,7 +54,7 @@ def open_sweep(
     run_id: str = "",
     id: str = "",
 ) -> str:
-    """Create a sweep's run, or open the one that it had; return its id.
+    """Create a sweep's run, or reopen it; return its id.
 
     Raises ValueError where MLflow does not answer, where the experiment is deleted, and
     where a sweep's earlier run is no longer there.
@@ -78,7 +78,7 @@ def open_sweep(
 
 
 def child_tags(sweep: str, *, parent_id: str) -> dict[str, str]:
-    """Tag a trial's run so that MLflow shows it below its sweep."""
+    """Return the tags by which MLflow shows a trial's run below its sweep."""
     return {SWEEP_TAG: sweep, PARENT_TAG: parent_id}
 
 
@@ -92,9 +92,9 @@ def log_child(
     reports: Sequence[Mapping[str, float]],
     step: str = "epoch",
 ) -> str:
-    """Record a whole trial at once; return its run's id, "" where MLflow is away.
+    """Record a whole trial in one call; return its run's id, "" if MLflow is away.
 
-    Each report's `step` says where it stands in the charts.
+    Each report's `step` is its place on the charts' axis.
     """
 
     def log(client: MlflowClient) -> str:
@@ -131,7 +131,7 @@ def save_view(
     fields: Sequence[str],
     metric: str,
 ) -> str:
-    """Keep a ready-made view of a sweep's trials on its experiment; return its path.
+    """Save a view of a sweep's trials on its experiment; return its path.
 
     MLflow's page shows it below the server's address: parallel coordinates of all
     searched fields and the metric, and a scatter plot for each field. The page's own
@@ -162,7 +162,7 @@ def save_view(
 
 
 def log_metrics(uri: str, run_id: str, *, metrics: Mapping[str, float]) -> None:
-    """Set metrics of a run that has no steps."""
+    """Log metrics of a run that has no steps."""
 
     def log(client: MlflowClient) -> None:
         for name, value in metrics.items():
@@ -173,7 +173,7 @@ def log_metrics(uri: str, run_id: str, *, metrics: Mapping[str, float]) -> None:
 
 
 def _demanded(call: Callable[[MlflowClient], T], *, uri: str) -> T:
-    """Call with a client, and say in one line what is wrong where that fails."""
+    """Call with a client, converting errors into a one-line ValueError."""
     try:
         with environment(PATIENCE):
             return call(connect(uri, create=True))

@@ -1,4 +1,4 @@
-"""Find out before a training begins whether MLflow can be used, and what mends it."""
+"""Check before a training that MLflow can be used; else name the fix."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ _ADVICE = (
 
 
 def check_usable(uri: str, *, experiment: str) -> None:
-    """Raise ValueError, in one line that says what to do, for what waiting won't mend.
+    """Raise a one-line ValueError with the fix for what a retry won't mend.
 
     That is a deleted experiment, a store of another kind or version, one that is
     damaged or may not be written, an address with a mistake in it. A server that does
@@ -122,7 +122,7 @@ def check_usable(uri: str, *, experiment: str) -> None:
 
 
 def refuse_unless_passing(error: Exception, *, uri: str) -> None:
-    """Raise ValueError that says what to do for an error that waiting won't mend."""
+    """Raise a ValueError with the fix for an error that a retry won't mend."""
     if isinstance(error, _RefusedError):
         raise ValueError(str(error)) from error
     text = f"{type(error).__name__}: {error}"
@@ -136,7 +136,7 @@ def refuse_unless_passing(error: Exception, *, uri: str) -> None:
 
 
 class _RefusedError(Exception):
-    """Carry a line that says all."""
+    """Raised with a complete one-line message."""
 
 
 def check_experiment(client: MlflowClient, *, name: str) -> None:
