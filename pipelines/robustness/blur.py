@@ -38,7 +38,7 @@ def defocus_blur(
 
 
 def _soft_disk(radius: int, *, edge_std: float) -> np.ndarray:
-    """Give a disk's kernel (k, k), its edge softened over 3 or 5 pixels."""
+    """Build a disk kernel (k, k), its edge softened over 3 or 5 pixels."""
     from scipy.ndimage import correlate1d
 
     reach = max(radius, 8)
@@ -53,7 +53,7 @@ def _soft_disk(radius: int, *, edge_std: float) -> np.ndarray:
 
 
 def glass_blur(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.ndarray:
-    """Take values from near neighbours, between two Gaussian blurs."""
+    """Take values from nearby pixels, between two Gaussian blurs."""
     from scipy.ndimage import gaussian_filter
 
     std, reach, num_rounds = _GLASS[severity - 1]
@@ -68,7 +68,7 @@ def glass_blur(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.
 
 
 def scattered(height: int, width: int, *, moves: np.ndarray, reach: int) -> np.ndarray:
-    """Tell where each pixel's value comes from after one round of glass.
+    """Compute the source of each pixel's value after one round of glass blur.
 
     The published images were made pixel by pixel, from the last to the first, each
     taking over what its neighbour shows at that moment; the neighbour keeps its own
@@ -105,7 +105,7 @@ def scattered(height: int, width: int, *, moves: np.ndarray, reach: int) -> np.n
 def motion_blur(
     pixels: np.ndarray, *, severity: int, random: RandomState
 ) -> np.ndarray:
-    """Smear in a direction within 45 degrees of the horizontal."""
+    """Blur along a direction within 45 degrees of the horizontal."""
     radius, std = _MOTION[severity - 1]
     angle_deg = random.uniform(-45, 45)
     return smear(pixels, radius=radius, std=std, angle_deg=angle_deg)
@@ -114,7 +114,7 @@ def motion_blur(
 def smear(
     pixels: np.ndarray, *, radius: int, std: float, angle_deg: float
 ) -> np.ndarray:
-    """Smear along a direction with half a Gaussian, as ImageMagick's motion blur does.
+    """Blur along a direction with half a Gaussian, like ImageMagick's motion blur.
 
     Args:
         pixels: (H, W, C) or (H, W).
@@ -140,7 +140,7 @@ def smear(
 
 
 def zoom_blur(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.ndarray:
-    """Average an image with itself zoomed in more and more."""
+    """Average an image with increasingly zoomed copies of itself."""
     end, step = _ZOOM[severity - 1]
     factors = np.arange(1, end, step)
     total = pixels.astype(np.float32)
@@ -150,7 +150,7 @@ def zoom_blur(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.n
 
 
 def zoomed(pixels: np.ndarray, *, factor: float) -> np.ndarray:
-    """Zoom into the middle, linearly: floats (H, W, C) or (H, W) of the same shape.
+    """Zoom into the centre, linearly: floats (H, W, C) or (H, W) of the same shape.
 
     As `scipy.ndimage.zoom` of order 1 does, in a fraction of its time.
     """

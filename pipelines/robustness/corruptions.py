@@ -40,7 +40,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 class Corrupt(Protocol):
-    """Takes uint8 pixels (H, W, 3), gives levels around 0 to 255 of that shape."""
+    """Protocol for a corruption: uint8 pixels (H, W, 3) to levels around 0 to 255."""
 
     def __call__(
         self, pixels: np.ndarray, *, severity: int, random: RandomState
@@ -94,11 +94,11 @@ def corrupt(
 
 
 def quantized(levels: np.ndarray) -> np.ndarray:
-    """Cut levels to uint8: downwards, as the published images were."""
+    """Clip levels and truncate them to uint8, as the published images were."""
     return levels if levels.dtype == np.uint8 else levels.clip(0, 255).astype(np.uint8)
 
 
 def random_of(seed: int, name: str, *parts: int) -> RandomState:
-    """Give the generator of one image and one purpose, named by a word."""
+    """Build the generator for one image and one named purpose."""
     folded = rng.key(seed, zlib.crc32(name.encode()), *parts)
     return RandomState(np.array([folded & 0xFFFFFFFF, folded >> 32], np.uint32))

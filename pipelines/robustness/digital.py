@@ -28,13 +28,13 @@ _ELASTIC = (
 
 
 def contrast(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.ndarray:
-    """Draw all values towards their channel's mean."""
+    """Reduce contrast: scale values towards their channel's mean."""
     mean = pixels.mean(axis=(0, 1))
     return mean + _CONTRAST[severity - 1] * (pixels - mean)
 
 
 def pixelate(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.ndarray:
-    """Make an image smaller and large again by box averages."""
+    """Downsample an image and upsample it again by box averages."""
     image = Image.fromarray(pixels)
     small = [int(side * _PIXELATE[severity - 1]) for side in image.size]
     image = image.resize((max(small[0], 1), max(small[1], 1)), Image.Resampling.BOX)
@@ -44,12 +44,12 @@ def pixelate(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.nd
 def jpeg_compression(
     pixels: np.ndarray, *, severity: int, random: RandomState
 ) -> np.ndarray:
-    """Store an image as a JPEG of low quality and read it again."""
+    """Encode an image as a low-quality JPEG and decode it again."""
     return through_jpeg(pixels, quality=_JPEG_QUALITY[severity - 1])
 
 
 def through_jpeg(pixels: np.ndarray, *, quality: int) -> np.ndarray:
-    """Store uint8 pixels (H, W, 3) as a JPEG and read them again."""
+    """Encode uint8 pixels (H, W, 3) as a JPEG and decode them again."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file))
@@ -58,7 +58,7 @@ def through_jpeg(pixels: np.ndarray, *, quality: int) -> np.ndarray:
 def elastic_transform(
     pixels: np.ndarray, *, severity: int, random: RandomState
 ) -> np.ndarray:
-    """Shear an image by three moved points, then move each pixel by smooth waves."""
+    """Apply a random affine map, then displace each pixel by a smooth random field."""
     strength, smoothness, reach = (
         _ELASTIC_SIZE * part for part in _ELASTIC[severity - 1]
     )
@@ -79,7 +79,7 @@ def elastic_transform(
 def _sheared_back(
     height: int, width: int, *, reach: float, random: RandomState
 ) -> np.ndarray:
-    """Draw the affine map (2, 3) that takes new places (x, y, 1) to old ones."""
+    """Draw the affine map (2, 3) from new coordinates (x, y, 1) to old ones."""
     middle = np.array([height, width], np.float64) // 2
     arm = min(height, width) // 3
     old = np.stack([middle + arm, [middle[0] + arm, middle[1] - arm], middle - arm])
@@ -97,7 +97,7 @@ def _smooth(values: np.ndarray, *, std: float) -> np.ndarray:
 def _sampled(
     pixels: np.ndarray, *, rows: np.ndarray, columns: np.ndarray, mode: str
 ) -> np.ndarray:
-    """Read an image (H, W, 3) at places (H, W), linearly between pixels."""
+    """Sample an image (H, W, 3) at coordinates (H, W), bilinearly."""
     from scipy.ndimage import map_coordinates
 
     channels = [

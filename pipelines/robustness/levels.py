@@ -1,4 +1,4 @@
-"""Go between a model's normalised images and their uint8 levels, without a loss."""
+"""Convert between a model's normalised images and their uint8 levels, losslessly."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pipelines.transforms.sampling import Draws, PixelSettings
 
 
 class Levels:
-    """Give the levels that images were normalised from, and normalise levels again.
+    """Lossless conversion between normalised images and their uint8 levels.
 
-    A level is a step of 1 / (255 std), a thousand times what float32 rounds by, so
-    rounding gives back every level; they are normalised by what evaluation uses.
+    A level is a step of 1 / (255 std), a thousand times float32's rounding error, so
+    rounding recovers every level; they are normalised by what evaluation uses.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class Levels:
         self._draws = Draws(geometry=geometry, ops=None, boxes=None)
 
     def of(self, images: Tensor) -> np.ndarray:
-        """Give uint8 (B, H, W, 3) of float32 (B, 3, H, W)."""
+        """Convert float32 (B, 3, H, W) to uint8 (B, H, W, 3)."""
         levels = images.permute(0, 2, 3, 1) * self._scale + self._offset
         return levels.round().to(torch.uint8).cpu().numpy()
 
     def normalized(self, pixels: np.ndarray) -> Tensor:
-        """Give float32 (B, 3, H, W) of uint8 (B, H, W, 3), as evaluation does."""
+        """Normalise uint8 (B, H, W, 3) to float32 (B, 3, H, W), as evaluation does."""
         return self._finish(torch.from_numpy(pixels), self._draws)

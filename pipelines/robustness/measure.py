@@ -35,12 +35,12 @@ from pipelines.training.forward import Forward
 from pipelines.transforms.cpu import Threads
 
 OpenBatches = Callable[[Run], contextlib.AbstractContextManager[Iterable[Batch]]]
-"""Gives one epoch of evaluation batches, as a run describes them."""
+"""Callable that opens one epoch of evaluation batches, as a run describes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """Hold what is measured, and on what."""
+    """The model to measure, and the images to measure it on."""
 
     model: nn.Module
     run: Run
@@ -130,7 +130,7 @@ def _flip_probabilities(
 
 
 def _larger(run: Run) -> Run:
-    """Describe evaluation that keeps all that its crop was cut from, to a square."""
+    """Return the run with evaluation on the full square that its crop is cut from."""
     short = math.floor(run.model.img_size / run.data.crop_pct)
     return dataclasses.replace(
         run,
@@ -143,7 +143,7 @@ def _larger(run: Run) -> Run:
 def _pass(
     subject: Subject, *, options: Robustness, total: int, text: str
 ) -> Iterator[Pass]:
-    """Give what a pass needs; its bar shows rate and time left in a terminal."""
+    """Open a pass with a progress bar of its rate and time left."""
     with tqdm(total=total, unit="image", desc=text, disable=None) as bar:
         yield Pass(
             model=subject.model,

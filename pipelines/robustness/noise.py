@@ -1,7 +1,7 @@
 """Corrupt by noise: Gaussian, shot and impulse, as ImageNet-C has them.
 
 Hendrycks & Dietterich (arXiv 1903.12261); strengths are those of the published images
-of 224x224. Each function takes uint8 pixels (H, W, 3) and gives levels from 0 to 255
+of 224x224. Each function maps uint8 pixels (H, W, 3) to levels from 0 to 255
 as floats, which `corruptions.quantized` cuts to whole ones.
 """
 
@@ -23,24 +23,24 @@ def gaussian_noise(
 
 
 def shot_noise(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.ndarray:
-    """Count photons: a Poisson draw of every value."""
+    """Add shot noise: a Poisson draw of every value."""
     return count_photons(pixels, num=_SHOT_PHOTONS[severity - 1], random=random)
 
 
 def impulse_noise(
     pixels: np.ndarray, *, severity: int, random: RandomState
 ) -> np.ndarray:
-    """Set a share of the values to black or white, each channel for itself."""
+    """Set a share of the values to black or white, per channel."""
     hit = random.random_sample(pixels.shape) < _IMPULSE_SHARE[severity - 1]
     white = random.random_sample(pixels.shape) < 0.5
     return np.where(hit, np.where(white, 255.0, 0.0), pixels)
 
 
 def add_gaussian(pixels: np.ndarray, *, std: float, random: RandomState) -> np.ndarray:
-    """Add normal noise, its deviation in parts of the full range."""
+    """Add normal noise, its deviation as a fraction of the full range."""
     return pixels + 255 * std * random.standard_normal(pixels.shape)
 
 
 def count_photons(pixels: np.ndarray, *, num: float, random: RandomState) -> np.ndarray:
-    """Draw Poisson counts where a white value stands for `num` photons."""
+    """Draw Poisson counts, with `num` photons for white."""
     return random.poisson(pixels * (num / 255)) * (255 / num)

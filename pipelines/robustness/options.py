@@ -1,4 +1,4 @@
-"""Say what robustness is measured, as flags of `sovit-eval`."""
+"""Define what robustness is measured, as flags of `sovit-eval`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.robustness.perturbations import PERTURBATIONS, Perturbation
 
 @dataclass(frozen=True, kw_only=True)
 class Robustness:
-    """Say which corruptions and perturbations a checkpoint is held against."""
+    """Corruptions and perturbations that a checkpoint is evaluated under."""
 
     corruptions: tuple[Corruption, ...] | None = None
     """Corruptions of ImageNet-C: all 15 where none is named."""
@@ -57,11 +57,11 @@ class Robustness:
 
     @property
     def is_wanted(self) -> bool:
-        """Tell whether anything is to be measured."""
+        """Whether anything is to be measured."""
         return self.corruptions is not None or self.perturbations is not None
 
     def check(self) -> None:
-        """Raise ValueError, before the work begins, where a package or file lacks."""
+        """Raise ValueError, before the work begins, if a package or file is missing."""
         check_plot(self.plot)
         needed = ["scipy"] if self.is_wanted else []
         if self.corruptions is not None and "frost" in (
@@ -77,7 +77,7 @@ class Robustness:
         self.reference_flips()
 
     def reference_flips(self) -> dict[Perturbation, float] | None:
-        """Read the reference's flip probabilities; None where none is wanted.
+        """Read the reference's flip probabilities; None if none is wanted.
 
         Raises ValueError where its file lacks a perturbation, or has one without a
         flip.

@@ -24,7 +24,7 @@ Condition = tuple[Corruption, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Say how batches are seen and shown."""
+    """A model with what a pass over images needs."""
 
     model: nn.Module
     forward: Forward
@@ -33,10 +33,10 @@ class Pass:
     seed: int
     threads: Threads
     on_images: Callable[[int], object] = lambda num: None
-    """Is told how many more images the model has seen."""
+    """Callback with how many more images the model has seen."""
 
     def logits(self, pixels: np.ndarray) -> Tensor:
-        """Show uint8 pixels (B, H, W, 3) to the model: float (B, K)."""
+        """Run the model on uint8 pixels (B, H, W, 3): float (B, K)."""
         images = self.levels.normalized(pixels)
         return self.forward(self.model, images)
 
@@ -89,7 +89,7 @@ def _corrupted(
     jpeg_quality: int,
     using: Pass,
 ) -> np.ndarray:
-    """Corrupt a batch: uint8 (B, H, W, 3); rows that only fill it stay clean."""
+    """Corrupt a batch: uint8 (B, H, W, 3); padding rows stay clean."""
     shown = clean.copy()
     rows = np.flatnonzero(batch.draw_ids >= 0).tolist()
 
@@ -160,7 +160,7 @@ def _frames_of(
     num_frames: int,
     using: Pass,
 ) -> Iterator[np.ndarray]:
-    """Give frame by frame of a batch: uint8 (B, H, W, 3); rows of weight 0 too."""
+    """Yield a batch's frames in turn: uint8 (B, H, W, 3), rows of weight 0 too."""
     sequences = [
         frames(
             image,

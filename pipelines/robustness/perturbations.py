@@ -1,4 +1,4 @@
-"""Make sequences of slightly changing images as ImageNet-P does: 10 kinds.
+"""Generate sequences of slightly changing images as ImageNet-P does: 10 kinds.
 
 Hendrycks & Dietterich (arXiv 1903.12261). A sequence begins with an image a little
 larger than the model's, so that what moves in from outside is there; frames are its
@@ -45,7 +45,7 @@ _SNOW = Snow(
 
 
 def num_frames_of(perturbation: Perturbation, *, at_most: int = 0) -> int:
-    """Count a sequence's frames: as many as published, or fewer."""
+    """Return a sequence's number of frames: the published one, or fewer."""
     published = _NUM_TRANSLATED if perturbation == "translate" else _NUM_FRAMES
     return min(at_most or published, published)
 
@@ -59,7 +59,7 @@ def frames(
     seed: int,
     row_id: int,
 ) -> Iterator[np.ndarray]:
-    """Make the frames of one image's sequence: uint8 (img_size, img_size, 3) each.
+    """Yield the frames of an image's sequence: uint8 (img_size, img_size, 3) each.
 
     Args:
         pixels: uint8 (S, S, 3) with S of at least img_size.
@@ -118,7 +118,7 @@ def _motion(
     at: int,
     size: int,
 ) -> np.ndarray:
-    """Give where frame `at` puts places (x, y, 1) about the centre: (3, 3)."""
+    """Build frame `at`'s map of coordinates (x, y, 1) about the centre: (3, 3)."""
     motion = np.eye(3)
     match perturbation:
         case "translate":
@@ -135,7 +135,7 @@ def _motion(
 
 
 def _tilt(angle_rad: float, *, size: int) -> np.ndarray:
-    """Turn a picture about both its axes, as a camera a diagonal away sees it."""
+    """Build the map of a turn about both axes, seen from a diagonal away."""
     cos, sin = math.cos(angle_rad), math.sin(angle_rad)
     about_x = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
     about_y = np.array([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]])
@@ -153,7 +153,7 @@ def _about_centre(pixels: np.ndarray, linear: np.ndarray) -> np.ndarray:
 
 
 def _warped(pixels: np.ndarray, motion: np.ndarray) -> np.ndarray:
-    """Move an image (S, S, 3), linearly between pixels, black beyond its border.
+    """Warp an image (S, S, 3) bilinearly, black beyond its border.
 
     Args:
         motion: (3, 3), homogeneous, from old to new places about the centre.

@@ -1,4 +1,4 @@
-"""Say what robustness was measured: a table, and a picture."""
+"""Report the measured robustness: a table, and a plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.robustness.scores import NUM_IMAGENET_CLASSES, Errors
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Set what `evaluate_checkpoint` gives as lines of text."""
+    """Format a result of `evaluate_checkpoint` as lines of text."""
     lines: list[str] = []
     if "corruptions" in result:
         lines += _corruption_lines(result["corruptions"])
@@ -51,7 +51,7 @@ def _perturbation_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def draw(result: Mapping[str, Any], *, path: Path) -> None:
-    """Draw errors over severities and flips of each perturbation into a PNG."""
+    """Plot errors by severity and the flips of each perturbation into a file."""
     from matplotlib.figure import Figure
 
     parts = [name for name in ("corruptions", "perturbations") if name in result]

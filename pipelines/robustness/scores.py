@@ -1,7 +1,7 @@
-"""Score errors under corruption and flips under perturbation.
+"""Compute mCE, relative mCE and flip rates from errors and flips.
 
-mCE, relative mCE and the flip rate of Hendrycks & Dietterich (arXiv 1903.12261, section
-3), whose unit is AlexNet on ImageNet-1K. Errors and flip probabilities are percent.
+As defined by Hendrycks & Dietterich (arXiv 1903.12261, section 3), relative to AlexNet
+on ImageNet-1K. Errors and flip probabilities are percent.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ALEXNET_ERRORS: Errors = MappingProxyType(
 def corruption_error(
     errors: Mapping[int, float], *, reference: Mapping[int, float]
 ) -> float:
-    """Give CE: errors summed over severities, in percent of a reference's."""
+    """Compute CE: errors summed over severities, in percent of a reference's."""
     return 100 * sum(errors.values()) / sum(reference[at] for at in errors)
 
 
@@ -62,14 +62,14 @@ def relative_corruption_error(
     reference: Mapping[int, float],
     reference_clean_error: float,
 ) -> float:
-    """Give relative CE: what corruption adds to the clean error, likewise."""
+    """Compute relative CE: the same of the error above the clean one."""
     added = sum(error - clean_error for error in errors.values())
     reference_added = sum(reference[at] - reference_clean_error for at in errors)
     return 100 * added / reference_added
 
 
 def corruption_scores(errors: Errors, *, clean_error: float) -> dict[str, float]:
-    """Give mean error, mCE and relative mCE of what was measured.
+    """Compute mean error, mCE and relative mCE of what was measured.
 
     Where severities or corruptions were left out, so are AlexNet's.
     """
@@ -98,10 +98,10 @@ def flip_scores(
     *,
     reference: Mapping[Perturbation, float] | None = None,
 ) -> dict[str, float]:
-    """Give mFP, the mean flip probability, and mFR, that in percent of a reference's.
+    """Compute mFP, the mean flip probability, and mFR, in percent of a reference's.
 
     The reference is what this tool measured of another checkpoint. AlexNet's own flip
-    probabilities are not built in: we found no source to hold them against, and they
+    probabilities are not built in: we found no source to check them against, and they
     are of the published videos, not of sequences made on the fly.
     """
     scores = {"mfp": fmean(flips.values())}

@@ -30,11 +30,11 @@ from the first five of its six files, of which the second and third show the sam
 
 @dataclass(frozen=True, kw_only=True)
 class Snow:
-    """Say how snow falls."""
+    """Parameters of snow at one severity."""
 
     mean: float
     std: float
-    """Of the noise that the flakes are made of, in parts of the full range."""
+    """Of the noise that the flakes are made of, as a fraction of the full range."""
     zoom: float
     threshold: float
     """Noise below it is no flake."""
@@ -58,7 +58,7 @@ _SNOW = (
 
 
 def snow(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.ndarray:
-    """Whiten an image and let flakes fall over it from both sides."""
+    """Whiten an image and add flakes that fall from both sides."""
     kind = _SNOW[severity - 1]
     layer = flakes(pixels.shape[0], pixels.shape[1], snow=kind, random=random)
     angle_deg = random.uniform(-135, -45)
@@ -77,7 +77,7 @@ def flakes(height: int, width: int, *, snow: Snow, random: RandomState) -> np.nd
 def snowed(
     pixels: np.ndarray, layer: np.ndarray, *, snow: Snow, angle_deg: float
 ) -> np.ndarray:
-    """Smear flakes along their fall and lay them over the whitened image."""
+    """Blur flakes along their fall and add them to the whitened image."""
     fallen = smear(layer, radius=snow.radius, std=snow.smear_std, angle_deg=angle_deg)
     fallen = fallen + np.rot90(fallen, k=2)
     white = (pixels @ _GREY * 1.5 + 127.5)[:, :, None]
@@ -86,7 +86,7 @@ def snowed(
 
 
 def frost(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.ndarray:
-    """Lay a piece of a photograph of frost over an image.
+    """Blend a piece of a photograph of frost into an image.
 
     The photographs are the published ones, from the package torch-uncertainty-assets;
     one that is smaller than the image is enlarged to fit.
@@ -104,7 +104,7 @@ def frost(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.ndarr
 # Decoding a photograph takes as long as the rest ten times over.
 @functools.lru_cache(maxsize=2 * len(_FROSTS))
 def _photograph(number: int, height: int, width: int) -> np.ndarray:
-    """Read a photograph of frost of at least a size: uint8 (h, w, 3)."""
+    """Load a photograph of frost, enlarged to at least a size: uint8 (h, w, 3)."""
     try:
         folder = resources.files("torch_uncertainty_assets.frost")
     except ModuleNotFoundError:
@@ -123,7 +123,7 @@ def _photograph(number: int, height: int, width: int) -> np.ndarray:
 
 
 def fog(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.ndarray:
-    """Add a plasma cloud and scale back to the brightest level."""
+    """Add a plasma cloud and rescale to the brightest level."""
     thickness, decay = _FOG[severity - 1]
     height, width = pixels.shape[:2]
     size = 1 << (max(height, width) - 1).bit_length()
@@ -133,7 +133,7 @@ def fog(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.ndarray
 
 
 def plasma(size: int, *, decay: float, random: RandomState) -> np.ndarray:
-    """Draw a cloud (size, size) from 0 to 1 by midpoint displacement on a torus.
+    """Generate a cloud (size, size) from 0 to 1 by midpoint displacement on a torus.
 
     The diamond-square algorithm: the mean of four neighbours and a uniform draw, whose
     width falls by `decay` as the grid is halved. `size` is a power of two.
@@ -164,12 +164,12 @@ def _moved(sums: np.ndarray, *, reach: float, random: RandomState) -> np.ndarray
 
 
 def brightness(pixels: np.ndarray, *, severity: int, random: RandomState) -> np.ndarray:
-    """Raise the value of hue, saturation and value."""
+    """Raise the V of an image's HSV."""
     return brightened(pixels, by=_BRIGHTER[severity - 1])
 
 
 def brightened(pixels: np.ndarray, *, by: float) -> np.ndarray:
-    """Add to HSV's value, in parts of the full range, hue and saturation as they are.
+    """Add to HSV's V a fraction of the full range, at the same hue and saturation.
 
     The value is the largest channel, and with the other two fixed all channels are
     proportional to it; black, which has no hue, becomes grey.
