@@ -1,4 +1,4 @@
-"""Measure what a step keeps in memory, on tensors that have none.
+"""Measure a step's activation memory on fake tensors, without allocating it.
 
 A forward and a backward pass on PyTorch's fake tensors allocate nothing, but make and
 drop the very tensors of a real one on a CPU; so their bytes can be summed.
@@ -24,20 +24,20 @@ from pipelines.training.model_cost import shapes_of
 
 @dataclass(frozen=True, kw_only=True)
 class StepMemory:
-    """Hold the bytes that a step needs beside weights, gradients and images."""
+    """Bytes that a step needs beside weights, gradients and images."""
 
     kept: int
     """Between the forward and the backward pass, each storage once."""
     peak: int
-    """The most at any time of the two."""
+    """Peak over both passes."""
 
 
 def measure_step(
     run: Run, *, num_classes: int, batch_size: int, use_bfloat16: bool
 ) -> StepMemory:
-    """Measure one micro-batch's pass, as a CPU's kernels keep tensors for it.
+    """Measure the passes over one micro-batch, with a CPU's kernels.
 
-    A GPU's may keep others; compiled, a step keeps less.
+    A GPU's kernels may keep other tensors; a compiled step keeps less.
     """
     model = shapes_of(
         run.model,
@@ -61,7 +61,7 @@ def measure_step(
 
 
 def _make_fake(model: nn.Module) -> None:
-    """Give a model of shapes fake weights on the CPU, and gradients, in place."""
+    """Replace a meta model's weights by fake CPU ones with gradients, in place."""
     # Not by `to_empty`, which can't swap fake tensors that are shared.
     made: dict[int, Tensor] = {}
     for module in model.modules():
@@ -91,7 +91,7 @@ def _tensors(model: nn.Module, *others: Tensor) -> list[Tensor]:
 
 
 class _Living(TorchDispatchMode):
-    """Sum the bytes of the storages that are alive, but for those known before."""
+    """Dispatch mode that sums the bytes of live storages, except those known before."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Find out what a run will do, as far as that shows before it does anything."""
+"""Find out what a run will do, as far as that is known before it starts."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ _NUM_CHECKPOINTS_BESIDE = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Say where a run writes, without credentials, and what lies there."""
+    """Where a run writes, without credentials, and what is stored there."""
 
     folder: str
     checkpoint_bytes: int
     """Of each."""
     num_checkpoints: int
-    """That lie there at the same time, at most."""
+    """Largest number that is stored at the same time."""
     goes_on_from: str | None
-    """The newest checkpoint, "" where there is none yet; None for a new run."""
+    """The newest checkpoint, "" if there is none yet; None for a new run."""
     mlflow: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """Hold what was found out about a run."""
+    """All that a dry run found out about a run."""
 
     run: Run
     num_classes: int
@@ -68,29 +68,29 @@ class Explanation:
     course: Remaining
     is_bfloat16: bool
     memory: Memory | None
-    """None where the model's step can't be measured without its values."""
+    """None if the model's step can't be measured on fake tensors."""
     why_no_memory: str
     timed: Timed | None
-    """None where the device that the run wants is not here."""
+    """None if this machine lacks the run's device."""
     places: Places
     warnings: tuple[str, ...]
 
     @property
     def flops_left(self) -> float:
-        """Count the floating-point operations that are left, two a multiply-add."""
+        """Floating-point operations that are left, two per multiply-add."""
         course = self.course
         trained = self.training_macs * course.num_images_left
         return 2.0 * (trained + self.macs * course.num_evaluated_left)
 
     def hours(self, rate: float) -> float:
-        """Give the hours that are left where each worker computes so many FLOP/s."""
+        """Estimate the hours left if each worker computes `rate` FLOP/s."""
         return self.flops_left / rate / self.run.scale.world_size / 3600
 
 
 def explain_run(run: Run, *, name: str, record: Record | None = None) -> Explanation:
-    """Find out what a run will do; nothing is started and nothing is written.
+    """Find out what a run will do, without starting or writing anything.
 
-    A few steps on random images are timed, where the device that it wants is here.
+    A few steps on random images are timed if this machine has the run's device.
 
     Args:
         record: That of the run to go on with; None for a new run.
@@ -144,7 +144,7 @@ def explain_run(run: Run, *, name: str, record: Record | None = None) -> Explana
 def _places(
     run: Run, *, name: str, is_new: bool, parameters: Parameters
 ) -> tuple[Places, Position]:
-    """Say where a run writes, and from which position it goes on."""
+    """Find where a run writes, and the position that it resumes from."""
     folder, goes_on_from, start = (
         StoragePath(run.storage).within(name),
         None,
@@ -180,14 +180,14 @@ def _count(run: Run, *, num_classes: int) -> tuple[Parameters, int, int]:
 
 
 def _device(run: Run) -> torch.device | None:
-    """Give the device that the run wants, if it is here."""
+    """Return the run's device; None if this machine lacks it."""
     if run.scale.use_gpu and not has_gpu():
         return None
     return device_of(run.scale.use_gpu, flag="--scale.use-gpu")
 
 
 def _computes_in_bfloat16(run: Run) -> bool:
-    """Tell what the run's device computes in; a GPU elsewhere is taken to have it."""
+    """Check whether a run computes in bfloat16; a remote GPU is assumed to."""
     device = _device(run)
     if device is None:
         return run.scale.amp == "auto"

@@ -1,4 +1,4 @@
-"""Draw the learning rate over a run's epochs: as text, or as a picture."""
+"""Plot the learning rate over a run's epochs, as text or as a picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DOTS_PER_INCH = 110
 
 
 def rates(optim: Optim, *, steps_per_epoch: int, num_points: int) -> list[float]:
-    """Give the rates at the middles of so many equal parts of a run."""
+    """Return the rates at the middles of `num_points` equal parts of a run."""
     num_steps = optim.total_epochs * steps_per_epoch
     steps = (int((at + 0.5) * num_steps / num_points) for at in range(num_points))
     return [
@@ -29,9 +29,9 @@ def rates(optim: Optim, *, steps_per_epoch: int, num_points: int) -> list[float]
 
 
 def draw_text(optim: Optim, *, steps_per_epoch: int, is_plain: bool = False) -> str:
-    """Draw the rate as columns of blocks, or of ASCII, over an axis of epochs.
+    """Draw the rate as bars of blocks, or of ASCII, over an axis of epochs.
 
-    A rate above 0 shows, however small it is.
+    Any rate above 0 is visible.
     """
     found = rates(optim, steps_per_epoch=steps_per_epoch, num_points=NUM_COLUMNS)
     bars = _PLAIN_BARS if is_plain else _BARS
@@ -49,7 +49,7 @@ def draw_text(optim: Optim, *, steps_per_epoch: int, is_plain: bool = False) -> 
 
 
 def _ticks(num_epochs: int) -> str:
-    """Write whole epochs below an axis: at its ends, and some between."""
+    """Format an axis's tick labels: whole epochs at its ends, and some between."""
     start = _LABEL_CHARS + 2
     line = [" "] * (start + NUM_COLUMNS + _LABEL_CHARS)
     for tick in range(_NUM_TICKS + 1):

@@ -1,4 +1,4 @@
-"""Look at this machine, and warn of what a run wants and it lacks."""
+"""Inspect this machine, and warn of resources that a run needs and it lacks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from pipelines.hardware.device import gpus_here, pages_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Hold what this machine has."""
+    """Resources of this machine."""
 
     num_cpus: int
     num_gpus: int
     memory_bytes: int
-    """0 where the system does not say."""
+    """0 if unknown."""
     gpu_bytes: int
-    """Of one GPU; 0 where there is none."""
+    """Of one GPU; 0 without one."""
     disk_bytes: int
-    """Free where checkpoints go; 0 where that is no local path."""
+    """Free space for checkpoints; 0 if they go to no local path."""
     is_on_cluster: bool
-    """Whether a run would join a Ray that stands elsewhere."""
+    """Whether a run would join an existing Ray cluster."""
 
 
 def this_machine(storage: str) -> Machine:
-    """Look at the machine that this process is on."""
+    """Inspect the machine that this process runs on."""
     num_gpus, gpu_bytes = gpus_here()
     return Machine(
         num_cpus=os.cpu_count() or 1,
@@ -53,11 +53,11 @@ def _free_bytes(storage: str) -> int:
 def warnings_of(
     run: Run, *, machine: Machine, worker_bytes: int, checkpoints_bytes: int
 ) -> Iterator[str]:
-    """Say what would keep a run from starting, or from ending, on this machine.
+    """Warn of what would keep a run from starting, or from finishing, on this machine.
 
     Args:
         worker_bytes: Memory that one worker needs.
-        checkpoints_bytes: Bytes of all checkpoints that lie there at the same time.
+        checkpoints_bytes: Bytes of all checkpoints that are stored at the same time.
     """
     schedule, num_epochs = run.optim.schedule, run.optim.num_epochs
     late = [f"{epoch:g}" for epoch in schedule.milestones if epoch > num_epochs]
@@ -80,7 +80,7 @@ def warnings_of(
 
 
 def _lacks(run: Run, *, machine: Machine) -> Iterator[str]:
-    """Say what workers would not find here, and what they would share."""
+    """Warn of resources that workers would lack here or have to share."""
     scale, less = run.scale, "lower --scale.num-workers"
     if scale.use_gpu and machine.num_gpus < scale.world_size:
         yield (
@@ -105,7 +105,7 @@ def _lacks(run: Run, *, machine: Machine) -> Iterator[str]:
 
 
 def _narrow(run: Run, *, machine: Machine, worker_bytes: int) -> Iterator[str]:
-    """Say where a worker's tensors are more than the memory."""
+    """Warn if a worker's tensors exceed the memory."""
     less = "raise --optim.num-accumulation, or set --scale.grad-checkpointing"
     if run.scale.use_gpu:
         if 0 < machine.gpu_bytes < worker_bytes:

@@ -1,4 +1,4 @@
-"""Estimate the memory of one worker: arithmetic, and what a step was seen to keep.
+"""Estimate one worker's memory: arithmetic, and a step's measured activations.
 
 By peak resident memory of a fresh process, two steps of So-ViT-7, So-ViT-14 and
 iSQRT-ResNet-50 took 0.98 to 1.24 times that (2 cores of an AMD EPYC, 2026-11-27): what
@@ -30,18 +30,18 @@ _DALI_BYTES_PER_THREAD = 16 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Hold the bytes of one worker by what they are for."""
+    """One worker's memory in bytes, by purpose."""
 
     weights: int
     gradients: int
     optimizer: int
     average: int
     activations: int
-    """What a micro-batch's backward pass needs of its forward pass."""
+    """What a micro-batch's forward pass keeps for its backward pass."""
     passing: int
-    """What the two passes need for a while beside that."""
+    """What the two passes need temporarily beside that."""
     batches: int
-    """Decoded images that the model has, or that wait for it."""
+    """Decoded images in use or prefetched."""
     context: int = 0
     """CUDA's context and libraries on a GPU: an assumption."""
     nccl: int = 0
@@ -51,12 +51,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Sum them up, as if all came at the same time."""
+        """Their sum, as if all were needed at the same time."""
         return sum(vars(self).values())
 
 
 def estimate_memory(run: Run, *, parameters: Parameters, step: StepMemory) -> Memory:
-    """Estimate a worker's bytes, beside Python's, PyTorch's and Ray's own."""
+    """Estimate a worker's memory, beside Python's, PyTorch's and Ray's own."""
     # FSDP leaves a worker its part of parameters and what belongs to them.
     num_parts = run.scale.world_size if run.scale.sharding == "fsdp" else 1
     size = run.model.img_size
@@ -75,7 +75,7 @@ def estimate_memory(run: Run, *, parameters: Parameters, step: StepMemory) -> Me
 
 
 def _beside_tensors(run: Run) -> dict[str, int]:
-    """Estimate what a GPU holds that PyTorch's allocator knows nothing of."""
+    """Estimate a GPU's memory outside PyTorch's allocator."""
     if not run.scale.use_gpu:
         return {}
     pixels = run.micro_batch_size * run.model.img_size**2
@@ -93,14 +93,14 @@ def _beside_tensors(run: Run) -> dict[str, int]:
 
 
 def optimizer_bytes(optim: Optim, *, parameters: Parameters) -> int:
-    """Give the bytes of the optimiser's state: AdamW's two moments, SGD's momentum."""
+    """Count the optimiser state's bytes: AdamW's two moments, SGD's momentum."""
     if optim.optimizer == "adamw":
         return 2 * parameters.num_trained_bytes
     return parameters.num_trained_bytes if optim.momentum else 0
 
 
 def checkpoint_bytes(run: Run, *, parameters: Parameters) -> int:
-    """Give the bytes of a checkpoint: weights, average and the optimiser's state."""
+    """Count the bytes of a checkpoint: weights, average and the optimiser's state."""
     weights = parameters.num_bytes + parameters.num_buffer_bytes
     state = optimizer_bytes(run.optim, parameters=parameters)
     return (2 if run.optim.ema_decay else 1) * weights + state

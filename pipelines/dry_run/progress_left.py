@@ -1,4 +1,4 @@
-"""Count what a run has before it: images, steps, and where it writes them down."""
+"""Count a run's remaining images and steps, and describe its shard sets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.storage.retry import answering
 
 @dataclass(frozen=True, kw_only=True)
 class SetFacts:
-    """Describe a shard set."""
+    """Facts about a shard set."""
 
     address: str
     """Without credentials."""
@@ -26,7 +26,7 @@ class SetFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Remaining:
-    """Count a run's steps and images, from where it stands to its end."""
+    """A run's remaining steps and images, from its position to its end."""
 
     steps_per_epoch: int
     """Of the first epoch; with repeated augmentation later ones may have one less."""
@@ -43,7 +43,7 @@ class Remaining:
 
 
 def facts_of(shards: ShardSet) -> SetFacts:
-    """Describe a shard set; a bucket is asked once for a thousand files."""
+    """Describe a shard set, with one request per thousand files of a bucket."""
     place = StoragePath(shards.address)
     with answering():
         files = [info for info in place.entries() if info.path.endswith(".parquet")]
@@ -58,7 +58,7 @@ def facts_of(shards: ShardSet) -> SetFacts:
 def remaining_of(
     run: Run, *, train_shards: ShardSet, num_held_out: int, start: Position
 ) -> Remaining:
-    """Count from a position to a run's end."""
+    """Count a run's steps and images from a position to its end."""
     plans = Plans(shards=train_shards, run=run, train=True)
     num_epochs = run.optim.total_epochs
     shapes = [plans.shape(epoch) for epoch in range(num_epochs)]
@@ -77,7 +77,7 @@ def remaining_of(
 
 
 def _passes_left(run: Run, *, start: Position) -> int:
-    """Count the passes over the held-out images that are left."""
+    """Count the remaining passes over the held-out images."""
     validation, num_epochs = run.validation, run.optim.total_epochs
     ends = range(start.epoch + 1, num_epochs + 1)
     num_evaluations = sum(validation.is_due(end, num_epochs=num_epochs) for end in ends)

@@ -1,4 +1,4 @@
-"""Write what was found out about a run as text."""
+"""Format an explanation of a run as text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NUM_LOOKED_AT = 2000
 
 
 def as_text(found: Explanation, *, is_plain: bool = False) -> str:
-    """Write an explanation as lines for a terminal; plain ones are ASCII."""
+    """Format an explanation as lines for a terminal; in ASCII if plain."""
     lines = [
         f"dry run of {found.run.recipe}: nothing is started",
         "",
@@ -53,7 +53,7 @@ def _section(label: str, lines: Iterable[str]) -> Iterator[str]:
 
 
 def size_text(num_bytes: float) -> str:
-    """Write bytes in the unit that fits, such as 98.9 MB."""
+    """Format a number of bytes in a fitting unit, such as 98.9 MB."""
     for unit, name in _UNITS:
         if num_bytes >= unit:
             return f"{num_bytes / unit:,.1f} {name}"
@@ -61,7 +61,7 @@ def size_text(num_bytes: float) -> str:
 
 
 def hours_text(hours: float) -> str:
-    """Write a duration in hours, or in minutes where it is short."""
+    """Format a duration in hours, or in minutes below one hour."""
     if hours < 1:
         return f"{hours * _MINUTES_PER_HOUR:.2g} min"
     return f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"

@@ -34,14 +34,14 @@ _MATRIX_S = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """Hold what was timed here; rates are of one worker, in FLOP/s."""
+    """Timings of this machine; rates are of one worker, in FLOP/s."""
 
     device: str
     num_threads: int
     matrix_rate: float
     """Of large matrix products in the type that a step computes in."""
     batch_size: int = 0
-    """Images of a timed step; 0 where a step would have taken too long, or too much
+    """Images of a timed step; 0 if a step would have taken too long, or too much
     memory."""
     images_per_s: float = 0.0
 
@@ -54,14 +54,14 @@ def time_here(
     device: torch.device,
     room_images: int,
 ) -> Timed:
-    """Time matrix products, and steps of at most a micro-batch, for a few seconds.
+    """Time matrix products and steps of at most a micro-batch, for a few seconds.
 
     A step is that of training: forward, backward, optimiser and average, eager, without
     reading images and without other workers.
 
     Args:
-        training_macs: Of one image, which says how long a step may take.
-        room_images: Images of a step that there is memory for.
+        training_macs: Of one image; they bound how long a step may take.
+        room_images: Images of a step that fit into memory.
     """
     num_threads = max(int(run.scale.cpus_per_worker), 1)
     with _alone(num_threads):
@@ -82,7 +82,7 @@ def time_here(
 
 
 def matrix_rate(device: torch.device, *, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of products of large square matrices."""
+    """Measure the FLOP/s of large square matrix products."""
     side = _MATRIX_SIDES[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = a @ b
@@ -95,7 +95,7 @@ def matrix_rate(device: torch.device, *, dtype: torch.dtype) -> float:
 
 
 def _time_steps(run: Run, *, num_classes: int, batch: Batch, num: int) -> float:
-    """Give the seconds of a step on a batch, warm, as the mean of so many."""
+    """Measure the seconds of a step on a batch: the mean of `num`, after a warm-up."""
     run = dataclasses.replace(
         run,
         model=without_weights(run.model),
@@ -145,14 +145,14 @@ def _random_batch(run: Run, *, device: torch.device, num_images: int) -> Batch:
 
 
 def _now_s(device: torch.device) -> float:
-    """Tell the time once a device has done all that it was given."""
+    """Return the time after synchronising with a device."""
     synchronize(device)
     return time.perf_counter()
 
 
 @contextlib.contextmanager
 def _alone(num_threads: int) -> Iterator[None]:
-    """Compute with a worker's threads, and leave PyTorch as it was."""
+    """Set a worker's number of threads, and restore PyTorch's state afterwards."""
     before = torch.get_num_threads()
     state = torch.get_rng_state()
     torch.set_num_threads(num_threads)
