@@ -1,4 +1,4 @@
-"""Hold what was exported against the model: the largest difference of their logits."""
+"""Check exported models against the original: the largest difference of logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IMAGES_PER_BATCH = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Cases:
-    """Hold batches of pixels, and the logits that the model gives for them."""
+    """Batches of pixels with the model's logits for them."""
 
     batches: Mapping[str, Sequence[tuple[Tensor, Tensor]]]
     num_images: int
@@ -27,9 +27,9 @@ class Cases:
 def make_cases(
     model: nn.Module, *, img_size: int, images: Sequence[Tensor] = ()
 ) -> Cases:
-    """Make batches of random pixels, the same each time, and of images (3, H, W).
+    """Build batches of fixed random pixels, and of images (3, H, W).
 
-    Raises ValueError where the model's logits are no numbers.
+    Raises ValueError if the model's logits are not finite.
     """
     generator = torch.Generator().manual_seed(0)
     batches = {

@@ -41,7 +41,7 @@ _FILES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Say what is exported, into what, and how it is checked."""
+    """What is exported, into what, and how it is checked."""
 
     checkpoint: tyro.conf.Positional[str]
     """Folder or bucket address that sovit-train printed."""
@@ -62,7 +62,7 @@ class Options:
     largest logit, or of 1 where that is larger."""
 
     def check(self) -> None:
-        """Raise ValueError for options that can't be meant."""
+        """Raise ValueError for invalid options."""
         if not self.formats:
             raise ValueError("formats: wanted timm, torch or onnx, came none")
         if self.num_images < 1 or self.tolerance < 0:
@@ -104,7 +104,7 @@ def export_checkpoint(options: Options) -> dict[str, dict[str, Any]]:
 
 
 def _pixels(subject: Subject, *, options: Options) -> list[Tensor]:
-    """Decode the first images that are whole."""
+    """Decode the first valid images."""
     pixels: list[Tensor] = []
     for image in read_images(options.images):
         if len(pixels) == options.num_images:
@@ -123,7 +123,7 @@ def _pixels(subject: Subject, *, options: Options) -> list[Tensor]:
 def _write(
     folder: Path, subject: Subject, *, cases: checks.Cases, options: Options
 ) -> dict[str, dict[str, Any]]:
-    """Write the formats, load each again, and try it."""
+    """Write the formats, load each again, and check it."""
     wanted, about, opset = set(options.formats), card(subject), 0
     loaded: dict[str, Callable[[Tensor], Tensor]] = {}
     if "timm" in wanted:

@@ -1,7 +1,7 @@
-"""Write a folder whole or not at all, and in place of none but an earlier one of ours.
+"""Write an export folder atomically, replacing only an earlier export.
 
 `export.json`, written last, is the mark: it lists the other files, each with its size
-and CRC-32. A folder with any further file, or one that was changed, is somebody else's.
+and CRC-32. A folder with any further or changed file is refused as somebody else's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAX_NAMES = 3
 
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Give a folder to write into, which becomes `out` at the end, or is removed.
+    """Create a temporary folder that becomes `out` at the end, or is removed.
 
     Raises ValueError where `out` holds what is not ours, and where it can't be written.
     """
@@ -43,7 +43,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def mark(folder: Path, *, content: Mapping[str, Any]) -> None:
-    """Write the mark of a folder, and what else is to be kept in it."""
+    """Write a folder's mark, with further content."""
     files = {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
     text = json.dumps({**content, "files": files}, indent=2)
     (folder / MARK).write_text(f"{text}\n")
@@ -81,7 +81,7 @@ def _is_as(path: Path, *, wanted: Any) -> bool:
 
 
 def _put(partial: Path, *, out: Path) -> None:
-    """Exchange the folders: for a moment there is none, never half of one."""
+    """Swap the folders: for a moment there is none, never a partial one."""
     before = partial.with_name(f"{partial.name}.before")
     if out.exists():
         out.rename(before)

@@ -1,4 +1,4 @@
-"""Read images of any number of files, folders and shard sets, and decode each alone."""
+"""Read images from files, folders and shard sets, and decode them one by one."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _SHARD_SUFFIX = ".parquet"
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Hold an image's bytes, under the name that the user knows it by."""
+    """An image's encoded bytes, with the name that the user knows."""
 
     name: str
     content: bytes
     reason: str = ""
-    """Why there are none, where the file could not be read."""
+    """Why there are none, if the file could not be read."""
 
 
 def read_images(addresses: Sequence[str]) -> Iterator[Encoded]:
-    """Read images one by one: of files, of folders and those below, of shards.
+    """Yield images from files, folders with their subfolders, and shards.
 
-    Of a folder the files with a picture's suffix are taken, by name, those below too,
-    and the log has how many others there are; a file that is named is taken whatever
-    its suffix. Raises ValueError where a folder holds no picture, a shard is damaged,
+    In a folder, files with a picture's suffix are read, sorted by name, subfolders too,
+    and the number of others is logged; a file given by name is read whatever its
+    suffix. Raises ValueError where a folder holds no picture, a shard is damaged,
     or a store does not answer.
     """
     for address in addresses:
@@ -92,7 +92,7 @@ def _file(place: StoragePath) -> Encoded:
 def _below(
     place: StoragePath, *, others: Counter[str], above: tuple[str, ...]
 ) -> Iterator[StoragePath]:
-    """Walk a folder by name; what begins with a dot is left out.
+    """Walk a folder in the order of names, without hidden entries.
 
     Args:
         others: Counts the files that are no pictures, by suffix.

@@ -1,4 +1,4 @@
-"""Give ImageNet's classes, which are WordNet ids, the names that people read."""
+"""Map ImageNet's classes, which are WordNet ids, to readable names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from timm.data.imagenet_info import ImageNetInfo
 
 
 def readable_names(classes: Sequence[str]) -> dict[str, str]:
-    """Name each class, such as n02123045; none at all where timm lacks one of them."""
+    """Map classes, such as n02123045, to names; empty if timm lacks one of them."""
     info = ImageNetInfo()  # its names are those of all of ImageNet
     try:
         return {label: info.label_name_to_description(label) for label in classes}

@@ -34,7 +34,7 @@ _DECOMPOSITIONS = {
 
 
 def check_installed() -> None:
-    """Raise ValueError where a package is missing that ONNX needs."""
+    """Raise ValueError if a package that ONNX needs is missing."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -78,7 +78,7 @@ def write_onnx(path: Path, program: ExportedProgram, *, card: Mapping[str, Any])
 
 
 def load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    """Check a file as ONNX defines it, and run it with onnxruntime on the CPU."""
+    """Validate an ONNX file, and load it with onnxruntime on the CPU."""
     import onnx
     import onnxruntime
 
@@ -106,7 +106,7 @@ def _refuse_decompositions(program: ExportedProgram) -> None:
 
 
 def _texts(card: Mapping[str, Any]) -> dict[str, str]:
-    """Write a card's values as JSON, plain texts as they are: ONNX keeps only texts."""
+    """Encode a card's values as JSON, except strings: ONNX stores only strings."""
     return {
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in card.items()
@@ -114,7 +114,7 @@ def _texts(card: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _reason(error: BaseException) -> str:
-    """Give the line that names what is missing, or the first."""
+    """Return an error's line that names what is missing, or the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "No ONNX function found" in line]
     return (telling or lines or [type(error).__name__])[0][:200]
@@ -122,7 +122,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's notes on its translation from the user, for a while."""
+    """Silence the logs and warnings of torch's ONNX exporter temporarily."""
     noisy = [
         logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")
     ]

@@ -1,4 +1,4 @@
-"""Write a model as a program of torch.export, for any number of images at a time."""
+"""Export a model as a torch.export program with a dynamic batch size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CARD = "card.json"
 
 
 def to_program(subject: Subject) -> ExportedProgram:
-    """Trace a model into a graph whose batch dimension is free.
+    """Trace a model into a graph with a dynamic batch dimension.
 
     Raises ValueError, with torch's own first words, where it can't be traced so.
     """
@@ -51,7 +51,7 @@ def write_program(
 
 
 def load_program(path: Path, *, card: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
-    """Load a program that was just written, and hold its card against what went in."""
+    """Load a program that was just written, and check its card."""
     extra_files = {CARD: ""}
     program = torch.export.load(path, extra_files=extra_files)
     assert json.loads(extra_files[CARD]) == card
@@ -59,13 +59,13 @@ def load_program(path: Path, *, card: Mapping[str, Any]) -> Callable[[Tensor], T
 
 
 def nodes_of(program: ExportedProgram) -> Iterator[torch.fx.Node]:
-    """Give all nodes: what stands under an autocast context has a graph of its own."""
+    """Yield all nodes, those of the subgraphs of autocast contexts too."""
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             yield from module.graph.nodes
 
 
 def _forget_places(program: ExportedProgram) -> None:
-    """Take out of each node where its source lies on this machine."""
+    """Remove each node's stack trace, which has paths of this machine."""
     for node in nodes_of(program):
         node.meta.pop("stack_trace", None)

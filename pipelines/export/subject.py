@@ -1,4 +1,4 @@
-"""Hold a trained model with what has to be known to use it: its card."""
+"""Load a trained model, and build its card: what users have to know."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Weights = Literal["auto", "ema", "raw"]
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """Hold a trained model, in evaluation mode, and how its images are prepared."""
+    """A trained model in evaluation mode, and how its images are prepared."""
 
     model: nn.Module
     settings: Model
@@ -29,21 +29,21 @@ class Subject:
     origin: Mapping[str, Any]
     """Where it comes from: recipe, weights, epoch, step and metrics, if known."""
     descriptions: Mapping[str, str] = field(default_factory=dict)
-    """What people call each class, where its folder says so."""
+    """Readable name of each class, if its folder has them."""
 
     @property
     def names(self) -> Mapping[str, str]:
-        """Return what people call each class; empty where nobody knows."""
+        """Readable name of each class; empty if unknown."""
         return self.descriptions or readable_names(self.classes)
 
     @property
     def img_size(self) -> int:
-        """Give height and width of the images that it takes."""
+        """Height and width of the input images."""
         return self.settings.img_size
 
 
 def from_checkpoint(address: str, *, weights: Weights = "auto") -> Subject:
-    """Load a checkpoint, a folder or a bucket address; `auto` takes the moving average.
+    """Load a checkpoint from a folder or bucket; `auto` prefers the moving average.
 
     Raises ValueError where it is none, it is damaged, or it has no such weights.
     """
@@ -72,7 +72,7 @@ def from_checkpoint(address: str, *, weights: Weights = "auto") -> Subject:
 
 
 def card(subject: Subject) -> dict[str, Any]:
-    """Say in plain values what a user of the model alone has to know.
+    """Build the card of plain values that a user of the model needs.
 
     docs/using.md explains each of them; every exported file carries them all.
     """

@@ -1,4 +1,4 @@
-"""Write a model as timm and the Hugging Face hub keep one, and read such a folder.
+"""Write and read a model folder in the format of timm and the Hugging Face hub.
 
 `model.safetensors` has the weights, `config.json` what `timm.create_model` needs to
 build the network around them and to prepare its images, `README.md` what a person
@@ -50,7 +50,7 @@ def write_timm(folder: Path, subject: Subject) -> None:
 
 
 def load_with_timm(folder: Path, *, wanted: nn.Module) -> nn.Module:
-    """Load what was written with timm alone, in evaluation mode.
+    """Load a written folder with timm alone, in evaluation mode.
 
     Raises ValueError where a tensor is not the same, bit for bit.
     """
@@ -68,7 +68,7 @@ def load_with_timm(folder: Path, *, wanted: nn.Module) -> nn.Module:
 
 
 def needs_sovit(subject: Subject) -> bool:
-    """Return whether timm can build the network only where `sovit` is imported."""
+    """Check whether timm can build the network only with `sovit` imported."""
     return is_ours(architecture_of(subject.settings)[0])
 
 
@@ -111,7 +111,7 @@ def read_timm(folder: Path) -> Subject:
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """Read the file of weights that is there; nothing in it is run."""
+    """Load the weights from whichever file there is, without running code in it."""
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS, read_weights(folder / WEIGHTS)
     file = folder / _TORCH_WEIGHTS
@@ -183,7 +183,7 @@ def _hint(architecture: str) -> str:
 
 
 def _readme(subject: Subject) -> str:
-    """Write a model card, the first that a person or the hub looks at."""
+    """Write a model card for people and the hub."""
     architecture, _ = architecture_of(subject.settings)
     needs, first, tag = "", "import timm", ""
     if needs_sovit(subject):
@@ -252,7 +252,7 @@ def _one_of(known: tuple[str, ...], config: dict[str, Any], name: str) -> Any:
 def _labels(
     raw: dict[str, Any], config: dict[str, Any], *, num: int
 ) -> tuple[str, ...]:
-    """Name the classes in the order of the logits; number them where nobody did."""
+    """Return the class names in the order of the logits, or else numbers."""
     labels = raw.get("label_names") or config.get("label_names")
     if labels is None:
         logger.info("%s names no classes: they are numbered from 0", CONFIG)
@@ -265,7 +265,7 @@ def _labels(
 
 
 def _descriptions(raw: dict[str, Any], *, classes: tuple[str, ...]) -> dict[str, str]:
-    """Read what people call the classes, where that is there for each of them."""
+    """Return the classes' readable names; empty unless each has one."""
     config = raw.get("pretrained_cfg", raw)
     found = raw.get("label_descriptions") or config.get("label_descriptions") or {}
     known = {label: str(found[label]) for label in classes if label in found}
