@@ -1,4 +1,4 @@
-"""Read from MLflow what runs of a recipe came to."""
+"""Find each recipe's best run among those in MLflow."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _FREE = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """Hold the best finished run of a recipe."""
+    """The best finished run of a recipe."""
 
     top1: float
     """Percent, at the run's end."""
     name: str
     run_id: str
     has_other_settings: bool
-    """Whether it differs from the recipe in what its accuracy depends on."""
+    """Whether it differs from the recipe in settings that affect accuracy."""
     num_runs: int
     """Finished runs of the recipe, whatever their settings."""
 
 
 def by_recipe(runs: Sequence[StoredRun]) -> dict[str, list[StoredRun]]:
-    """Sort runs that measured an accuracy by their recipes."""
+    """Group runs that measured an accuracy by recipe."""
     found: dict[str, list[StoredRun]] = {}
     for run in runs:
         recipe = run.params.get(_RECIPE) or run.tags.get(_RECIPE)
@@ -53,7 +53,7 @@ def by_recipe(runs: Sequence[StoredRun]) -> dict[str, list[StoredRun]]:
 
 
 def best_of(runs: Sequence[StoredRun], *, recipe: Run) -> Best | None:
-    """Choose the best run; one with the recipe's settings goes before all others."""
+    """Select the best run, preferring those with the recipe's own settings."""
     if not runs:
         return None
     wanted = _settings(recipe)

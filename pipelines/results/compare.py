@@ -44,7 +44,7 @@ _WIDTH_WITHOUT_TERMINAL = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Which runs are compared, by what, and where that is written."""
+    """Which runs are compared, by what, and the files to write."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Names, ids, sweeps or experiment:NAME."""
@@ -77,14 +77,14 @@ class Options:
             )
 
     def check(self) -> None:
-        """Raise ValueError where a file can't be written, before runs are read."""
+        """Raise ValueError if a file can't be written, before runs are read."""
         for name in ("html", "csv"):
             check_file(getattr(self, name), option=name)
         check_plot(self.plot)
 
     @property
     def direction(self) -> Mode:
-        """Whether more of the metric is better."""
+        """Whether a higher (`max`) or a lower (`min`) metric is better."""
         if self.mode != "auto":
             return self.mode
         return "min" if any(word in self.metric for word in _FALLING) else "max"
@@ -92,7 +92,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A table of runs, and where it came from."""
+    """A table of runs, and its source."""
 
     options: Options
     place: str
@@ -101,7 +101,7 @@ class Comparison:
 
     @property
     def summary(self) -> str:
-        """What is compared by what, in a line."""
+        """One line on what is compared by which metric."""
         rows = self.table.rows
         num_runs, num_rows = sum(len(row.runs) for row in rows), len(rows)
         text = f"{num_runs:,} {'run' if num_runs == 1 else 'runs'}"
@@ -114,13 +114,13 @@ class Comparison:
 
     @property
     def charts(self) -> list[Chart]:
-        """The charts that there is anything for."""
+        """The charts that have data."""
         options = self.options
         return charts_of(self.table, metric=options.metric, mode=options.direction)
 
 
 def compare(options: Options) -> Comparison:
-    """Read runs from MLflow and put them into rows and columns.
+    """Read runs from MLflow and tabulate them.
 
     Raises ValueError where MLflow does not answer, a run is not found, or none of them
     has the metric.
@@ -178,7 +178,7 @@ def _with_histories(store: RunStore, run: StoredRun, *, metric: str) -> Compared
 
 
 def _check_metric(runs: Iterable[StoredRun], *, metric: str) -> None:
-    """Refuse a metric that no run has, unless none has any yet."""
+    """Raise ValueError for a metric that no run has, unless none has any yet."""
     there = {name for run in runs for name in run.metrics}
     if there and metric not in there:
         raise ValueError(
@@ -188,7 +188,7 @@ def _check_metric(runs: Iterable[StoredRun], *, metric: str) -> None:
 
 
 def _write(comparison: Comparison) -> list[str]:
-    """Write the files that were asked for; say which."""
+    """Write the requested files; return a line for each."""
     options, lines = comparison.options, []
     if options.html:
         Path(options.html).write_text(as_page(comparison), encoding="utf-8")
@@ -216,7 +216,7 @@ def _main(arguments: Sequence[str]) -> None:
 
 
 def _print(text: str) -> None:
-    """Print what the terminal has letters for, `?` for the rest."""
+    """Print text, with `?` for characters that the terminal can't encode."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, errors="replace").decode(encoding))
 

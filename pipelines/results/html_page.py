@@ -1,6 +1,6 @@
-"""Write a comparison as one HTML page that needs nothing else.
+"""Write a comparison as one self-contained HTML page.
 
-Its policy lets no script but its own run, and nothing be fetched.
+Its content security policy allows its own script alone, and no requests.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def page_of(
     notes: Sequence[str],
     charts: Sequence[tuple[str, str]],
 ) -> str:
-    """Write the page.
+    """Build the page.
 
     Args:
         table: An HTML element.

@@ -1,4 +1,4 @@
-"""Draw a comparison: the metric by epoch, and against speed and size."""
+"""Plot a comparison: the metric by epoch, and against speed and size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _AGAINST = (
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One picture of the rows: by epoch, or against a column."""
+    """One plot of the rows: by epoch, or against a column."""
 
     title: str
     metric: str
@@ -47,7 +47,7 @@ class Chart:
 
     @property
     def points(self) -> dict[int, tuple[float, float]]:
-        """Place of each row, by its number, that has both coordinates."""
+        """Coordinates of each row that has both, by its number."""
         values = self.table.values
         if self.across not in values:
             return {}
@@ -60,7 +60,7 @@ class Chart:
 
 
 def charts_of(table: Table, *, metric: str, mode: Mode) -> list[Chart]:
-    """Name the charts that there is anything for."""
+    """List the charts that have data."""
     charts: list[Chart] = []
     if any(row.mean_curve() for row in table.rows):
         title = f"{metric} by epoch"
@@ -125,7 +125,7 @@ def _draw(axes: Axes, chart: Chart, *, ink: str) -> None:
 
 
 def _draw_curves(axes: Axes, rows: Sequence[Row], *, ink: str) -> None:
-    """Draw a line a row, with a band of one deviation where it has several runs."""
+    """Draw a line per row, with a band of one deviation if it has several runs."""
     from matplotlib.ticker import MaxNLocator
 
     handles = []
@@ -165,7 +165,7 @@ def _draw_curves(axes: Axes, rows: Sequence[Row], *, ink: str) -> None:
 
 
 def _draw_points(axes: Axes, chart: Chart, *, ink: str) -> None:
-    """Draw a point a row with its deviations, numbers, and the Pareto front."""
+    """Draw a point per row with its deviations and number, and the Pareto front."""
     points, table = chart.points, chart.table
     # What was stopped early is no rival of what was trained to its end.
     done = {number for number in points if table.rows[number - 1].state == "finished"}
@@ -208,7 +208,7 @@ def _draw_points(axes: Axes, chart: Chart, *, ink: str) -> None:
 
 
 def _style(number: int, *, ink: str) -> dict[str, Any]:
-    """Colour each of the first rows, and none of the others."""
+    """Return a row's style: its own colour for the first rows, faint for others."""
     if number <= _NUM_COLORED:
         return {"color": f"C{number - 1}"}
     return {"color": ink, "alpha": 0.25}

@@ -1,4 +1,4 @@
-"""List the recipes, and count their networks without memory."""
+"""List the recipes, and count their networks' parameters and multiply-adds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _USUAL_NUM_CLASSES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Hold what a network comes to at the recipe's image size."""
+    """A network's size at the recipe's image size."""
 
     num_params: int
     num_macs: int
@@ -36,7 +36,7 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Hold what is known of a recipe."""
+    """A recipe with its network's size and its best run."""
 
     module: str
     name: str
@@ -44,18 +44,18 @@ class Row:
     run: Run
     num_classes: int
     size: Size | None = None
-    """None where it was not to be counted."""
+    """None if not counted."""
     best: Best | None = None
-    """None where no run of it has finished."""
+    """None if no run of it has finished."""
 
     @property
     def recipe(self) -> str:
-        """Give the name that a training is started by."""
+        """The name that a training is started by."""
         return f"{self.module}.{self.name}"
 
     @property
     def difference(self) -> float | None:
-        """Give how many points the best run is above what is published."""
+        """Points by which the best run is above the published accuracy."""
         published = self.run.published_top1
         if self.best is None or published is None:
             return None
@@ -63,7 +63,7 @@ class Row:
 
 
 def list_rows(wanted: Sequence[str] = ()) -> list[Row]:
-    """List the recipes by their modules, in the order in which these have them.
+    """List the recipes by module, in their order in the source.
 
     Args:
         wanted: Modules, or parts of recipes' names; all if empty.
@@ -112,7 +112,7 @@ def _fits(row: Row, name: str, *, modules: set[str]) -> bool:
 
 
 def _num_classes(address: str) -> int:
-    """Count a set's classes: by its shards where they are here, else by its name."""
+    """Count a set's classes: from its shards if they are here, else by its name."""
     file = Path(address) / CLASSES_FILE
     if file.is_file():
         return len(json.loads(file.read_text()))

@@ -1,4 +1,4 @@
-"""Write the scoreboard: aligned for a terminal, as Markdown, or as JSON."""
+"""Format the scoreboard: aligned for a terminal, as Markdown, or as JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OTHER_NOTE = f"{_OTHER_MARK} by a run with other settings than the recipe's"
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    """Write a table with its modules one below the other, aligned throughout."""
+    """Format one table of all modules, with aligned columns."""
     cells = [_cells(row) for row in rows]
     widths = _widths(cells)
     lines = [_line(_HEADINGS, widths=widths, gap="  ")]
@@ -39,7 +39,7 @@ def as_text(rows: Sequence[Row]) -> str:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """Write a heading and a table for each module."""
+    """Format a heading and a table for each module."""
     parts = []
     for module, group in _by_module(rows, [_cells(row) for row in rows]):
         widths = _widths(group)
@@ -54,7 +54,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def as_json(rows: Sequence[Row]) -> str:
-    """Write whole numbers, and null for what is not known."""
+    """Format as JSON with unrounded numbers, and null for unknown values."""
     return json.dumps([_values(row) for row in rows], indent=2)
 
 

@@ -31,14 +31,14 @@ Mode = Literal["max", "min"]
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedRun:
-    """A run and those of its metric histories that are compared."""
+    """A run with the metric histories that are compared."""
 
     run: StoredRun
     curve: tuple[MetricPoint, ...]
     """The metric that runs are compared by."""
     losses: tuple[MetricPoint, ...]
     rates: tuple[MetricPoint, ...]
-    """Images a second."""
+    """Images per second."""
     epochs: tuple[MetricPoint, ...]
 
     @property
@@ -48,17 +48,17 @@ class ComparedRun:
 
     @property
     def num_epochs(self) -> float:
-        """Epochs that are done."""
+        """Completed epochs."""
         return self.epochs[-1].value if self.epochs else 0
 
     @property
     def num_epochs_planned(self) -> int:
-        """Epochs that the run was to have; 0 where it doesn't say."""
+        """Planned epochs; 0 if unknown."""
         names = ("optim.num_epochs", "optim.cooldown_epochs")
         return int(sum(self.param(name) or 0 for name in names))
 
     def hours(self) -> float | None:
-        """Hours from the start to the end, or to the last value that came."""
+        """Return the hours from the start to the end, or to the last logged value."""
         last = [points[-1].time_s for points in (self.rates, self.epochs) if points]
         end_s = self.run.end_s or max(last, default=None)
         if end_s is None or end_s <= self.run.start_s:  # written down afterwards
@@ -66,58 +66,58 @@ class ComparedRun:
         return (end_s - self.run.start_s) / _SECONDS_PER_HOUR
 
     def device_hours(self) -> float | None:
-        """Hours times the number of workers that the run had last."""
+        """Return the hours times the run's last number of workers."""
         hours = self.hours()
         again = _number(self.run.tags.get(f"resumed.{_NUM_WORKERS}"))
         num_workers = int(again or self.param(_NUM_WORKERS) or 1)
         return None if hours is None else hours * num_workers
 
     def images_per_s(self) -> float | None:
-        """Mean training rate, without the start where there is more."""
+        """Return the mean training rate, without the first value if there are more."""
         rates = [point.value for point in self.rates]
         found = Spread.of(rates[1:] or rates)
         return found.mean if found else None
 
     def final(self) -> float | None:
-        """Last value of the metric."""
+        """Return the last value of the metric."""
         return self.curve[-1].value if self.curve else None
 
     def loss(self) -> float | None:
-        """Last loss on the held-out images."""
+        """Return the last loss on the held-out images."""
         return self.losses[-1].value if self.losses else None
 
     def above_published(self) -> float | None:
-        """Final value less the one that the paper reports."""
+        """Return the final value minus the published one."""
         final, published = self.final(), self.param(PUBLISHED)
         return None if final is None or published is None else final - published
 
     def epoch_at(self, step: int) -> float | None:
-        """Epochs done at a step; None before the first is."""
+        """Return the epochs completed at a step; None before the first one."""
         if not self.epochs or not self.epochs[-1].step:
             return None
         return step * self.epochs[-1].value / self.epochs[-1].step
 
     def best(self, mode: Mode) -> MetricPoint | None:
-        """First of the best points; a NaN is none."""
+        """Return the first of the best points, without NaNs."""
         points = [point for point in self.curve if point.value == point.value]
         sign = 1 if mode == "max" else -1
         return max(points, key=lambda point: sign * point.value, default=None)
 
     def param(self, name: str) -> float | None:
-        """Read a param as a number; None where it is none."""
+        """Parse a param as a number; None if it is none."""
         return _number(self.run.params.get(name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """A mean and the sample deviation, which one value alone hasn't."""
+    """A mean and the sample deviation, None for a single value."""
 
     mean: float
     deviation: float | None = None
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """Average the values that are there; None where none is."""
+        """Average the values that aren't None; None if there are none."""
         numbers = [value for value in values if value is not None]
         if not numbers:
             return None
@@ -145,7 +145,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The first run's name, and how many more there are."""
+        """The first run's name, and the number of further runs."""
         more = len(self.runs) - 1
         return self.runs[0].run.name + (f" +{more}" if more else "")
 
@@ -159,7 +159,7 @@ class Row:
         return Spread.of(map(value, self.runs))
 
     def param(self, name: str) -> str | None:
-        """A param as it was logged; None where no run has it."""
+        """Return a param as it was logged; None if no run has it."""
         values = dict.fromkeys(
             run.run.params[name] for run in self.runs if name in run.run.params
         )
@@ -186,7 +186,7 @@ class Row:
 
 
 def group(runs: Sequence[ComparedRun], *, each: bool = False) -> list[Row]:
-    """Make rows of runs that learn the same and ended alike; `each` makes one a run.
+    """Group runs with the same training settings and outcome; `each` keeps each alone.
 
     A run that was stopped is not averaged with one that was trained to its end.
     """
@@ -208,10 +208,10 @@ def group(runs: Sequence[ComparedRun], *, each: bool = False) -> list[Row]:
 
 
 def differences(rows: Sequence[Row], *, each: bool = False) -> dict[str, str]:
-    """Name the params that differ between rows, with the shortest name for each.
+    """Map the params that differ between rows to short names.
 
-    Those that rows have with different values come first, then those that some rows
-    have alone, such as all of a pooling's.
+    Params with different values come first, then those that only some rows have, such
+    as all of a pooling's.
     """
     params = sorted(
         {name for row in rows for run in row.runs for name in run.run.params}
@@ -226,7 +226,7 @@ def differences(rows: Sequence[Row], *, each: bool = False) -> dict[str, str]:
 
 
 def short_name(name: str, *, among: Iterable[str]) -> str:
-    """Shorten a dotted name to the last parts that tell it from the others.
+    """Shorten a dotted name to the last parts that distinguish it from the others.
 
     A model's name keeps its `model.`, since rows have names of their own.
     """
@@ -238,7 +238,7 @@ def pareto(
     *,
     more_is_better: tuple[bool, bool],
 ) -> list[int]:
-    """Find the points that none beats in both coordinates, by the first, rising.
+    """Return the Pareto-optimal points, sorted by their first coordinate.
 
     Of equal points the first is taken.
     """

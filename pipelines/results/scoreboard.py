@@ -34,7 +34,7 @@ _SQLITE = "sqlite:///"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Say which recipes are listed, and how."""
+    """Which recipes are listed, and how."""
 
     recipes: tyro.conf.Positional[tuple[str, ...]] = ()
     """Modules, or parts of recipes' names; all if none."""
@@ -55,7 +55,7 @@ class Options:
 
 
 def scoreboard(options: Options) -> list[Row]:
-    """List the recipes that are wanted, with all that is known of them.
+    """List the wanted recipes, with their sizes and best runs.
 
     Raises ValueError where no recipe has such a name, or where a store that was named,
     here or in MLFLOW_TRACKING_URI, does not answer.
@@ -76,7 +76,7 @@ def scoreboard(options: Options) -> list[Row]:
 
 
 def _store(options: Options) -> RunStore | None:
-    """Open the store; None where nobody named one, and nothing was trained here."""
+    """Open the store; None if none was named, and nothing was trained here."""
     if uri := options.tracking_uri or os.environ.get(ADDRESS_VARIABLE, ""):
         return RunStore(uri)
     uri = default_uri(options.storage)

@@ -42,7 +42,7 @@ _MAX_PARAMS = 12
 
 
 class Cell(NamedTuple):
-    """One value, its deviation over seeds, and how both are written."""
+    """One value, its deviation over seeds, and the text of both."""
 
     value: float | str | None
     text: str
@@ -55,19 +55,19 @@ class Table:
 
     rows: tuple[Row, ...]
     values: pd.DataFrame
-    """Numbers or texts; None where there is nothing."""
+    """Numbers or texts; None for an empty cell."""
     deviations: pd.DataFrame
     texts: pd.DataFrame
     params: tuple[str, ...]
-    """Columns that show the configuration where it differs."""
+    """Columns of configuration values that differ."""
 
     def is_numeric(self, column: str) -> bool:
-        """Whether every value there is is a number."""
+        """Check whether a column has values that are all numbers."""
         values = self.values[column].dropna().tolist()
         return bool(values) and not any(isinstance(value, str) for value in values)
 
     def best(self, column: str, *, mode: Mode) -> int | None:
-        """Number of the row with a column's best value, if rows can be compared."""
+        """Return the row number of a column's best value; None below two values."""
         numbers = self.values[column].dropna().astype(float)
         if len(numbers) < 2:
             return None
@@ -76,9 +76,9 @@ class Table:
         return int(numbers.index.to_numpy()[at])
 
     def sorted(self, by: str, *, falling: bool) -> Table:
-        """Sort rows by a column; rows that have nothing there come last.
+        """Sort rows by a column, with empty cells last.
 
-        Raises ValueError that names the columns where there is no such one.
+        Raises ValueError, naming the columns, if there is no such one.
         """
         if by not in self.values:
             names = ", ".join(self.values)
@@ -102,9 +102,9 @@ class Table:
         )
 
     def to_text(self, *, width: int) -> str:
-        """Align the columns in lines that fit a width, with each row's curve.
+        """Format aligned columns within a width, with each row's curve.
 
-        Columns that do not fit go on below, with the rows' numbers again.
+        Columns that do not fit continue below, with the rows' numbers again.
         """
         left_out = list(self.params[_MAX_PARAMS:])
         shown = self.texts.drop(columns=left_out)
@@ -125,7 +125,7 @@ class Table:
         return text
 
     def to_csv(self) -> str:
-        """All digits: means and deviations apart, and the ids of a row's runs."""
+        """Format as CSV: unrounded means and deviations, and each row's run ids."""
         frame = self.values.copy()
         for name in self.deviations.dropna(axis="columns", how="all"):
             at = list(frame).index(name) + 1
@@ -156,9 +156,9 @@ class Table:
 def tabulate(
     rows: Sequence[Row], *, metric: str, mode: Mode, each: bool = False
 ) -> Table:
-    """Make the columns of rows that are compared by a metric.
+    """Build the table of rows that are compared by a metric.
 
-    A column that no row has anything for is left out, but for the first few.
+    Empty columns are left out, except the first few.
     """
     all_finished = all(row.state == "finished" for row in rows)
     columns: dict[str, list[Cell]] = {
@@ -203,7 +203,7 @@ def tabulate(
 def _numbers(
     metric: str, *, mode: Mode
 ) -> list[tuple[str, Callable[[ComparedRun], float | None], str, bool]]:
-    """Columns of numbers: name, value, format, and whether the deviation is shown."""
+    """List the numeric columns: name, value, format, whether to show the deviation."""
 
     def best(run: ComparedRun) -> float | None:
         return point.value if (point := run.best(mode)) else None
@@ -232,7 +232,7 @@ def _numbers(
 
 
 def number_text(value: float, form: str) -> str:
-    """Write a number: `M` as millions, `h` as hours, else as Python does."""
+    """Format a number: `M` in millions, `h` in hours, else as Python does."""
     if not math.isfinite(value):
         return str(value)
     if form == _MILLION:
@@ -262,7 +262,7 @@ def curve_bars(rows: Sequence[Row]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Replace what a terminal would act on."""
+    """Replace non-printable characters by `?`."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
@@ -283,7 +283,7 @@ def _epochs(row: Row) -> Cell:
 
 
 def _with_epochs(cell: Cell, row: Row, *, mode: Mode) -> Cell:
-    """Add the epochs in which the best values came."""
+    """Add the epochs of the best values."""
     found = [(run, point) for run in row.runs if (point := run.best(mode))]
     epochs = [run.epoch_at(point.step) for run, point in found]
     known = [epoch for epoch in epochs if epoch is not None]
