@@ -1,24 +1,24 @@
-"""Define what can end a run beside a ValueError."""
+"""Define the exceptions, beside ValueError, that can end a run."""
 
 from __future__ import annotations
 
 
 class RunFailedError(RuntimeError):
-    """Say that a run's workers failed more often than it allows."""
+    """Raised when a run's workers failed more often than it allows."""
 
 
 class NonFiniteLossError(ValueError):
-    """Say that the loss is not a number any more."""
+    """Raised when the loss has become NaN or infinite."""
 
 
 class BadImagesError(ValueError):
-    """More images than allowed could not be decoded."""
+    """Raised when more images than allowed could not be decoded."""
 
 
 class RewindError(RuntimeError):
-    """Say that a run is to go back to its last checkpoint, and because of which step.
+    """Raised to rewind a run to its last checkpoint because of a non-finite step.
 
-    Built of its `args` alone: it goes from one process to another.
+    Built from its `args` alone, so that it can be pickled between processes.
     """
 
     def __init__(self, line: str, step: int) -> None:
@@ -26,11 +26,11 @@ class RewindError(RuntimeError):
 
     @property
     def step(self) -> int:
-        """Give the step that was no number."""
+        """The non-finite step."""
         return self.args[1]
 
     def __str__(self) -> str:
-        """Give the line."""
+        """Return the line."""
         return self.args[0]
 
 
@@ -39,7 +39,7 @@ CHECKPOINTED = 75
 
 
 class InterruptedRun(SystemExit):
-    """A run that ended because it was asked to.
+    """Raised to end a run on request, with its exit status.
 
     Args:
         line: What to tell the user.
@@ -57,11 +57,11 @@ class InterruptedRun(SystemExit):
 
 
 class StoppedEarly(SystemExit):
-    """Say that a training was stopped because it was no use going on."""
+    """Raised to stop a training early because continuing is pointless."""
 
 
 def check_bad_share(num_bad: int, *, num_images: int, max_share: float) -> None:
-    """Raise BadImagesError where more than a share of a set's images is bad."""
+    """Raise BadImagesError if more than a share of a set's images is bad."""
     if num_bad > max_share * num_images:
         raise BadImagesError(
             f"wanted at most {max_share:.2%} of {num_images:,} images undecodable, "

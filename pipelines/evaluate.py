@@ -53,7 +53,7 @@ _PROG = "sovit-eval"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Say what is evaluated, on what, and how."""
+    """What is evaluated, on what, and how."""
 
     checkpoint: tyro.conf.Positional[str]
     """Folder or bucket address that sovit-train printed."""
@@ -81,7 +81,7 @@ class Options:
     robustness: Flat = field(default_factory=Robustness)
 
     def check(self) -> None:
-        """Raise ValueError for what can't be meant, before the work begins."""
+        """Raise ValueError for invalid options, before the work begins."""
         check_file(self.json, option="json")
         check_folder(self.report, option="report")
         self.robustness.check()
@@ -144,7 +144,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
 def _models(
     folder: Path, *, options: Options
 ) -> tuple[Mapping[str, nn.Module], Manifest]:
-    """Load the weights that are asked for, those that come first first."""
+    """Load the requested weights, the main ones first."""
     if options.weights in ("auto", "both"):
         wanted = "both" if options.weights == "both" else "average"
         return load_models(folder, weights=wanted)
@@ -163,7 +163,7 @@ def _evaluated(run: Run, *, options: Options) -> Run:
 def _measured(
     models: Mapping[str, nn.Module], one: HeldOut, *, run: Run, device: torch.device
 ) -> EvaluationResult:
-    """Evaluate on the images as they are; name those that can't be decoded."""
+    """Evaluate on the clean images; log those that can't be decoded."""
     bad: list[BadImage] = []
     try:
         return measure_set(models, one, run=run, device=device, on_bad=bad.extend)
@@ -211,7 +211,7 @@ def _robustness(
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:
-    """Set what was measured as lines of text, further sets and weights by name."""
+    """Format the result as lines of text, further sets and weights by name."""
     lines = [
         f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  "
         f"loss {result['loss']:.4f}  {result['num_images']:,.0f} images counted, "

@@ -1,4 +1,4 @@
-"""Say what is on images: `sovit-predict CHECKPOINT IMAGE...`.
+"""Classify images: `sovit-predict CHECKPOINT IMAGE...`.
 
     sovit-predict runs/demo-1/epoch_0008 photo.jpg more_photos
     sovit-predict runs/demo-1/epoch_0008 shards/val --num-top 1 --json answers.json
@@ -40,7 +40,7 @@ _BATCH_SIZE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Say who answers, on what, and how much."""
+    """Which model answers, on which images, and how."""
 
     checkpoint: tyro.conf.Positional[str]
     """Folder or bucket address that sovit-train printed, or a folder of sovit-export
@@ -61,7 +61,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Say what is on an image, or why that can't be told."""
+    """An image's most probable classes, or why it can't be classified."""
 
     image: str
     top: tuple[tuple[str, float], ...] = ()
@@ -92,7 +92,7 @@ def predict(
     num_top: int = 5,
     device: torch.device | None = None,
 ) -> Iterator[Answer]:
-    """Answer for each image, in their order, in batches of 32."""
+    """Classify images in batches of 32, yielding answers in their order."""
     device = device or torch.device("cpu")
     subject.model.to(device)
     batch: list[Encoded] = []

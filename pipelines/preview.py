@@ -1,4 +1,4 @@
-"""Show what training makes of images: `python -m pipelines.preview RECIPE`.
+"""Show the images that training sees: `python -m pipelines.preview RECIPE`.
 
     python -m pipelines.preview demo
     python -m pipelines.preview imagenet.so_vit_14 --data.train /shards/train
@@ -64,7 +64,7 @@ def preview(run: Run, *, num_images: int, num_epochs: int, path: Path) -> None:
 
 
 class _Viewer:
-    """See some rows as training or evaluation does, epoch by epoch."""
+    """Decoder of some rows as training or evaluation sees them, epoch by epoch."""
 
     def __init__(self, run: Run, rows: Rows, *, train: bool) -> None:
         self._run, self._rows = run, rows
@@ -73,7 +73,7 @@ class _Viewer:
         self._decode = BatchDecoder(self._settings, num_rows=len(rows), device=device)
 
     def __call__(self, epoch: int) -> tuple[np.ndarray, list[str]]:
-        """Give float images (n, H, W, 3) from 0 to 1, and what was done to each."""
+        """Return float images (n, H, W, 3) from 0 to 1, and the operations on each."""
         found = self._decode(self._rows, epoch)
         if found.bad:
             raise ValueError(
@@ -130,7 +130,7 @@ def _draw(
 
 
 def _keep(run: Run, *, path: Path) -> None:
-    """Keep the picture in MLflow, as a run of its own."""
+    """Log the picture to MLflow, as a run of its own."""
     uri = tracking.default_uri(run.storage)
     run_id = tracking.open_run(
         uri,

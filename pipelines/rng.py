@@ -1,4 +1,4 @@
-"""Draw numbers from counters, so that randomness is data and not hidden state.
+"""Draw random numbers from counters: a stateless, counter-based generator.
 
 A draw depends on (seed, epoch, sample, purpose) alone: not on the order in which
 samples come, the batch they fall into, the worker, or what was drawn before.
@@ -16,7 +16,7 @@ _CHUNK = 1 << 20
 
 
 class Purpose(IntEnum):
-    """Keep draws for different ends apart; numbers are for ever."""
+    """Purpose of a draw, which separates random streams; values never change."""
 
     GROUPS = 1
     ROWS = 2
@@ -44,7 +44,7 @@ def mix64(values: np.ndarray) -> np.ndarray:
 
 
 def key(*parts: int) -> int:
-    """Fold whole numbers, such as (seed, epoch, purpose), into one 64-bit key."""
+    """Fold integers, such as (seed, epoch, purpose), into one 64-bit key."""
     folded = np.zeros(1, dtype=np.uint64)
     for part in parts:
         folded = mix64(folded ^ np.array([part & _MASK], dtype=np.uint64))
@@ -67,7 +67,7 @@ def uniform(counters: np.ndarray, *, key: int, num_draws: int = 1) -> np.ndarray
 
 
 def seeded_order(num: int, *, key: int) -> np.ndarray:
-    """Permute `range(num)`: int64 of shape (num,), the same for ever for a key.
+    """Permute `range(num)`: int64 of shape (num,), fixed for ever by the key.
 
     NumPy's generators do not promise their streams across versions; this does.
     """
