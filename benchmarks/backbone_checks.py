@@ -1,7 +1,7 @@
-"""Whether a second-order network reads its trunk rightly, asked of timm and of numbers.
+"""Check that a second-order network reads its trunk correctly, against timm's own.
 
-Nothing here uses what `sovit.layouts` found out: it is compared with timm's own map and
-head, and with how features and gradients answer to images.
+Nothing here uses the findings of `sovit.layouts`: they are compared with timm's own map
+and head, and with how features and gradients depend on images.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _SAME = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What speaks for a reading, and what against it."""
+    """Evidence for a reading, and faults found in it."""
 
     evidence: tuple[str, ...]
-    """What of timm's own could be compared, and agrees."""
+    """The parts of timm's own that could be compared, and agree."""
 
     faults: tuple[str, ...]
 
 
 def enliven(model: nn.Module, *, images: Tensor) -> nn.Module:
-    """Draw weights that start at zero, and let norms see images.
+    """Randomise zero-initialised weights, and update norms' statistics on images.
 
-    Else branches get no gradient, and what is deep has vanished.
+    Otherwise branches get no gradient, and deep activations vanish.
     """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def enliven(model: nn.Module, *, images: Tensor) -> nn.Module:
 
 
 def judge(model: sovit.SecondOrderNet, plain: Any, *, images: Tensor) -> Verdict:
-    """Compare a network that pools positions alone with its trunk as timm makes it."""
+    """Compare a network that pools positions alone with its plain timm trunk."""
     with torch.no_grad():
         given = plain.forward_features(images)
         features = model.forward_features(images)
@@ -69,7 +69,7 @@ def judge(model: sovit.SecondOrderNet, plain: Any, *, images: Tensor) -> Verdict
 
 
 def _map_agrees(plain: Any, pooled: Tensor, *, images: Tensor) -> bool | None:
-    """Compare positions with timm's last map, where it has the same channels."""
+    """Compare positions with timm's last feature map, if it has the same channels."""
     try:
         with torch.no_grad():
             found = plain.forward_intermediates(
@@ -93,7 +93,7 @@ def _map_agrees(plain: Any, pooled: Tensor, *, images: Tensor) -> bool | None:
 def _head_agrees(
     model: sovit.SecondOrderNet, plain: Any, *, given: Tensor
 ) -> bool | None:
-    """Compare class token and positions with those that timm's head classifies by."""
+    """Compare class token and positions with those that timm's head uses."""
     leaf = given.clone().requires_grad_()
     try:
         out = plain.forward_head(leaf)

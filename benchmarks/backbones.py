@@ -51,7 +51,7 @@ _NAMES = Path(__file__).with_name("backbone_names.txt")
 
 
 def architectures() -> dict[str, dict[str, Any]]:
-    """Return the architectures to try, and with which settings: some of fewer blocks.
+    """Return the architectures to try with their settings, some with fewer blocks.
 
     Where only few blocks are built, the layout is that of all.
     """
@@ -77,7 +77,7 @@ class Row:
     """"right" and what of timm's agrees, "refused: why", or "WRONG: why"."""
 
     def line(self) -> str:
-        """Return the row of the table in Markdown."""
+        """Format the table's row in Markdown."""
         cells = (self.module, f"`{self.name}`", self.image, self.features)
         cells = (*cells, self.positions, self.prefix, self.class_token, self.seen)
         return "| " + " | ".join(cells) + " |"
@@ -145,7 +145,7 @@ def _shape(given: Any) -> str:
 def _smallest_size(
     name: str, settings: Mapping[str, Any]
 ) -> tuple[tuple[int, int], bool]:
-    """Find the smallest image size that timm itself can take, and whether to say it."""
+    """Find the smallest image size that timm accepts, and whether it must be passed."""
     config = timm.get_pretrained_cfg(name)
     assert config is not None
     native: tuple[int, int] = config.input_size[-2:]
@@ -169,7 +169,7 @@ def _smallest_size(
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Return the page with the table of all rows."""
+    """Format the page with the table of all rows."""
     rows = sorted(rows, key=lambda row: (row.module, row.name))
     right = sum(row.seen.startswith("right") for row in rows)
     refused = sum(row.seen.startswith("refused") for row in rows)

@@ -1,4 +1,4 @@
-"""Check that a loader gives what was asked, so that no rate is for less work."""
+"""Check a loader's batches, so that no rate is for less work."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _TOLERANCE = 0.4
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Hold mean and standard deviation of normalised pixels."""
+    """Mean and standard deviation of normalised pixels."""
 
     mean: float
     std: float
 
 
 def reference_moments(work: Work) -> Moments:
-    """Decode some of the images with torchvision, for others to be held against."""
+    """Compute reference moments of some images, decoded with torchvision."""
     samples = list(labelled_images(work.folder / "images"))[:_NUM_IMAGES]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -37,12 +37,12 @@ def reference_moments(work: Work) -> Moments:
 
 
 def moments(images: Tensor) -> Moments:
-    """Work out the moments over all pixels and channels."""
+    """Compute the moments over all pixels and channels."""
     return Moments(mean=images.mean().item(), std=images.std().item())
 
 
 def check_batches(batches: Sequence[Loaded], *, work: Work, reference: Moments) -> None:
-    """Raise ValueError where batches are not what the work asks for.
+    """Raise ValueError if batches are not what the work asks for.
 
     Args:
         batches: At least two in a row.

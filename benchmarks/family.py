@@ -86,7 +86,7 @@ def build(head: str, num_classes: int) -> nn.Module:
 
 
 def table(results: Results) -> str:
-    """Mean and spread over the seeds."""
+    """Format mean and spread over the seeds."""
     rows = {
         head: {
             "params": f"{found[0].num_params:,}",

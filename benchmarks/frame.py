@@ -1,4 +1,4 @@
-"""Run loaders in turn, each time in a process of its own, and collect the rounds."""
+"""Run loaders in turn, each round in a fresh process, and collect the rounds."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def run_rounds(
     measure_s: float,
     on_round: Callable[[Mapping[str, Sequence[Round]]], None],
 ) -> dict[str, list[Round]]:
-    """Time all loaders, one after the other, again and again.
+    """Time all loaders in interleaved rounds.
 
     The rounds are interleaved, so that a machine's drift hits all alike. Every round
     has a process of its own: threads, readers that load ahead and memory are gone
     before the next loader starts.
 
     Args:
-        on_round: Is called with all rounds so far, after each.
+        on_round: Callback with all rounds so far, after each.
 
     Raises ValueError, naming the loader, where one does not do the work.
     """
@@ -111,7 +111,7 @@ def time_entry(entry: Entry, *, warm_s: float, measure_s: float) -> Round:
 
 @contextlib.contextmanager
 def ray_session(num_threads: int) -> Iterator[None]:
-    """Have a Ray of our own while the block runs, or the one that is there."""
+    """Run a local Ray for the block's duration, or use the existing one."""
     import ray
 
     if ray.is_initialized():

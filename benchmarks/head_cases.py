@@ -22,7 +22,7 @@ _SEED = 0
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Hold two functions that should give the same, and what to call them with."""
+    """Two functions with equal results, and their input."""
 
     name: str
     ours: Callable[[Tensor], Tensor]
@@ -34,7 +34,7 @@ class Case:
     num_rows: int | None = None
     """Rows of that covariance which are taken; all by default."""
     exact: Callable[[Tensor], Tensor] | None = None
-    """What both approximate where they need not agree: ours must be no further off."""
+    """What both approximate, if they need not agree: ours must be no further off."""
 
     def input(self, device: str) -> Tensor:
         """Draw the input."""
@@ -124,7 +124,7 @@ def _plain_gaussian(x: Tensor) -> Tensor:
 
 
 def curves() -> dict[str, Callable[[Tensor], Tensor]]:
-    """List what the plot shows against the number of channels, from tokens."""
+    """Return the plot's curves: functions of tokens by name."""
     return {
         "covariance alone": covariance,
         "svPN": lambda x: svpn(covariance(x), torch.ones_like(x[0, 0])),

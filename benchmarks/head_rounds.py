@@ -15,7 +15,7 @@ from benchmarks.timing import Spread, call_ms, ratios, spread
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Hold what one case gave: milliseconds, and how often ours fits into the other."""
+    """A case's result: milliseconds, speedup and kept memory."""
 
     name: str
     ours_ms: Spread
@@ -31,7 +31,7 @@ def compare(
 ) -> Result:
     """Time both versions of a case in turns.
 
-    Raises AssertionError where they do not agree, or ours is further off what both
+    Raises AssertionError if they do not agree, or ours is further off what both
     approximate.
     """
     x = case.input(device)
@@ -70,14 +70,14 @@ def _check(case: Case, x: Tensor) -> None:
 
 
 def case_name(case: Case, *, compiled: bool) -> str:
-    """Name a case as the results do."""
+    """Return a case's name in the results."""
     return f"{case.name}{', compiled' if compiled else ''}"
 
 
 def step_ms(
     function: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, *, round_s: float
 ) -> float:
-    """Time forward and backward for some seconds, once at least: the median."""
+    """Measure the median time of forward and backward, over `round_s` or one call."""
     times: list[float] = []
     while not times or sum(times) < 1000 * round_s:
         leaf = x.clone().requires_grad_()

@@ -38,7 +38,7 @@ _CURVE_DIMS = (32, 64, 128, 192, 256, 384, 512)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Say what is timed, and how long."""
+    """What is timed, and how long."""
 
     batch_size: int = 32
     rounds: int = 7
@@ -58,7 +58,7 @@ class Options:
 
 
 def table(results: Sequence[Result]) -> str:
-    """A line for each case: both versions, and their ratio."""
+    """Format a line per case: both versions, and their ratio."""
     rows = {
         found.name: {
             "ours ms": f"{found.ours_ms.median:.2f}",
@@ -73,7 +73,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def share_text(share: Share) -> str:
-    """Say what part of a step the head takes."""
+    """Format the head's share of a step."""
     return (
         f"{share.model}, batch {share.batch_size}, {share.dtype}: "
         f"a step {share.step_ms:,.0f} ms, "
@@ -82,7 +82,7 @@ def share_text(share: Share) -> str:
 
 
 def plot(path: Path, *, options: Options, device: str) -> None:
-    """Draw time and kept memory against channels, for 196 tokens."""
+    """Plot time and kept memory against channels, for 196 tokens."""
     from matplotlib.figure import Figure
 
     batch_size = options.batch_size
@@ -128,7 +128,7 @@ def _main(arguments: Sequence[str]) -> None:
 
 
 def _measure(options: Options, *, device: str) -> None:
-    """Time all cases and steps; what is known is written after each, and shown."""
+    """Time all cases and steps; write and print the results after each."""
     shown = str(dataclasses.replace(options, json=None, plot=None))
     content: dict[str, Any] = {"machine": machine(), "options": shown}
     work: dict[str, Callable[[], Result | Share]] = {

@@ -47,7 +47,7 @@ _PROG = "benchmarks.ingest"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Say what is timed, and how long."""
+    """What is timed, and how long."""
 
     num_images: int = 1024
     """Photographs of the set, a multiple of 64."""
@@ -78,7 +78,7 @@ class Options:
 
 
 def line_up(*, rand_augment: bool) -> list[Loader]:
-    """List the loaders that there are, installed or not."""
+    """List all loaders, installed or not."""
     tensor = functools.partial(ray_data, policy="torchvision")
     loaders = [
         Loader(name=report.OURS, batches=ours, libraries=("ray.data",), on_ray=True),
@@ -105,9 +105,9 @@ def line_up(*, rand_augment: bool) -> list[Loader]:
 
 
 def choose(loaders: Sequence[Loader], *, names: Sequence[str]) -> list[Loader]:
-    """Take the loaders of these names, or all that are installed.
+    """Select loaders by name, or all that are installed.
 
-    Raises ValueError where a name is not known or its library is missing.
+    Raises ValueError if a name is unknown or its library is missing.
     """
     known = {loader.name: loader for loader in loaders}
     missing = [loader.name for loader in loaders if not _installed(loader)]
@@ -133,7 +133,7 @@ def _installed(loader: Loader) -> bool:
 def entries_of(
     loaders: Sequence[Loader], *, sets: Sets, options: Options
 ) -> list[Entry]:
-    """Pair the loaders with the sets that they read."""
+    """Pair the loaders with their sets."""
     works = {"": work_on(sets.original, options=options)}
     if sets.small is not None:
         works[f"@{options.short_side}"] = work_on(sets.small, options=options)
@@ -194,7 +194,7 @@ def _main(arguments: Sequence[str]) -> None:
 def _compare(
     loaders: Sequence[Loader], *, sets: Sets, options: Options, result: dict[str, Any]
 ) -> None:
-    """Time the loaders; what is known is written after each round."""
+    """Time the loaders; write the results after each round."""
     entries = entries_of(loaders, sets=sets, options=options)
 
     def save(rounds: report.Rounds) -> None:

@@ -1,4 +1,4 @@
-"""What the machine is, and how busy it was: with our processes, and with others."""
+"""Describe the machine, and measure its CPU use by us and by others."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_name(cpuinfo: str) -> str:
-    """Find the processor's name in /proc/cpuinfo, which not all architectures give."""
+    """Parse the processor's name from /proc/cpuinfo, which some architectures lack."""
     found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     return found.group(1) if found else platform.machine()
 
 
 def cpu_seconds() -> float:
-    """Sum up user and system seconds of this process and its descendants.
+    """Sum the user and system seconds of this process and its descendants.
 
-    Those of a process that ended are its parent's, where that one waited for it.
+    Those of an ended process count for its parent if that waited for it.
     """
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
@@ -66,7 +66,7 @@ def cpu_seconds() -> float:
 
 
 def machine_cpu_seconds() -> float:
-    """Sum up the busy seconds of all cores, those that a virtual machine lost too."""
+    """Sum the busy seconds of all cores, including a virtual machine's stolen time."""
     fields = Path("/proc/stat").read_text().splitlines()[0].split()
     return sum(int(fields[place]) for place in _BUSY) / os.sysconf("SC_CLK_TCK")
 
@@ -80,7 +80,7 @@ def _is_ours(process: int, *, parents: dict[int, int]) -> bool:
 
 
 def busy_text(other_cores: Iterable[float]) -> str:
-    """Say how busy the machine was with other things: a disturbance."""
+    """Format how busy other processes kept the machine: a disturbance."""
     cores = list(other_cores)
     return (
         f"meanwhile the rest of the machine was busy on {statistics.median(cores):.2f}"

@@ -44,7 +44,7 @@ _BATCH_SIZES = {"cpu": 8, "cuda": 128}
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Say what is timed, and how long."""
+    """What is timed, and how long."""
 
     models: tuple[str, ...] = ("so_vit_7", "so_vit_14")
     subjects: tuple[Subject, ...] = SUBJECTS
@@ -83,9 +83,9 @@ class Options:
 
 
 def cases_of(model: str, *, options: Options) -> list[Case]:
-    """List a model's cases, without the stage bfloat16 where a device has none.
+    """List a model's cases, without the stage bfloat16 if the device lacks it.
 
-    Raises ValueError where that leaves no stage.
+    Raises ValueError if that leaves no stage.
     """
     device = options.device
     if device == "auto":
@@ -118,10 +118,10 @@ def cases_of(model: str, *, options: Options) -> list[Case]:
 def measure(
     cases: Sequence[Case], *, options: Options, save: Callable[[Measured], None]
 ) -> None:
-    """Time all cases, and in between what matrix products reach.
+    """Time all cases, and the rates of matrix products in between.
 
     Args:
-        save: Is called with all that was measured, after each round of each case.
+        save: Callback with all measurements, after each round of each case.
     """
     device, dtypes = cases[0].device, list(dict.fromkeys(it.dtype for it in cases))
     rates: dict[torch.dtype, dict[int, float]] = {dtype: {} for dtype in dtypes}

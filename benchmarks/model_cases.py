@@ -1,4 +1,4 @@
-"""Say what `benchmarks.model` trains: networks of equal size, stage by stage."""
+"""Define what `benchmarks.model` trains: networks of equal size, stage by stage."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NEVER = 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Say how a step is made; each stage adds to one before."""
+    """A variant of the training step; each stage adds to an earlier one."""
 
     adds: str
     is_plain: bool = False
@@ -72,7 +72,7 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Name what is trained, how, and where."""
+    """What is trained, how, and where."""
 
     model: str
     """Of ours, whose recipe is taken; for timm's too."""
@@ -87,14 +87,14 @@ class Case:
 
     @property
     def label(self) -> str:
-        """Name the network."""
+        """The network's name."""
         if self.subject == "timm":
             return RIVALS[self.model]
         return f"{self.model}, class token" if self.subject == "class" else self.model
 
     @property
     def dtype(self) -> torch.dtype:
-        """Give the type that the step's products are computed in."""
+        """The type that the step's products are computed in."""
         stage, device = STAGES[self.stage], torch.device(self.device)
         if stage.is_plain:
             return torch.float16 if device.type == "cuda" else torch.float32
@@ -104,14 +104,14 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Count a network's parameters and one image's multiply-adds, forward."""
+    """A network's parameters, and one image's multiply-adds in the forward pass."""
 
     num_params: int
     macs: int
 
 
 def run_of(case: Case) -> Run:
-    """Describe the run: the recipe's on one worker, with the stage's settings."""
+    """Build the run: the recipe's on one worker, with the stage's settings."""
     run, stage = load_recipe(f"imagenet.{case.model}"), STAGES[case.stage]
     return dataclasses.replace(
         run,
@@ -143,7 +143,7 @@ def _model_of(case: Case, *, model: Model) -> Model:
 
 
 def size_of(case: Case) -> Size:
-    """Count by shapes alone."""
+    """Count a network's size on the meta device."""
     model = shapes_of(run_of(case).model, num_classes=NUM_CLASSES)
     return Size(
         num_params=count_parameters(model).num,

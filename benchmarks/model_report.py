@@ -1,4 +1,4 @@
-"""Work out and show what the rounds of `benchmarks.model` gave."""
+"""Summarise the rounds of `benchmarks.model` as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.timing import Spread, ratios, spread
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one run of the benchmark measured, and what it counted."""
+    """Measurements and counts of one run of the benchmark."""
 
     found: Mapping[Case, Rounds]
     sizes: Mapping[tuple[str, str], Size]
@@ -28,7 +28,7 @@ class Measured:
 
 
 def as_json(measured: Measured) -> dict[str, Any]:
-    """All rounds, and what the table shows of them."""
+    """Return all rounds, and the table's figures."""
     models: dict[str, Any] = {}
     for case, rounds in measured.found.items():
         size = asdict(measured.sizes[case.model, case.subject])
@@ -45,10 +45,10 @@ def as_json(measured: Measured) -> dict[str, Any]:
 
 
 def _figures(case: Case, *, measured: Measured) -> dict[str, Any]:
-    """What comes of a case's rounds, and of them beside those of others.
+    """Summarise a case's rounds, alone and relative to other cases.
 
-    "to" is how often as fast it is as the same network's `plain` and `eager`, and ours
-    as `class` and `timm` at the same stage, round by round.
+    "to" is its speed relative to the same network's `plain` and `eager`, and ours to
+    `class` and `timm` at the same stage, round by round.
     """
     times_ms = {
         other: [one.step_ms for one in rounds.rounds]
@@ -84,16 +84,16 @@ def _figures(case: Case, *, measured: Measured) -> dict[str, Any]:
 
 
 def mfu(images_per_s: float, *, macs: int, rate: float) -> float:
-    """Share of a rate that forward and backward make use of.
+    """Compute the share of a rate that forward and backward use.
 
-    A backward pass counts as two forward ones; what checkpointing does again does not
+    A backward pass counts as two forward ones; recomputation by checkpointing does not
     count.
     """
     return 3 * 2 * macs * images_per_s / rate
 
 
 def table(measured: Measured) -> str:
-    """All cases network by network, the matrix rates, and how busy others were."""
+    """Format all cases by network, the matrix rates, and the load by others."""
     content, blocks = as_json(measured), []
     for networks in content["models"].values():
         for network in networks.values():

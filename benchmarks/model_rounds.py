@@ -1,4 +1,4 @@
-"""Time steps in rounds, each case in a process of its own, whose memory is its own.
+"""Time steps in rounds, each case in its own process with its own memory.
 
 The processes stay for all rounds, and one of them works at a time: rounds are
 interleaved, and nothing is compiled twice.
@@ -36,20 +36,20 @@ _PROC = Path("/proc/self")
 
 @dataclass(frozen=True, kw_only=True)
 class Begun:
-    """Hold what a case's first steps gave."""
+    """Results of a case's first steps."""
 
     first_step_s: float
-    """What is compiled is compiled in it."""
+    """Includes compilation."""
     at_rest_mb: float
     """MiB between the steps, of tensors on a GPU, of the whole process on a CPU:
     weights, their average, the optimiser's state; on a CPU libraries too."""
     peak_mb: float
-    """The most during a step."""
+    """Peak during a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRound:
-    """Hold what one round of one case gave."""
+    """Result of one round of one case."""
 
     step_ms: float
     num_steps: int
@@ -59,7 +59,7 @@ class StepRound:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """Hold what all rounds of one case gave."""
+    """Results of all rounds of one case."""
 
     begun: Begun
     rounds: tuple[StepRound, ...]
@@ -73,17 +73,17 @@ def time_cases(
     between: Callable[[], None],
     on_round: Callable[[Mapping[Case, Rounds]], None],
 ) -> None:
-    """Time all cases, one after the other, again and again.
+    """Time all cases in interleaved rounds.
 
-    A case's first steps come before its first round, not before all cases' rounds: what
-    is broken off leaves the rounds so far.
+    A case's first steps come before its first round, not before all cases' rounds: an
+    interruption leaves the rounds so far.
 
     Args:
         round_s: A round of one case goes on for so long, or for one step.
-        between: Is called before each round over all cases.
-        on_round: Is called with all rounds so far, after each.
+        between: Called before each round over all cases.
+        on_round: Callback with all rounds so far, after each.
 
-    Raises ValueError, naming the case, where its process fails.
+    Raises ValueError, naming the case, if its process fails.
     """
     with contextlib.ExitStack() as stack:
         made = {case: stack.enter_context(process_of(case, round_s)) for case in cases}
@@ -107,7 +107,7 @@ def time_cases(
 
 
 def _round(ask: Callable[[], Any]) -> StepRound:
-    """Ask for a round and note what else the machine did meanwhile."""
+    """Request a round, and measure the machine's other load meanwhile."""
     start_s, machine_s, ours_s = time.monotonic(), machine_cpu_seconds(), cpu_seconds()
     step_ms, num_steps = ask()
     others_s = machine_cpu_seconds() - machine_s - (cpu_seconds() - ours_s)
@@ -120,7 +120,7 @@ def _round(ask: Callable[[], Any]) -> StepRound:
 
 @contextlib.contextmanager
 def process_of(case: Case, round_s: float) -> Iterator[Callable[[], Any]]:
-    """Have a process with a case.
+    """Run a case's process, and yield the function that asks it.
 
     The first call waits until it has imported all it needs; each after it gives the
     next thing of `tell`.
@@ -161,7 +161,7 @@ def process_of(case: Case, round_s: float) -> Iterator[Callable[[], Any]]:
 
 
 def _serve(case: Case, round_s: float, connection: Connection) -> None:
-    """Tell, each time that it is asked, the next thing; end where nobody asks."""
+    """Answer each request with the next result, until the connection closes."""
     told = itertools.chain([None], tell(case, round_s=round_s))
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
@@ -173,9 +173,9 @@ def _serve(case: Case, round_s: float, connection: Connection) -> None:
 
 
 def tell(case: Case, *, round_s: float) -> Iterator[Any]:
-    """Give what a case began with, then rounds without an end.
+    """Yield the results of a case's first steps, then rounds indefinitely.
 
-    A round is the milliseconds of a step, and how many there were.
+    A round is the milliseconds per step, and the number of steps.
     """
     steps, device = build_steps(case), torch.device(case.device)
     first_ms = call_ms(lambda: steps(1), device=device.type)
@@ -194,7 +194,7 @@ def tell(case: Case, *, round_s: float) -> Iterator[Any]:
 
 
 def _memory_mb(steps: Steps, *, device: torch.device) -> tuple[float, float]:
-    """Measure what there is before a step, and the most during it."""
+    """Measure the memory before a step, and the peak during it."""
     give_memory_back(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -210,7 +210,7 @@ def _memory_mb(steps: Steps, *, device: torch.device) -> tuple[float, float]:
 
 
 def give_memory_back(device: torch.device) -> None:
-    """Give back what was freed and is only kept for the next time."""
+    """Release cached free memory to the system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return
@@ -229,7 +229,7 @@ def _status_mb(name: str) -> float:
 def matrix_rates(
     dtypes: Sequence[torch.dtype], *, device: str
 ) -> dict[torch.dtype, dict[int, float]]:
-    """Measure FLOP/s of products of square matrices of several sides, by type."""
+    """Measure the FLOP/s of square matrix products of several sides, by type."""
     rates = {
         dtype: {
             side: _rate(side, dtype=dtype, device=device) for side in _SIDES[device]

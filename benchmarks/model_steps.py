@@ -35,7 +35,7 @@ Steps = Callable[[int], None]
 
 
 def build_steps(case: Case) -> Steps:
-    """Build the model and all else that a step needs, on its device."""
+    """Build a case's model, and all else that its steps need, on its device."""
     torch.set_num_threads(case.num_threads)
     return _plain_steps(case) if STAGES[case.stage].is_plain else _loop_steps(case)
 

@@ -22,7 +22,7 @@ _POLICY = "rand-m9-mstd0.5-inc1"
 
 
 class LocalSplit:
-    """Open datasets for a single worker, on the Ray that is there."""
+    """Opener of datasets for a single worker, on an existing Ray."""
 
     def __init__(self, reading: Reading, *, data: Data) -> None:
         self._reading = reading
@@ -30,11 +30,11 @@ class LocalSplit:
         self._plan: Callable[[], list[Unit]] = list
 
     def prepare(self, plan: Callable[[], list[Unit]]) -> None:
-        """Keep what plans the units until they are opened."""
+        """Keep the plan until the units are opened."""
         self._plan = plan
 
     def open(self) -> Iterator[pa.Table]:
-        """Start a dataset and give its tables."""
+        """Start a dataset and iterate over its tables."""
         (iterator,) = split_units(self._plan(), reading=self._reading, data=self._data)
         return shares(iterator, data=self._data)
 
@@ -42,8 +42,8 @@ class LocalSplit:
 def ours(work: Work, *, num_epochs: int = _NUM_EPOCHS) -> Batches:
     """Load shards as one worker of a training does, without Ray Train.
 
-    Raises ValueError where the last batch would be filled up: its rows are not images
-    that were decoded.
+    Raises ValueError if the last batch would be padded: padding rows are not decoded
+    images.
     """
     if work.num_images % work.batch_size:
         raise ValueError(
@@ -70,7 +70,7 @@ def ours(work: Work, *, num_epochs: int = _NUM_EPOCHS) -> Batches:
 
 
 def describe_run(work: Work, *, num_epochs: int) -> Run:
-    """Describe a run that reads the work's shards the way all loaders do."""
+    """Build a run that reads the work's shards the way all loaders do."""
     shards = str(work.folder / "shards")
     return Run(
         recipe="benchmark",

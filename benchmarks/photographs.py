@@ -1,4 +1,4 @@
-"""Cuts JPEGs like ImageNet's out of the photographs that three wheels carry.
+"""Cut JPEGs like ImageNet's out of the photographs in three wheels.
 
 About 500x375 pixels and 105 kB each, from ten scenes. They are made when needed and
 never committed: the photographs belong to scikit-image, scikit-learn and Matplotlib.
@@ -31,7 +31,7 @@ QUALITY = 98
 
 
 def photographs_here() -> list[Path]:
-    """Find those that this machine has, without importing their packages."""
+    """List the photographs on this machine, without importing their packages."""
     specs = [(importlib.util.find_spec(package), path) for package, path in PHOTOGRAPHS]
     found = [
         Path(spec.origin).parent / path for spec, path in specs if spec and spec.origin

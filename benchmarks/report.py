@@ -1,4 +1,4 @@
-"""Show what the rounds of `benchmarks.ingest` gave: as a table, and as JSON."""
+"""Report the rounds of `benchmarks.ingest` as a table, and as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rounds = Mapping[str, Sequence[Round]]
 
 
 def ours_to_others(rounds: Rounds) -> dict[str, Spread]:
-    """Our rate as a multiple of every other's; none where ours did not run."""
+    """Return our rate as a multiple of every other's; empty if ours did not run."""
     ours = [found.images_per_s for found in rounds.get(OURS, [])]
     return {
         name: ratios(ours, [found.images_per_s for found in of_loader])
@@ -26,7 +26,7 @@ def ours_to_others(rounds: Rounds) -> dict[str, Spread]:
 
 
 def as_json(rounds: Rounds) -> dict[str, Any]:
-    """All rounds, and what the table shows of them."""
+    """Return all rounds, and the table's figures."""
     compared = ours_to_others(rounds)
     return {
         name: {
@@ -42,7 +42,7 @@ def as_json(rounds: Rounds) -> dict[str, Any]:
 
 
 def table(rounds: Rounds) -> str:
-    """A line for each loader, the fastest first."""
+    """Format a line per loader, the fastest first."""
     shown = {}
     for name, of in as_json(rounds).items():
         ours = of["ours_to_this"]

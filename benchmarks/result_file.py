@@ -11,7 +11,7 @@ from typing import Any
 def write_result(
     path: Path | None, content: Mapping[str, Any], *, missing: Sequence[str]
 ) -> None:
-    """Write figures as JSON, the whole file or the one before it; nothing without path.
+    """Write figures as JSON, atomically; do nothing without a path.
 
     Args:
         missing: Names of the cases that were not measured yet.

@@ -1,6 +1,6 @@
-"""Load with what a user would pick instead: DALI alone, DataLoaders, Ray Data.
+"""Load images with the alternatives: DALI alone, DataLoaders, Ray Data.
 
-Each function yields batches without an end, with `num_threads` threads or processes.
+Each function yields batches indefinitely, with `num_threads` threads or processes.
 None of them shuffles less than its documentation advises, and none caches pixels.
 """
 

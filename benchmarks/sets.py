@@ -1,4 +1,4 @@
-"""Write one set of photographs the way each loader wants it: the same bytes."""
+"""Write one set of photographs in each loader's format, with the same bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NUM_TARS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Sets:
-    """Hold the folders of the sets; see `Work.folder` for what is in them."""
+    """Folders of the sets; see `Work.folder` for their content."""
 
     original: Path
     small: Path | None
@@ -30,7 +30,7 @@ class Sets:
 
 
 def make_sets(folder: Path, *, num_images: int, short_side: int | None) -> Sets:
-    """Write what is missing of the sets of `num_images` photographs below `folder`."""
+    """Write the missing sets of `num_images` photographs below `folder`."""
     original = folder / f"photographs-{num_images}"
     _once(original / "images", lambda out: _cut_images(out, num_images=num_images))
     write_shards(original)
@@ -112,7 +112,7 @@ def write_tars(images: Path, out: Path) -> None:
 
 
 def _once(out: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder where it is missing; what was broken off is written anew."""
+    """Write a folder if it is missing; an interrupted one is written anew."""
     if out.exists():
         return
     partial = out.with_name(f"{out.name}.partial")

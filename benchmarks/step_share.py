@@ -1,4 +1,4 @@
-"""Measure what part of a network's training step its second-order head takes.
+"""Measure the second-order head's share of a network's training step.
 
 The step is computed as a run computes it: bfloat16 autocast where the device has
 instructions for it, channels last, a fused optimiser.
@@ -24,7 +24,7 @@ _NUM_ROUNDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Hold the times of a step and of the head within it, medians."""
+    """Median times of a step, and of the head within it."""
 
     model: str
     batch_size: int

@@ -1,7 +1,7 @@
-"""Write the heads' mathematics down plainly: PyTorch's operations and its autograd.
+"""Compute the heads plainly, with PyTorch's operations and autograd.
 
-What `benchmarks.heads` compares ours with. Each takes tokens (B, N, D), or matrices,
-and gives matrices.
+`benchmarks.heads` compares ours with these. Each maps tokens (B, N, D), or matrices, to
+matrices.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def covariance(x: Tensor) -> Tensor:
 
 
 def newton_schulz(x: Tensor, *, num_iterations: int = 5) -> Tensor:
-    """Iterate Y and Z from Y = x / trace, Z = I."""
+    """Compute the matrix square root by Newton-Schulz, from Y = x / trace, Z = I."""
     trace = x.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
     y, z = x / trace, eye
@@ -29,13 +29,13 @@ def newton_schulz(x: Tensor, *, num_iterations: int = 5) -> Tensor:
 
 
 def eigen_power(x: Tensor, *, power: float = 0.5) -> Tensor:
-    """Take a power of the eigenvalues, kept off zero, through `torch.linalg.eigh`."""
+    """Compute a matrix power by `torch.linalg.eigh`, with eigenvalues kept off zero."""
     values, vectors = torch.linalg.eigh(x)
     return (vectors * values.clamp(min=1e-5).pow(power).unsqueeze(-2)) @ vectors.mT
 
 
 def eigen_log(x: Tensor) -> Tensor:
-    """Take the logarithm of the eigenvalues, kept off zero."""
+    """Compute the matrix logarithm, with eigenvalues kept off zero."""
     values, vectors = torch.linalg.eigh(x)
     return (vectors * values.clamp(min=1e-5).log().unsqueeze(-2)) @ vectors.mT
 
@@ -48,7 +48,7 @@ def svpn(
     num_iterations: int = 1,
     num_singular_values: int = 1,
 ) -> Tensor:
-    """Find singular triplets in turn, each on what the earlier ones left."""
+    """Normalise by singular triplets, found in turn on the earlier ones' residual."""
     total = torch.zeros_like(x)
     s = x.new_ones(len(x), 1, 1)
     for _ in range(num_singular_values):
@@ -64,6 +64,6 @@ def svpn(
 
 
 def signed_sqrt(x: Tensor) -> Tensor:
-    """Take the root of every element's size, and scale to norm 1."""
+    """Take every element's signed square root, and scale to norm 1."""
     powered = x.sign() * (x.abs() + 1e-8).sqrt()
     return powered / powered.flatten(1).norm(dim=1)[:, None, None].clamp(min=1e-12)

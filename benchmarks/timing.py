@@ -1,4 +1,4 @@
-"""Time batches as they come: the first, then a steady stretch, and compare rounds."""
+"""Time the first batch and the steady rate, and compare rounds."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _MIN_BATCHES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """Tells the time; tests have one of their own."""
+    """Sources of time, which tests replace."""
 
     now_s: Callable[[], float] = time.perf_counter
     cpu_s: Callable[[], float] = cpu_seconds
     machine_cpu_s: Callable[[], float] = machine_cpu_seconds
     wait_for_device: Callable[[], object] = lambda: None
-    """Waits until the work given to a GPU is done."""
+    """Waits for a GPU's queued work."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What one loader did in one round."""
+    """Result of one loader's round."""
 
     first_batch_s: float
     """From asking for batches to the first one."""
@@ -41,30 +41,30 @@ class Round:
 
     @property
     def images_per_s(self) -> float:
-        """The rate."""
+        """Images per second."""
         return self.num_images / self.seconds
 
     @property
     def other_cores(self) -> float:
-        """Cores that the rest of the machine was busy on, on average."""
+        """Mean number of cores busy with the rest of the machine."""
         return self.other_cpu_s / self.seconds
 
     @property
     def images_per_cpu_s(self) -> float:
-        """Images for each second of one core."""
+        """Images per CPU second."""
         return self.num_images / self.cpu_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """The median of some rounds and how far they lie apart."""
+    """Median, lowest and highest of some rounds."""
 
     median: float
     low: float
     high: float
 
     def shown(self, form: str) -> str:
-        """Write all three, each in a format."""
+        """Format all three values."""
         return f"{self.median:{form}} [{self.low:{form}}..{self.high:{form}}]"
 
 
@@ -77,10 +77,10 @@ def time_batches(
     measure_s: float,
     clock: Clock,
 ) -> Round:
-    """Time a loader whose batches nobody works on.
+    """Time a loader without any work on its batches.
 
     Args:
-        look: Is shown the first batches, and raises where they are not what was asked.
+        look: Called with the first batches; raises if they are not what was asked.
         num_looked_at: How many.
         warm_s: Batches that come within this time after that are not counted. It also
             drains what was loaded ahead while the first batches were looked at.
@@ -109,7 +109,7 @@ def time_batches(
 def _count_images(
     batches: Iterator[Loaded], *, seconds: float, clock: Clock
 ) -> tuple[int, float]:
-    """Take batches for some seconds; return their images and how long it took."""
+    """Take batches for some seconds; return their images and the time taken."""
     start_s = clock.now_s()
     num_images = num_batches = 0
     while num_batches < _MIN_BATCHES or clock.now_s() - start_s < seconds:
@@ -120,20 +120,20 @@ def _count_images(
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median, lowest and highest of at least one value."""
+    """Compute the median, lowest and highest of at least one value."""
     return Spread(median=statistics.median(values), low=min(values), high=max(values))
 
 
 def ratios(ours: Sequence[float], others: Sequence[float]) -> Spread:
     """Compare two loaders round by round, so that a machine's drift cancels out.
 
-    Where one has not had its last round yet, those before it are compared.
+    If one lacks its last round, the rounds before it are compared.
     """
     return spread([one / other for one, other in zip(ours, others, strict=False)])
 
 
 def call_ms(function: Callable[[], object], *, device: str) -> float:
-    """Time one call, and the work that it gave to a GPU."""
+    """Time one call, with the GPU work that it queued."""
     if device == "cuda":
         torch.cuda.synchronize()
     start_s = time.perf_counter()

@@ -59,7 +59,7 @@ def num_tokens(stride: int) -> int:
 
 
 def name_of(stride: int, fusion: str) -> str:
-    """Name a training in the results."""
+    """Return a training's name in the results."""
     return f"stride {stride}, {fusion}"
 
 
@@ -71,7 +71,7 @@ def build(model: Model, stride: int, fusion: str, num_classes: int) -> nn.Module
 
 
 def gains(results: Results, *, strides: Sequence[int]) -> dict[int, list[float]]:
-    """The points of top-1 that the covariance adds, by stride, a seed each."""
+    """Return the top-1 points that the covariance adds, by stride, one per seed."""
     found = {}
     for stride in strides:
         alone, both = (results[name_of(stride, fusion)] for fusion in _FUSIONS)
@@ -81,7 +81,7 @@ def gains(results: Results, *, strides: Sequence[int]) -> dict[int, list[float]]
 
 
 def table(results: Results, *, strides: Sequence[int]) -> str:
-    """A line for each number of tokens."""
+    """Format a line per number of tokens."""
     rows = {}
     for stride, gained in gains(results, strides=strides).items():
         row = {
@@ -95,7 +95,7 @@ def table(results: Results, *, strides: Sequence[int]) -> str:
 
 
 def plot(path: Path, *, results: Results, strides: Sequence[int]) -> None:
-    """Draw the gain against the number of tokens, each seed and their mean."""
+    """Plot the gain against the number of tokens, each seed and their mean."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

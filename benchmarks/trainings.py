@@ -53,7 +53,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What one training reached."""
+    """Result of one training."""
 
     top1: float
     """Percent of the held-out photographs, raw weights."""
@@ -61,7 +61,7 @@ class Trained:
     """Of the weights' moving average."""
     num_params: int
     seconds: float
-    """Of training, evaluation left out."""
+    """Of training, without evaluation."""
 
 
 Results = Mapping[str, Sequence[Trained]]
@@ -71,7 +71,7 @@ Results = Mapping[str, Sequence[Trained]]
 def train_all(builds: Mapping[str, Build], *, options: Options) -> Results:
     """Train each network with each seed.
 
-    They take turns, so that a machine's drift meets all of them.
+    They take turns, so that a machine's drift affects all of them.
     """
     check_file(options.json, option="json")
     torch.set_num_threads(options.num_threads)
@@ -90,7 +90,7 @@ def train_all(builds: Mapping[str, Build], *, options: Options) -> Results:
 
 
 def train_once(build: Build, *, seed: int, num_epochs: int) -> Trained:
-    """Train what `build` makes with one seed, and evaluate."""
+    """Train the network of `build` with one seed, and evaluate it."""
     run = describe_run(seed=seed, num_epochs=num_epochs)
     train_set, val_set = (read_shard_set(it) for it in (run.data.train, run.data.val))
     epoch = Plans(shards=train_set, run=run, train=True).shape(0)
@@ -135,13 +135,13 @@ def train_once(build: Build, *, seed: int, num_epochs: int) -> Trained:
 
 
 def describe_run(*, seed: int, num_epochs: int) -> Run:
-    """Describe the demo's run for one worker, without its model."""
+    """Build the demo's run for one worker, without its model."""
     run = demo()
     optim = dataclasses.replace(run.optim, num_epochs=num_epochs)
     return dataclasses.replace(run, seed=seed, optim=optim, scale=Scale(num_workers=1))
 
 
 def mean_spread(values: Sequence[float]) -> str:
-    """Show mean and sample deviation."""
+    """Format mean and sample deviation."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.2f} +- {spread:.2f}"

@@ -1,4 +1,4 @@
-"""Decode and augment with torchvision: what most rivals do in their workers."""
+"""Decode and augment with torchvision, as most rivals do in their workers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIMM_POLICY = "rand-m9-mstd0.5-inc1"
 
 
 class Transform:
-    """Turn the bytes of a JPEG into a normalised float32 tensor (3, H, W).
+    """Transform of a JPEG's bytes into a normalised float32 tensor (3, H, W).
 
     Args:
         pixels: tensor decodes and resizes with torchvision, pil with Pillow.

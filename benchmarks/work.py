@@ -1,4 +1,4 @@
-"""Say what every loader does: which images, how many threads, what comes out."""
+"""Define every loader's work: images, threads and output."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _IMAGES_PER_THREAD = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Describe the same work for all loaders, on one set of images.
+    """The work on one set of images, the same for all loaders.
 
     The training recipe of ImageNet: decode, random resized crop by antialiased bilinear
     resampling, flip, normalise by ImageNet's mean and deviation.
     """
 
     folder: Path
-    """Holds the same images as `images/`, `shards/`, `mds/` and `tars/`."""
+    """Contains the same images as `images/`, `shards/`, `mds/` and `tars/`."""
     num_images: int
     num_threads: int
     """Decoding threads, or worker processes where a loader has those; a DataLoader
@@ -38,14 +38,14 @@ class Work:
     hflip: float = 0.5
     rand_augment: bool = False
     device: str = "cpu"
-    """Where the batches end up."""
+    """Device of the batches."""
 
     @property
     def num_repeats(self) -> int:
-        """Count how often the images come in what a loader takes for an epoch.
+        """Number of repeats of the images in what a loader takes for an epoch.
 
-        Some loaders stop for seconds at an epoch's end. On ImageNet that is nothing, on
-        a thousand images it would be all that is measured.
+        Some loaders stop for seconds at an epoch's end. That is negligible on ImageNet,
+        but would dominate the measurement on a thousand images.
         """
         return math.ceil(
             _IMAGES_PER_THREAD * max(self.num_threads, 1) / self.num_images
@@ -54,9 +54,9 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """Name a way of loading and say what it needs.
+    """A way of loading, and its requirements.
 
-    `batches` yields batches without an end; closing it ends all threads and processes.
+    `batches` yields batches indefinitely; closing it ends all threads and processes.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Loader:
 
 
 def to_device(images: Tensor, labels: Tensor, *, work: Work) -> Loaded:
-    """Put a batch where it is wanted, without waiting for the copy."""
+    """Copy a batch to the work's device, without waiting for the copy."""
     device = torch.device(work.device)
     return (
         images.to(device, non_blocking=True),

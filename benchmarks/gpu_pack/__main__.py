@@ -51,7 +51,7 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Raise ValueError where the options describe no machine."""
+    """Raise ValueError if the options describe no machine."""
     if not re.fullmatch(r"3\.(1[1-9]|[2-9]\d)", options.python):
         raise ValueError(
             f"--python: expected 3.11 or newer, such as 3.12, got {options.python}"
@@ -64,7 +64,7 @@ def check(options: Options) -> None:
 
 
 def check_sizes(sizes_mib: dict[str, float]) -> None:
-    """Raise ValueError where a pack is too large to be carried."""
+    """Raise ValueError if a pack is too large to be carried."""
     large = [
         f"{name} of {size:.1f} MiB (at most {_MAX_MIB[name]:.0f})"
         for name, size in sizes_mib.items()

@@ -34,7 +34,7 @@ class _Image:
 
 
 def is_elf(content: bytes | bytearray) -> bool:
-    """Whether this is an executable or a library of 64-bit Linux."""
+    """Check whether the content is a 64-bit Linux executable or library."""
     return content[: len(_ELF)] == _ELF
 
 
@@ -105,7 +105,7 @@ def _images(library: bytearray, *, start: int, end: int) -> Iterator[_Image]:
 
 
 def _fatbin_sections(library: bytearray) -> Iterator[tuple[int, int]]:
-    """Find where the sections with GPU images begin and end in the file."""
+    """Yield the start and end of each section with GPU images."""
     if not is_elf(library):
         return
     (table,) = struct.unpack_from("<Q", library, 40)

@@ -58,14 +58,14 @@ def read_present(file: Path) -> dict[str, str | None]:
 
 
 def normalized(name: str) -> str:
-    """Spell a package's name as indexes do."""
+    """Normalise a package's name as indexes do."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def split(
     *, everything: Sequence[str], of_dali: Sequence[str], present: Mapping[str, object]
 ) -> Choice:
-    """Divide resolved requirements into the two packs, without what is there."""
+    """Split resolved requirements into the two packs, without installed ones."""
     dali_names = {_name_of(line) for line in of_dali}
     missing = [
         line
@@ -79,7 +79,7 @@ def split(
 
 
 def choose(*, python: str, present: Mapping[str, str | None], folder: Path) -> Choice:
-    """Resolve what sovit needs beside the packages that are there.
+    """Resolve sovit's requirements beside the installed packages.
 
     Known versions stand; else the versions of requirements-dev.txt are preferred.
     `folder` keeps what was resolved. Raises ValueError where nothing fits.

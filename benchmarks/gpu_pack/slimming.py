@@ -1,4 +1,4 @@
-"""Take from unpacked wheels what a training on one GPU architecture never reads."""
+"""Remove from unpacked wheels what a training on one GPU architecture never reads."""
 
 from __future__ import annotations
 

@@ -56,13 +56,13 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def stages_of(options: argparse.Namespace) -> list[Stage]:
-    """The stages to run, in their order."""
+    """List the stages to run, in order."""
     chosen = [stage for stage in STAGES if stage.name in options.only]
     return [stage for stage in chosen if options.part in ("all", stage.part)]
 
 
 def run(options: argparse.Namespace) -> dict[str, Outcome]:
-    """Run the stages; what they told is in OUT, and comes back."""
+    """Run the stages; write their outcomes to OUT, and return them."""
     stages, out = stages_of(options), options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     outcomes = {stage.name: Outcome() for stage in stages}
@@ -103,7 +103,7 @@ def _keep_log(log: Path, out: Path) -> None:
 
 
 def table(outcomes: Mapping[str, Outcome]) -> str:
-    """A block for each stage: a line a case, and what it printed where it failed."""
+    """Format a block per stage: a line per case, and its output if it failed."""
     lines = []
     for name, outcome in outcomes.items():
         width = max(map(len, outcome.cases), default=0)
@@ -124,7 +124,7 @@ def _head(name: str, outcome: Outcome) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A figure with four digits; within a mapping or a list each by itself."""
+    """Format figures with four digits, also within a mapping or a list."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, Mapping):
@@ -134,7 +134,7 @@ def _shown(value: Any) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command: 1 where a stage failed or its time ended, else 0."""
+    """Run the command; return 1 if a stage failed or timed out, else 0."""
     options = parse_options(arguments)
     outcomes = run(options)
     text = table(outcomes)

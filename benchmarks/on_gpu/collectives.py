@@ -1,4 +1,4 @@
-"""A process group of one on the device, with the backend that training takes."""
+"""Measure a process group of one rank on the device, with training's backend."""
 
 from __future__ import annotations
 

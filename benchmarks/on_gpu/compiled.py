@@ -1,4 +1,4 @@
-"""Compiled steps: all cases compile beside each other, then each is timed alone."""
+"""Time compiled steps: all cases compile in parallel, then each is timed alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.on_gpu.steps import batch_sizes, case_of, figures_of, name_of
 
 
 def cases_of(setting: Setting) -> list[Case]:
-    """The compiled cases; the first is what other stages compile too."""
+    """List the compiled cases; other stages compile the first one too."""
     if setting.tiny:
         # Of a DeiT of one block a compiler has a quarter of So-ViT's kernels to make.
         return [case_of(setting, "timm", "compile", batch_size=batch_sizes(setting)[0])]
@@ -27,7 +27,7 @@ def cases_of(setting: Setting) -> list[Case]:
 
 
 def tasks(setting: Setting) -> Tasks:
-    """Ours and timm's, each with the time that its first step took to compile."""
+    """Time ours and timm's, with the compile time of each."""
     cases = cases_of(setting)
     together = Together(cases, round_s=setting.round_s)
     measure = functools.partial(together.measure, num_rounds=setting.num_rounds)
@@ -35,14 +35,14 @@ def tasks(setting: Setting) -> Tasks:
 
 
 class Together:
-    """Processes that compile beside each other, which takes a minute or more each."""
+    """Processes that compile in parallel, which takes a minute or more each."""
 
     def __init__(self, cases: list[Case], *, round_s: float) -> None:
         self._processes = {case: process_of(case, round_s) for case in cases}
 
     @functools.cached_property
     def begun(self) -> dict[Case, Future[tuple[Begun, Callable[[], Any]]]]:
-        """What each case's first steps will have given, and who to ask for more.
+        """Future of each case's first results, with the function that asks for more.
 
         Starts them all.
         """

@@ -1,4 +1,4 @@
-"""DALI's decoder by itself: a graph with nothing but `decoders.image` in it."""
+"""Build DALI graphs of the decoder alone: nothing but `decoders.image`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipelines.hardware.device import current_stream, is_gpu
 
 
 class BareDecoder:
-    """Decode whole images, as DALI's device does it, and do nothing else.
+    """Decoder of whole images by DALI's device, without any other operation.
 
     Args:
         hardware: Share of a batch for the JPEG engine, 0 to 1.
-        fancy: Whether chroma is interpolated, as libjpeg does it.
+        fancy: Whether chroma is interpolated, as in libjpeg.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class BareDecoder:
         self._pipeline.build()
 
     def start(self, encoded: Sequence[np.ndarray]) -> None:
-        """Begin to decode a batch, behind those that were begun before."""
+        """Queue a batch for decoding."""
         self._pipeline.feed_input("encoded", list(encoded))
         self._pipeline.schedule_run()
 
     def finish(self) -> Any:
-        """Have the oldest batch on the current stream: a TensorList on the device.
+        """Return the oldest batch on the current stream: a TensorList on the device.
 
-        Raises RuntimeError where an image is bad.
+        Raises RuntimeError if an image is bad.
         """
         (output,) = self._pipeline.outputs(current_stream(self._device))
         return output

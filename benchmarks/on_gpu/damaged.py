@@ -1,4 +1,4 @@
-"""Damaged images: which are found, and which a decoder passes as grey blocks."""
+"""Check which damaged images are detected, and which decode to grey blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ENGINES = (1.0, 0.0)
 
 
 def tasks(setting: Setting) -> Tasks:
-    """Each bad image, then each odd one that must decode."""
+    """Try each bad image, then each odd one that must decode."""
     named = [
         (f"{kind}: {name}", image)
         for kind, images in (("bad", bad_images()), ("odd", odd_images()))
@@ -38,14 +38,14 @@ def tasks(setting: Setting) -> Tasks:
 
 
 class Judge:
-    """Ask the whole path, and bare decoders, what they make of an image."""
+    """Try an image on the whole decoding path, and on bare decoders."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self._bare: dict[float, BareDecoder] = {}
 
     def __call__(self, number: int, name: str, image: bytes) -> Figures:
-        """Tell whether the bytes' screen, training and bare decoders refuse it."""
+        """Report whether the bytes' screen, training and bare decoders refuse it."""
         rows = rows_of([image], sizes=[SIZE], first=number)
         bad = self._whole(rows, 0).bad
         found = {
@@ -81,7 +81,7 @@ class Judge:
 
 
 def _flat_share(pixels: np.ndarray) -> float:
-    """Share of blocks of 8x8 that have one colour alone: what was never decoded."""
+    """Compute the share of single-colour 8x8 blocks: what was never decoded."""
     height, width = (side // 8 * 8 for side in pixels.shape[:2])
     if not height or not width:
         return 0.0

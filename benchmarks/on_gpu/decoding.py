@@ -1,4 +1,4 @@
-"""Images a second that are decoded: ours beside the decoder's own limit."""
+"""Measure decoded images per second: ours beside the decoder's own limit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NUM_EPOCHS = 10_000
 
 
 def tasks(setting: Setting) -> Tasks:
-    """By size of a batch: the bare decoder, ours, ours with all around it."""
+    """Time by batch size: the bare decoder, ours, and a training's batches."""
     sizes = setting.pick((128, 64, 256), tiny=(4,))
     found: dict[str, Callable[[], Figures]] = {}
     for size in sizes:
@@ -85,7 +85,7 @@ def _bare(
 
 
 def _ours(setting: Setting, *, batch_size: int, policy: str) -> Callable[[], object]:
-    """A GPU's decoder with windows, resize, flip and operations, a batch ahead."""
+    """Build a GPU's decoder with crop, resize, flip and operations, a batch ahead."""
     settings = settings_of(setting, train=True, policy=policy)
     decode = DaliDecoder(settings, batch_size=batch_size, device=device_of(setting))
     batches = batches_of(encoded_images(setting), batch_size=batch_size)
@@ -104,7 +104,7 @@ def _ours(setting: Setting, *, batch_size: int, policy: str) -> Callable[[], obj
 
 
 def _supply(setting: Setting, *, batch_size: int) -> Callable[[], object]:
-    """Batches as a training takes them, read from shards; nobody works on them."""
+    """Supply a training's batches from shards, without any work on them."""
     batches = _batches(setting, batch_size=batch_size)
     return lambda: next(batches)
 

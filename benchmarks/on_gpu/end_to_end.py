@@ -1,4 +1,4 @@
-"""Shards, decoding and training together in one process: without Ray."""
+"""Measure reading, decoding and training together in one process, without Ray."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NUM_SNAPSHOTS = 3
 
 
 def tasks(setting: Setting) -> Tasks:
-    """With a compiled step, and with an eager one."""
+    """Train with a compiled step, and with an eager one."""
     compiled = cases_of(setting)[0]
     eager = dataclasses.replace(compiled, stage="channels_last")
     cases = (compiled, eager)
@@ -78,7 +78,7 @@ def _measure(setting: Setting, case: Case) -> Figures:
 
 
 def on_shards(setting: Setting, case: Case, *, num_epochs: int) -> Run:
-    """The case's run on the shards of `images`."""
+    """Build the case's run on the shards of `images`."""
     run, shards = run_of(case), str(shards_of(setting))
     data = dataclasses.replace(
         run.data, train=shards, val=shards, num_decode_threads=setting.num_threads
@@ -90,7 +90,7 @@ def on_shards(setting: Setting, case: Case, *, num_epochs: int) -> Run:
 
 
 def _copy_ms(run: Run, state: TrainState) -> float:
-    """Milliseconds of the copy that training waits for."""
+    """Measure the milliseconds of the copy that training waits for."""
     start_s = time.perf_counter()
     take_snapshot(
         run=run,

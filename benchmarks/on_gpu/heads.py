@@ -1,4 +1,4 @@
-"""Second-order heads beside the straightforward, and their share of a real step."""
+"""Time second-order heads beside the straightforward, and their share of a step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SIDES = (64, 128, 256)
 
 
 def tasks(setting: Setting) -> Tasks:
-    """The shares, the products in TF32, and then each head of `benchmarks.heads`."""
+    """Measure the shares, the products in TF32, and each head of `benchmarks.heads`."""
     batch_size = setting.pick(64, tiny=1)
     heads = cases(batch_size, device=device_of(setting).type)
     names = setting.pick(_STEPS, tiny=("so_vit_7",))
@@ -74,7 +74,7 @@ def _compare(setting: Setting, case: Case) -> Figures:
 
 
 def _root(setting: Setting, side: int, *, precision: str) -> Figures:
-    """Time forward and backward, and tell the error to float64."""
+    """Time forward and backward, and measure the error against float64."""
     matrices = Case(
         name="",
         ours=newton_schulz_sqrt,

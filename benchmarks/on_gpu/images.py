@@ -1,6 +1,6 @@
-"""The images of all stages that decode: photographs like ImageNet's, and their shards.
+"""Make the images of all decoding stages: photographs like ImageNet's, and shards.
 
-Where the packages that carry the photographs are missing, pictures are made up.
+If the packages with the photographs are missing, synthetic pictures are drawn.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def rows_of(
     sizes: Sequence[tuple[int, int]] | None = None,
     first: int = 0,
 ) -> Rows:
-    """Rows as a reader gives them.
+    """Build rows like a reader's.
 
     Args:
         sizes: (width, height) of each image; read from their headers by default.
@@ -128,7 +128,7 @@ def rows_of(
 
 
 def batches_of(images: Sequence[bytes], *, batch_size: int) -> Iterator[list[bytes]]:
-    """Batches without an end, the images in turn."""
+    """Yield batches indefinitely, cycling through the images."""
     at = 0
     while True:
         yield [images[(at + number) % len(images)] for number in range(batch_size)]

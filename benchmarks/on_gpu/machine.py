@@ -1,4 +1,4 @@
-"""Versions of all that takes part, and the ceilings: copies and products."""
+"""List the versions, and measure the ceilings: copies and products."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _TYPES = {
 
 
 def tasks(setting: Setting) -> Tasks:
-    """List the versions and each ceiling."""
+    """List the versions, and measure each ceiling."""
     return {
         "versions": _versions,
         "device": lambda: _device(setting),
@@ -95,7 +95,7 @@ def _copy(setting: Setting) -> Figures:
 
 
 def _host(setting: Setting) -> Figures:
-    """Copies through pinned memory, as batches and checkpoints take them."""
+    """Measure copies through pinned memory, as of batches and checkpoints."""
     num_bytes, device = setting.pick(1 << 30, tiny=4 << 20), device_of(setting)
     there = upload(torch.rand(num_bytes // 4), device)
 

@@ -1,4 +1,4 @@
-"""The tests that are marked `gpu`."""
+"""Run the tests that are marked `gpu`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _TESTS = Path(__file__).parents[2] / "tests"
 
 
 def tasks(setting: Setting) -> Tasks:
-    """One run of pytest: what the tests import takes longer than they do."""
+    """Run pytest once: the tests' imports take longer than the tests."""
     return {"pytest -m gpu": lambda: _run(setting)}
 
 
 class _Outcomes:
-    """A plugin that counts how tests end."""
+    """Plugin that counts the tests' outcomes."""
 
     def __init__(self) -> None:
         self.counts = Counter({"passed": 0, "failed": 0, "skipped": 0})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count a test's call, or what came in its place."""
+        """Count a test's call, or a failure or skip before it."""
         if report.when == "call" or report.outcome != "passed":
             self.counts[report.outcome] += 1
 

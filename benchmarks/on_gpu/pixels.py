@@ -1,4 +1,4 @@
-"""How far a device's pixels are from the CPU's, by settings of the JPEG decoder."""
+"""Measure the device's pixel differences from the CPU, by JPEG decoder settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HARDWARE = (0.65, 0.0, 1.0)
 
 
 def tasks(setting: Setting) -> Tasks:
-    """Whole images by the decoder alone, then what training and evaluation see."""
+    """Compare whole images by the decoder alone, then training's and evaluation's."""
     whole = {
         f"decoded, engine {hardware}, fancy upsampling {fancy}": functools.partial(
             _decoded, setting, hardware=hardware, fancy=fancy
@@ -49,7 +49,7 @@ def tasks(setting: Setting) -> Tasks:
 
 
 def _decoded(setting: Setting, *, hardware: float, fancy: bool) -> Figures:
-    """Beside Pillow's, which DALI's CPU decoder agrees with bit for bit."""
+    """Compare with Pillow, which DALI's CPU decoder agrees with bit for bit."""
     images = encoded_images(setting)[: setting.pick(64, tiny=8)]
     decode = BareDecoder(
         setting,
@@ -69,7 +69,7 @@ def _decoded(setting: Setting, *, hardware: float, fancy: bool) -> Figures:
 
 
 def distance(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> Figures:
-    """Levels between two decodings of the same images, over all of their pixels."""
+    """Measure the levels between two decodings of the same images, over all pixels."""
     pairs = zip(found, wanted, strict=True)
     apart = np.concatenate(
         [np.abs(a.astype(np.int16) - b.astype(np.int16)).ravel() for a, b in pairs]
@@ -85,7 +85,7 @@ def distance(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> Figur
 def settings_of(
     setting: Setting, *, train: bool, policy: str = "", hardware: float | None = None
 ) -> PixelSettings:
-    """Pixels as a run on ImageNet has them."""
+    """Return the pixel settings of a run on ImageNet."""
     data = Data(train="", val="", batch_size=1, num_decode_threads=setting.num_threads)
     if hardware is not None:
         data = dataclasses.replace(data, hw_decoder_load=hardware)
@@ -99,7 +99,7 @@ def settings_of(
 
 
 def _seen(setting: Setting, *, hardware: float, train: bool, policy: str) -> Figures:
-    """The graph that a GPU decodes with beside the CPU's decoder; the same draws."""
+    """Compare a GPU's decoding graph with the CPU's decoder, on the same draws."""
     rows = rows_of(encoded_images(setting)[: setting.pick(64, tiny=8)])
     settings = settings_of(setting, train=train, policy=policy, hardware=hardware)
     draws = draw(rows, settings=settings, epoch=0)

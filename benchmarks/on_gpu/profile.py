@@ -1,4 +1,4 @@
-"""Where a step's time goes: PyTorch's profile of an eager and of a compiled step."""
+"""Profile an eager and a compiled step with PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_NAME = 60
 
 
 def tasks(setting: Setting) -> Tasks:
-    """An eager step of the size that is compiled, and that compiled one."""
+    """Profile an eager step and the compiled one, both of the same size."""
     compiled = cases_of(setting)[0]
     eager = dataclasses.replace(compiled, stage="channels_last")
     cases = (eager, compiled)
@@ -33,7 +33,7 @@ def tasks(setting: Setting) -> Tasks:
 
 
 def _measure(setting: Setting, case: Case) -> Figures:
-    """Profile one step after some; the table of its kernels goes to profile.txt."""
+    """Profile one step after a warm-up; write its table of kernels to profile.txt."""
     clean_up(setting)
     device = device_of(setting)
     steps = build_steps(case)
@@ -62,9 +62,9 @@ def _measure(setting: Setting, case: Case) -> Figures:
 
 
 def kernels(events: Iterable[Any]) -> list[tuple[str, float, int]]:
-    """Name, milliseconds and number of what ran, the longest first.
+    """List name, milliseconds and count of what ran, the longest first.
 
-    Kernels where the profile has any, which is on a GPU, else a CPU's operators.
+    Kernels if the profile has any, as on a GPU, else a CPU's operators.
     """
     found = list(events)
     on_device = [event for event in found if _is_on_device(event)]

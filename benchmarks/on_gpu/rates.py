@@ -16,18 +16,18 @@ _MAX_CALLS = 10_000
 
 
 def device_of(setting: Setting) -> torch.device:
-    """The device that the setting names, found in this process."""
+    """Return the setting's device, found in this process."""
     return find_device(setting.device)
 
 
 def times_ms(
     function: Callable[[], object], *, setting: Setting, round_s: float | None = None
 ) -> Spread:
-    """Milliseconds of a call, in rounds of many calls; two calls warm up.
+    """Measure the milliseconds of a call in rounds of many, after two calls' warm-up.
 
-    The device is waited for at a round's end alone, as a training does not wait either.
-    How many calls a round has is set before: a host is ahead of its device by so much
-    work that the clock would end a round long before the device has.
+    The device is synchronised at a round's end alone, as a training does not wait
+    either. The number of calls is fixed before: a host runs so far ahead of its device
+    that the clock would end a round long before the device has.
 
     Args:
         round_s: Seconds of a round; the setting's by default.
@@ -45,7 +45,7 @@ def times_ms(
 def _seconds(
     function: Callable[[], object], num_calls: int, *, device: torch.device
 ) -> float:
-    """Seconds that some calls take, until the device has done them."""
+    """Measure the seconds of some calls, until the device has finished them."""
     synchronize(device)
     start_s = time.perf_counter()
     for _ in range(num_calls):

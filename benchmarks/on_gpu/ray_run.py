@@ -1,4 +1,4 @@
-"""The demo on Ray with one worker, which is killed; it goes on, and is evaluated."""
+"""Train the demo on Ray with one worker, kill it, resume, and evaluate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ELSEWHERE = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")
 
 
 def tasks(setting: Setting) -> Tasks:
-    """Train with a worker that dies, then evaluate what came of it."""
+    """Train with a worker that is killed, then evaluate the result."""
     return {
         "trained, killed, resumed": lambda: _train(setting),
         "evaluated": lambda: _evaluate(setting),
@@ -85,7 +85,7 @@ def _evaluate(setting: Setting) -> Figures:
 
 
 def _start(module: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start a command of ours; what it prints goes where the stage's goes."""
+    """Start a command of ours, with its output in the stage's log."""
     inherited = {k: v for k, v in os.environ.items() if k not in _ELSEWHERE}
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
@@ -115,7 +115,7 @@ def _checkpoint(setting: Setting, number: int) -> Path:
 
 
 def _data(setting: Setting) -> dict[str, str]:
-    """The demo's photographs; of them some hundreds."""
+    """Return the demo's sets, or in a tiny run some hundreds of their photographs."""
     data = demo().data
     if not setting.tiny:
         return {"train": data.train, "val": data.val}

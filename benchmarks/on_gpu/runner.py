@@ -1,4 +1,4 @@
-"""Run stages one after the other, each within its time, and keep what they tell."""
+"""Run stages in turn, each within its time limit, and save their results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ State = Literal["waiting", "running", "done", "failed", "out of time", "left out
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What is known of a stage, so far."""
+    """A stage's outcome so far."""
 
     state: State = "waiting"
     why: str = ""
@@ -47,20 +47,20 @@ class Outcome:
     missing: list[str] = field(default_factory=list)
     """Cases that were not measured."""
     last_lines: list[str] = field(default_factory=list)
-    """Of what the stage printed, where something failed."""
+    """Of the stage's output, if something failed."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether it has ended, and all its cases too."""
+        """Whether the stage and all its cases have completed."""
         return self.state not in ("waiting", "running") and not self.missing
 
     @property
     def is_bad(self) -> bool:
-        """Whether it did not end well."""
+        """Whether the stage ended badly."""
         return self.state in ("failed", "out of time")
 
     def note(self, told: Mapping[str, Any]) -> None:
-        """Note what a stage told: its cases' names, or one case's figures."""
+        """Record a stage's message: its cases' names, or one case's figures."""
         if "cases" in told:
             self.missing = list(told["cases"])
             return
@@ -72,7 +72,7 @@ class Outcome:
             self.cases[name] = {**told["figures"], "seconds": told["seconds"]}
 
     def conclude(self, *, exit_code: int | None, limit_s: float) -> None:
-        """Set the state of a stage that ended, or was ended at its limit."""
+        """Set the state of a stage that ended, or was killed at its limit."""
         is_whole = bool(self.cases or self.errors) and not self.missing
         if exit_code is None and not is_whole:
             self.state, self.why = "out of time", f"ended after {limit_s:.0f} s"
@@ -92,12 +92,12 @@ def run_stage(
     outcome: Outcome,
     save: Callable[[], None],
 ) -> None:
-    """Run a stage in a process of its own, until it ends or its time does.
+    """Run a stage in its own process, until it ends or times out.
 
     Args:
         until_s: Reading of `time.monotonic` by which all stages have to end.
-        outcome: Filled in as the stage tells.
-        save: Is called after each change of it.
+        outcome: Filled in as the stage reports.
+        save: Called after each change of it.
     """
     start_s, log = time.monotonic(), setting.work / f"{stage.name}.log"
     limit_s = min(stage.limit_s * setting.patience, until_s - start_s)
@@ -135,7 +135,7 @@ def _hear(
     outcome: Outcome,
     save: Callable[[], None],
 ) -> bool:
-    """Hear the next thing from a stage; whether its process has ended."""
+    """Receive a stage's next message; return whether its process has ended."""
     try:
         if pipe.poll(_LOOK_EVERY_S):
             outcome.note(pipe.recv())
@@ -147,7 +147,7 @@ def _hear(
 
 
 def warm_up() -> float:
-    """Import what the stages need, for their processes to fork off: seconds taken."""
+    """Preload the stages' imports in the fork server; return the seconds taken."""
     start_s = time.monotonic()
     process = _context().Process(target=os.getpid)
     process.start()
@@ -167,7 +167,7 @@ def _context() -> ForkServerContext:
 def _process(
     stage: Stage, *, setting: Setting, log: Path
 ) -> Iterator[tuple[BaseProcess, Connection]]:
-    """Start a stage's process; at the end it and all of its group are ended."""
+    """Start a stage's process, and kill its process group at the end."""
     context = _context()
     ours, theirs = context.Pipe()
     module = f"{stage.package}.{stage.name}"
@@ -187,7 +187,7 @@ def _process(
 
 
 def _serve(module: str, setting: Setting, pipe: Connection, log: Path) -> None:
-    """In its process: measure a stage's cases; what is printed goes to `log`."""
+    """Measure a stage's cases, in its process, with output in `log`."""
     os.setsid()  # so that all that it starts can be ended with it
     with log.open("w") as file:
         for descriptor in (1, 2):
@@ -212,7 +212,7 @@ def _serve(module: str, setting: Setting, pipe: Connection, log: Path) -> None:
 
 
 def _end_with_runner(pipe: Connection) -> None:
-    """End this process and those it started when the runner ends, however it does."""
+    """Kill this process group when the runner ends, however it does."""
     try:
         pipe.recv()
     except (EOFError, OSError):

@@ -1,4 +1,4 @@
-"""The stages in their order, most worth knowing first, and what every one is told."""
+"""Define the stages, the most informative first, and their common setting."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Setting:
 
     device: Literal["auto", "cpu", "cuda"]
     tiny: bool
-    """Every size and duration as small as it can be, to try the script itself."""
+    """Use minimal sizes and durations, to try the script itself."""
     work: Path
     """For what later stages read: images, shards, compiled kernels, runs."""
     out: Path
     """For what a person wants."""
 
     def pick(self, full: T, *, tiny: T) -> T:
-        """Choose a size."""
+        """Return `tiny` in a tiny run, else `full`."""
         return tiny if self.tiny else full
 
     @property
     def patience(self) -> float:
-        """Times its limit that a stage may take: machines that try it may be busy."""
+        """Factor on each stage's limit: machines that try the script may be busy."""
         return self.pick(1.0, tiny=5.0)
 
     @property
@@ -47,12 +47,12 @@ class Setting:
 
     @property
     def round_s(self) -> float:
-        """Seconds that one measured round lasts; at least one call is made."""
+        """Seconds of one measured round, with at least one call."""
         return self.pick(0.7, tiny=0.0)
 
     @property
     def num_rounds(self) -> int:
-        """Rounds whose median counts."""
+        """Number of rounds, whose median counts."""
         return self.pick(3, tiny=1)
 
 
@@ -64,12 +64,12 @@ class Stage:
     part: Part
     limit_s: float
     needs: tuple[str, ...]
-    """Modules without which there is nothing to measure."""
+    """Modules that the stage needs."""
     package: str = "benchmarks.on_gpu"
 
     @property
     def lacks(self) -> list[str]:
-        """Modules that it needs and that are not installed."""
+        """Needed modules that are not installed."""
         return [name for name in self.needs if not _is_installed(name)]
 
 

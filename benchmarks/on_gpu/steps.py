@@ -1,4 +1,4 @@
-"""A training step stage by stage, beside timm's network of equal size, not compiled."""
+"""Time eager training steps stage by stage, beside timm's network of equal size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TINY = (("depth", 1), ("embed_dim", 32), ("num_heads", 2))
 
 
 def tasks(setting: Setting) -> Tasks:
-    """By size of a batch: ours and timm's."""
+    """Time ours and timm's by batch size."""
     cases = [
         case_of(setting, subject, stage, batch_size=batch_size)
         for batch_size in batch_sizes(setting)
@@ -31,12 +31,12 @@ def tasks(setting: Setting) -> Tasks:
 
 
 def batch_sizes(setting: Setting) -> tuple[int, ...]:
-    """Images a step: as many as fill a GPU, and as few as the papers' on each."""
+    """Return the batch sizes: one that fills a GPU, and the papers' per GPU."""
     return setting.pick((256, 64), tiny=(2,))
 
 
 def case_of(setting: Setting, subject: Subject, stage: str, *, batch_size: int) -> Case:
-    """A case of So-ViT-14; of a So-ViT-7 that is no bigger than it must be."""
+    """Return a case of So-ViT-14, or of a minimal So-ViT-7 in a tiny run."""
     return Case(
         model=setting.pick("so_vit_14", tiny="so_vit_7"),
         subject=subject,
@@ -50,18 +50,18 @@ def case_of(setting: Setting, subject: Subject, stage: str, *, batch_size: int) 
 
 
 def name_of(case: Case) -> str:
-    """Name a case's task."""
+    """Return the name of a case's task."""
     return f"{case.label}, {case.stage}, batch {case.batch_size}"
 
 
 def clean_up(setting: Setting) -> None:
-    """Give back the memory of the case before: its model refers to itself."""
+    """Free the memory of the case before: its model has reference cycles."""
     gc.collect()
     give_memory_back(device_of(setting))
 
 
 def _measure(setting: Setting, case: Case) -> Figures:
-    """Its first steps, and then rounds, in this process."""
+    """Measure a case's first steps, and then rounds, in this process."""
     clean_up(setting)
     told = tell(case, round_s=setting.round_s)
     begun = next(told)
@@ -72,7 +72,7 @@ def _measure(setting: Setting, case: Case) -> Figures:
 def figures_of(
     case: Case, *, begun: Begun, rounds: Sequence[tuple[float, int]]
 ) -> Figures:
-    """Rate, what of it is arithmetic, and memory."""
+    """Return rate, times, arithmetic throughput, and memory."""
     of = spread([step_ms for step_ms, _ in rounds])
     images_per_s = 1000 * case.batch_size / of.median
     return {

@@ -35,7 +35,7 @@ _BLOCK_MS = 4.8  # of blocks of 68 kB, on two cores: docs/scale.md
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Settings):
-    """What is asked, and of which constants."""
+    """What is estimated, and from which constants."""
 
     num_gpus: tuple[int, ...] = (8, 64, 512)
     num_images: tuple[int, ...] = (1_281_167, 14_197_122, 10**9)
@@ -62,7 +62,7 @@ class Options(Settings):
 
 
 def trainings_of(options: Options, *, costs: Costs) -> list[dict[str, Any]]:
-    """Each training's settings, and what is asked of each resource."""
+    """List each training's settings, and its load on each resource."""
     same = {of.name: getattr(options, of.name) for of in dataclasses.fields(Settings)}
     asked = (options.images_per_gpu_s, options.num_images, options.num_gpus)
     trainings = []
@@ -76,7 +76,7 @@ def trainings_of(options: Options, *, costs: Costs) -> list[dict[str, Any]]:
 
 
 def table(trainings: Sequence[dict[str, Any]]) -> str:
-    """A line for each training: its loads, and which is the first."""
+    """Format a line per training: its loads, and the largest."""
     asked = pd.DataFrame(trainings)[["images_per_gpu_s", "num_images", "num_gpus"]]
     loads = pd.DataFrame([training["loads"] for training in trainings])
     shown = pd.concat([asked, loads, loads.idxmax(axis=1).rename("first")], axis=1)
@@ -84,12 +84,12 @@ def table(trainings: Sequence[dict[str, Any]]) -> str:
 
 
 def costs_of(found: Mapping[str, Any]) -> Costs:
-    """Pick the model's constants out of what was measured."""
+    """Extract the model's constants from the measurements."""
     return Costs(**{of.name: found[of.name] for of in dataclasses.fields(Costs)})
 
 
 def read_costs(path: Path) -> dict[str, Any]:
-    """Read the costs of a result file; ValueError where there are none."""
+    """Read the costs of a result file; raise ValueError if there are none."""
     try:
         found = json.loads(path.read_text())["costs"]
         found |= found.get("kept", {})  # a checkpoint's, as of 2026-11
@@ -103,7 +103,7 @@ def read_costs(path: Path) -> dict[str, Any]:
 
 
 def measure_costs(options: Options) -> dict[str, Any]:
-    """Measure all constants; blocks only where there is a Ray."""
+    """Measure all constants; blocks only with RAY_ADDRESS."""
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

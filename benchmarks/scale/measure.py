@@ -1,4 +1,4 @@
-"""Measure the model's constants, with the code that trains."""
+"""Measure the model's constants, with training's own code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CLASSES = tuple(f"class {number}" for number in range(1000))
 
 
 def least_s(function: Callable[[], object], *, num_rounds: int = _ROUNDS) -> float:
-    """Seconds of the quickest of some calls."""
+    """Measure the seconds of the fastest of some calls."""
     times_s = []
     for _ in range(num_rounds):
         start_s = time.perf_counter()
@@ -46,7 +46,7 @@ def least_s(function: Callable[[], object], *, num_rounds: int = _ROUNDS) -> flo
 def write_copies(
     folder: Path, *, num_shards: int, num_rows: int, image_bytes: int
 ) -> None:
-    """Write a shard of random bytes for images, and copies of it."""
+    """Write a shard of random bytes as images, and copies of it."""
     folder.mkdir(parents=True)
     (folder / CLASSES_FILE).write_text(json.dumps(_CLASSES))
     rng = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def write_copies(
 
 
 def measure_bucket(folder: Path, *, latency_ms: float, tiny: bool) -> dict[str, Any]:
-    """Serve S3 on loopback: footers and a unit with a delay, then bytes without one."""
+    """Measure S3 on loopback: footers and a unit with latency, bytes without it."""
     from tests.s3_server import s3_server
 
     num_shards, num_rows = (8, 64) if tiny else (480, 1024)
@@ -156,10 +156,10 @@ def measure_checkpoint(recipe: str, *, folder: Path) -> dict[str, Any]:
 
 
 def measure_blocks(folder: Path, *, num_workers: int, num_blocks: int = 1000) -> float:
-    """Milliseconds of a block, dealt to a thread for each worker on the Ray that is.
+    """Measure the milliseconds per block, dealt to one thread per worker on Ray.
 
-    The start of the split is left out. A coordinator that is faster than one process
-    can take shows as that process's speed.
+    The start of the split is left out. If the coordinator is faster than one process
+    can read, that process's speed is measured.
     """
     from pipelines.data.ray_source import shares, split_units
 

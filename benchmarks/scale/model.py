@@ -1,7 +1,7 @@
-"""Work out what a run asks of its cluster, from what was measured: arithmetic.
+"""Compute a run's load on its cluster from measured costs.
 
-A load of 1 is all that there is. Of rates, twice the load is half the speed. Of pauses
-1 is a twentieth of the time, of the start ten minutes: a matter of taste.
+A load of 1 is the full capacity. For rates, twice the load is half the speed. For
+pauses 1 is a twentieth of the time, for the start ten minutes: a matter of taste.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Costs:
     """The constants of the model, all measured; the last three are of a checkpoint."""
 
     block_ms: float
-    """Ray's, to bring a block from a reader to a worker."""
+    """Ray's, to move a block from a reader to a worker."""
     bucket_footer_ms: float
-    """Of a shard, in a bucket that takes `bucket_latency_ms` to answer."""
+    """Of a shard, in a bucket with a latency of `bucket_latency_ms`."""
     bucket_latency_ms: float
     read_mb_s: float
-    """What one reader reads and cuts from the page cache."""
+    """One reader's rate of reading and cutting from the page cache."""
     bucket_mb_s: float
-    """What one reader reads from a bucket that answers at once."""
+    """One reader's rate from a bucket without latency."""
     num_mb: float
     copy_s: float
     write_s: float
@@ -58,7 +58,7 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides about a training's loads; the defaults are So-ViT-14's recipe's."""
+    """Settings that determine a training's loads; defaults from So-ViT-14's recipe."""
 
     images_per_gpu: int = 64
     image_kb: float = 110.0
@@ -77,11 +77,11 @@ class Case(Settings):
     num_gpus: int
     num_images: int
     images_per_gpu_s: float
-    """What a GPU trains on if nothing holds it up."""
+    """A GPU's rate without any bottleneck."""
 
     @property
     def images_per_s(self) -> float:
-        """What all GPUs want."""
+        """Images per second that all GPUs need."""
         return self.num_gpus * self.images_per_gpu_s
 
     @property
@@ -113,19 +113,19 @@ class Case(Settings):
 
     @property
     def unit_slices(self) -> float:
-        """Parts of row groups that a unit is read from: either end cuts one in two."""
+        """Slices of row groups that a unit is read from: either end cuts one in two."""
         of_set = self.unit_rows / self.num_images * self.num_groups
         return min(of_set + 1, self.num_groups)
 
     @property
     def unit_files(self) -> float:
-        """Files that those lie in: groups come in random order."""
+        """Files of those slices: groups come in random order."""
         others = (1 - 1 / self.num_shards) ** self.unit_slices
         return self.num_shards * (1 - others)
 
     @property
     def images_per_block(self) -> float:
-        """Mean images of a block, as `share_tables` cuts a unit."""
+        """Mean number of images in a block, as `share_tables` cuts a unit."""
         num_batches = math.ceil(self.unit_rows / self.epoch.batch_size)
         num_bytes = round(self.unit_rows * 1000 * self.image_kb)
         share_bytes = max(num_bytes // (num_batches * self.num_gpus), 1)
@@ -133,10 +133,10 @@ class Case(Settings):
         return self.unit_rows / (math.ceil(num_batches / per_block) * self.num_gpus)
 
     def unit_s(self, costs: Costs, cluster: Cluster) -> float:
-        """Seconds in which one reader reads a unit: its waits and its bytes.
+        """Compute one reader's seconds for a unit: its waits and its bytes.
 
-        Files are opened beside each other; row groups are fetched by Arrow's threads,
-        which are fewer.
+        Files are opened in parallel; row groups are fetched by Arrow's threads, which
+        are fewer.
         """
         at_once = min(FILES_AT_ONCE, self.unit_files)
         fetched_at_once = min(at_once, pa.io_thread_count())
@@ -149,7 +149,7 @@ class Case(Settings):
 
 
 def loads_of(case: Case, *, costs: Costs, cluster: Cluster) -> dict[str, float]:
-    """Work out each resource's load."""
+    """Compute each resource's load."""
     epoch_s = case.num_images / case.images_per_s
     blocks_per_s = case.images_per_s / case.images_per_block
     block_mb = case.images_per_block * case.image_kb / 1000
