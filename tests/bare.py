@@ -123,7 +123,7 @@ print("loaded:", sorted(outside & set(sys.modules)))
 
 
 class BareProcesses:
-    """Run all scripts at once, from the first time that one is asked for."""
+    """Scripts that run in parallel, each in its own process."""
 
     def __init__(self) -> None:
         self._running = {
@@ -138,14 +138,14 @@ class BareProcesses:
         }
 
     def printed(self, script: str) -> str:
-        """Give what a script printed; an AssertionError where it failed."""
+        """Return a script's output; raise AssertionError if it failed."""
         process = self._running[script]
         out, err = process.communicate()
         assert process.returncode == 0, err
         return out
 
     def close(self) -> None:
-        """End what nobody waited for."""
+        """Kill the processes that nobody waited for."""
         for process in self._running.values():
             if process.poll() is None:
                 process.kill()

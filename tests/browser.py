@@ -1,4 +1,4 @@
-"""Serve an MLflow store on loopback, and look at its pages in headless Chromium."""
+"""Serve an MLflow store on loopback, and open its pages in headless Chromium."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _VISITED = MappingProxyType(
 
 
 def find_browser() -> tuple[str, str] | None:
-    """Find Chromium and its driver; None where one of them isn't installed."""
+    """Find Chromium and its driver; None if one of them isn't installed."""
     browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
     driver = shutil.which("chromedriver")
     return (browser, driver) if browser and driver else None
@@ -50,7 +50,7 @@ def find_browser() -> tuple[str, str] | None:
 
 @contextlib.contextmanager
 def mlflow_server(uri: str, *, folder: Path) -> Iterator[str]:
-    """Serve the store `uri` on a free port of loopback; gives the server's address.
+    """Serve the store `uri` on a free loopback port; yield the server's URL.
 
     `folder` gets its log and the artifacts that are sent to it.
     """
@@ -91,7 +91,7 @@ def _wait_for_server(
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    """End a server and, in its session, the processes that it started."""
+    """Stop a server and the processes in its session."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, number)
@@ -103,10 +103,10 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 def open_page(
     url: str, *, wait_for: str, width: int = 1400, height: int = 900
 ) -> Iterator[Chrome]:
-    """Open a page, and wait until it holds the CSS selector `wait_for` and is still.
+    """Open a page, and wait until it matches the CSS selector `wait_for` and is still.
 
-    `width` and `height` are the page's, in pixels. Raises RuntimeError where there is
-    no Chromium, and selenium's TimeoutException where `wait_for` doesn't come.
+    `width` and `height` are the page's, in pixels. Raises RuntimeError if there is no
+    Chromium, and selenium's TimeoutException if `wait_for` doesn't appear.
     """
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.expected_conditions import (
@@ -128,7 +128,7 @@ def open_page(
 def picture(
     url: str, path: Path, *, wait_for: str, width: int = 1400, height: int = 900
 ) -> None:
-    """Write a page's picture to the PNG `path`, once it holds `wait_for`; `open_page`.
+    """Save a page's screenshot to the PNG `path`; see `open_page` for `wait_for`.
 
     Selectors of MLflow: `.parcoords .axis-title` on the page that compares runs,
     `.parcoords .label` in a view of charts.

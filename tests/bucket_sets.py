@@ -23,7 +23,7 @@ def write_images(root: Path) -> Path:
 
 
 def make(source: Path | str, out: str, **options) -> Summary:
-    """Make a set of a source as sovit-shards does, in this process."""
+    """Convert a source to a set as sovit-shards does, in this process."""
     arguments = Arguments(source, out, num_shards=NUM_SHARDS, **options)
     return make_shards(arguments, execute=in_process)
 

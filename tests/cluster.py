@@ -1,4 +1,4 @@
-"""Bring a cluster up on hosts of the tests' own, by the commands that README has.
+"""Start a cluster on the tests' own hosts, by README's commands.
 
 Four hosts: a laptop with the project, from which everything is typed, a head and two
 workers. A store that speaks S3 listens on the laptop.
@@ -26,7 +26,7 @@ _PATH = f"{_BIN}:/usr/sbin:/usr/bin:/sbin:/bin"
 
 @dataclass(kw_only=True)
 class Cluster:
-    """Hold the hosts, and the processes that run beside a test."""
+    """A cluster's hosts, and the processes that run beside a test."""
 
     hosts: dict[str, Host]
     yaml: str
@@ -34,18 +34,18 @@ class Cluster:
 
     @property
     def store(self) -> str:
-        """Give the address of the store."""
+        """The store's address."""
         return f"http://{self.hosts['laptop'].address}:{STORE_PORT}"
 
     def type(self, text: str, *, timeout_s: float = 120) -> str:
-        """Type a command in the project's folder on the laptop."""
+        """Run a command in the project's folder on the laptop."""
         return self.hosts["laptop"].run(
             f"cd {ROOT}; {text}", timeout_s=timeout_s, **self._environment
         )
 
     @property
     def keys(self) -> dict[str, str]:
-        """Give the variables by which programs find the store; keys are in a file."""
+        """Environment variables by which programs find the store, without keys."""
         return {
             "AWS_ENDPOINT_URL": self.store,
             "AWS_REGION": "us-east-1",
@@ -58,7 +58,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def beside(self, text: str, *, log: str) -> Iterator[Path]:
-        """Run a command on the laptop while a `with` block runs; give its log."""
+        """Run a command on the laptop for a `with` block's duration; yield its log."""
         path = self.folder / log
         command = self.hosts["laptop"].command(
             f"cd {ROOT}; exec {text}", **self._environment
@@ -75,7 +75,7 @@ class Cluster:
 
 
 def readme_commands() -> list[str]:
-    """Give the commands of README's section on clusters, line continuations joined."""
+    """Parse the commands of README's section on clusters, with continuations joined."""
     text = (ROOT / "README.md").read_text()
     section = text.partition("## On a cluster")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```\n(.*?)^```$", section, flags=re.M | re.S)
@@ -84,7 +84,7 @@ def readme_commands() -> list[str]:
 
 
 def readme_command(beginning: str) -> str:
-    """Give the one of README's commands that begins so."""
+    """Return the only one of README's commands with this beginning."""
     (found,) = [line for line in readme_commands() if line.startswith(beginning)]
     return found
 
@@ -108,9 +108,9 @@ def edited_yaml(hosts: dict[str, Host]) -> str:
 
 @contextlib.contextmanager
 def cluster_up(folder: Path) -> Iterator[Cluster]:
-    """Turn hosts on, start a store with a bucket, and type what brings Ray up.
+    """Start the hosts, a store with a bucket, and Ray by README's commands.
 
-    The head is there then; `wait_for_workers` waits for the others.
+    The head is up then; `wait_for_workers` waits for the others.
     """
     with hosts_on(folder, NAMES) as hosts:
         for host in hosts.values():
@@ -131,7 +131,7 @@ def cluster_up(folder: Path) -> Iterator[Cluster]:
 
 
 def put_keys(folder: Path) -> None:
-    """Write the keys of the store where Amazon's tools keep them."""
+    """Write the store's keys where Amazon's tools expect them."""
     folder.mkdir(mode=0o700)
     keys = f"aws_access_key_id = key-of-tests\naws_secret_access_key = {SECRET}\n"
     (folder / "credentials").write_text(f"[default]\n{keys}")
@@ -139,7 +139,7 @@ def put_keys(folder: Path) -> None:
 
 
 def with_yaml(command: str, *, cluster: Cluster) -> str:
-    """Put the edited yaml in the place of the project's, and answer questions."""
+    """Replace the project's yaml by the edited one, and confirm prompts."""
     name = "clusters/on-prem.yaml"
     assert name in command
     return re.sub(r"\b(ray (up|down))\b", r"\1 --yes", command).replace(
@@ -148,12 +148,12 @@ def with_yaml(command: str, *, cluster: Cluster) -> str:
 
 
 def status(cluster: Cluster) -> str:
-    """Ask the head what it has."""
+    """Return the head's `ray status`."""
     return cluster.hosts["head"].run("RAY_AUTH_MODE=token ray status", PATH=_PATH)
 
 
 def wait_for_workers(cluster: Cluster) -> None:
-    """Wait until all three hosts of the cluster are there."""
+    """Wait until all three hosts of the cluster are up."""
     wait_for(
         lambda: "3 local.cluster.node" in status(cluster),
         what="two workers",

@@ -43,7 +43,7 @@ def is_fast(text: str) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out files without the mark that is asked for: all take a minute of CPU."""
+    """Skip files without the requested mark: importing all takes a minute of CPU."""
     wanted = config.option.markexpr.partition(" ")[0]
     if collection_path.suffix != ".py" or wanted not in (*MARKED, "fast"):
         return None

@@ -66,7 +66,7 @@ def small_demo(
     max_failures: int = 1,
     bad_rows: Sequence[int] = (),
 ) -> Run:
-    """Make a run that trains an epoch in about a second: 301 and 101 images."""
+    """Build a run that trains an epoch in about a second: 301 and 101 images."""
     base = demo()
     model = dataclasses.replace(
         base.model,

@@ -1,4 +1,4 @@
-"""Have a small disk of our own, which can be full or forbidden."""
+"""Mount a small disk that can be filled up or made read-only."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.waiting import wait_for
 
 
 class Disk:
-    """Be a file system in memory, of which only root can have one."""
+    """A file system in memory, which only root can mount."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._filler = folder / "filler"
 
     def fill(self) -> None:
-        """Leave not a byte free."""
+        """Fill the disk up to the last byte."""
         with self._filler.open("ab", buffering=0) as file:
             with contextlib.suppress(OSError):
                 while file.write(bytes(1 << 20)):
@@ -29,15 +29,15 @@ class Disk:
             assert file.tell()
 
     def free(self) -> None:
-        """Take away what it was filled with."""
+        """Delete the file that fills the disk."""
         self._filler.unlink()
 
     def forbid(self) -> None:
-        """Refuse all that is written; what is being written now is waited for."""
+        """Make the disk read-only, waiting for writes in progress."""
         wait_for(lambda: self._mounted("remount,ro"), what="the disk to be read-only")
 
     def allow(self) -> None:
-        """Take writes again."""
+        """Make the disk writable again."""
         assert self._mounted("remount,rw")
 
     def _mounted(self, options: str) -> bool:
@@ -47,7 +47,7 @@ class Disk:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, *, size_mb: int) -> Iterator[Disk]:
-    """Mount a disk of a size; skip the test where that is not allowed."""
+    """Mount a disk of a size; skip the test if that is not allowed."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size_mb}m", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(command, capture_output=True).returncode:

@@ -31,13 +31,13 @@ TINY: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Hold a run and its last checkpoint."""
+    """A run and its last checkpoint."""
 
     run: Run
     checkpoint: Path
 
     def logits(self, pixels: Tensor, *, ema: bool = True) -> Tensor:
-        """Give what the checkpoint's model says, without any export."""
+        """Compute the logits of the checkpoint's own model, without any export."""
         model, _ = load_model(self.checkpoint, ema=ema)
         with torch.inference_mode():
             return model(pixels)
@@ -49,7 +49,7 @@ class Trained:
 
 
 def untrained(folder: Path, settings: Model, *, noise: float = 0.1) -> Trained:
-    """Write a checkpoint of three classes that tells images apart."""
+    """Write a checkpoint of three classes whose logits differ between images."""
     folder.mkdir()
     torch.manual_seed(0)
     model = build_model(settings, num_classes=3)
@@ -81,6 +81,6 @@ def refused(subject: Trained, out: Path, match: str, **settings: Any) -> None:
 
 
 def blocks(heading: str) -> list[str]:
-    """Give the Python below a heading of docs/using.md."""
+    """Return the Python blocks below a heading of docs/using.md."""
     part = re.split(r"\n##", PAGE.partition(f"\n{heading}\n")[2])[0]
     return re.findall(r"```python\n(.*?)```", part, re.DOTALL)

@@ -1,4 +1,4 @@
-"""Make runs of a second, in one process, for what happens to runs."""
+"""Build runs of a second, in one process, for tests of faults."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from tests.demo_runs import small_demo
 
 
 class At(UserCallback):
-    """Do something when a report comes, the first of which is number 1.
+    """Callback that acts at given reports, counted from 1.
 
-    One comes with each checkpoint: at steps 4, 8, 10, 12, 16 and 20.
+    Each checkpoint has a report: at steps 4, 8, 10, 12, 16 and 20.
     """
 
     def __init__(self, actions: Mapping[int, Callable[[], object]]) -> None:
         self._actions, self._number = actions, 0
 
     def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
-        """Do what is to be done now."""
+        """Run the action of this report, if any."""
         self._number += 1
         self._actions.get(self._number, lambda: None)()
 
 
 def brief_run(folder: Path, *, num_epochs: int, **optim: Any) -> Run:
-    """Make a run of ten steps an epoch, with a checkpoint every four steps.
+    """Build a run of ten steps per epoch, with a checkpoint every four steps.
 
     It is evaluated at its end alone.
     """
@@ -47,9 +47,9 @@ def brief_run(folder: Path, *, num_epochs: int, **optim: Any) -> Run:
 
 
 def learnt(folder: Path) -> dict[str, Any]:
-    """Give all that training has made of a checkpoint: equal where it is bit for bit.
+    """Load a checkpoint's training state in a form that compares bit for bit.
 
-    Raises ValueError where the checkpoint is not whole.
+    Raises ValueError if the checkpoint is damaged.
     """
     manifest = read_manifest(folder)
     state = torch.load(folder / OPTIMIZER_FILE, weights_only=True)
@@ -62,7 +62,7 @@ def learnt(folder: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Turn the tensors within dicts and lists into what can be compared."""
+    """Convert the tensors within dicts and lists to comparable bytes."""
     if isinstance(value, torch.Tensor):
         return value.numpy().tobytes()
     if isinstance(value, dict):

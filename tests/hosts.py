@@ -1,4 +1,4 @@
-"""Make several hosts of this machine: each its own address, name, processes and home.
+"""Run several hosts on this machine, each with its address, processes and home.
 
 A host is a set of Linux namespaces whose first process is sshd: killing it turns the
 host off. A switch joins them; no address of theirs is this machine's, so what they say
@@ -75,7 +75,7 @@ exec /usr/sbin/sshd -D -f /run/host/sshd_config -E /run/host/sshd.log
 
 @functools.cache
 def lacking() -> str:
-    """Say what this machine lacks to make hosts; nothing if it can."""
+    """Return what this machine lacks to run hosts; "" if nothing."""
     if os.geteuid() != 0:
         return "needs root"
     missing = [name for name in _PROGRAMS if not shutil.which(name, path=_PATH)]
@@ -93,7 +93,7 @@ def lacking() -> str:
 
 @dataclass(kw_only=True)
 class Host:
-    """Be one host, on or off."""
+    """One host, on or off."""
 
     name: str
     address: str
@@ -103,7 +103,7 @@ class Host:
 
     @property
     def home(self) -> Path:
-        """Give the folder that holds what was written in its user's home."""
+        """Folder with what was written in its user's home."""
         return self.folder / "home"
 
     def turn_on(self) -> None:
@@ -136,7 +136,7 @@ class Host:
 
     @property
     def pid(self) -> int:
-        """Give its first process; 0 where it is off."""
+        """Process id of its first process; 0 if it is off."""
         if self._process is None or self._process.poll() is not None:
             return 0
         parent = self._process.pid
@@ -147,14 +147,14 @@ class Host:
         return int((children.split() or ["0"])[0])
 
     def command(self, text: str, **variables: str) -> list[str]:
-        """Give what runs a shell command on it, as the user who logs in would."""
+        """Build the command that runs a shell command on it, as in a login."""
         enter = ["nsenter", "-t", str(self.pid), "-m", "-u", "-i", "-n", "-p"]
         settled = {"HOME": str(HOME), "PATH": _PATH, "USER": "root"} | variables
         pairs = [f"{name}={value}" for name, value in settled.items()]
         return [*enter, "env", "-i", *pairs, "bash", "-c", f"cd; {text}"]
 
     def run(self, text: str, *, timeout_s: float = 60, **variables: str) -> str:
-        """Run a shell command on it; give what it prints, or fail with that."""
+        """Run a shell command on it; return its output, or fail with it."""
         done = subprocess.run(
             self.command(text, **variables),
             stdout=subprocess.PIPE,
@@ -173,7 +173,7 @@ class Host:
 
 @contextlib.contextmanager
 def hosts_on(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Host]]:
-    """Turn hosts on that reach each other; the first one has the key to all."""
+    """Start hosts that reach each other; the first one has the key to all."""
     switch = subprocess.Popen(
         [*_DYING_WITH_US, "unshare", "--net", "sleep", "infinity"]
     )

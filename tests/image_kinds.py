@@ -1,6 +1,6 @@
-"""Make images of odd kinds by code, each with the pixels that it shows.
+"""Build images of odd kinds by code, each with its expected pixels.
 
-The pixels are known from how the bytes were made: no decoder says what is right.
+The pixels follow from how the bytes were made, not from a decoder.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ WIDTH, HEIGHT = 24, 18
 
 
 class Kind(NamedTuple):
-    """An image's bytes, and uint8 (H, W, 3) that it shows."""
+    """An image's bytes, and its expected uint8 (H, W, 3)."""
 
     data: bytes
     pixels: np.ndarray
     levels: float = 0
-    """How far the pixels may be off, on the mean: what its encoder loses."""
+    """Allowed mean difference of the pixels: its encoder's loss."""
 
 
 def waves() -> np.ndarray:
-    """Give the picture that most of them show: uint8 (H, W, 3)."""
+    """Draw the picture that most of them show: uint8 (H, W, 3)."""
     x, y = np.linspace(0, 2, WIDTH), np.linspace(0, 1.5, HEIGHT)[:, None]
     return np.stack([np.sin(x * k + y) * 100 + 128 for k in (1, 2, 3)], -1).astype(
         np.uint8
@@ -35,7 +35,7 @@ def waves() -> np.ndarray:
 
 
 def shown(grey: np.ndarray) -> np.ndarray:
-    """Show grey levels (H, W) as RGB."""
+    """Convert grey levels (H, W) to RGB."""
     return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
 
 
@@ -48,7 +48,7 @@ def encode(pixels: np.ndarray | Image.Image, form: str, **settings: Any) -> byte
 
 
 def chunk(name: bytes, data: bytes, *, crc: int | None = None) -> bytes:
-    """Make a chunk of a PNG."""
+    """Build a chunk of a PNG."""
     crc = zlib.crc32(name + data) if crc is None else crc
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc)
 
@@ -125,7 +125,7 @@ def tiff(
 
 
 def segment(marker: int, data: bytes) -> bytes:
-    """Make a segment of a JPEG."""
+    """Build a segment of a JPEG."""
     return bytes([255, marker]) + struct.pack(">H", len(data) + 2) + data
 
 
@@ -333,7 +333,7 @@ def _jpegs() -> dict[str, Kind]:
 
 
 def image_kinds() -> dict[str, Kind]:
-    """Give all kinds that are decoded, by name."""
+    """Return all kinds that are decoded, by name."""
     kinds = _pngs() | _plain_files() | _jpegs()
     return {
         name: kind._replace(pixels=kind.pixels.astype(np.uint8))
@@ -342,7 +342,7 @@ def image_kinds() -> dict[str, Kind]:
 
 
 def refused_kinds() -> dict[str, tuple[bytes, str]]:
-    """Give kinds that are refused everywhere, with a part of the reason."""
+    """Return the kinds that are refused everywhere, with a part of the reason."""
     color, rows = waves(), [row.tobytes() for row in waves()]
     grey = color[..., 0]
     whole, jpeg = png(rows, color=2), encode(color, "JPEG", quality=95)

@@ -55,7 +55,7 @@ def meta_mat(*, compressed: bool = True, of_id: Mapping[str, str] = OF_ID) -> by
 
 
 def devkit(*, ground_truth: Sequence[int] = GROUND_TRUTH) -> dict[str, bytes]:
-    """Give the devkit's files by their paths in it."""
+    """Build the devkit's files by their paths in it."""
     text = "".join(f"{number}\n" for number in ground_truth)
     return {
         "ILSVRC2012_devkit_t12/readme.txt": b"Introduction",

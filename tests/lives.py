@@ -1,4 +1,4 @@
-"""Start drivers that can be killed, without waiting for what they import each time."""
+"""Start drivers to be killed, forked to save their import time."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def begin(
 ) -> BaseProcess:
     """Start `sovit-train` in a process of its own, which writes into a log.
 
-    It leads a session, by which all that it starts can be found, and no signal is
-    ignored in it, as in what a shell starts in the background.
+    It leads a session, by which all of its processes can be found, and ignores no
+    signal, unlike what a shell starts in the background.
     """
     log.touch()  # A signal may end it before it writes.
     processes = multiprocessing.get_context("forkserver")
@@ -59,7 +59,7 @@ def cut_at(step: int, *, process: BaseProcess, key_log: Path, log: Path) -> None
 
 
 def last_step(key_log: Path) -> int:
-    """Give the step that the newest process has come to; -1 before its first."""
+    """Return the last step of the newest process; -1 before its first."""
     files = sorted(key_log.glob("*.csv"))
     lines = files[-1].read_text().splitlines() if files else []
     return int(lines[-1].partition(",")[0]) if lines else -1

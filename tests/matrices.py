@@ -23,14 +23,14 @@ def semidefinite(
 
 
 def polynomial(x: Tensor, *, num_iterations: int, pre_norm: str = "trace") -> Tensor:
-    """Return the Newton-Schulz root of one matrix, word by word as it is defined."""
+    """Compute the Newton-Schulz root of one matrix, literally as defined."""
     return coupled(x, steps=((1.5, -0.5),) * num_iterations, pre_norm=pre_norm)[0]
 
 
 def coupled(
     x: Tensor, *, steps: Sequence[tuple[float, float]], pre_norm: str = "trace"
 ) -> tuple[Tensor, Tensor]:
-    """Return the root of one matrix and its inverse by the coupled iteration."""
+    """Compute the root of one matrix and its inverse by the coupled iteration."""
     size = {
         "trace": torch.trace,
         "frobenius": torch.linalg.matrix_norm,
@@ -45,7 +45,7 @@ def coupled(
 
 
 def spectral(x: Tensor, *, power: float) -> Tensor:
-    """Return a power of a symmetric matrix by its eigenvalues, zeros left out."""
+    """Compute a power of a symmetric matrix by its eigenvalues, zeros left out."""
     values, vectors = torch.linalg.eigh(x)
     kept = values > 1e-10
     powered = torch.where(kept, torch.where(kept, values, 1.0) ** power, 0.0)
@@ -55,7 +55,7 @@ def spectral(x: Tensor, *, power: float) -> Tensor:
 def check_autocast(
     function: Callable[[Tensor], Tensor], x: Tensor, *, backward_inside: bool
 ) -> None:
-    """Hold a function's float32 values and gradients under autocast to those without.
+    """Check that a function's float32 values and gradients are the same under autocast.
 
     `backward_inside` calls `backward()` under autocast, too.
     """

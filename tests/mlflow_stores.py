@@ -1,4 +1,4 @@
-"""Copy an empty MLflow store: to create one takes seconds."""
+"""Copy an empty MLflow store: creating one takes seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.tracking.client import connect, sqlite_path
 
 
 def prepare_store(storage: str) -> str:
-    """Lay a store where runs of a storage folder keep theirs; give its address."""
+    """Copy a store to where runs of a storage folder expect it; return its URI."""
     uri = default_uri(storage)
     path = sqlite_path(uri)
     assert path is not None

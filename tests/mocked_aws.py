@@ -49,15 +49,15 @@ _ANSWERS = {
 
 @dataclass
 class Host:
-    """Stand for ssh and rsync: keep what they would send, as one line each."""
+    """Stand-in for ssh and rsync that records each command as one line."""
 
     lines: list[str] = field(default_factory=list)
     bootstrap: dict[str, Any] = field(default_factory=dict)
-    """What the head's autoscaler is told."""
+    """Configuration that the head's autoscaler gets."""
     DEVNULL = subprocess.DEVNULL
 
     def check_call(self, command: Sequence[str], **_: Any) -> int:
-        """Take a command; all succeed."""
+        """Record a command; all succeed."""
         self.lines.append(" ".join(command))
         for word in command:
             if command[0] == "rsync" and "/ray-bootstrap-" in word and ":" not in word:
@@ -65,33 +65,33 @@ class Host:
         return 0
 
     def check_output(self, command: Sequence[str], **_: Any) -> bytes:
-        """Take a command whose output Ray reads."""
+        """Record a command, and return a canned output for Ray."""
         self.check_call(command)
         line = self.lines[-1]
         return next((text for part, text in _ANSWERS.items() if part in line), b"")
 
     def find(self, part: str) -> int:
-        """Give the number of the first line that has a part."""
+        """Return the index of the first line that contains `part`."""
         return next(i for i, line in enumerate(self.lines) if part in line)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Hold a cluster in the mock: a head, and one worker with GPUs."""
+    """A cluster in the mock: a head, and one worker with GPUs."""
 
     ec2: Any
     group: str
     filled: dict[str, Any]
     """cluster.yaml with its places filled in."""
     config: dict[str, Any]
-    """What Ray made of it."""
+    """The same as Ray completes it."""
     hosts: dict[str, Host]
-    """What they were told, by node type."""
+    """Hosts by node type, with their recorded commands."""
     actions: frozenset[str]
-    """What the autoscaler asked AWS for."""
+    """AWS actions that the autoscaler called."""
 
     def nodes(self) -> dict[str, dict[str, Any]]:
-        """Ask AWS what it has, by node type."""
+        """List AWS's nodes by type."""
         nodes = {}
         for reservation in self.ec2.describe_instances()["Reservations"]:
             for node in reservation["Instances"]:
@@ -150,7 +150,7 @@ def start_cluster(folder: Path) -> Cluster:
 
 
 def up(config: dict[str, Any], *, host: Host) -> None:
-    """Do what `ray up` does once it knows the account."""
+    """Run what `ray up` does once it knows the account."""
     commands.get_or_create_head_node(
         config,
         "cluster.yaml",
@@ -163,12 +163,12 @@ def up(config: dict[str, Any], *, host: Host) -> None:
 
 
 def provider_of(config: dict[str, Any]) -> Any:
-    """Give Ray's hand on the nodes."""
+    """Return Ray's node provider."""
     return providers._get_node_provider(config["provider"], config["cluster_name"])
 
 
 def _make_account(ec2: Any) -> dict[str, str]:
-    """Make what cluster.yaml says has to be there; give what to fill in."""
+    """Create what cluster.yaml requires; return its placeholders' values."""
     vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
     subnet = ec2.create_subnet(VpcId=vpc, CidrBlock="10.0.0.0/24")["Subnet"]["SubnetId"]
     made = ec2.create_security_group(GroupName="sovit", Description="-", VpcId=vpc)
@@ -187,7 +187,7 @@ def _make_account(ec2: Any) -> dict[str, str]:
 
 
 def _start_worker(told: dict[str, Any], *, path: Path, host: Host) -> set[str]:
-    """Launch a worker and set it up; give what AWS was asked for."""
+    """Launch a worker and set it up; return the AWS actions called."""
     actions = set()
     provider = provider_of(told)
     for resource in (provider.ec2, provider.ec2_fail_fast):

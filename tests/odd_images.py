@@ -1,4 +1,4 @@
-"""Make images that are bad, and odd ones that are not, by kind."""
+"""Build images that are bad, and odd ones that are not, by kind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def encode(image: Image.Image, kind: str, **settings: Any) -> bytes:
 
 
 def picture() -> Image.Image:
-    """Give the picture that all of them show."""
+    """Draw the picture that all of them show."""
     return Image.open(io.BytesIO(GOOD)).convert("RGB")
 
 
@@ -33,7 +33,7 @@ def _with_size(data: bytes, *, height: int, width: int) -> bytes:
 
 
 def _with_thumbnail() -> bytes:
-    """Cut a JPEG whose header holds a whole small one, end marker included."""
+    """Truncate a JPEG whose header has a whole small one, end marker included."""
     small = jpeg(1)
     segment = b"\xff\xe1" + struct.pack(">H", len(small) + 2) + small
     whole = GOOD[:2] + segment + GOOD[2:]
@@ -51,7 +51,7 @@ def _hole_with_forged_end() -> bytes:
 
 
 def bad_images() -> dict[str, bytes]:
-    """Give what must cost that image alone, by kind."""
+    """Return the bad images, each to be refused alone, by kind."""
     rng = np.random.default_rng(0)
     color = picture()
     png = encode(color, "PNG")
@@ -78,7 +78,7 @@ def bad_images() -> dict[str, bytes]:
 
 
 def odd_images() -> dict[str, bytes]:
-    """Give what must decode, by kind."""
+    """Return the odd images that must decode, by kind."""
     color = picture()
     rgba = color.copy()
     rgba.putalpha(128)

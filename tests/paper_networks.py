@@ -72,12 +72,12 @@ def build(name: str, **kwargs: Any) -> nn.Module:
 
 
 def on_meta(name: str, **kwargs: Any) -> Any:
-    """Return a model of shapes alone."""
+    """Build a model on the meta device."""
     with torch.device("meta"):
         return timm.create_model(name, **kwargs)
 
 
 @functools.cache
 def usual(name: str) -> Any:
-    """Return a model of shapes as it is by default; no test changes it."""
+    """Build a default model on the meta device, shared by tests."""
     return on_meta(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def descendants_named(title: str) -> list[int]:
-    """List the ids of our descendants whose command line holds a title (Linux)."""
+    """List the ids of our descendants whose command line contains a title (Linux)."""
     parents: dict[int, int] = {}
     titles: dict[int, str] = {}
     for folder in Path("/proc").glob("[0-9]*"):

@@ -47,9 +47,9 @@ GSOP = {
 
 
 def as_authors(own: Mapping[str, Tensor], rules: Mapping[str, str]) -> dict[str, Any]:
-    """Give our tensors an authors' names; linear maps before a norm are convolutions.
+    """Rename our tensors as the authors; linear maps before a norm become 1x1 kernels.
 
-    A classifier that sees a triangle keeps our order of its columns, the upper.
+    A classifier of a triangle keeps our order of its columns, the upper one's.
     """
     found = {}
     for name, tensor in own.items():
@@ -71,18 +71,18 @@ def in_lower_order(weight: Tensor, *, side: int) -> Tensor:
 
 
 def as_pytorch_0_4(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what BatchNorm has counted only since PyTorch 0.4.1."""
+    """Drop BatchNorm's counters, which came with PyTorch 0.4.1."""
     return {n: w for n, w in weights.items() if not n.endswith("num_batches_tracked")}
 
 
 def mobilenet_layer(name: str) -> tuple[int, ...]:
-    """Return the numbers in a name of torchvision's MobileNetV2."""
+    """Parse the numbers in a name of torchvision's MobileNetV2."""
     return tuple(int(number) for number in re.findall(r"\d+", name))
 
 
 @functools.cache
 def golden_weights(name: str) -> dict[str, Tensor]:
-    """Return the fixed weights of an authors' network; no test changes them."""
+    """Return the fixed weights of an authors' network, shared by tests."""
     return {key: filled(key, shape=shape) for key, shape in golden(name)["tensors"]}
 
 
@@ -95,7 +95,7 @@ def golden_images(name: str) -> Tensor:
 
 
 def net(name: str = "isqrt_resnet18_64", *, seed: int = 0, **kwargs: Any) -> Any:
-    """Return a narrow network with random statistics, counters among them."""
+    """Build a narrow network with random statistics, including counters."""
     torch.manual_seed(seed)
     settings = {"num_classes": 3, **kwargs}
     model = timm.create_model(name, **settings)
@@ -113,13 +113,13 @@ def _pair() -> tuple[Any, Any]:
 
 
 def pair() -> tuple[Any, Any]:
-    """Return two networks of other numbers, made once."""
+    """Return two networks with different weights, built once."""
     source, model = _pair()
     return source, copy.deepcopy(model)
 
 
 def same(model: nn.Module, source: nn.Module) -> bool:
-    """Return whether two networks hold the same numbers."""
+    """Check whether two networks have equal tensors."""
     own, other = model.state_dict(), source.state_dict()
     return own.keys() == other.keys() and all(
         torch.equal(own[name], other[name]) for name in own

@@ -1,7 +1,7 @@
-"""Serve the S3 protocol on loopback, and make requests fail as networks and stores do.
+"""Serve the S3 protocol on loopback, with injected network and store faults.
 
-The store is moto's, in this process. Between it and the client stands `Line`, which
-writes down every request and can refuse some, cut their connection or hold them up.
+The store is moto's, in this process. Between it and the client, `Line` records every
+request, and can refuse some, cut their connection or delay them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SLOW_DOWN = (
 
 @dataclass
 class _Order:
-    """Say which requests are to fail, and how many of them still."""
+    """Pattern of requests to fail, and how many are left."""
 
     pattern: re.Pattern[str]
     fault: Fault
@@ -46,7 +46,7 @@ class _Order:
 
 
 class Line:
-    """Pass requests on to a store, but for those that are to fail."""
+    """Proxy of a store that records requests and injects faults."""
 
     def __init__(self, store: WSGIApplication) -> None:
         self.latency_s = 0.0
@@ -59,7 +59,7 @@ class Line:
         self._lock = threading.Lock()
 
     def fail(self, pattern: str, *, num: int, fault: Fault = "503") -> None:
-        """Let the next `num` requests fail whose "METHOD path?query" a pattern finds.
+        """Fail the next `num` requests whose "METHOD path?query" matches a pattern.
 
         "cut" ends the connection before an answer, "cut within" halfway through one.
         """
@@ -67,12 +67,12 @@ class Line:
             self._orders.append(_Order(re.compile(pattern), fault, num))
 
     def mend(self) -> None:
-        """Let no request fail any more."""
+        """Stop all faults."""
         with self._lock:
             self._orders.clear()
 
     def taken(self) -> list[str]:
-        """Give the requests since the last call, each as "METHOD path?query"."""
+        """Return the requests since the last call, each as "METHOD path?query"."""
         with self._lock:
             requests, self._requests = self._requests, []
         return requests
@@ -159,7 +159,7 @@ def s3_server() -> Iterator[Line]:
 
 @contextlib.contextmanager
 def checked_credentials() -> Iterator[dict[str, str]]:
-    """Let the store check who asks, and give the environment of a user who may."""
+    """Make the store check credentials, and yield an authorised user's environment."""
     iam = boto3.client("iam", region_name="us-east-1")
     iam.create_user(UserName="reader")
     key = iam.create_access_key(UserName="reader")["AccessKey"]

@@ -1,4 +1,4 @@
-"""See what Ray Train's own processes know of their Ray."""
+"""Record the Ray address that Ray Train's own processes see."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ray.train import UserCallback
 
 
 class SeenEnvironment(UserCallback):
-    """Write down, in Ray Train's controller, the address in its environment."""
+    """Callback that records the Ray address in the controller's environment."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
 
     def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
-        """Write the address that the controller would ask, and that it belongs to."""
+        """Write the address in the environment, and that of the controller's Ray."""
         own = ray.get_runtime_context().gcs_address
         seen = {"told": os.environ.get("RAY_ADDRESS"), "own": own}
         self._file.write_text(json.dumps(seen))

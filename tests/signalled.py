@@ -1,4 +1,4 @@
-"""Send a run of a few seconds signals at moments drawn at random; see what is left."""
+"""Send signals to short runs at random moments, and check what is left."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ALONE_S = 150
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """When a signal comes: so long after the process began, or the run was recorded."""
+    """When a signal is sent: a delay after the process's start or the run's record."""
 
     number: signal.Signals
     seconds: float
@@ -44,7 +44,7 @@ class Moment:
 
 
 def moments(seed: int, *, num: int, longest_s: float) -> list[Moment]:
-    """Draw moments, each kind of signal as often; two thirds of them near the start."""
+    """Draw moments, as many for each signal; two thirds of them near the start."""
     draw = random.Random(seed)
     return [
         Moment(
@@ -57,7 +57,7 @@ def moments(seed: int, *, num: int, longest_s: float) -> list[Moment]:
 
 
 def signalled_run(folder: Path, *, num_workers: int = 0) -> Run:
-    """Make a run of some seconds, with its recipe file beside."""
+    """Build a run of some seconds, with its recipe file beside."""
     run = brief_run(folder, num_epochs=3)
     scale = dataclasses.replace(run.scale, num_workers=num_workers)
     run = dataclasses.replace(run, scale=scale, log_every_steps=2)
@@ -68,7 +68,7 @@ def signalled_run(folder: Path, *, num_workers: int = 0) -> Run:
 
 
 def begin_run(folder: Path, *, name: str, keeps_model: bool) -> BaseProcess:
-    """Begin a run, or go on with it, by the one command for both."""
+    """Start or resume a run, by the same command."""
     arguments = [f"{folder}/recipe.py:small", "--resume", name]
     return begin(arguments, log=folder / f"{name}.log", keeps_model=keeps_model)
 
@@ -76,7 +76,7 @@ def begin_run(folder: Path, *, name: str, keeps_model: bool) -> BaseProcess:
 def send_at(
     moment: Moment, *, folder: Path, run: Run, name: str, keeps_model: bool
 ) -> int:
-    """Begin a run, send it a signal, and wait for its end; return its status."""
+    """Start a run, send it a signal, and wait for its end; return its exit status."""
     process = begin_run(folder, name=name, keeps_model=keeps_model)
     assert process.pid is not None
     record = Path(run.storage, name, "run.json")
@@ -93,7 +93,7 @@ def send_at(
 
 
 def ended(process: BaseProcess) -> int:
-    """Wait for a command's end, and that of all it started; return its status."""
+    """Wait for a command and all of its processes to end; return its exit status."""
     process.join(_END_S)
     assert process.exitcode is not None, "it does not end"
     assert process.pid is not None
@@ -102,7 +102,7 @@ def ended(process: BaseProcess) -> int:
 
 
 def wait_until_alone(session: int) -> None:
-    """Wait until no process of a session is left; fail where one stays."""
+    """Wait until no process of a session is left; fail if one stays."""
     deadline_s = time.monotonic() + _ALONE_S
     while left := _processes_of(session):
         assert time.monotonic() < deadline_s, [title.strip() for title in left]
@@ -122,7 +122,7 @@ def _processes_of(session: int) -> list[str]:
 
 
 def check_ended(moment: Moment, *, status: int, said: str, run: Run, name: str) -> str:
-    """See that MLflow, the record and what was said agree; name how it ended."""
+    """Check that MLflow, the record and the output agree; return how the run ended."""
     record = find_record(run.storage, name=name)
     tracked = _tracked(run, name=name)
     shown = f"{moment}: {status}\n{said[-2000:]}"
@@ -147,7 +147,7 @@ def check_ended(moment: Moment, *, status: int, said: str, run: Run, name: str) 
 
 
 def finish(folder: Path, *, run: Run, name: str, keeps_model: bool) -> None:
-    """Go on with a run to its end, which is one run in MLflow."""
+    """Resume a run to its end, which is one run in MLflow."""
     record = find_record(run.storage, name=name)
     if record is None or record.status != "finished":
         process = begin_run(folder, name=name, keeps_model=keeps_model)
@@ -171,7 +171,7 @@ def rehearse(
     num_workers: int = 0,
     keeps_model: bool = True,
 ) -> Counter[str]:
-    """Send signals at some moments, each to a run of its own; count how they ended."""
+    """Send a signal at each moment, each to its own run; count how they ended."""
     run = signalled_run(folder, num_workers=num_workers)
     ends: Counter[str] = Counter()
     for at, moment in enumerate(drawn):

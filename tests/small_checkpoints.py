@@ -1,4 +1,4 @@
-"""Make checkpoints of a few numbers, and have processes killed that write them."""
+"""Write tiny checkpoints, also in processes that are killed meanwhile."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUN = small_run("none")
 
 
 def snapshot_of(step: int, *, top1: float | None = None) -> Snapshot:
-    """Make what a checkpoint of a step holds: its number is the only weight."""
+    """Build a step's snapshot, whose only weight is the step's number."""
     weights = {"weight": torch.full((3,), float(step))}
     return Snapshot(
         run=RUN,
@@ -32,7 +32,7 @@ def snapshot_of(step: int, *, top1: float | None = None) -> Snapshot:
 
 
 def write_and_be_killed(folder: Path, *, name: str, flush: int) -> None:
-    """Write a checkpoint; this process is killed at one of its flushes to the disk."""
+    """Write a checkpoint, and kill this process at one of its flushes to the disk."""
     before = iter(range(1, flush))
 
     def flushed(descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""Run the workers' own training loop in this process, on batches that a test made."""
+"""Run the workers' training loop in this process, on a test's batches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pipelines.worker.watchdog import Watchdog
 
 
 class MemoryGroup:
-    """A worker's `Group` whose driver is the test: what is posted stays here."""
+    """A worker's `Group` that keeps what is posted, without a driver."""
 
     is_watched = False
 
@@ -53,7 +53,7 @@ class MemoryGroup:
         return LocalOpener(reading)
 
     def broadcast(self, value: Small) -> Small:
-        """Give the value back: tests with several workers broadcast nothing."""
+        """Return the value: tests with several workers broadcast nothing."""
         return value
 
     def report(self, metrics: Mapping[str, float]) -> None:
@@ -65,19 +65,19 @@ class MemoryGroup:
         self.events.append(item)
 
     def should_stop(self) -> bool:
-        """Tell what the test has set."""
+        """Return whether the test has requested a stop."""
         return self.is_stopping
 
     def is_preempted(self) -> bool:
-        """Tell what the test has set."""
+        """Return whether the test has announced a preemption."""
         return self.is_taken
 
     def close(self) -> None:
-        """End nothing: nothing was started."""
+        """Do nothing: nothing was started."""
 
 
 class NotingCheckpointer(Checkpointer):
-    """Write each checkpoint once the one before is written, and note its place."""
+    """Checkpointer that waits for the one before, and records each position."""
 
     def __init__(self, job: Job, *, group: MemoryGroup) -> None:
         super().__init__(job, group=group)
@@ -91,19 +91,19 @@ class NotingCheckpointer(Checkpointer):
         metrics: Mapping[str, float],
         can_wait: bool,
     ) -> None:
-        """Note it first: so it is there where writing raises."""
+        """Record the position before writing, which may raise."""
         self.saved.append((name, state.position))
         super().keep(state, name=name, metrics=metrics, can_wait=True)
 
 
 @dataclass(kw_only=True)
 class NotingLoop(TrainingLoop):
-    """The workers' loop, which notes what every worker logs: the first one posts it."""
+    """The workers' loop, recording what every worker logs, not only the first."""
 
     events: list[Event]
-    """What it posted, and its checkpointer."""
+    """What the loop and its checkpointer posted."""
     saved: list[tuple[str, Position]]
-    """Its checkpoints by name, and where each stands."""
+    """Its checkpoints by name, with their positions."""
     logs: list[dict[str, float]] = field(default_factory=list)
 
     def _log(self, metrics: Mapping[str, float], *, batch: Batch) -> None:
@@ -112,14 +112,14 @@ class NotingLoop(TrainingLoop):
         super()._log(metrics, batch=batch)
 
     def kept(self, kind: str) -> list[Position]:
-        """Where checkpoints were written: those of an `epoch`, or of a `step`."""
+        """Return the positions of checkpoints: those of an `epoch`, or of a `step`."""
         return [
             position for name, position in self.saved if name.startswith(f"{kind}_")
         ]
 
     @property
     def messages(self) -> list[str]:
-        """Lines that a person would see."""
+        """Lines that a user would see."""
         return [item.line for item in self.events if isinstance(item, Message)]
 
 
@@ -135,12 +135,12 @@ def small_loop(
     is_preempted: bool = False,
     **parts: Any,
 ) -> Iterator[NotingLoop]:
-    """Make a loop that evaluates on no set, and end its writer afterwards.
+    """Build a loop without evaluation, and close its writer afterwards.
 
     Args:
-        folder: Where its checkpoints stay; else they are deleted at the end.
-        is_stopping: Whether the driver wants it to end.
-        is_preempted: Whether the machine is about to be taken.
+        folder: Where its checkpoints stay; if empty, they are deleted at the end.
+        is_stopping: Whether the driver requests a stop.
+        is_preempted: Whether the machine is about to be preempted.
     """
     run = dataclasses.replace(settings.run, validation=Validation(held_out=False))
     settings = dataclasses.replace(settings, run=run)

@@ -50,7 +50,7 @@ OPTIM = Optim(lr=1e-3, num_epochs=3, warmup_epochs=1, label_smoothing=0.1)
 def small_run(
     address: str, *, model: Model = PLAIN_VIT, batch_size: int = 12, **optim: Any
 ) -> Run:
-    """Describe a run on a small set that is trained and evaluated on."""
+    """Build a run that trains and evaluates on one small set."""
     return Run(
         recipe="small",
         model=model,
@@ -118,7 +118,7 @@ def state_of(run: Run, *, num_classes: int = 3, seed: int | None = None) -> Trai
 
 
 def settings_of(run: Run, *, steps_per_epoch: int, **settings: Any) -> TrainSettings:
-    """Describe a training on the CPU over three classes."""
+    """Return the settings of a training on the CPU over three classes."""
     return TrainSettings(
         run=run,
         num_classes=3,
@@ -174,7 +174,7 @@ def train_run(
 
 @contextlib.contextmanager
 def meeting(folder: str | Path, *, rank: int, num_workers: int) -> Iterator[None]:
-    """Be one of several processes that meet by a file in a folder."""
+    """Join a process group that meets by a file in a folder."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -190,7 +190,7 @@ def meeting(folder: str | Path, *, rank: int, num_workers: int) -> Iterator[None
 
 
 def train_as_worker(rank: int, run: Run, folder: str, num_workers: int) -> None:
-    """Be one of several processes that train together; rank 0 keeps the outcome."""
+    """Train as one rank of a process group; save this rank's outcome."""
     with meeting(folder, rank=rank, num_workers=num_workers):
         kept = _train_together(run, rank=rank, num_workers=num_workers)
         torch.save(kept, Path(folder) / f"rank{rank}.pt")

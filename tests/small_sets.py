@@ -1,4 +1,4 @@
-"""Make small shard sets for tests, and read them as the workers of a run would."""
+"""Write small shard sets for tests, and read them as a run's workers do."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_set(
     num_classes: int = 3,
     size: tuple[int, int] = (16, 12),
 ) -> str:
-    """Write a set whose files have row groups of these many rows; give its address."""
+    """Write a set whose files have row groups of these sizes; return its address."""
     folder.mkdir(parents=True)
     (folder / CLASSES_FILE).write_text(
         json.dumps([f"c{i}" for i in range(num_classes)])
@@ -64,7 +64,7 @@ def write_set(
 def reading_of(
     shards: ShardSet, *, num_workers: int = 1, decode: PixelSettings | None = None
 ) -> Reading:
-    """Say how a set's units are read."""
+    """Build the settings by which a set's units are read."""
     return Reading(
         address=shards.address,
         num_classes=len(shards.classes),
@@ -81,7 +81,7 @@ def worker_tables(
     worker: int,
     decode: PixelSettings | None = None,
 ) -> Iterator[pa.Table]:
-    """Give one worker its share tables: dealt out in turn, as Ray deals them."""
+    """Yield one worker's share tables, dealt out in turn as by Ray."""
     reading = reading_of(shards, num_workers=num_workers, decode=decode)
     tables = itertools.chain.from_iterable(
         share_tables(unit, reading=reading) for unit in units
@@ -90,7 +90,7 @@ def worker_tables(
 
 
 class WorkerOpener:
-    """Open units as one of some workers, each of which reads them itself."""
+    """Opener of units for one of several workers, each of which reads all itself."""
 
     def __init__(
         self,
@@ -115,6 +115,6 @@ class WorkerOpener:
         self._units = plan()
 
     def open(self) -> Iterator[pa.Table]:
-        """Give this worker's tables."""
+        """Iterate over this worker's tables."""
         self.opened.append(self._units)
         return self._tables(self._units)

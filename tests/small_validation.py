@@ -37,7 +37,7 @@ REAL = np.array(
 
 
 def write_damaged_set(folder: Path) -> ShardSet:
-    """Write a set of rows that no batch divides, one of them cut off."""
+    """Write a set that doesn't divide into batches, with one truncated image."""
 
     def image(number: int, *, size: tuple[int, int]) -> bytes:
         whole = jpeg(number, size=size)
@@ -51,7 +51,7 @@ def write_damaged_set(folder: Path) -> ShardSet:
 
 
 def run_of(address: str, **data: Any) -> Run:
-    """Describe a run that is evaluated on a set."""
+    """Build a run that is evaluated on a set."""
     run = small_run(address)
     return dataclasses.replace(
         run,
@@ -67,7 +67,7 @@ def linear(seed: int) -> nn.Module:
 
 
 def held_out(shards: ShardSet, **settings: Any) -> HeldOut:
-    """Describe a set whose images have ReaL labels."""
+    """Build the held-out set of shards, with ReaL labels."""
     given: dict[str, Any] = {
         "name": "",
         "shards": shards,
@@ -105,7 +105,7 @@ def measured(
 
 
 def logits_by_row(model: nn.Module, shards: ShardSet) -> np.ndarray:
-    """Give the logits (rows, classes) by other means: NaN where an image is bad."""
+    """Compute the logits (rows, classes) independently: NaN for bad images."""
     run = run_of(shards.address)
     found = np.full((NUM_ROWS, NUM_CLASSES), np.nan)
     supply = supply_of(run, shards=shards, train=False)
@@ -120,7 +120,7 @@ def logits_by_row(model: nn.Module, shards: ShardSet) -> np.ndarray:
 
 
 def measure_as_worker(rank: int, address: str, folder: str, num_workers: int) -> None:
-    """Be one of several processes that evaluate together; each keeps the outcome."""
+    """Evaluate as one rank of a process group; each saves its outcome."""
     shards = read_shard_set(address)
     with meeting(folder, rank=rank, num_workers=num_workers):
         outcome = measured(

@@ -1,4 +1,4 @@
-"""Keep runs in an MLflow store as trainings do, without training anything."""
+"""Record runs in an MLflow store as trainings do, without training anything."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def keep_run(
     tags: Mapping[str, str] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> str:
-    """Keep one run with a held-out accuracy an epoch; return its id.
+    """Record one run with a held-out accuracy per epoch; return its id.
 
     Args:
-        rates: Images a second, one value a logged step; as many as epochs if empty.
+        rates: Images per second, one value per logged step; as many as epochs if empty.
         metrics: Further ones, logged at the end.
     """
     pooling = Pooling(power=power)
@@ -71,7 +71,7 @@ def log_epochs(
     rates: Sequence[float] = (),
     metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Log epochs as a worker does, from one on."""
+    """Log epochs as a worker does, from `first_epoch` on."""
     writer = tracking.MetricWriter(uri, run_id)
     for at, rate in enumerate(rates or [100.0] * len(top1)):
         writer.log({"train/images_per_s": rate}, step=(first_epoch + at) * 5)

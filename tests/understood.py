@@ -1,4 +1,4 @@
-"""Sources as tests make them, and what those of folders must be understood to be."""
+"""Build sources of images for tests, with their expected interpretations."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Source = Callable[[], Files]
 
 
 def photos(*names: str) -> Files:
-    """Give pictures by their paths."""
+    """Build pictures by their paths."""
     return {name: jpeg(place) for place, name in enumerate(names)}
 
 
 def classes(*names: str, within: str = "", num: int = 2) -> Files:
-    """Give folders of pictures."""
+    """Build folders of pictures."""
     return photos(*(f"{within}{name}/{i}.jpg" for name in names for i in range(num)))
 
 
 def samples(labels: dict[str, str], *, suffix: str = "cls") -> Files:
-    """Give WebDataset samples by their keys."""
+    """Build WebDataset samples by their keys."""
     found: Files = {}
     for key, label in labels.items():
         found |= {f"{key}.jpg": jpeg(len(found)), f"{key}.{suffix}": label.encode()}
@@ -40,14 +40,14 @@ def samples(labels: dict[str, str], *, suffix: str = "cls") -> Files:
 
 
 def tars(**of_name: Files) -> Files:
-    """Pack files; a name's two underlines stand for a dash."""
+    """Pack files into tars; a double underscore in a name stands for a dash."""
     return {f"{k.replace('__', '-')}.tar": tar_bytes(v) for k, v in of_name.items()}
 
 
 def parquet(
     labels: list[Any] | pa.Array, *, names: list[str] | None = None, **columns: Any
 ) -> bytes:
-    """Write a file as Hugging Face does."""
+    """Write a Parquet file as Hugging Face does."""
     images = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(len(labels))]
     found = {"image": images, "label": labels} | columns
     table = pa.table({name: v for name, v in found.items() if v is not None})
@@ -79,25 +79,25 @@ def write(root: Path, files: Files) -> Path:
 
 
 def labels_of(listing: Listing) -> dict[str, str]:
-    """Give each image's class name by its key."""
+    """Map each image's key to its class name."""
     keys, labels = (listing.records[n].to_pylist() for n in ("key", "label"))
     return {k: listing.classes[label] for k, label in zip(keys, labels, strict=True)}
 
 
 @dataclass
 class Row:
-    """A source, and what must come of it."""
+    """A source, and its expected interpretation."""
 
     files: Files
     classes: list[str] = field(default_factory=list)
     refused: str = ""
     num: int | None = None
-    """Images; None for all of two in each class."""
+    """Number of images; None for two in each class."""
     left_out: str = ""
     noted: str = ""
     ignored: int = 0
     name: str = ""
-    """A file or pattern in the source, where it is not its folder."""
+    """A file or pattern in the source, if it is not its folder."""
     options: dict[str, Any] = field(default_factory=dict)
 
 

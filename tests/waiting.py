@@ -14,7 +14,7 @@ def wait_for(
     every_s: float = 0.05,
     log: Callable[[], str] = lambda: "",
 ) -> None:
-    """Wait until a condition holds; fail, with a log, where it takes longer."""
+    """Wait until a condition holds; on a timeout, fail with a log."""
     deadline_s = time.monotonic() + seconds
     while not condition():
         late = time.monotonic() > deadline_s

@@ -1,4 +1,4 @@
-"""A GPU without a GPU: what code for one does on the host, seen where there is none.
+"""Run GPU code without a GPU, and watch what it does on the host.
 
 PyTorch's fake tensors have a device and a shape, and no values: a whole training step
 on `cuda:0` runs without a kernel, and a dispatch mode sees each of its operations.

@@ -1,4 +1,4 @@
-"""Do all cases on the fake GPU: `python -m tests.fake_gpu`, or those that are named.
+"""Run all or the named cases on the fake GPU: `python -m tests.fake_gpu`.
 
 Prints a line of JSON for each: what was seen, or why it did not run.
 """
@@ -38,7 +38,7 @@ def _done(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Do the cases that are named, or all."""
+    """Run the named cases, or all."""
     for name in sys.argv[1:] or (*CASES, *COMPILED):
         print(json.dumps(_done(name)), flush=True)
 

@@ -1,4 +1,4 @@
-"""Do on the fake GPU what is no training step: supply, evaluate, predict, probe."""
+"""Run on the fake GPU what is no training step: supply, evaluate, predict, probe."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _KWARGS = {"depth": 2}
 
 
 class _Now:
-    """Be a thread that has done its work when it is started.
+    """Thread that does its work within `start`.
 
-    A dispatch mode is its thread's own; so the batches are made in ours.
+    A dispatch mode is thread-local, so the batches are made in our thread.
     """
 
     def __init__(self, *, target: Callable[..., None], args: Any, **_: Any) -> None:
@@ -58,7 +58,7 @@ class _Now:
 
 
 def _really(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a function of the host work on tensors that have values."""
+    """Wrap a host function to work on real tensors, outside the fake mode."""
 
     def called(*args: Any, **kwargs: Any) -> Any:
         with unset_fake_temporarily():
@@ -70,7 +70,7 @@ def _really(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _small_shards() -> Iterator[str]:
-    """Write a shard set, and read and decode on the host within."""
+    """Write a shard set, and read and decode it on the host within the context."""
     threads = SimpleNamespace(Thread=_Now, Event=threading.Event)
     tables = _really(stream.share_tables)
     with (
@@ -82,7 +82,7 @@ def _small_shards() -> Iterator[str]:
 
 
 def _decoded_run(address: str) -> Run:
-    """Describe a run whose readers decode, with all that a worker does to images."""
+    """Build a run whose readers decode, with all that a worker does to images."""
     run = fake_run("imagenet.so_vit_7", kwargs=_KWARGS)
     data = dataclasses.replace(
         run.data,
@@ -105,7 +105,7 @@ def _decoded_run(address: str) -> Run:
 
 
 def supply(watch: Watch) -> None:
-    """Take a training epoch's batches, made by the readers' pixels."""
+    """Iterate over a training epoch's batches, from pixels that readers decoded."""
     with _small_shards() as address:
         run, shards = _decoded_run(address), read_shard_set(address)
         watch.on()
@@ -139,7 +139,7 @@ def evaluate(watch: Watch) -> None:
 
 
 def answer(watch: Watch) -> None:
-    """Answer for images as sovit-predict does."""
+    """Classify images as sovit-predict does."""
     run = fake_run("imagenet.so_vit_7", kwargs=_KWARGS)
     subject = Subject(
         model=build_model(run.model, num_classes=_NUM_CLASSES).eval(),

@@ -18,7 +18,7 @@ _HEADERS = ("nvidia/*/include", "triton/backends/nvidia/include")
 
 
 def what_lacks() -> str:
-    """Return what keeps the stand-ins from being built here, or nothing."""
+    """Return the reason that the stand-ins can't be built here, or ""."""
     import torch
 
     if not sys.platform.startswith("linux"):
@@ -36,7 +36,7 @@ def what_lacks() -> str:
 def build(folder: Path) -> dict[str, str]:
     """Compile both into a folder; return the environment to run processes in.
 
-    Raises CalledProcessError where the compiler refuses.
+    Raises CalledProcessError if the compiler fails.
     """
     compiler = _compiler()
     assert compiler is not None, what_lacks()

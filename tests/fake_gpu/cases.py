@@ -1,4 +1,4 @@
-"""Name what is done on the fake GPU."""
+"""Define the cases that run on the fake GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compile steps on the fake GPU, and count the graphs that come of them.
+"""Compile steps on the fake GPU, and count their graphs.
 
 PyTorch compiles nothing for fake tensors. So these have memory, the stand-in's, whose
 kernels do nothing; and what the compiler was given is not run, but answered by memory
@@ -26,9 +26,9 @@ from tests.fake_gpu.watch import Watch
 
 
 def take_compiled_steps(watch: Watch, run: Run) -> dict[str, Any]:
-    """Take steps of a compiled network; count its graphs, and name their breaks.
+    """Take steps of a compiled network; return its graphs' number and breaks.
 
-    The watch hears of waits alone: no mode is entered.
+    The watch notices waits alone: no mode is entered.
     """
     num = {"forward": 0, "backward": 0}
 
@@ -52,7 +52,7 @@ def take_compiled_steps(watch: Watch, run: Run) -> dict[str, Any]:
 
 
 def _answering(module: Any) -> Callable[..., Any]:
-    """Return memory of what a graph gives, without what is in it."""
+    """Return a function that allocates a graph's outputs without computing them."""
     (outputs,) = module.graph.output_node().args
     wanted = [getattr(node, "meta", {}).get("val", node) for node in outputs]
 

@@ -1,4 +1,4 @@
-"""Build what our code trains and asks as it is built on a GPU, of fake tensors."""
+"""Build models and settings as on a GPU, of fake tensors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ GPU = torch.device("cuda", 0)
 
 @contextlib.contextmanager
 def on_fake_gpu() -> Iterator[Watch]:
-    """Make all tensors fake within, and watch what is done with them.
+    """Make all tensors fake within the context, and watch the operations on them.
 
-    Two things are not as they are in earnest: timm draws no weights, since they would
-    have no values, and modules forget what would keep their parameters from moving.
+    Two things differ from a real GPU: timm draws no weights, since they would have no
+    values, and modules drop what would keep their parameters from moving.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     swap = torch.utils.swap_tensors
@@ -49,7 +49,7 @@ def on_fake_gpu() -> Iterator[Watch]:
 
 @contextlib.contextmanager
 def without_weights() -> Iterator[None]:
-    """Have timm build networks on the host whose weights nobody has drawn."""
+    """Make timm build networks on the host without initialising weights."""
     create = timm.create_model
 
     def create_empty(*args: Any, **kwargs: Any) -> nn.Module:
@@ -64,7 +64,7 @@ def without_weights() -> Iterator[None]:
 
 
 def _fill(module: nn.Module) -> None:
-    """Give a module of shapes alone tensors on the host, as if just built."""
+    """Replace a meta module's tensors by empty ones on the host, as if just built."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
             module._parameters[name] = nn.Parameter(

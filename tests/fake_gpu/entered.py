@@ -1,4 +1,4 @@
-"""Enter all of `pipelines/hardware/device.py`, which alone asks what a device is."""
+"""Call all of `pipelines/hardware/device.py`, which alone inspects devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.fake_gpu.watch import Watch
 
 
 def offered() -> tuple[str, ...]:
-    """Name the functions and classes that the module offers."""
+    """List the module's public functions and classes."""
     found = inspect.getmembers(
         device, lambda it: callable(it) and hasattr(it, "__name__")
     )
@@ -85,7 +85,7 @@ ANSWERS: Mapping[str, Any] = {
 
 
 def enter_all(watch: Watch) -> dict[str, Any]:
-    """Call each; what comes of it, by name."""
+    """Call each; return the results by name."""
     watch.on()
     found = {name: call() for name, call in CALLS.items()}
     watch.off()

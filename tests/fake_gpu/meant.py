@@ -1,4 +1,4 @@
-"""Tell what is meant to be seen of each case: all other waits and copies are faults."""
+"""List each case's intended waits and copies: all others are faults."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def fake_run(
     world_size: int = 1,
     **scale: Any,
 ) -> Run:
-    """Load a recipe and change what is named, of its scale too; steps stay eager."""
+    """Load a recipe with changed settings, of its scale too; steps stay eager."""
     run = load_recipe(recipe)
     scale = {"use_gpu": True, "compile": False, **scale}
     num_workers = world_size if world_size > 1 else 0
@@ -55,7 +55,7 @@ def fake_run(
 
 
 def batch_of(run: Run, *, index: int = 0, micro: int = 0) -> Batch:
-    """Make a micro-batch that lies on the device, as the decoder leaves it."""
+    """Build a micro-batch on the device, as from the decoder."""
     num_micro = run.optim.num_accumulation
     num, side = BATCH_SIZE // num_micro, run.model.img_size
     images = torch.empty(num, 3, side, side, device=GPU)
@@ -74,7 +74,7 @@ def batch_of(run: Run, *, index: int = 0, micro: int = 0) -> Batch:
 
 
 def settings_of(run: Run, **settings: Any) -> TrainSettings:
-    """Describe a worker's training on the device."""
+    """Return the settings of a worker's training on the device."""
     return TrainSettings(
         run=run,
         num_classes=NUM_CLASSES,
@@ -86,7 +86,7 @@ def settings_of(run: Run, **settings: Any) -> TrainSettings:
 
 
 def take_steps(watch: Watch, run: Run, *, world_size: int = 1) -> TrainState:
-    """Train for two steps and watch them; of several workers the fourth one."""
+    """Train for two steps and watch them; with several workers, as the fourth."""
     num_before, num = 0, NUM_STEPS
     if world_size > 1:
         num_before, num = _NUM_BEFORE, _NUM_TOGETHER

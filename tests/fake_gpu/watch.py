@@ -1,4 +1,4 @@
-"""See what makes the host wait for a GPU, or data move between them, and who did it."""
+"""Record what makes the host wait for a GPU or copies data, and the line at fault."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LEFT_OUT = ("_fused_sgd_",)
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """Hold one thing that was seen, and whose line it comes from."""
+    """One recorded event, and its line of code."""
 
     what: str
     op: str
@@ -42,15 +42,16 @@ class Seen:
 
     @property
     def told(self) -> str:
-        """Put what and where into one line; the number of the line may change."""
+        """The event and its place in one line, without its unstable line number."""
         return f"{self.what}: {self.where}"
 
 
 class Watch(TorchDispatchMode):
-    """Note waits and copies between `on` and `off`; enter it on top of a fake mode.
+    """Dispatch mode that records waits and copies, on top of a fake mode.
 
-    The host gets zeros for whatever it asks of the device, so that the work goes on:
-    in a mask all rows are taken, as many as there can be.
+    It records between `on` and `off`. The host gets zeros for whatever it reads from
+    the device, so that the work goes on: in a mask all rows are taken, as many as there
+    can be.
     """
 
     def __init__(self) -> None:
@@ -65,18 +66,18 @@ class Watch(TorchDispatchMode):
         ctypes.CDLL(str(runtime_path())).fake_gpu_tell(self._callback)
 
     def on(self) -> None:
-        """Note from here on."""
+        """Start recording."""
         self._is_on = True
 
     def off(self) -> None:
-        """Note no more."""
+        """Stop recording."""
         self._is_on = False
 
     def _hear(self, what: bytes) -> None:
         self._note(f"waits for {what.decode()}", "cuda")
 
     def _note(self, what: str, op: str) -> None:
-        """Note something; once, where a line of ours does it many times in a row."""
+        """Record an event; once, if a line of ours causes it many times in a row."""
         if not self._is_on:
             return
         where, line = _place()
@@ -137,7 +138,7 @@ class Watch(TorchDispatchMode):
     def _moved(
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Do `_to_copy` or `copy_`; note it where it crosses devices."""
+        """Run `_to_copy` or `copy_`; record it if it crosses devices."""
         if name == "copy_":
             to, source = args[:2]
             target, is_free = to.device, kwargs.get("non_blocking", len(args) > 2)
@@ -165,7 +166,7 @@ class Watch(TorchDispatchMode):
     def _looked_at(
         self, name: str, args: tuple[Any, ...], tensors: Sequence[Tensor]
     ) -> tuple[Any, ...]:
-        """Note an operation of the device that asks for values, or mixes devices."""
+        """Record a device operation that reads values, or mixes devices."""
         if name.startswith(_SHAPED_BY_VALUES):
             self._note("takes a shape from values", name)
         elif name.startswith(_WAITS_INSIDE):
@@ -178,7 +179,7 @@ class Watch(TorchDispatchMode):
         return args
 
     def _unmasked(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Replace masks among indices by all places: how many is not known."""
+        """Replace masks among indices by all positions: their number is unknown."""
         source, given, *values = args
         is_fill = bool(values) and values[0].numel() == 1  # which needs no places
         indices: list[Tensor | None] = []
@@ -193,7 +194,7 @@ class Watch(TorchDispatchMode):
 
 
 def _zeros_like(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Make a tensor of the host that has values."""
+    """Create a real host tensor of zeros."""
     size, stride = tensor.size(), tensor.stride()
     with unset_fake_temporarily():
         made = torch.empty_strided(size, stride, dtype=dtype or tensor.dtype)
@@ -201,7 +202,7 @@ def _zeros_like(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _place() -> tuple[str, int]:
-    """Find the innermost line of ours, or what autograd is at."""
+    """Find the innermost line of ours, or autograd's current node."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename.removeprefix(f"{ROOT}/")

@@ -1,4 +1,4 @@
-"""Be the first of several workers, whose others are PyTorch's fake process group."""
+"""Run as the first of several workers in PyTorch's fake process group."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NUM_WORKERS = 8
 
 @contextlib.contextmanager
 def among_workers() -> Iterator[None]:
-    """Meet seven others; what they send is what is there already.
+    """Join a fake process group of eight, whose collectives change nothing.
 
-    Data parallelism compares and shares the weights' values at its start, of which
-    there are none.
+    Data parallelism's comparison and broadcast of weights at its start are skipped:
+    fake weights have no values.
     """
     dist.init_process_group("fake", rank=0, world_size=NUM_WORKERS, store=FakeStore())
     find_mesh = fsdp.init_device_mesh
@@ -46,7 +46,7 @@ def among_workers() -> Iterator[None]:
 
 
 def sum_gradients(model: DistributedDataParallel) -> None:
-    """Have data parallelism find its buckets where the fake group left them.
+    """Make data parallelism take its buckets from where the fake group left them.
 
     Its own way of calling the group takes them from a future, which is empty there.
     """

@@ -1,1 +1,1 @@
-"""Stages for `tests/test_on_gpu.py` that end badly, each in its way."""
+"""Stages for `tests/test_on_gpu.py` that end badly in different ways."""

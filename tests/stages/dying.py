@@ -1,4 +1,4 @@
-"""A process that ends in the middle, with a child of its own that would not."""
+"""Stage whose process dies midway, with a child that would not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SLEEP = "import time; time.sleep(600)"
 
 
 def tasks(setting: Setting) -> Tasks:
-    """Start a child, die, and what is never reached."""
+    """Start a child, die, and define a case that is never reached."""
 
     def start() -> Figures:
         return {"child": subprocess.Popen([sys.executable, "-c", _SLEEP]).pid}

@@ -1,4 +1,4 @@
-"""A case that never ends."""
+"""Stage with a case that never ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 
 
 def tasks(setting: Setting) -> Tasks:
-    """One that ends, one that does not."""
+    """Return a case that ends, and one that does not."""
     return {
         "quick": lambda: {"value": 2},
         "endless": _sleep,

@@ -1,4 +1,4 @@
-"""A case that raises between two that do not."""
+"""Stage with a case that raises between two that do not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from benchmarks.on_gpu.stages import Figures, Setting, Tasks
 
 
 def tasks(setting: Setting) -> Tasks:
-    """Three cases."""
+    """Return the three cases."""
     return {
         "first": lambda: {"value": 1.0},
         "second": _fail,
