@@ -57,7 +57,7 @@ class Options:
     reverse: bool = False
     """Sort the other way round."""
     each: bool = False
-    """Give every run a row of its own, seeds too."""
+    """Show every run in a row of its own, seeds too."""
     html: str = ""
     """Page to write: the table and plots, in one file."""
     csv: str = ""
