@@ -191,7 +191,7 @@ class _Options:
 
 
 def main() -> None:
-    """Entry point of `python -m benchmarks.backbones`."""
+    """Run `python -m benchmarks.backbones`."""
     run_command(_run, prog=_PROG)
 
 

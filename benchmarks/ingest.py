@@ -155,7 +155,7 @@ def entries_of(
 
 
 def work_on(folder: Path, *, options: Options) -> Work:
-    """Describe the work on a set's folder."""
+    """Build the work on a set's folder."""
     return Work(
         folder=folder,
         num_images=options.num_images,

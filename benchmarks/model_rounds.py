@@ -79,7 +79,7 @@ def time_cases(
     interruption leaves the rounds so far.
 
     Args:
-        round_s: A round of one case goes on for so long, or for one step.
+        round_s: Duration of one case's round, or one step if that is longer.
         between: Called before each round over all cases.
         on_round: Callback with all rounds so far, after each.
 

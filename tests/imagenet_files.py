@@ -1,4 +1,4 @@
-"""Small stand-ins of ImageNet's files, named and packed as those that one downloads."""
+"""Build small stand-ins for ImageNet's downloads, with their names and packing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrices and references that the tests of the mathematics share."""
+"""Build matrices and references for the tests of the mathematics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files as the papers' authors wrote them, for tests: names, wrappers, fixed images."""
+"""Build files as the papers' authors wrote them: names, wrappers, fixed images."""
 
 from __future__ import annotations
 

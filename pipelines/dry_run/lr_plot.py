@@ -62,7 +62,7 @@ def _ticks(num_epochs: int) -> str:
 
 
 def draw_picture(optim: Optim, *, steps_per_epoch: int, title: str, path: Path) -> None:
-    """Draw the rate as a PNG, SVG or PDF; ValueError where matplotlib is missing."""
+    """Plot the rate as a PNG, SVG or PDF; raise ValueError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -83,7 +83,7 @@ class LateRun:
     def open(self, *, is_demanded: bool) -> None:
         """Open the run, or start retrying in the background.
 
-        Raises ValueError, where that `is_demanded`, for what waiting won't mend.
+        Raises ValueError, if that `is_demanded`, for errors that a retry won't fix.
         """
         try:
             self._open_once()

@@ -98,7 +98,7 @@ class RunStore:
     def history(self, run_id: str, *, metric: str) -> tuple[MetricPoint, ...]:
         """Read a metric by increasing step, without what restarts repeated.
 
-        A run that went on from a checkpoint repeats some steps: what it had measured
+        A run that resumed from a checkpoint repeats some steps: what it had measured
         beyond that checkpoint is left out. Empty where the run has no such metric.
         """
         with self._clearly(_READING):

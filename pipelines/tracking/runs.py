@@ -135,7 +135,7 @@ def log_dataset(
 ) -> None:
     """Record a shard set as a dataset input of a run, and its counts as tags.
 
-    `context` says what it was for, such as `train` or `val`. Logging it again changes
+    `context` is its purpose, such as `train` or `val`. Logging it again changes
     nothing. MLflow keeps 36 characters of a digest; the tag keeps them all.
     """
     source = without_credentials(source)
@@ -228,7 +228,7 @@ def log_model(
 ) -> str:
     """Log a checkpoint's model (its moving average, if kept) as an MLflow model.
 
-    `pipelines.tracking.model` says what it takes and gives. `example` is one encoded
+    `pipelines.tracking.model` describes its input and output. `example` is one encoded
     image, `code` the recipe file that registers the model, if any. Weights of hundreds
     of megabytes take their time, so this alone may wait for a server, ten minutes at
     most.

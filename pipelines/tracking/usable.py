@@ -96,7 +96,7 @@ _ADVICE = (
 
 
 def check_usable(uri: str, *, experiment: str) -> None:
-    """Raise a one-line ValueError with the fix for what a retry won't mend.
+    """Raise a one-line ValueError with the fix for what a retry won't cure.
 
     That is a deleted experiment, a store of another kind or version, one that is
     damaged or may not be written, an address with a mistake in it. A server that does
@@ -122,7 +122,7 @@ def check_usable(uri: str, *, experiment: str) -> None:
 
 
 def refuse_unless_passing(error: Exception, *, uri: str) -> None:
-    """Raise a ValueError with the fix for an error that a retry won't mend."""
+    """Raise a ValueError with the fix for an error that a retry won't cure."""
     if isinstance(error, _RefusedError):
         raise ValueError(str(error)) from error
     text = f"{type(error).__name__}: {error}"

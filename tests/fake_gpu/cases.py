@@ -66,7 +66,7 @@ def _together(watch: Watch, **changes: Any) -> None:
 
 
 def _copy(watch: Watch, **changes: Any) -> None:
-    """Take a checkpoint's copy of a state that has taken steps."""
+    """Take a checkpoint's snapshot of a state after some steps."""
     run = fake_run(_VIT, kwargs=FAMILIES[_VIT], **changes)
     state = take_steps(watch, run)
     watch.on()
