@@ -98,7 +98,7 @@ def test_all_that_have_begun_are_told_of_together_in_their_order(
     )
     for rank, told in ((1, V100), (0, H200)):
         item = WorkerStarted(rank=rank, world_size=2, host="a", step=3, hardware=told)
-        display.show(item)
+        display.handle(item)
     display.close()
     first, second = capsys.readouterr().out.splitlines()
     gpus = "1 x NVIDIA H200, 1 x Tesla V100"

@@ -23,7 +23,7 @@ from ray.train import UserCallback
 from pipelines import tracking
 from pipelines.checkpoints.run_record import read_record
 from pipelines.config import Run
-from pipelines.driver import listener
+from pipelines.driver import mlflow_run
 from pipelines.driver.fit import fit
 from pipelines.errors import RunFailedError
 from pipelines.tracking import LateRun, MetricWriter, late_run, sqlite_file, usable
@@ -257,15 +257,15 @@ def test_a_training_catches_up_whenever_mlflow_comes(
     assert "hardware.precision" in found.data.tags
     assert steps == [5, 10]
 
-    monkeypatch.setattr(listener, "_OPEN_PATIENCE_S", 0.2)
-    monkeypatch.setattr(listener, "_FLUSH_S", 0.2)
+    monkeypatch.setattr(mlflow_run, "_OPEN_PATIENCE_S", 0.2)
+    monkeypatch.setattr(mlflow_run, "_FLUSH_S", 0.2)
     monkeypatch.setattr(late_run, "_END_PATIENCE_S", 0.2)
     with (
         locked(uri),
         pytest.raises(RunFailedError, match=r"away all along.*--resume after"),
     ):
         fit(base, name="after", keep_model=False)
-    monkeypatch.setattr(listener, "_FLUSH_S", 15.0)
+    monkeypatch.setattr(mlflow_run, "_FLUSH_S", 15.0)
     unsent = Path(base.storage, "after/unsent.json")
     assert unsent.exists()
     record = read_record(base.storage, name="after")

@@ -14,7 +14,14 @@ from pipelines.data.position import Position
 from pipelines.data.shard_set import read_shard_set
 from pipelines.driver.async_evaluation import Validator
 from pipelines.evaluation.held_out import held_out_of
-from pipelines.events.channel import CheckpointSaved, Event, Figure, Message, Metrics
+from pipelines.events.channel import (
+    CheckpointSaved,
+    Event,
+    Figure,
+    Message,
+    Metrics,
+    Tick,
+)
 from pipelines.storage.path import StoragePath
 from pipelines.worker.job import Job, outcome
 from tests.small_runs import small_run, state_of
@@ -64,7 +71,7 @@ def job_of(run: Run) -> Job:
 
 def finish(validator: Validator) -> None:
     def is_idle() -> bool:
-        validator.look()
+        validator.handle(Tick())
         return not validator.is_busy
 
     wait_for(is_idle, what="the evaluations", seconds=240)
@@ -78,13 +85,13 @@ def test_checkpoints_are_measured_in_turn_and_by_the_next_driver(
     # The driver before was killed when this one was written.
     left = keep(run, folder, 2)
     heard: list[Event] = []
-    validator = Validator(job, folder=place, handle=heard.append)
+    validator = Validator(job, folder=place, emit=heard.append)
     for epoch in (3, 4):
-        validator.kept(keep(run, folder, epoch))
+        validator.handle(keep(run, folder, epoch))
     damaged = keep(run, folder, 6)
     weights = folder / damaged.name / MODEL_FILE
     weights.write_bytes(weights.read_bytes()[:-8])
-    validator.kept(damaged)
+    validator.handle(damaged)
     finish(validator)
 
     measured = {item.step: item.metrics for item in heard if isinstance(item, Metrics)}
@@ -108,7 +115,7 @@ def test_checkpoints_are_measured_in_turn_and_by_the_next_driver(
     found = outcome(run, folder=place)
     assert Path(str(found.best)).name == f"epoch_{best // NUM_STEPS:04d}"
     # Nothing is left for another driver.
-    assert not Validator(job, folder=place, handle=heard.append).is_busy
+    assert not Validator(job, folder=place, emit=heard.append).is_busy
 
 
 def test_what_training_is_too_far_ahead_of_is_left_out(
@@ -119,10 +126,10 @@ def test_what_training_is_too_far_ahead_of_is_left_out(
     heard: list[Event] = []
     every = dataclasses.replace(run.validation, every_epochs=1)
     run = dataclasses.replace(run, validation=every)
-    validator = Validator(job_of(run), folder=place, handle=heard.append)
+    validator = Validator(job_of(run), folder=place, emit=heard.append)
     for epoch in range(1, 5):
-        validator.kept(keep(run, folder, epoch))
-    validator.look()
+        validator.handle(keep(run, folder, epoch))
+    validator.handle(Tick())
     validator.cancel()
     lines = [item.line for item in heard if isinstance(item, Message)]
     assert lines == ["epoch_0002 is not evaluated: training is ahead"]
@@ -140,5 +147,5 @@ def test_there_must_be_room_beside_the_workers(
     wanting = dataclasses.replace(run, validation=validation)
     with pytest.raises(ValueError, match=r"wanted 1 GPU beside .* came 0;"):
         Validator(
-            job_of(wanting), folder=StoragePath(str(tmp_path)), handle=lambda item: None
+            job_of(wanting), folder=StoragePath(str(tmp_path)), emit=lambda item: None
         )

@@ -20,7 +20,7 @@ from pipelines.driver.cluster import needed
 from pipelines.driver.failures import first_line
 from pipelines.evaluation.figures import pictured
 from pipelines.events.bad_images import BadImageTeller, NamedBadImage
-from pipelines.events.channel import CheckpointSaved, Event, Message, Metrics
+from pipelines.events.channel import CheckpointSaved, Event, Message, Metrics, Tick
 from pipelines.storage.path import StoragePath
 from pipelines.worker.job import Job
 
@@ -39,13 +39,13 @@ class Validator:
 
     Args:
         folder: The run's.
-        handle: Receives metrics, pictures and messages, as if a worker had posted them.
+        emit: Gets the metrics, figures and lines, as if a worker had posted them.
     """
 
     def __init__(
-        self, job: Job, *, folder: StoragePath, handle: Callable[[Event], None]
+        self, job: Job, *, folder: StoragePath, emit: Callable[[Event], None]
     ) -> None:
-        self._run, self._folder, self._handle = job.run, folder, handle
+        self._run, self._folder, self._emit = job.run, folder, emit
         settings = job.run.validation
         _check_room(job.run)
         self._measure = ray.remote(
@@ -63,15 +63,22 @@ class Validator:
             if not kept.is_measured and self._is_due(kept.name)
         ]
 
-    def kept(self, item: CheckpointSaved) -> None:
-        """Queue a new checkpoint if it is due for evaluation."""
+    def handle(self, event: Event) -> None:
+        """Take checkpoints as they are saved, and evaluate one after the other."""
+        if isinstance(event, CheckpointSaved):
+            self._saved(event)
+        elif isinstance(event, Tick):
+            self._look()
+
+    def _saved(self, item: CheckpointSaved) -> None:
+        """Take a checkpoint, if it is to be evaluated."""
         if self._is_due(item.name):
             self._waiting.append(item.name)
         elif item.name.startswith(_EPOCH):
             self._note(item.name, metrics={})  # else it would be kept forever
 
-    def look(self) -> None:
-        """Collect a finished evaluation and start the next; to be called often."""
+    def _look(self) -> None:
+        """Take what has been measured, and begin with the next."""
         if self._running is not None:
             name, found = self._running
             if not ray.wait([found], timeout=0)[0]:
@@ -108,25 +115,25 @@ class Validator:
         while len(self._waiting) > _MAX_WAITING:
             name = self._waiting.pop(0)
             self._note(name, metrics={})
-            self._handle(Message(line=f"{name} is not evaluated: training is ahead"))
+            self._emit(Message(line=f"{name} is not evaluated: training is ahead"))
 
     def _take(self, name: str, found: ray.ObjectRef) -> None:
         try:
             measured: tuple[CheckpointEvaluation, list[NamedBadImage]] = ray.get(found)
         except (RayError, ValueError) as error:
             self._note(name, metrics={})
-            self._handle(Message(line=f"{name} is not evaluated: {first_line(error)}"))
+            self._emit(Message(line=f"{name} is not evaluated: {first_line(error)}"))
             return
         result, bad = measured
         for image in bad:
-            self._handle(image)
+            self._emit(image)
         self._note(name, metrics=result.metrics)
         step, metrics = result.position.step, result.metrics
-        self._handle(Metrics(step=step, metrics=metrics))
+        self._emit(Metrics(step=step, metrics=metrics))
         if result.reports:
-            self._handle(pictured(result.reports, title=f"{self._run.recipe}, {name}"))
+            self._emit(pictured(result.reports, title=f"{self._run.recipe}, {name}"))
         line = f"{name}  held-out top-1 {metrics['val/top1']:.2f} %"
-        self._handle(Message(line=f"{line} of {metrics['val/num_images']:,.0f} images"))
+        self._emit(Message(line=f"{line} of {metrics['val/num_images']:,.0f} images"))
 
     def _note(self, name: str, *, metrics: dict[str, float]) -> None:
         try:

@@ -25,8 +25,7 @@ from pipelines.data.stream import Plans
 from pipelines.driver.cluster import ray_session
 from pipelines.driver.launch_local import train_alone
 from pipelines.driver.launch_ray import train_on_ray
-from pipelines.driver.listener import Listener
-from pipelines.driver.mlflow_run import log_model, log_shards, open_tracking
+from pipelines.driver.mlflow_run import MlflowSink, log_model, log_shards, open_tracking
 from pipelines.driver.preflight import CheckedRun, with_absolute_paths
 from pipelines.driver.progress import Display
 from pipelines.driver.prometheus import Gauges
@@ -47,7 +46,6 @@ from pipelines.worker.job import Job, Trained
 
 logger = logging.getLogger(__name__)
 _TRIAL_PATIENCE_S = 60.0
-_UNSENT = "unsent.json"
 
 
 def fit(
@@ -158,9 +156,22 @@ def _trained(
     stop.check()
     run = job.run
     train = train_alone if run.scale.is_local else train_on_ray
+    folder = StoragePath(run.storage).within(name)
     with stop.noted() as is_over:
-        listener = _listener(job, tracked=tracked, name=name, stop=stop)
-        trained = train(job, name=name, callbacks=callbacks, listener=listener)
+        mlflow_sink = MlflowSink(
+            tracked, uri=job.tracking_uri, folder=folder, should_stop=is_over
+        )
+        display = _display(job, tracked=tracked, stop=stop)
+        # Ray exports the gauges.
+        gauges = [] if run.scale.is_local else [Gauges(name)]
+        with mlflow_sink, contextlib.closing(display):
+            trained = train(
+                job,
+                name=name,
+                callbacks=callbacks,
+                sinks=[display, mlflow_sink, *gauges],
+                should_stop=is_over,
+            )
         is_whole = trained.metrics.get("epoch") == run.optim.total_epochs
         if is_over.is_set() and not is_whole:
             raise InterruptedRun(f"ended by {stop.name} after a checkpoint")
@@ -253,21 +264,6 @@ def _check_recorded(tracked: LateRun, *, job: Job, name: str) -> None:
             "has been away all along; see that it can be reached, then record it with "
             f"{resume_command(job.run, name=name)}"
         )
-
-
-def _listener(job: Job, *, tracked: LateRun, name: str, stop: StopRequest) -> Listener:
-    """Build the listener: progress, MLflow, and on Ray the gauges."""
-    uri, folder = job.tracking_uri, StoragePath(job.run.storage).within(name)
-    return Listener(
-        display=_display(job, tracked=tracked, stop=stop),
-        writer=tracking.MetricWriter(
-            uri, tracked.needed_id, unsent=folder.within(_UNSENT)
-        ),
-        figures=tracking.FigureWriter(uri, tracked.awaited_id),
-        is_over=stop.event,
-        gauges=None if job.run.scale.is_local else Gauges(name),
-        wait_for_run=tracked.wait,
-    )
 
 
 def _display(job: Job, *, tracked: LateRun, stop: StopRequest) -> Display:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,9 +19,15 @@ from pipelines.config import Data
 from pipelines.data.reading import Reading
 from pipelines.data.stream import LocalOpener, ShardOpener
 from pipelines.driver.failures import Rewinds, first_line
-from pipelines.driver.listener import Listener
 from pipelines.errors import RewindError, RunFailedError
-from pipelines.events.channel import Channel, Event, Message, wait_until_handled
+from pipelines.events.channel import (
+    Channel,
+    Event,
+    Message,
+    Sink,
+    consumed,
+    wait_until_handled,
+)
 from pipelines.hardware.device import device_of, numerics_kept
 from pipelines.storage.path import StoragePath
 from pipelines.worker.group import Small
@@ -89,7 +96,12 @@ class LocalGroup:
 
 
 def train_alone(
-    job: Job, *, name: str, callbacks: Sequence[UserCallback], listener: Listener
+    job: Job,
+    *,
+    name: str,
+    callbacks: Sequence[UserCallback],
+    sinks: Sequence[Sink],
+    should_stop: threading.Event,
 ) -> Trained:
     """Train to the end of the run in this process, and show its progress.
 
@@ -102,7 +114,10 @@ def train_alone(
     group = LocalGroup(job, folder=folder, callbacks=callbacks, channel=channel)
     rewinds = Rewinds(job.run.optim.max_nonfinite_steps)
     try:
-        with numerics_kept(), listener.listening(channel, every_s=_LISTEN_EVERY_S):
+        with (
+            numerics_kept(),
+            consumed(channel, sinks, should_stop=should_stop, every_s=_LISTEN_EVERY_S),
+        ):
             while not _trained_once(job, group=group, rewinds=rewinds):
                 # The next worker's state is not to lie beside the last one's, whose
                 # callbacks refer to it in circles.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -21,9 +22,8 @@ from pipelines.config import Scale
 from pipelines.driver.async_evaluation import Validator
 from pipelines.driver.cluster import per_worker
 from pipelines.driver.failures import StopOnValueError, end_of, first_line
-from pipelines.driver.listener import Listener
 from pipelines.errors import RunFailedError
-from pipelines.events.channel import Channel, Event, wait_until_handled
+from pipelines.events.channel import Channel, Event, Sink, consumed, wait_until_handled
 from pipelines.storage.filesystem import open_filesystem
 from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import is_remote
@@ -39,7 +39,12 @@ _PASSED_ON = ("RAY_TRAIN_", "NCCL_RAS_", "TORCHFT_")
 
 
 def train_on_ray(
-    job: Job, *, name: str, callbacks: Sequence[UserCallback], listener: Listener
+    job: Job,
+    *,
+    name: str,
+    callbacks: Sequence[UserCallback],
+    sinks: Sequence[Sink],
+    should_stop: threading.Event,
 ) -> Trained:
     """Start the workers, show their progress, and wait for their end.
 
@@ -77,7 +82,9 @@ def train_on_ray(
             ],
         ),
     )
-    with _listening(job, folder=folder, listener=listener, channel=channel):
+    with _listening(
+        job, folder=folder, channel=channel, sinks=sinks, should_stop=should_stop
+    ):
         ended = channel.fit.options(concurrency_group=_FIT).remote(trainer)
         # In short waits: within one Ray would answer signals first.
         while not ray.wait([ended], timeout=_LISTEN_EVERY_S)[0]:
@@ -93,28 +100,34 @@ def train_on_ray(
 
 @contextlib.contextmanager
 def _listening(
-    job: Job, *, folder: StoragePath, listener: Listener, channel: ActorHandle
+    job: Job,
+    *,
+    folder: StoragePath,
+    channel: ActorHandle,
+    sinks: Sequence[Sink],
+    should_stop: threading.Event,
 ) -> Iterator[None]:
-    """Listen to the workers; evaluate beside them if so set, and wait for that."""
-    channel_here = _ActorChannel(channel)
+    """Consume the workers' events; if wanted, evaluate asynchronously to the end."""
+    here, every_s = _ActorChannel(channel), _LISTEN_EVERY_S
     if not job.run.validation.beside:
-        with listener.listening(channel_here, every_s=_LISTEN_EVERY_S):
+        with consumed(here, sinks, should_stop=should_stop, every_s=every_s):
             yield
         return
-    validator = Validator(job, folder=folder, handle=listener.handle)
-    with listener.listening(
-        channel_here,
-        every_s=_LISTEN_EVERY_S,
-        on_kept=validator.kept,
-        on_look=validator.look,
-    ):
+
+    def emit(event: Event) -> None:
+        for sink in sinks:
+            sink.handle(event)
+
+    validator = Validator(job, folder=folder, emit=emit)
+    all_sinks = [*sinks, validator]
+    with consumed(here, all_sinks, should_stop=should_stop, every_s=every_s):
         try:
             yield
-            wait_until_handled(channel_here.is_handled, every_s=_LISTEN_EVERY_S)
+            wait_until_handled(here.is_handled, every_s=every_s)
             if validator.is_busy:
                 logger.info("evaluating the last checkpoints")
             while validator.is_busy:
-                time.sleep(_LISTEN_EVERY_S)
+                time.sleep(every_s)
         finally:
             validator.cancel()
 

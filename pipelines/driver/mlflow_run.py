@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import threading
 from collections.abc import Mapping
 
 from pipelines import tracking
@@ -15,6 +16,7 @@ from pipelines.data.epoch_plan import plan_epoch
 from pipelines.data.loader import reading_of
 from pipelines.data.reading import read_rows
 from pipelines.data.shard_set import ShardSet
+from pipelines.events.channel import Event, Figure, Metrics
 from pipelines.storage.path import StoragePath
 from pipelines.tracking.late_run import LateRun
 from pipelines.tracking.provenance import provenance_tags
@@ -25,6 +27,54 @@ from pipelines.worker.job import Job, Trained
 
 logger = logging.getLogger(__name__)
 _FIRST_METRIC = "val/top1"
+_UNSENT = "unsent.json"
+_FLUSH_S = 15.0
+# For an MLflow that has been away since the run began, when that has ended well.
+_OPEN_PATIENCE_S = 120.0
+
+
+class MlflowSink:
+    """Log metrics and figures to a training's MLflow run, on threads of their own.
+
+    A context: at a good end it waits for an MLflow that has been away all along, and at
+    any end it flushes.
+
+    Args:
+        folder: The run's, for what MLflow has not taken at the end.
+        should_stop: Once it is set, nothing is waited for.
+    """
+
+    def __init__(
+        self,
+        tracked: LateRun,
+        *,
+        uri: str,
+        folder: StoragePath,
+        should_stop: threading.Event,
+    ) -> None:
+        self._tracked, self._should_stop = tracked, should_stop
+        self._writer = tracking.MetricWriter(
+            uri, tracked.needed_id, unsent=folder.within(_UNSENT)
+        )
+        self._figures = tracking.FigureWriter(uri, tracked.awaited_id)
+
+    def handle(self, event: Event) -> None:
+        """Queue metrics and figures; never waits."""
+        if isinstance(event, Metrics):
+            self._writer.log(event.metrics, step=event.step)
+        elif isinstance(event, Figure):
+            self._figures.log(event.draw, path=event.path)
+
+    def __enter__(self) -> MlflowSink:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._tracked.wait(_OPEN_PATIENCE_S, until=self._should_stop)
+        finally:
+            self._figures.close(_FLUSH_S)
+            self._writer.close(_FLUSH_S)
 
 
 def open_tracking(

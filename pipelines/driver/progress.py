@@ -21,7 +21,7 @@ from pipelines.hardware.facts import GPU, gpu_summary
 
 
 class Display:
-    """Progress display of a run's workers.
+    """Progress of a run in the terminal, a sink of its events.
 
     Args:
         on_begun: Called when all workers have started, with them by rank; returns a
@@ -44,21 +44,23 @@ class Display:
             total=num_steps, unit="step", disable=not self._is_terminal, leave=False
         )
 
-    def show(self, item: Event) -> None:
-        """Show an event; ignore those without a display."""
-        if isinstance(item, NamedBadImage):
-            if line := self._bad_images.add(item):
+    def handle(self, event: Event) -> None:
+        """Show what a person should see of it."""
+        if isinstance(event, NamedBadImage):
+            if line := self._bad_images.add(event):
                 self._say(line)
-        elif isinstance(item, Progress):
-            self._show_event(item)
-        elif isinstance(item, WorkerStarted):
-            self._show_begin(item)
-        elif isinstance(item, WorkerFailed):
-            self._say(f"worker {item.rank} failed: {item.reason}")
-        elif isinstance(item, CheckpointFailed):
-            self._say(f"no checkpoint {item.name}, the one before stays: {item.reason}")
-        elif isinstance(item, Message):
-            self._say(item.line)
+        elif isinstance(event, Progress):
+            self._show_event(event)
+        elif isinstance(event, WorkerStarted):
+            self._show_begin(event)
+        elif isinstance(event, WorkerFailed):
+            self._say(f"worker {event.rank} failed: {event.reason}")
+        elif isinstance(event, CheckpointFailed):
+            self._say(
+                f"no checkpoint {event.name}, the one before stays: {event.reason}"
+            )
+        elif isinstance(event, Message):
+            self._say(event.line)
 
     def close(self) -> None:
         """Flush the list of bad images, and close the bar."""

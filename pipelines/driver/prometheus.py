@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from types import MappingProxyType
 
 from ray.util.metrics import Gauge
+
+from pipelines.events.channel import Event, Metrics, Tick, WorkerStarted
 
 GAUGES = MappingProxyType(
     {
@@ -41,7 +42,7 @@ _AGAIN_S = 5.0
 
 
 class Gauges:
-    """Prometheus gauges of one run; Ray must be running."""
+    """Gauges of one run, a sink of its events; Ray must be running."""
 
     def __init__(self, run: str) -> None:
         self._tags = {"run": run}
@@ -53,20 +54,20 @@ class Gauges:
             for name, text in GAUGES.items()
         }
 
-    def measured(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Set gauges from metrics; non-finite values leave them unchanged."""
-        self._set("sovit_step", step)
-        for name, value in metrics.items():
-            if name in _SOURCES and math.isfinite(value):
-                self._set(_SOURCES[name], value)
+    def handle(self, event: Event) -> None:
+        """Set what was measured, and count restarts."""
+        if isinstance(event, Metrics):
+            self._set("sovit_step", event.step)
+            for name, value in event.metrics.items():
+                if name in _SOURCES and math.isfinite(value):
+                    self._set(_SOURCES[name], value)
+        elif isinstance(event, WorkerStarted) and event.rank == 0:
+            self._num_starts += 1
+            self._set("sovit_num_restarts", self._num_starts - 1)
+        elif isinstance(event, Tick):
+            self._set_again()
 
-    def began(self) -> None:
-        """Count a start of the workers."""
-        self._num_starts += 1
-        self._set("sovit_num_restarts", self._num_starts - 1)
-
-    def keep(self) -> None:
-        """Re-export the last values every few seconds; to be called often."""
+    def _set_again(self) -> None:
         if time.monotonic() - self._set_at_s < _AGAIN_S:
             return
         self._set_at_s = time.monotonic()

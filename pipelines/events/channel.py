@@ -90,6 +90,11 @@ class Message:
     line: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tick:
+    """Sent to sinks each time that the driver has looked; workers post none."""
+
+
 Event = (
     WorkerStarted
     | Progress
@@ -100,7 +105,16 @@ Event = (
     | CheckpointFailed
     | Message
     | NamedBadImage
+    | Tick
 )
+
+
+class Sink(Protocol):
+    """One of those that the driver hands each event to, on its consumer thread."""
+
+    def handle(self, event: Event) -> None:
+        """Take what concerns this sink and ignore the rest."""
+        ...
 
 
 class Channel:
@@ -161,40 +175,38 @@ class DriversChannel(Protocol):
 @contextlib.contextmanager
 def consumed(
     channel: DriversChannel,
+    sinks: Sequence[Sink],
     *,
-    handle: Callable[[Event], None],
-    is_over: threading.Event,
+    should_stop: threading.Event,
     every_s: float,
-    on_look: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """Handle events on a thread during a `with` block.
+    """Hand what is posted to each sink, on one thread, while a `with` block runs.
 
     Args:
-        is_over: Once set, the workers are asked to stop.
-        every_s: Polling interval.
-        on_look: Called on each poll.
+        should_stop: Once it is set, the workers are asked to stop.
+        every_s: How often the thread looks.
     """
     has_ended = threading.Event()
 
     def run() -> None:
         is_asked = False
         while not has_ended.wait(every_s):
-            if is_over.is_set() and not is_asked:
+            if should_stop.is_set() and not is_asked:
                 channel.end()
                 is_asked = True
-            _handle_all(channel.take(), handle=handle)
-            on_look()
-        _handle_all(channel.take(), handle=handle)
+            deliver([*channel.take(), Tick()])
+        # No tick: nobody is to begin anything now.
+        deliver(channel.take())
 
-    thread = threading.Thread(target=run, name="channel", daemon=True)
+    def deliver(events: Sequence[Event]) -> None:
+        for event in events:
+            for sink in sinks:
+                sink.handle(event)
+
+    thread = threading.Thread(target=run, name="events", daemon=True)
     thread.start()
     try:
         yield
     finally:
         has_ended.set()
         thread.join()
-
-
-def _handle_all(items: Sequence[Event], *, handle: Callable[[Event], None]) -> None:
-    for item in items:
-        handle(item)
