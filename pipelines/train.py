@@ -19,21 +19,25 @@ import argparse
 import time
 from collections.abc import Sequence
 
+from pipelines import tracking
 from pipelines.cli.command import parse, run_command
 from pipelines.cli.help_text import COMMON, help_text, wants_help
+from pipelines.cli.printed import command_line
 from pipelines.config import Run
 from pipelines.config.recipes import load_recipe, own_code_of
 from pipelines.driver.fit import fit
-from pipelines.driver.preflight import with_absolute_paths
-from pipelines.driver.resuming import (
+from pipelines.driver.preflight import (
     check_one_name,
     check_same,
     load_recorded,
     record_to_resume,
     run_and_storage,
+    with_absolute_paths,
 )
-from pipelines.driver.summary import print_summary
 from pipelines.dry_run.command import show_dry_run
+from pipelines.storage.redaction import without_credentials
+from pipelines.training.model import title_of
+from pipelines.worker.job import Trained
 
 _PROG = "sovit-train"
 _OWN_OPTIONS = {
@@ -112,6 +116,29 @@ def _main(arguments: Sequence[str]) -> None:
 
 def _new_name(run: Run) -> str:
     return f"{run.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def print_summary(trained: Trained, *, run: Run, seconds: float) -> None:
+    """Print what a run came to, and what to type next."""
+    metrics, folder = trained.metrics, trained.checkpoint
+    uri = tracking.default_uri(with_absolute_paths(run).storage)
+    held_out = (
+        f"held-out top-1 {metrics.get('val/top1', float('nan')):.2f} % of "
+        f"{metrics.get('val/num_images', 0):,.0f} images"
+    )
+    if not run.validation.held_out:
+        held_out = "nothing held out"
+    print(f"trained {title_of(run.model)} in {seconds:.0f} s: {held_out}")
+    if folder is not None:
+        print(f"checkpoint  {folder}")
+        if trained.best is not None and trained.best != folder:
+            print(f"best        {trained.best}")
+        val = run.data.val or "SHARDS"
+        print(f"evaluate    {command_line('sovit-eval', folder, val)}")
+    address = without_credentials(uri)
+    is_server = address.startswith("http")
+    ui = command_line("mlflow", "ui", "--backend-store-uri", address)
+    print(f"compare     {address if is_server else ui}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pipelines.config import Run
 from pipelines.config.overrides import change_fields
 from pipelines.config.serialization import to_json
 from pipelines.driver.fit import fit
-from pipelines.driver.resuming import (
+from pipelines.driver.preflight import (
     check_same,
     check_shards,
     check_start,

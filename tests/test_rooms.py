@@ -49,13 +49,10 @@ MOST_FLAT, MOST_ROOMS, MOST_DOORS = 8, 28, 5
 DOORS = {
     "pipelines.checkpoints": 8,
     "pipelines.data": 10,
-    "pipelines.driver": 7,
     "pipelines.evaluation": 6,
-    "pipelines.tracking": 8,
     "pipelines.training": 10,
     "pipelines.transforms": 12,
     "sovit": 12,
-    "tuning.trials": 7,
 }
 
 

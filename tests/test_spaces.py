@@ -11,9 +11,9 @@ from ray import tune
 from pipelines.config.overrides import change_fields
 from pipelines.config.recipes import load_recipe
 from recipes.demo import demo
+from tuning.spaces import check_space, list_settings, load_space, shipped, words_of
+from tuning.trials.head_trial import spread
 from tuning.trials.options import Search
-from tuning.trials.settings import list_settings, spread
-from tuning.trials.spaces import check_space, load_space, shipped, words_of
 
 RECIPES = ("demo", "imagenet.sot_tiny", "gcp.mpncov_resnet50", "gcp.isqrt_resnet50")
 

@@ -26,13 +26,16 @@ from pipelines.cli.command import parse, run_command
 from pipelines.cli.help_text import COMMON, help_text, wants_help
 from pipelines.config import Run
 from pipelines.config.recipes import load_recipe, own_code_of
-from pipelines.driver.preflight import with_absolute_paths
-from pipelines.driver.resuming import load_recorded, run_and_storage
+from pipelines.driver.preflight import (
+    load_recorded,
+    run_and_storage,
+    with_absolute_paths,
+)
 from pipelines.storage.filesystem import absolute
 from tuning.checks import check_sweep_name
+from tuning.spaces import Space, load_space, words_of
 from tuning.trials.ledger import Sweep, read_sweep
 from tuning.trials.options import Search
-from tuning.trials.spaces import Space, load_space, words_of
 
 _PROG = "sovit-tune"
 _OWN_OPTIONS = {

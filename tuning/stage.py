@@ -16,16 +16,17 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
 from ray.util.state import list_actors
 
 from pipelines.driver.failures import first_line
 from pipelines.storage.retry import answering, is_remote
-from pipelines.tracking.client import environment
+from pipelines.tracking import environment
 from tuning.budget import Budget
+from tuning.spaces import Space, choices_of
 from tuning.trials.ledger import Ledger, StageName, Sweep
 from tuning.trials.options import Search
-from tuning.trials.spaces import Space, choices_of
-from tuning.trials.trial import EPOCH, LISTED, SETTING, config_of, number_of
+from tuning.trials.trial import EPOCH, LISTED, NUMBER, SETTING, config_of, number_of
 from tuning.watch import TrialRecorder
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,20 @@ _QUIET = {
 _FREE_TIMEOUT_S = 60.0
 _STATE_TIMEOUT_S = 30
 _POLL_S = 1.0
+
+
+class NumberedOptuna(OptunaSearch):
+    """Optuna searcher that numbers settings in the order they are drawn."""
+
+    _num_drawn = 0
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """Draw a setting, with its number."""
+        config = super().suggest(trial_id)
+        if not config:
+            return config
+        number, self._num_drawn = self._num_drawn, self._num_drawn + 1
+        return {**config, NUMBER: number}
 
 
 def run_stage(
@@ -152,8 +167,6 @@ def scheduler_of(search: Search, *, num_epochs: int) -> TrialScheduler:
 def optuna_of(space: Space, ledger: Ledger) -> tuple[Searcher, Space]:
     """Build Optuna's TPE, which starts with the settings in the ledger."""
     import optuna
-
-    from tuning.trials.numbered import NumberedOptuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     search = ledger.sweep.search

@@ -17,11 +17,11 @@ from pipelines.checkpoints.run_record import find_record
 from pipelines.config.overrides import change_fields
 from pipelines.config.serialization import flat_params, to_json
 from pipelines.driver.cluster import needed, per_worker, ray_session, room
-from pipelines.driver.resuming import resume_command
+from pipelines.driver.preflight import resume_command
 from pipelines.driver.signals import StopRequest, stop_requests
 from pipelines.errors import InterruptedRun
 from pipelines.storage.lease import claimed
-from pipelines.tracking.provenance import provenance_tags
+from pipelines.tracking import provenance_tags
 from pipelines.tracking.sweeps import (
     OUTCOME_TAG,
     child_tags,
@@ -30,6 +30,7 @@ from pipelines.tracking.sweeps import (
 )
 from tuning.checks import check_sweep, check_sweep_name
 from tuning.report.conclude import check_something_came, write_report
+from tuning.spaces import Space, list_settings
 from tuning.stage import (
     TRIAL_RESOURCES,
     check_state_api,
@@ -41,8 +42,6 @@ from tuning.stage import (
 )
 from tuning.trials.head_trial import HEAD_METRIC, TOKENS, promoted, run_head_trial
 from tuning.trials.ledger import BAD, Ledger, StageName, Sweep, TrialRecord, write_sweep
-from tuning.trials.settings import list_settings
-from tuning.trials.spaces import Space
 from tuning.trials.trial import TrialContext, run_trial
 from tuning.watch import TrialRecorder
 

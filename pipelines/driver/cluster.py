@@ -19,7 +19,7 @@ from ray.autoscaler.sdk import request_resources
 from pipelines.config import CPUS_PER_READ, Scale
 from pipelines.config.own_code import away_from_clashes
 from pipelines.storage.redaction import error_summary, without_credentials
-from pipelines.tracking.client import environment
+from pipelines.tracking import environment
 
 logger = logging.getLogger(__name__)
 _POLL_S = 1.0

@@ -26,13 +26,14 @@ from pipelines.driver.cluster import ray_session
 from pipelines.driver.launch_local import train_alone
 from pipelines.driver.launch_ray import train_on_ray
 from pipelines.driver.mlflow_run import MlflowSink, log_model, log_shards, open_tracking
-from pipelines.driver.preflight import CheckedRun, with_absolute_paths
-from pipelines.driver.progress import Display
-from pipelines.driver.prometheus import Gauges
-from pipelines.driver.resuming import (
+from pipelines.driver.preflight import (
+    CheckedRun,
     check_start,
     resume_command,
+    with_absolute_paths,
 )
+from pipelines.driver.progress import Display
+from pipelines.driver.prometheus import Gauges
 from pipelines.driver.signals import StopRequest, stop_requests
 from pipelines.errors import InterruptedRun, RunFailedError, StoppedEarly
 from pipelines.events.bad_images import FILE, BadImageLog

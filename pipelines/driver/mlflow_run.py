@@ -18,9 +18,7 @@ from pipelines.data.reading import read_rows
 from pipelines.data.shard_set import ShardSet
 from pipelines.events.channel import Event, Figure, Metrics
 from pipelines.storage.path import StoragePath
-from pipelines.tracking.late_run import LateRun
-from pipelines.tracking.provenance import provenance_tags
-from pipelines.tracking.registry import register_model
+from pipelines.tracking import LateRun, provenance_tags, register_model
 from pipelines.tracking.sweeps import NUM_PARAMS, log_metrics
 from pipelines.transforms.pillow_decode import is_whole
 from pipelines.worker.job import Job, Trained

@@ -13,8 +13,7 @@ from pipelines.checkpoints.run_record import Record
 from pipelines.checkpoints.store import CheckpointStore
 from pipelines.config import Run
 from pipelines.data.position import Position
-from pipelines.driver.preflight import with_absolute_paths
-from pipelines.driver.resuming import check_start
+from pipelines.driver.preflight import check_start, with_absolute_paths
 from pipelines.dry_run.activation_memory import StepMemory, measure_step
 from pipelines.dry_run.machine import this_machine, warnings_of
 from pipelines.dry_run.memory import Memory, checkpoint_bytes, estimate_memory

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipelines.config import Run
 from pipelines.config.serialization import flat_params
-from pipelines.tracking.entries import value_text
+from pipelines.tracking import value_text
 from pipelines.tracking.query import StoredRun
 
 _RECIPE = "recipe"

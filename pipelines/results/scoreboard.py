@@ -24,8 +24,7 @@ from pipelines.cli.command import parse, run_command
 from pipelines.results.best_runs import best_of, by_recipe
 from pipelines.results.recipe_rows import Row, list_rows, with_sizes
 from pipelines.results.recipe_table import as_json, as_markdown, as_text
-from pipelines.tracking import default_uri
-from pipelines.tracking.client import ADDRESS_VARIABLE
+from pipelines.tracking import ADDRESS_VARIABLE, default_uri
 from pipelines.tracking.query import RunStore
 
 _PROG = "python -m recipes"

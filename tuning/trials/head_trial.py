@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from ray import tune
 
 from pipelines.storage.path import StoragePath
 from tuning.trials.ledger import Sweep, TrialRecord
 from tuning.trials.options import Search
-from tuning.trials.settings import spread
 from tuning.trials.trial import TrialContext, bad_end, number_of, setting_of, tell_again
 
 HEAD_METRIC = "head/top1"
@@ -84,3 +84,11 @@ def rank_pairs(
             full_values.append(after)
             numbers.append(entry.number)
     return cheap_values, full_values, numbers
+
+
+def spread(numbers: list[int], *, num: int) -> list[int]:
+    """Pick `num` numbers spread evenly from the first to the last."""
+    if num >= len(numbers):
+        return list(numbers)
+    places = np.linspace(0, len(numbers) - 1, num).round().astype(int)
+    return [numbers[place] for place in dict.fromkeys(places.tolist())]

@@ -5,7 +5,7 @@ live in your own file, `my/space.py:narrow`:
 
     from ray import tune
     from pipelines.config import Run
-    from tuning.trials.spaces import Space
+    from tuning.spaces import Space
 
     def narrow(run: Run) -> Space:
         return {"pooling.power": tune.uniform(0.4, 0.6)}
@@ -14,6 +14,7 @@ live in your own file, `my/space.py:narrow`:
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from pipelines.config import Run
 from pipelines.config.overrides import change_fields
 from pipelines.config.recipes import module_of
 from sovit import Pooling
+from tuning.trials.options import Search
 from tuning.trials.trial import tidy
 
 Space = dict[str, Any]
@@ -36,6 +38,8 @@ _RESERVED = ("scale.", "storage", "experiment", "recipe", "key_log", "data.")
 _NUM_PROBES = 32
 _NUM_SEEDS = 3
 _GRID = "grid_search"
+# Draws that find nothing new, one after the other, until a space counts as used up.
+_MAX_IN_VAIN = 1000
 
 
 def power(run: Run) -> Space:
@@ -285,3 +289,41 @@ def _function(name: str) -> Callable[..., object]:
             "function of your own: my/space.py:name"
         )
     return getattr(sys.modules[__name__], name)
+
+
+def list_settings(space: Space, *, search: Search) -> list[dict[str, Any]]:
+    """List the settings of a random or a grid search, no two alike.
+
+    The same seed draws the same settings; more trials extend the same list.
+    Raises ValueError where the space has fewer, or for a grid over a domain that is
+    not a list of choices.
+    """
+    if search.method == "grid":
+        return _grid(space)[: search.num_trials]
+    generator = np.random.RandomState(search.sample_seed)
+    found: dict[str, dict[str, Any]] = {}
+    num_in_vain = 0
+    while len(found) < search.num_trials:
+        setting = draw(space, generator=generator)
+        num_in_vain = num_in_vain + 1 if repr(setting) in found else 0
+        found.setdefault(repr(setting), setting)
+        if num_in_vain == _MAX_IN_VAIN:
+            raise ValueError(
+                f"wanted {search.num_trials} settings, came a space of {len(found)}; "
+                f"set --num-trials {len(found)}, or widen the space"
+            )
+    return list(found.values())
+
+
+def _grid(space: Space) -> list[dict[str, Any]]:
+    values = {name: choices_of(domain) for name, domain in space.items()}
+    ranges = [name for name, choices in values.items() if choices is None]
+    if ranges:
+        raise ValueError(
+            f"wanted choices for a grid, came a range for {', '.join(ranges)}; write "
+            "tune.choice([...]) there, or take --method random"
+        )
+    lists = [choices or [] for choices in values.values()]
+    return [
+        dict(zip(values, choices, strict=True)) for choices in itertools.product(*lists)
+    ]
