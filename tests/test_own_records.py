@@ -245,8 +245,8 @@ def test_a_sweep_takes_no_trials_of_another(
         metrics=(),
         parent_id="",
         tracking_uri="",
+        is_own_ray=True,
         is_local=True,
-        is_alone=True,
         node_id="",
         told={},
     )

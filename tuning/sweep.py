@@ -82,8 +82,8 @@ class _Carried:
             metrics=metrics,
             parent_id=self.sweep.mlflow_run_id,
             tracking_uri=self.uri,
-            is_local=not os.environ.get("RAY_ADDRESS"),
-            is_alone=self.sweep.run.scale.is_local,
+            is_own_ray=not os.environ.get("RAY_ADDRESS"),
+            is_local=self.sweep.run.scale.is_local,
             node_id=ray.get_runtime_context().get_node_id(),
             code=self.sweep.code,
             told={

@@ -52,9 +52,9 @@ class TrialContext:
     parent_id: str
     """Id of the sweep's run in MLflow."""
     tracking_uri: str
-    is_local: bool
+    is_own_ray: bool
     """Whether the Ray was started for this sweep, on this machine."""
-    is_alone: bool
+    is_local: bool
     """Whether a trial trains in Tune's own process."""
     node_id: str
     """Ray's name of the machine that the sweep's driver runs on."""
@@ -143,7 +143,7 @@ def _train_below(
     known: TrialContext, *, name: str, setting: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     settings = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    if known.is_local:
+    if known.is_own_ray:
         # Nobody takes a laptop away with notice; the watcher is a process a trial.
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     trainer = cast(ActorClass, ray.remote(num_cpus=0)(Trainer)).options(
