@@ -126,7 +126,7 @@ def carry_out(sweep: Sweep, *, space: Space, retries_failed: bool = False) -> Le
                     num_concurrent=search.num_concurrent or room(run.scale),
                     retries_failed=retries_failed,
                 )
-            with _ended_early(carried, stop=stop), stop.restored():
+            with _ended_early(carried, stop=stop):
                 stop.check()
                 heads = None
                 if search.head_from:
@@ -152,7 +152,8 @@ def _ended_early(carried: _Carried, *, stop: StopRequest) -> Iterator[None]:
     sweep = carried.sweep
     go_on = f"go on with {resume_command(sweep.run, name=sweep.name, prog=_PROG)}"
     try:
-        yield
+        with stop.restored():
+            yield
     except (KeyboardInterrupt, SystemExit) as error:
         with stop.waiting():
             for entry in Ledger(sweep, stage="full").entries:

@@ -118,10 +118,7 @@ def fit(
                     is_demanded=is_demanded,
                 )
                 job = dataclasses.replace(job, keeps_model=keep_model)
-            with (
-                _ended_in_mlflow(job, tracked=tracked, name=name, stop=stop),
-                stop.restored(),
-            ):
+            with _ended_in_mlflow(job, tracked=tracked, name=name, stop=stop):
                 trained = _trained(
                     job, tracked=tracked, name=name, callbacks=callbacks, stop=stop
                 )
@@ -191,7 +188,8 @@ def _ended_in_mlflow(
 
     go_on = f"go on with {resume_command(job.run, name=name)}"
     try:
-        yield
+        with stop.restored():
+            yield
     except (ValueError, RunFailedError) as error:
         end("FAILED", str(error))
         raise
