@@ -85,8 +85,8 @@ def approximate_covariance_sqrt(
 def _check(approximant: str) -> None:
     if approximant not in APPROXIMANTS:
         raise ValueError(
-            f"approximant must be one of {APPROXIMANTS}, got {approximant!r}: 'mpa' is "
-            "the more exact one."
+            f"approximant: expected one of {APPROXIMANTS}, got {approximant!r}; 'mpa' "
+            "is the more exact one"
         )
 
 

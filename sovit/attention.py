@@ -46,8 +46,8 @@ def spatial_covariance(
     """
     if divisor not in DIVISORS:
         raise ValueError(
-            f"divisor must be one of {DIVISORS}, got {divisor!r}: "
-            "choose 'positions' for what GSoP's release computes."
+            f"divisor: expected one of {DIVISORS}, got {divisor!r}; choose 'positions' "
+            "for what GSoP's release computes"
         )
     with autocast_off(x.device.type):
         x = at_least_float32(x)
@@ -193,8 +193,8 @@ class Gsop(nn.Module):
         super().__init__()
         if attention not in ATTENTIONS:
             raise ValueError(
-                f"attention must be one of {ATTENTIONS}, got {attention!r}: "
-                "'channel' is GSoP's own choice."
+                f"attention: expected one of {ATTENTIONS}, got {attention!r}; "
+                "'channel' is GSoP's own choice"
             )
         self.attention = attention
         self.channel = self.spatial = self.fusion = None

@@ -98,9 +98,9 @@ class SecondOrderNet(KeepsArgs, TrunkIntermediates):
         fusion = fusion or ("sum" if has_class else "visual")
         if fusion != "visual" and (not has_class or hidden_dims):
             raise ValueError(
-                f"fusion={fusion!r} needs a class token and no hidden_dims, got "
-                f"{type(backbone).__name__} and hidden_dims={hidden_dims}: set "
-                "fusion='visual'."
+                f"fusion={fusion!r}: expected a class token and no hidden_dims, got "
+                f"{type(backbone).__name__} and hidden_dims={hidden_dims}; set "
+                "fusion='visual'"
             )
         self.num_features = self.embed_dim = self.features.embed_dim
         self.head = SecondOrderHead(
@@ -277,9 +277,9 @@ def second_order(
         given = {**kwargs, "device": device, "dtype": dtype}
         names = sorted(name for name, value in given.items() if value is not None)
         raise ValueError(
-            "Settings of the backbone go with its name, got a model and "
-            f"{names or 'pretrained_backbone=True'}: give the name, or build the model "
-            "with them."
+            "expected settings of the backbone with its name, got a model and "
+            f"{names or 'pretrained_backbone=True'}; give the name, or build the model "
+            "with them"
         )
     if drop_last_stride is None:
         drop_last_stride = isinstance(backbone, ResNet | VGG)
@@ -324,14 +324,14 @@ def _trunk(
     architecture, config = _described(name, cache_dir=kwargs.get("cache_dir"))
     if not timm.is_model(architecture):
         raise ValueError(
-            f"backbone must be a model or a name that timm knows, got {architecture!r}"
-            f"{'' if architecture == name else f' in {name!r}'}: see "
-            "timm.list_models(), or give hf-hub:owner/name or local-dir:path."
+            "backbone: expected a model or a name that timm knows, got "
+            f"{architecture!r}{'' if architecture == name else f' in {name!r}'}; see "
+            "timm.list_models(), or give hf-hub:owner/name or local-dir:path"
         )
     try:
         usual = timm.get_pretrained_cfg(architecture)
     except RuntimeError as error:  # The name is known, its tag of weights isn't.
-        raise ValueError(f"backbone {name!r}: {error}: leave the tag out.") from error
+        raise ValueError(f"backbone {name!r}: {error}; leave the tag out") from error
     fixed = usual is not None and usual.fixed_input_size
     if img_size is not None and config.get("fixed_input_size", fixed):
         kwargs["img_size"] = img_size
@@ -361,6 +361,6 @@ def _described(name: str, *, cache_dir: Any) -> tuple[str, Mapping[str, Any]]:
         raise ValueError(
             f"expected a model that timm saved, with a config.json, got {name!r} "
             f"({' '.join(f'{type(error).__name__}: {error}'.split())[:200]}); check "
-            "the name."
+            "the name"
         ) from error
     return name, {}

@@ -45,6 +45,6 @@ class _Refused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         raise RuntimeError(
-            "Functions of eigenvalues have two derivatives here, a third was wanted: "
-            "take Newton-Schulz or svPN, which have all."
+            "expected at most two derivatives of a function of eigenvalues, got a "
+            "third; take Newton-Schulz or svPN, which have all"
         )

@@ -15,8 +15,8 @@ def classifier_names(fusion: str) -> tuple[str, ...]:
     """Return the names of the linear classifiers in a head of some fusion."""
     if fusion not in FUSIONS:
         raise ValueError(
-            f"fusion must be one of {FUSIONS}, got {fusion!r}: "
-            "'sum' is the papers' choice."
+            f"fusion: expected one of {FUSIONS}, got {fusion!r}; 'sum' is the papers' "
+            "choice"
         )
     names = {"sum": ("fc_class", "fc_visual"), "concat": ("fc",)}
     return names.get(fusion, (f"fc_{fusion}",))
@@ -51,8 +51,8 @@ class SecondOrderHead(nn.Module):
         super().__init__()
         if fusion != "visual" and not num_prefix_tokens:
             raise ValueError(
-                f"fusion={fusion!r} needs a class token, and these tokens have none: "
-                "choose 'visual'."
+                f"fusion={fusion!r}: expected a class token, got tokens without one; "
+                "choose 'visual'"
             )
         self.num_prefix_tokens = num_prefix_tokens
         self.fusion, self.classifier_names = fusion, classifier_names(fusion)
@@ -75,13 +75,13 @@ class SecondOrderHead(nn.Module):
         """
         if global_pool is not None:
             raise ValueError(
-                f"global_pool must be None, got {global_pool!r}: "
-                "create the model with pooling={...} or fusion=... instead."
+                f"global_pool: expected None, got {global_pool!r}; create the model "
+                "with pooling={...} or fusion=... instead"
             )
         if num_classes < 0:
             raise ValueError(
-                f"num_classes must be at least 0, got {num_classes}: "
-                "give 0 for a model without classifier."
+                f"num_classes: expected at least 0, got {num_classes}; give 0 for a "
+                "model without classifier"
             )
         self.num_classes = num_classes
         dims = {

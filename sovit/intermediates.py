@@ -84,8 +84,8 @@ class BlockIntermediates(nn.Module):
         """
         if output_fmt not in FORMATS:
             raise ValueError(
-                f"output_fmt must be one of {FORMATS}, got {output_fmt!r}: NCHW gives "
-                "maps."
+                f"output_fmt: expected one of {FORMATS}, got {output_fmt!r}; NCHW "
+                "gives maps"
             )
         wanted, last = feature_take_indices(len(self.blocks), _as_list(indices))
         x, found = self.embed(x), []

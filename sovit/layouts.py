@@ -56,9 +56,8 @@ def _read_map(
     if first == last:
         raise ValueError(
             "expected a map (B, C, H, W) or (B, H, W, C) whose positions are a grid as "
-            f"the image is, got {tuple(shape)} for images {image} from "
-            f"{_name(model)}; set model.output_fmt to 'NCHW' or 'NHWC', or choose "
-            "another backbone."
+            f"the image is, got {tuple(shape)} for images {image} from {_name(model)}; "
+            "set model.output_fmt to 'NCHW' or 'NHWC', or choose another backbone"
         )
     height, width = channels_last if last else channels_first
     return Layout(channels_last=last, num_tokens=height * width)
@@ -75,7 +74,7 @@ def _read_tokens(
         raise ValueError(
             f"expected tokens of the image's positions, got {num} from "
             f"{_name(model)}.forward_features, as many as it has class tokens: the "
-            "covariance of these does not depend on the image; choose another backbone."
+            "covariance of these does not depend on the image; choose another backbone"
         )
     ranks = {n: _rank_of(num - n, image=image) for n in counts | {0}}
     fits = [n for n, rank in ranks.items() if 0 < rank == max(ranks.values())]
@@ -87,7 +86,7 @@ def _read_tokens(
         raise ValueError(
             f"expected tokens (B, N, C) of a grid as the image is, after {expected} "
             f"class tokens, got {tuple(shape)} for images {image} from {_name(model)}; "
-            "set model.num_prefix_tokens, or choose another backbone."
+            "set model.num_prefix_tokens, or choose another backbone"
         )
     (prefix,) = fits
     if prefix and declared is None:
@@ -131,7 +130,7 @@ def _check_prefix(
         raise ValueError(
             f"expected the class token first, got {_name(model)}, whose own head "
             f"classifies by the tokens {sorted(used)[:4]} of {shape[1]}; put it first "
-            "and set model.num_prefix_tokens, or choose another backbone."
+            "and set model.num_prefix_tokens, or choose another backbone"
         )
 
 

@@ -48,8 +48,8 @@ def minimax_coefficients(
     """
     if lower is not None and max_gain is not None:
         raise ValueError(
-            f"lower and max_gain both choose the interval, got lower={lower} and "
-            f"max_gain={max_gain}: give one of them."
+            "expected one of lower and max_gain, which both choose the interval, got "
+            f"lower={lower} and max_gain={max_gain}; give one of them"
         )
     if max_gain is not None:
         return _of_gain(num_iterations, max_gain)
@@ -57,7 +57,7 @@ def minimax_coefficients(
         lower = _default_lower(num_iterations)
     if not 0 < lower < 1:
         raise ValueError(
-            f"lower must be between 0 and 1, got {lower}: take 0.02 to 0.5."
+            f"lower: expected a number between 0 and 1, got {lower}; take 0.02 to 0.5"
         )
     low, high = float(lower), 1.0
     steps: list[tuple[float, float]] = []
@@ -94,13 +94,14 @@ def find_coefficients(
     """
     if num_iterations < 1:
         raise ValueError(
-            f"num_iterations must be at least 1, got {num_iterations}: "
-            "the papers take 3 to 5."
+            f"num_iterations: expected at least 1, got {num_iterations}; the papers "
+            "take 3 to 5"
         )
     if max_gain is not None and coefficients != "minimax":
         raise ValueError(
-            "max_gain bounds minimax coefficients, got it with coefficients="
-            f"{coefficients!r}: set coefficients='minimax', or leave it out."
+            "max_gain: expected minimax coefficients, which it bounds, got "
+            f"coefficients={coefficients!r}; set coefficients='minimax', or leave it "
+            "out"
         )
     if coefficients == "minimax":
         return minimax_coefficients(num_iterations, max_gain=max_gain)
@@ -108,8 +109,8 @@ def find_coefficients(
         return (NEWTON_SCHULZ_STEP,) * num_iterations
     if isinstance(coefficients, str) or len(coefficients) != num_iterations:
         raise ValueError(
-            f"coefficients must be one of {COEFFICIENTS} or {num_iterations} pairs, "
-            f"one for each iteration, got {coefficients!r}: see minimax_coefficients."
+            f"coefficients: expected one of {COEFFICIENTS} or {num_iterations} pairs, "
+            f"one for each iteration, got {coefficients!r}; see minimax_coefficients"
         )
     return tuple((float(a), float(b)) for a, b in coefficients)
 
@@ -125,8 +126,8 @@ def _of_gain(num_iterations: int, max_gain: Number) -> Coefficients:
     bound = gain(minimax_coefficients(num_iterations, lower=most))
     if not bound <= max_gain:
         raise ValueError(
-            f"max_gain must be at least {bound:.3g} for {num_iterations} iterations, "
-            f"got {max_gain}: raise it, or take fewer iterations."
+            f"max_gain: expected at least {bound:.3g} for {num_iterations} iterations, "
+            f"got {max_gain}; raise it, or take fewer iterations"
         )
     while (middle := (least + most) / 2) not in (least, most):
         if gain(minimax_coefficients(num_iterations, lower=middle)) <= max_gain:

@@ -33,8 +33,8 @@ def center(
     if centering == "none":
         return x
     raise ValueError(
-        f"centering must be one of {CENTERINGS}, got {centering!r}: "
-        "choose 'channel' for a covariance."
+        f"centering: expected one of {CENTERINGS}, got {centering!r}; choose 'channel' "
+        "for a covariance"
     )
 
 

@@ -120,8 +120,8 @@ def _iterate(
 ) -> Float[Tensor, "*batch d d"]:
     if pre_norm not in PRE_NORMS:
         raise ValueError(
-            f"pre_norm must be one of {PRE_NORMS}, got {pre_norm!r}: "
-            "'trace' is the papers' choice."
+            f"pre_norm: expected one of {PRE_NORMS}, got {pre_norm!r}; 'trace' is the "
+            "papers' choice"
         )
     with autocast_off(x.device.type):
         flat = at_least_float32(x).reshape(-1, *x.shape[-2:])

@@ -191,24 +191,24 @@ def _release(weights: Mapping[str, Tensor], model: nn.Module) -> Release:
     found, wanted = recognise(weights), release_of(model)
     if found is not None and found is not wanted:
         raise ValueError(
-            f"{found.wanted} was wanted for this file, which holds {found.title}, got "
-            f"{type(model).__name__}: create it with timm.create_model("
-            f"{found.example!r}) after importing sovit."
+            f"expected {found.model} for this file, which holds {found.title}, got "
+            f"{type(model).__name__}; create it with "
+            f"timm.create_model({found.example!r}) after importing sovit"
         )
     if found is None and (said := describe_stranger(weights, model)):
         raise ValueError(said)
     if wanted is None:
         raise ValueError(
-            "A network of the papers was wanted (So-ViT, SoT, or one of "
-            f"timm.list_models('*isqrt*'), '*gsop*', '*eca_*'), got "
-            f"{type(model).__name__}: create it by its name after importing sovit."
+            "expected a network of the papers (So-ViT, SoT, or one of "
+            "timm.list_models('*isqrt*'), '*gsop*', '*eca_*'), got "
+            f"{type(model).__name__}; create it by its name after importing sovit"
         )
     pool = model.head.pool if isinstance(model, SecondOrderNet) else None
     if wanted.triangle and not isinstance(pool, CovPool):
         raise ValueError(
-            f"{wanted.wanted} of the released kinds was wanted (pooling='isqrt_cov', "
-            f"fusion='visual'), got one with {type(pool).__name__}: create the model "
-            f"as the checkpoint's was, such as {wanted.example}."
+            f"expected {wanted.model} of the released kinds (pooling='isqrt_cov', "
+            f"fusion='visual'), got one with {type(pool).__name__}; create the model "
+            f"as the checkpoint's was, such as {wanted.example}"
         )
     if found is None and wanted in (COV_MOBILENET, ECA_MOBILENET):
         raise ValueError(
@@ -322,9 +322,9 @@ def official_names(name: str, *, model: SoViT) -> tuple[str, ...]:
         if name.startswith(ours):
             return tuple(part + name.removeprefix(ours) for part in parts)
     raise ValueError(
-        "A model of the released kinds was wanted (token_embed 'resnet' or 'densenet', "
-        f"fusion 'sum', 'class' or 'visual'), got one with {name}: create the model "
-        "as the checkpoint's was."
+        "expected a model of the released kinds (token_embed 'resnet' or 'densenet', "
+        f"fusion 'sum', 'class' or 'visual'), got one with {name}; create the model as "
+        "the checkpoint's was"
     )
 
 

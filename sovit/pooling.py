@@ -81,8 +81,8 @@ class CovPool(nn.Module):
         width, num_groups = dims[-1], pooling.num_groups
         if width % num_groups:
             raise ValueError(
-                f"num_groups must divide the {width} channels that are pooled, got "
-                f"{num_groups}: choose a divisor, or set reduced_dim."
+                f"num_groups: expected a divisor of the {width} channels that are "
+                f"pooled, got {num_groups}; choose a divisor, or set reduced_dim"
             )
         self.reduction = nn.Sequential(
             *(

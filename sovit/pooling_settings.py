@@ -170,7 +170,8 @@ class Pooling:
         unknown = sorted(set(fields) - set(known))
         if unknown:
             raise ValueError(
-                f"Pooling has the fields {known}, got {unknown}: check the spelling."
+                f"Pooling: expected fields of {known}, got {unknown}; check the "
+                "spelling"
             )
         return dataclasses.replace(self, **fields)
 
@@ -184,8 +185,8 @@ class Pooling:
         """
         if name not in METHODS:
             raise ValueError(
-                f"A pooling of {list(METHODS)} was wanted, got {name!r}: take one of "
-                "these, or give sovit.Pooling(...)."
+                f"expected a pooling of {list(METHODS)}, got {name!r}; take one of "
+                "these, or give sovit.Pooling(...)"
             )
         return cls(**METHODS[name]).changed(changes)
 
@@ -235,8 +236,8 @@ def _is_count(value: object) -> bool:
 def _check(pooling: Pooling, name: str, fits: bool, wanted: str) -> None:
     if not fits:
         raise ValueError(
-            f"Pooling.{name} must be {wanted}, got {getattr(pooling, name)!r}: "
-            f"set pooling={{'{name}': ...}} to such a value."
+            f"Pooling.{name}: expected {wanted}, got {getattr(pooling, name)!r}; set "
+            f"pooling={{'{name}': ...}} to such a value"
         )
 
 

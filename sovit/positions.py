@@ -21,8 +21,8 @@ def sinusoid_table(num_positions: int, dim: int) -> Float[Tensor, "1 p d"]:
     """
     if dim % 2:
         raise ValueError(
-            f"embed_dim must be even for the sinusoid table, got {dim}: "
-            "choose an even one."
+            f"embed_dim: expected an even number for the sinusoid table, got {dim}; "
+            "choose an even one"
         )
     channel = torch.arange(0, dim, 2, dtype=torch.float64)
     frequency = BASE ** (-channel / dim)
@@ -52,9 +52,9 @@ def resize_table(
     side = math.isqrt(old_positions - 1)
     if side * side != old_positions - 1:
         raise ValueError(
-            f"A position table of a square grid and a class token was wanted, got "
-            f"{old_positions} positions: interpolate it to {num_positions} positions "
-            "before loading."
+            "expected a position table of a square grid and a class token, got "
+            f"{old_positions} positions; interpolate it to {num_positions} positions "
+            "before loading"
         )
     return resample_abs_pos_embed(
         table, new_size=list(grid_size), old_size=[side, side], num_prefix_tokens=1

@@ -60,8 +60,8 @@ def matrix_log(
     """
     if eps <= 0:
         raise ValueError(
-            f"eps must be over 0, got {eps}: it keeps eigenvalues of zero away from "
-            f"the logarithm, {LOG_EPS} is the default."
+            f"eps: expected over 0, got {eps}; it keeps eigenvalues of zero away from "
+            f"the logarithm, {LOG_EPS} is the default"
         )
     with autocast_off(x.device.type):
         matrix = at_least_float32(x)
@@ -110,6 +110,6 @@ def sv_power(
     """
     if power <= 0:
         raise ValueError(
-            f"power must be over 0, got {power}: 0.5 is the papers' value."
+            f"power: expected over 0, got {power}; 0.5 is the papers' value"
         )
     return singular_power(x, power)

@@ -161,6 +161,6 @@ def _text(what: str, model: nn.Module) -> str:
     names = [name for name, _ in model.named_modules() if 0 < len(name.split(".")) < 4]
     shown = ", ".join(filter(None, names[: _MAX_NAMES + 1]))
     return (
-        f"stem: wanted the name of a module that gives one tensor, got {what}; set one "
-        f"of {type(model).__name__}'s: {shown}"
+        f"stem: expected the name of a module that gives one tensor, got {what}; set "
+        f"one of {type(model).__name__}'s: {shown}"
     )

@@ -26,7 +26,7 @@ class Release:
 
     title: str
     """Content of such a file, for messages."""
-    wanted: str
+    model: str
     """The model that takes it, for messages, and `example`, a name of one."""
     example: str
     rules: tuple[tuple[str, str], ...] = ()
@@ -66,7 +66,7 @@ _GSOP_BLOCK = (
 
 SO_VIT = Release(
     title="a network of the So-ViT or SoT release",
-    wanted="A So-ViT or SoT model",
+    model="a So-ViT or SoT model",
     example="so_vit_7",
     classifier=(
         ("head.fc_class.", "classifier.cls_fc."),
@@ -75,7 +75,7 @@ SO_VIT = Release(
 )
 COV_RESNET = Release(
     title="a ResNet with iSQRT-COV (fast-MPN-COV, or the optimisation study)",
-    wanted="A ResNet with a covariance head",
+    model="a ResNet with a covariance head",
     example="isqrt_resnet50",
     rules=_RESNET_HEAD,
     classifier=(("head.fc_visual.", "fc."),),
@@ -84,7 +84,7 @@ COV_RESNET = Release(
 )
 COV_VGG = Release(
     title="a VGG with iSQRT-COV (fast-MPN-COV)",
-    wanted="A VGG with a covariance head",
+    model="a VGG with a covariance head",
     example="isqrt_vgg16",
     rules=(
         (rf"{_REDUCTION}linear\.", "representation.conv_dr_block.0."),
@@ -99,21 +99,21 @@ COV_VGG = Release(
 )
 COV_MOBILENET = Release(
     title="a MobileNetV2 with iSQRT-COV (the optimisation study)",
-    wanted="A MobileNetV2 with a covariance head",
+    model="a MobileNetV2 with a covariance head",
     example="isqrt_mobilenetv2",
     triangle="upper",
     num_iterations=5,
 )
 GSOP_1 = Release(
     title="a GSoP-Net1 (mode 1)",
-    wanted="A ResNet with GSoP blocks",
+    model="a ResNet with GSoP blocks",
     example="gsop_resnet50_1",
     rules=_GSOP_BLOCK,
     classifier=(("fc.", "fc."),),
 )
 GSOP_2 = Release(
     title="a GSoP-Net2 (mode 2)",
-    wanted="A ResNet with GSoP blocks and a covariance head",
+    model="a ResNet with GSoP blocks and a covariance head",
     example="gsop_resnet50_2",
     rules=(*_GSOP_BLOCK, *_RESNET_HEAD),
     classifier=(("head.fc_visual.", "fc."),),
@@ -122,14 +122,14 @@ GSOP_2 = Release(
 )
 ECA_RESNET = Release(
     title="an ECA-ResNet",
-    wanted="A ResNet with ECA",
+    model="a ResNet with ECA",
     example="eca_resnet50",
     rules=((r"\.se\.conv\.", ".eca.conv."),),
     classifier=(("fc.", "fc."),),
 )
 ECA_MOBILENET = Release(
     title="an ECA-MobileNetV2",
-    wanted="A MobileNetV2 with ECA",
+    model="a MobileNetV2 with ECA",
     example="eca_mobilenetv2",
 )
 RELEASES = (
@@ -240,9 +240,9 @@ def names_by_order(
     theirs = [layer for layer in theirs if not _is_classifier(layer)]
     if len(ours) != len(theirs) or len(heads) > 1:
         raise ValueError(
-            f"A file of a MobileNetV2 with {len(ours)} layers before one classifier "
-            f"was wanted, got one with {len(theirs)} before {len(heads)}: create the "
-            "model that the weights were trained as."
+            f"expected a file of a MobileNetV2 with {len(ours)} layers before one "
+            f"classifier, got one with {len(theirs)} before {len(heads)}; create the "
+            "model that the weights were trained as"
         )
     found = dict(zip(ours, theirs, strict=True)) | {
         prefix: (heads or ["classifier"])[0]

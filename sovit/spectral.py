@@ -53,8 +53,8 @@ def symmetric_eig(
     """
     if placement not in PLACEMENTS:
         raise ValueError(
-            f"placement must be one of {PLACEMENTS}, got {placement!r}: "
-            "'auto' decides by the version of PyTorch."
+            f"placement: expected one of {PLACEMENTS}, got {placement!r}; 'auto' "
+            "decides by the version of PyTorch"
         )
     if placement == "auto":
         placement = _find_placement(matrix)

@@ -26,23 +26,23 @@ def refuse_folder(source: str | os.PathLike[str]) -> None:
         return
     if (folder / "checkpoint.json").is_file():
         what = (
-            "a checkpoint folder of sovit's own: start from it with --model.init-from, "
+            "a checkpoint folder of sovit's own; start from it with --model.init-from, "
             "or make a timm folder of it by sovit-export"
         )
     elif (folder / "config.json").is_file():
         what = (
-            "a folder that sovit-export or timm wrote: "
+            "a folder that sovit-export or timm wrote; "
             f"timm.create_model('local-dir:{folder}', pretrained=True) loads it"
         )
     else:
-        what = "a folder: name the file of weights in it"
-    raise ValueError(f"A file that authors released was wanted, got {source}, {what}.")
+        what = "a folder; name the file of weights in it"
+    raise ValueError(f"expected a file that authors released, got {source}, {what}")
 
 
 def describe_stranger(weights: Mapping[str, Tensor], model: nn.Module) -> str | None:
     """Describe weights of no release and how to load them, if recognised."""
     what = _what_it_is(set(weights), model)
-    return what and f"A file that authors released was wanted, got {what}"
+    return what and f"expected a file that authors released, got {what}"
 
 
 def tried(weights: Mapping[str, Tensor]) -> str:
@@ -57,24 +57,24 @@ def _what_it_is(names: set[str], model: nn.Module) -> str | None:
     body = {n for n in own if not re.match(r"(head\.)?(fc|classifier)", n)}
     if body and body <= names:
         return (
-            "weights by this model's own names, as sovit and timm save them: load them "
+            "weights by this model's own names, as sovit and timm save them; load them "
             "with model.load_state_dict, or start a training from the file with "
-            "--model.init-from."
+            "--model.init-from"
         )
     if any(re.search(_OURS, name) for name in names):
         return (
-            "weights of another network of sovit's own, by the names that sovit saves: "
+            "weights of another network of sovit's own, by the names that sovit saves; "
             "create that network with its settings and load them with "
-            "model.load_state_dict, or start from the file with --model.init-from."
+            "model.load_state_dict, or start from the file with --model.init-from"
         )
     trunk = {n.removeprefix("backbone.") for n in body if not n.startswith("head.pool")}
     trunk = {n for n in trunk if not re.search(_ADDED, n)}
     if len(trunk & names) >= _ENOUGH * len(trunk) > 0:
         return (
-            "weights of the plain backbone, by timm's names: they have no tensors for "
-            "what the paper adds. Create the model with pretrained_backbone=True for "
+            "weights of the plain backbone, by timm's names, without tensors for what "
+            "the paper adds; create the model with pretrained_backbone=True for "
             "timm's, or load them into "
-            f"{'model.backbone' if _has_backbone(own) else 'model'} with strict=False."
+            f"{'model.backbone' if _has_backbone(own) else 'model'} with strict=False"
         )
     for pattern, what in (
         (r"^patch_embed\.proj\.", "vision transformer"),
@@ -83,8 +83,8 @@ def _what_it_is(names: set[str], model: nn.Module) -> str | None:
     ):
         if any(re.search(pattern, name) for name in names):
             return (
-                f"weights of a plain {what}, by timm's or torchvision's names: load "
-                "them into timm's model of that name; this network has other tensors."
+                f"weights of a plain {what}, by timm's or torchvision's names; load "
+                "them into timm's model of that name: this network has other tensors"
             )
     return None
 

@@ -53,9 +53,9 @@ def svpn(
     count = limit if num_singular_values is None else num_singular_values
     if not 1 <= count <= limit:
         raise ValueError(
-            f"num_singular_values must be between 1 and {limit} for matrices of "
-            f"{tuple(x.shape[-2:])}, got {num_singular_values}: lower it, or give None "
-            "for all."
+            f"num_singular_values: expected a number between 1 and {limit} for "
+            f"matrices of {tuple(x.shape[-2:])}, got {num_singular_values}; lower it, "
+            "or give None for all"
         )
     with autocast_off(x.device.type):
         matrix = at_least_float32(x)
@@ -251,11 +251,11 @@ def _inverse(s: Tensor, power: Number, eps: Number) -> Tensor:
 def _check_settings(power: Number, num_iterations: int) -> None:
     if not 0 < power <= 1:
         raise ValueError(
-            f"power must be over 0 and at most 1, got {power}: "
-            "0.5 is the papers' value."
+            f"power: expected over 0 and at most 1, got {power}; 0.5 is the papers' "
+            "value"
         )
     if num_iterations < 1:
         raise ValueError(
-            f"num_iterations must be at least 1, got {num_iterations}: "
-            "1 is the papers' value."
+            f"num_iterations: expected at least 1, got {num_iterations}; 1 is the "
+            "papers' value"
         )

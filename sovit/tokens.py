@@ -35,8 +35,8 @@ def check_token_stride(token_stride: int) -> int:
     """Return the stride, or raise ValueError where no embedding has it."""
     if token_stride not in TOKEN_STRIDES:
         raise ValueError(
-            f"token_stride must be one of {TOKEN_STRIDES}, got {token_stride!r}: 16 is "
-            "the papers', 8 and 4 are for small images."
+            f"token_stride: expected one of {TOKEN_STRIDES}, got {token_stride!r}; 16 "
+            "is the papers', 8 and 4 are for small images"
         )
     return token_stride
 
@@ -50,9 +50,9 @@ def check_img_size(
         others = [one for one in TOKEN_STRIDES if _fits(size, one)]
         hint = f", or set token_stride={others[0]}" if others else ""
         raise ValueError(
-            f"img_size must be a multiple of {token_stride} from "
+            f"img_size: expected a multiple of {token_stride} from "
             f"{MIN_GRID * token_stride} up, or a pair (height, width) of such, got "
-            f"{img_size}: resize or crop the images, for example to 224{hint}."
+            f"{img_size}; resize or crop the images, for example to 224{hint}"
         )
     return size[0], size[1]
 
@@ -200,6 +200,6 @@ def build_token_embed(
     if kind == "linear":
         return LinearEmbed(embed_dim, in_chans=in_chans, token_stride=token_stride)
     raise ValueError(
-        f"token_embed must be 'resnet', 'densenet' or 'linear', got {kind!r}: "
-        "choose one of these."
+        f"token_embed: expected 'resnet', 'densenet' or 'linear', got {kind!r}; choose "
+        "one of these"
     )

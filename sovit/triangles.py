@@ -19,16 +19,16 @@ def find_triangle(
     """Return the triangle that a file's classifier takes; None where there is none."""
     if triangle is not None and triangle not in TRIANGLES:
         raise ValueError(
-            f"triangle must be one of {TRIANGLES} or None, got {triangle!r}: None "
-            "takes what the authors' code has."
+            f"triangle: expected one of {TRIANGLES} or None, got {triangle!r}; None "
+            "takes what the authors' code has"
         )
     pool = model.head.pool if isinstance(model, SecondOrderNet) else None
     if isinstance(pool, CovPool) and release.triangle:
         return triangle or release.triangle
     if triangle is not None:
         raise ValueError(
-            f"triangle={triangle!r} is for a classifier on the triangle of a "
-            f"covariance, and {release.title} has none: leave it out."
+            f"triangle={triangle!r}: expected a classifier on the triangle of a "
+            f"covariance, got {release.title}, which has none; leave it out"
         )
     return None
 

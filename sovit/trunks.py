@@ -36,8 +36,8 @@ def check_conv_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(size) != 2 or min(size) < MIN_SIZE:
         raise ValueError(
-            f"img_size must be at least {MIN_SIZE}, or a pair (height, width) of such, "
-            f"got {img_size}: resize the images, for example to 224."
+            f"img_size: expected at least {MIN_SIZE}, or a pair (height, width) of "
+            f"such, got {img_size}; resize the images, for example to 224"
         )
     return size[0], size[1]
 
@@ -59,9 +59,9 @@ def unstride_last_stage(model: nn.Module) -> None:
         return
     else:
         raise ValueError(
-            "drop_last_stride=True needs a ResNet or a VGG of timm, got "
-            f"{type(model).__name__}: build it with drop_last_stride=False, or take "
-            "the stride out yourself and pass the model."
+            "drop_last_stride=True: expected a ResNet or a VGG of timm, got "
+            f"{type(model).__name__}; build it with drop_last_stride=False, or take "
+            "the stride out yourself and pass the model"
         )
     before, last = model.feature_info[-2:]
     last["reduction"] = before["reduction"]
@@ -87,19 +87,19 @@ def embed_by_convolutions(model: nn.Module, *, kind: str) -> None:
     proj = getattr(patch_embed, "proj", None)
     if not isinstance(proj, nn.Conv2d):
         raise ValueError(
-            "token_embed needs a backbone with patches (patch_embed.proj), got "
-            f"{type(model).__name__}: leave token_embed out."
+            "token_embed: expected a backbone with patches (patch_embed.proj), got "
+            f"{type(model).__name__}; leave token_embed out"
         )
     if kind != "resnet" and kind != "densenet":
         raise ValueError(
-            f"token_embed must be 'resnet', 'densenet' or None, got {kind!r}: None "
-            "keeps the backbone's own embedding."
+            f"token_embed: expected 'resnet', 'densenet' or None, got {kind!r}; None "
+            "keeps the backbone's own embedding"
         )
     if proj.stride[0] not in TOKEN_STRIDES:
         raise ValueError(
-            f"token_embed makes a token of so many pixels a side: {TOKEN_STRIDES}, got "
-            f"{type(model).__name__} with patches of {proj.stride[0]}: choose another "
-            "backbone, or its patch_size."
+            f"token_embed: expected patches of one of {TOKEN_STRIDES} pixels a side, "
+            f"got {type(model).__name__} with patches of {proj.stride[0]}; choose "
+            "another backbone, or its patch_size"
         )
     patches = ConvEmbed(
         proj.out_channels,
@@ -207,10 +207,10 @@ def inspect_features(
     if by_image is None or lost > trained:
         what = "the image" if by_image is None else "most of the weights in use"
         raise ValueError(
-            f"expected features with a gradient to the image and the trunk, got "
-            f"{type(model).__name__}.forward_features without one to {what} "
-            f"({trained} weights get one, {lost} do not); take out no_grad and "
-            "detach, or choose another backbone."
+            "expected features with a gradient to the image and the trunk, got "
+            f"{type(model).__name__}.forward_features without one to {what} ({trained} "
+            f"weights get one, {lost} do not); take out no_grad and detach, or choose "
+            "another backbone"
         )
     return Features(
         embed_dim=out.shape[-1 if layout.channels_last else 1],
@@ -232,9 +232,10 @@ def check_trunk(model: Any) -> None:
     if hasattr(model, "feature_info"):
         what += ", as features_only=True makes"
     raise ValueError(
-        "backbone must be a timm model with forward_features, or the name of one, got "
-        f"{what}: build it by timm.create_model(name), without features_only, or add a "
-        "method forward_features that returns tokens (B, N, C) or a map (B, C, H, W)."
+        "backbone: expected a timm model with forward_features, or the name of one, "
+        f"got {what}; build it by timm.create_model(name), without features_only, or "
+        "add a method forward_features that returns tokens (B, N, C) or a map (B, C, "
+        "H, W)"
     )
 
 
@@ -260,7 +261,7 @@ def _run(model: Any, *, image: Tensor) -> Tensor:
         raise ValueError(
             f"expected a backbone that takes images {tuple(image.shape[1:])}, got "
             f"{type(error).__name__} from {name}.forward_features ({said}); set "
-            "img_size to the size that it takes, or choose another backbone."
+            "img_size to the size that it takes, or choose another backbone"
         ) from error
     if not isinstance(out, Tensor) or out.ndim not in (3, 4):
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

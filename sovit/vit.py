@@ -63,9 +63,9 @@ class SoViT(KeepsArgs, BlockIntermediates):
         super().__init__()
         if depth < 1 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(
-                "depth and num_heads must be at least 1, embed_dim a multiple of "
+                "expected depth and num_heads of at least 1, embed_dim a multiple of "
                 f"num_heads, got depth={depth}, num_heads={num_heads}, "
-                f"embed_dim={embed_dim}: change one of them."
+                f"embed_dim={embed_dim}; change one of them"
             )
         self.patch_embed = build_token_embed(
             token_embed,
@@ -207,8 +207,8 @@ def check_images(
     """Return images of a shape (channels, height, width); ValueError for others."""
     if tuple(x.shape[1:]) != wanted:
         raise ValueError(
-            f"Images of {wanted} were wanted, got {tuple(x.shape[1:])}: resize them, "
-            "or create the model with img_size=... and in_chans=... of the images."
+            f"expected images of {wanted}, got {tuple(x.shape[1:])}; resize them, or "
+            "create the model with img_size=... and in_chans=... of the images"
         )
     return x
 

@@ -51,8 +51,8 @@ def read_tensors(
     shown = shown or os.fspath(source)
     if shown.endswith(_GRAPHS):
         raise ValueError(
-            f"A file of weights was wanted, got {shown!r}, an exported graph: take the "
-            "model.safetensors beside it."
+            f"expected a file of weights, got {shown!r}, an exported graph; take the "
+            "model.safetensors beside it"
         )
     if os.fspath(source).endswith(_SAFETENSORS):
         return _read_safetensors(source, shown=shown)
@@ -62,14 +62,14 @@ def read_tensors(
             found = torch.load(source, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         raise ValueError(
-            f"A file of tensors was wanted, got {shown!r}, which holds something else "
-            f"or is damaged ({_reason(error)}): do not trust it, take the file that "
-            "the authors published, or have its weights saved alone."
+            f"expected a file of tensors, got {shown!r}, which holds something else or "
+            f"is damaged ({_reason(error)}); do not trust it, take the file that the "
+            "authors published, or have its weights saved alone"
         ) from error
     if not isinstance(found, Mapping):
         raise ValueError(
-            f"A state dict of tensors was wanted, got a {type(found).__name__} in "
-            f"{shown!r}: take the file that the authors published."
+            f"expected a state dict of tensors, got a {type(found).__name__} in "
+            f"{shown!r}; take the file that the authors published"
         )
     return found
 
@@ -84,7 +84,7 @@ def _read_safetensors(
     # The library's own error derives from Exception alone, and the library is timm's.
     except Exception as error:
         raise ValueError(
-            f"{shown}: wanted safetensors, came a file of something else ({error}); "
+            f"{shown}: expected safetensors, got a file of something else ({error}); "
             "take it from where it was published"
         ) from error
 
@@ -104,16 +104,16 @@ def find_weights(found: Mapping[str, Any], *, ema: bool = False) -> dict[str, Te
     keys = average_keys(found) if ema else _keys_in(found, WEIGHT_KEYS)
     if ema and not keys:
         raise ValueError(
-            f"ema=True needs weights under one of {EMA_KEYS}, got a checkpoint with "
-            f"{list(found)[:_MAX_NAMES]}: give ema=False for the weights it has."
+            f"ema=True: expected weights under one of {EMA_KEYS}, got a checkpoint "
+            f"with {list(found)[:_MAX_NAMES]}; give ema=False for the weights it has"
         )
     if keys:
         logger.info("Loading the weights under %r", keys[0])
         found = found[keys[0]]
     if not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(
-            f"A state dict of tensors was wanted, got {list(found)[:_MAX_NAMES]}: give "
-            f"the weights themselves, or under one of {WEIGHT_KEYS}."
+            f"expected a state dict of tensors, got {list(found)[:_MAX_NAMES]}; give "
+            f"the weights themselves, or under one of {WEIGHT_KEYS}"
         )
     # Of data parallel training and torch.compile.
     return clean_state_dict({str(name): tensor for name, tensor in found.items()})

@@ -80,7 +80,7 @@ for name, token_embed in (("so_vit_7", "resnet"), ("sot_tiny", "linear")):
     try:
         torch.fx.symbolic_trace(model)(images[..., :16])
     except ValueError as error:
-        assert "were wanted" in str(error)
+        assert "expected images of" in str(error)
     else:
         raise AssertionError("the check of images is not in the graph")
 

@@ -317,7 +317,7 @@ def test_bad_settings_are_refused() -> None:
         build("vit_tiny_patch16_224", depth=1, hidden_dims=(4,))
     with pytest.raises(ValueError, match=r"got a model and \['drop_path_rate'\]"):
         sovit.second_order(small_vit(), drop_path_rate=0.1)
-    with pytest.raises(ValueError, match="token_embed needs a backbone with patches"):
+    with pytest.raises(ValueError, match="token_embed: expected a backbone with patch"):
         build(token_embed="densenet")
     with pytest.raises(ValueError, match="got 'inception'"):
         build("vit_tiny_patch16_224", depth=1, token_embed="inception")

@@ -207,7 +207,7 @@ def test_newton_schulz_and_svpn_have_a_third_derivative(name: str) -> None:
 def test_functions_of_eigenvalues_refuse_a_third(name: str) -> None:
     function, x = CASES[name]
     point = x.clone().requires_grad_()
-    with pytest.raises(RuntimeError, match="two derivatives here, a third was wanted"):
+    with pytest.raises(RuntimeError, match=r"at most two .* got a third"):
         torch.autograd.grad(curvature(point, function), point)
 
 

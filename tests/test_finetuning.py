@@ -114,7 +114,7 @@ def test_what_cannot_be_tuned_leaves_nothing_behind(
     trained: Trained, tmp_path: Path
 ) -> None:
     for option, message in (
-        ("--model.img-size=40", "img_size must be a multiple of 16"),
+        ("--model.img-size=40", "img_size: expected a multiple of 16"),
         ("--model.kwargs.depth=2", r"tensors missing: blocks\.1\..* and \d+ more; set"),
         (f"--model.init-from={tmp_path}/none.pth", "wanted a checkpoint folder with"),
     ):

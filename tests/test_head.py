@@ -83,7 +83,7 @@ def test_classifiers_can_be_made_anew_and_left_out() -> None:
     assert module(tokens()).shape == (3, 7)
     module.reset(0)
     assert [name for name, _ in module.named_parameters() if "fc" in name] == []
-    with pytest.raises(ValueError, match="num_classes must be at least 0"):
+    with pytest.raises(ValueError, match="num_classes: expected at least 0"):
         module.reset(-1)
 
 

@@ -141,7 +141,10 @@ def test_a_run_is_checked_against_its_start_before_it_begins(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (dataclasses.replace(MODEL, img_size=50), "img_size must be a multiple of 16"),
+        (
+            dataclasses.replace(MODEL, img_size=50),
+            "img_size: expected a multiple of 16",
+        ),
         (
             Model(name="vit_tiny_patch16_224", img_size=48, kwargs={"depth": 1}),
             r"model\.img_size: wanted a size that vit_tiny.* takes, came 48 \(Assert",

@@ -143,9 +143,9 @@ def test_so_vit_takes_the_arguments_of_timms_vit(so_vit: sovit.SoViT) -> None:
         assert list(ours) == told
         assert [ours[n].default for n in told] == [theirs[n].default for n in told]
     x = images("so_vit_7")
-    with pytest.raises(ValueError, match=r"output_fmt must be one of .* got 'NHWC'"):
+    with pytest.raises(ValueError, match=r"output_fmt: expected one of .* got 'NHWC'"):
         so_vit.forward_intermediates(x, output_fmt="NHWC")
-    with pytest.raises(ValueError, match=r"Images of .* were wanted"):
+    with pytest.raises(ValueError, match="expected images of"):
         so_vit.forward_intermediates(x[:, :1])
 
 

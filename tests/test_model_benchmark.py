@@ -231,7 +231,7 @@ def test_what_was_measured_is_there_when_a_case_fails(
 
 def test_a_process_that_fails_is_named() -> None:
     wrong = changed(img_size=40)  # no multiple of 16
-    with pytest.raises(ValueError, match=r"so_vit_7, eager: img_size must be"):
+    with pytest.raises(ValueError, match=r"so_vit_7, eager: img_size: expected"):
         model_rounds.time_cases(
             [wrong],
             num_rounds=1,

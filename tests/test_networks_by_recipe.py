@@ -156,7 +156,7 @@ def test_the_dry_run_says_what_was_put_on_what(
         ),
         (
             {"name": ARCHITECTURE, "pooling": POOLING, "kwargs": {}},
-            "needs backbone, a name that timm knows",
+            "expected backbone, a name that timm knows",
         ),
         (
             {"name": ARCHITECTURE, "kwargs": {"backbone": "hf-hub:a/b"}},

@@ -232,8 +232,8 @@ def test_it_keeps_half_of_what_autograd_keeps() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_iterations": 0}, "num_iterations must be at least 1, got 0"),
-        ({"pre_norm": "max"}, "pre_norm must be one of"),
+        ({"num_iterations": 0}, "num_iterations: expected at least 1, got 0"),
+        ({"pre_norm": "max"}, "pre_norm: expected one of"),
     ],
 )
 def test_settings_out_of_range_are_refused(

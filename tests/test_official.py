@@ -180,9 +180,9 @@ def test_file_with_code_is_not_run(
 
 def test_averaged_weights_must_be_there() -> None:
     model, weights = small()
-    with pytest.raises(ValueError, match="ema=True needs weights"):
+    with pytest.raises(ValueError, match="ema=True: expected weights"):
         sovit.load_official(model, {"state_dict": weights}, ema=True)
-    with pytest.raises(ValueError, match="ema=True needs weights"):
+    with pytest.raises(ValueError, match="ema=True: expected weights"):
         sovit.load_official(model, weights, ema=True)
 
 
@@ -223,13 +223,13 @@ def test_other_models_are_refused() -> None:
     model, weights = small()
     with pytest.raises(ValueError, match="tensors are missing"):
         sovit.load_official(build("sot_tiny"), weights)
-    with pytest.raises(ValueError, match="A So-ViT or SoT model was wanted"):
+    with pytest.raises(ValueError, match="expected a So-ViT or SoT model"):
         sovit.load_official(torch.nn.Linear(2, 2), weights)
     with pytest.raises(ValueError, match="of the released kinds"):
         sovit.load_official(build("so_vit_7", fusion="concat"), weights)
     with pytest.raises(ValueError, match="of the released kinds"):
         sovit.load_official(build("so_vit_7", token_embed="linear"), weights)
-    with pytest.raises(ValueError, match="state dict of tensors was wanted"):
+    with pytest.raises(ValueError, match="expected a state dict of tensors"):
         sovit.load_official(model, {"epoch": 3})
 
 

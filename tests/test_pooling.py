@@ -68,7 +68,7 @@ def tokens() -> Tensor:
 )
 def test_bad_settings_are_refused_by_name(changes: dict[str, Any]) -> None:
     ((name, value),) = changes.items()
-    with pytest.raises(ValueError, match=rf"Pooling\.{name} must be") as caught:
+    with pytest.raises(ValueError, match=rf"Pooling\.{name}: expected") as caught:
         Pooling(**changes)
     assert repr(value) in str(caught.value)
 
@@ -89,7 +89,7 @@ def test_bad_settings_of_a_covariance_are_refused(
     type_: Any, changes: dict[str, Any]
 ) -> None:
     ((name, value),) = changes.items()
-    with pytest.raises(ValueError, match=rf"Pooling\.{name} must be") as caught:
+    with pytest.raises(ValueError, match=rf"Pooling\.{name}: expected") as caught:
         Pooling(**{"type": type_, "reduced_dim": 8, **changes})
     assert repr(value) in str(caught.value)
 
@@ -224,7 +224,7 @@ def test_groups_are_covariances_of_their_own_channels() -> None:
         for part in tokens().split(8, dim=-1)
     ]
     torch.testing.assert_close(pool(tokens()), torch.cat(wanted, dim=1))
-    with pytest.raises(ValueError, match="num_groups must divide the 9 channels"):
+    with pytest.raises(ValueError, match="num_groups: expected a divisor of the 9"):
         CovPool(9, pooling=pooling)
 
 

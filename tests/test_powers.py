@@ -91,7 +91,7 @@ def test_logarithm_undoes_the_exponential() -> None:
     torch.testing.assert_close(
         matrix_log(torch.linalg.matrix_exp(x), eps=1e-14), x, rtol=0, atol=1e-8
     )
-    with pytest.raises(ValueError, match="eps must be over 0, got 0"):
+    with pytest.raises(ValueError, match="eps: expected over 0, got 0"):
         matrix_log(x, eps=0)
 
 
@@ -189,5 +189,5 @@ def test_exact_power_of_singular_values() -> None:
     root = sv_power(gram)
     torch.testing.assert_close(root @ root, gram)
     torch.testing.assert_close(root, matrix_power(gram))
-    with pytest.raises(ValueError, match="power must be over 0"):
+    with pytest.raises(ValueError, match="power: expected over 0"):
         sv_power(x, power=0.0)

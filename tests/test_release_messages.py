@@ -56,14 +56,14 @@ def test_a_file_that_is_no_release_is_said_to_be_what_it_is(tmp_path: Path) -> N
         (
             eca,
             as_authors(cov.state_dict(), RESNET),
-            "A ResNet with a covariance head w",
+            "expected a ResNet with a covariance head f",
         ),
         (
             sovit.second_order("resnet18", pooling="avg", layers=(1, 1, 1, 1)),
             as_authors(cov.state_dict(), RESNET),
-            "A ResNet with a covariance head of the released kinds .* with AvgPool",
+            "expected a ResNet with a covariance head of the rel.* with AvgPool",
         ),
-        (nn.Linear(2, 2), {"a": torch.ones(1)}, "A network of the papers was wanted"),
+        (nn.Linear(2, 2), {"a": torch.ones(1)}, "expected a network of the papers"),
     ]
     for model, weights, message in cases:
         with pytest.raises(ValueError, match=message) as caught:
@@ -75,9 +75,9 @@ def test_a_file_that_is_no_release_is_said_to_be_what_it_is(tmp_path: Path) -> N
         sovit.load_official(cov, {"x": torch.ones(1), "y": torch.ones(1)})
     assert "128 tensors are missing: bn1.bias; " in str(caught.value)
     for file, message in (
-        ("checkpoint.json", "a checkpoint folder of sovit's own: start from it with"),
-        ("config.json", "a folder that sovit-export or timm wrote: timm.create_model"),
-        ("notes", "a folder: name the file of weights in it"),
+        ("checkpoint.json", "a checkpoint folder of sovit's own; start from it with"),
+        ("config.json", "a folder that sovit-export or timm wrote; timm.create_model"),
+        ("notes", "a folder; name the file of weights in it"),
     ):
         folder = tmp_path / file.partition(".")[0]
         folder.mkdir()
@@ -86,12 +86,12 @@ def test_a_file_that_is_no_release_is_said_to_be_what_it_is(tmp_path: Path) -> N
             sovit.load_official(cov, folder)
     for name in ("model.pt2", "model.onnx"):
         with pytest.raises(
-            ValueError, match=r"an exported graph: take the model\.safe"
+            ValueError, match=r"an exported graph; take the model\.safe"
         ):
             sovit.load_official(cov, tmp_path / name)
     (tmp_path / "cut.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(
-        ValueError, match="wanted safetensors, came a file of something"
+        ValueError, match="expected safetensors, got a file of something"
     ):
         sovit.load_official(cov, tmp_path / "cut.safetensors")
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):

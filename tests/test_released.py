@@ -109,7 +109,9 @@ def test_what_is_no_start_is_refused_by_its_name(tmp_path: Path) -> None:
             read_start(str(path))
         assert "\n" not in str(caught.value)
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    with pytest.raises(ValueError, match=r"empty\.pth: A state dict of tensors"):
+    with pytest.raises(
+        ValueError, match=r"empty\.pth: expected a state dict of tensors"
+    ):
         read_start(str(tmp_path / "empty.pth"))
 
 

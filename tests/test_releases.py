@@ -229,7 +229,7 @@ def test_an_eca_mobilenet_is_matched_too() -> None:
     for name, torchvisions in zip(plain, other, strict=False):
         assert torch.equal(own[name], other[torchvisions]), name
     wider = {**weights, "features.19.0.weight": torch.zeros(4, 1280, 1, 1)}
-    with pytest.raises(ValueError, match="with 121 layers before one classifier was"):
+    with pytest.raises(ValueError, match="with 121 layers before one classifier, got"):
         sovit.load_official(model, wider)
 
 
@@ -253,9 +253,11 @@ def test_the_triangle_is_what_is_asked_for(
         file = as_authors(other.state_dict(), ECA)
         if isinstance(other, sovit.SoViT):
             file = {"visual_tokens.x": torch.zeros(1)}
-        with pytest.raises(ValueError, match="is for a classifier on the triangle of"):
+        with pytest.raises(
+            ValueError, match="expected a classifier on the triangle of"
+        ):
             sovit.load_official(other, file, triangle=triangle)
-    with pytest.raises(ValueError, match=r"triangle must be one of .* got 'left'"):
+    with pytest.raises(ValueError, match=r"triangle: expected one of .* got 'left'"):
         sovit.load_official(model, weights, triangle="left")
 
 

@@ -188,10 +188,10 @@ def test_vmap_maps_values_and_gradients_over_matrices() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"power": 0.0}, "power must be"),
-        ({"power": 1.5}, "power must be"),
-        ({"num_iterations": 0}, "num_iterations must be"),
-        ({"num_singular_values": 0}, "num_singular_values must be"),
+        ({"power": 0.0}, "power: expected"),
+        ({"power": 1.5}, "power: expected"),
+        ({"num_iterations": 0}, "num_iterations: expected"),
+        ({"num_singular_values": 0}, "num_singular_values: expected"),
         ({"num_singular_values": 4}, "between 1 and 3"),
     ],
 )

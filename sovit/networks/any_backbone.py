@@ -29,8 +29,9 @@ def sovit_second_order(pretrained: bool = False, **kwargs: Any) -> SecondOrderNe
     backbone = kwargs.get("backbone")
     if not isinstance(backbone, str) or not timm.is_model(backbone):
         raise ValueError(
-            f"{ARCHITECTURE} needs backbone, a name that timm knows, got {backbone!r}: "
-            "see timm.list_models(), or give a model to sovit.second_order."
+            f"{ARCHITECTURE}: expected backbone, a name that timm knows, got "
+            f"{backbone!r}; see timm.list_models(), or give a model to "
+            "sovit.second_order"
         )
     check_weights(kwargs, name=ARCHITECTURE, pretrained=pretrained)
     config = kwargs.get("pretrained_cfg") or _data_config(backbone)

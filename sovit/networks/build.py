@@ -100,9 +100,9 @@ def check_weights(kwargs: Mapping[str, Any], *, name: str, pretrained: bool) -> 
     overlay = kwargs.get("pretrained_cfg_overlay")
     if pretrained and not (overlay or kwargs.get("pretrained_cfg")):
         raise ValueError(
-            f"pretrained=True needs published weights, and {name} has none: set "
-            "pretrained_backbone=True for timm's weights of the backbone, or say where "
-            "the network's own are with pretrained_cfg_overlay={'file': ...}."
+            f"pretrained=True: expected published weights, got {name}, which has none; "
+            "set pretrained_backbone=True for timm's weights of the backbone, or say "
+            "where the network's own are with pretrained_cfg_overlay={'file': ...}"
         )
 
 

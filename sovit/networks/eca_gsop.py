@@ -33,8 +33,8 @@ def add_eca(model: ResNet, *, kernel_sizes: tuple[int, ...]) -> None:
     odd = all(k >= 1 and k % 2 == 1 for k in kernel_sizes)
     if len(kernel_sizes) != NUM_STAGES or not odd:
         raise ValueError(
-            "kernel_sizes must be four odd numbers, one for each stage, got "
-            f"{kernel_sizes}: the released ECA-ResNet-50 has (3, 5, 5, 7)."
+            "kernel_sizes: expected four odd numbers, one for each stage, got "
+            f"{kernel_sizes}; the released ECA-ResNet-50 has (3, 5, 5, 7)"
         )
     for stage, kernel_size in zip(stages_of(model), kernel_sizes, strict=True):
         for block in stage:

@@ -151,8 +151,8 @@ def default_pooling(name: str) -> Pooling:
     """Return a model's default pooling settings."""
     if name not in ARCHITECTURES:
         raise ValueError(
-            f"A model name of {list(ARCHITECTURES)} was wanted, got {name!r}: "
-            "choose one of these."
+            f"expected a model name of {list(ARCHITECTURES)}, got {name!r}; choose one "
+            "of these"
         )
     return ARCHITECTURES[name]["pooling"]
 
@@ -162,9 +162,9 @@ def _create(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     if pretrained and not (overlay or kwargs.get("pretrained_cfg")):
         raise ValueError(
-            f"pretrained=True needs published weights, and {name} has none: create it "
-            "with pretrained=False and load a file with sovit.load_official, or say "
-            "where they are with pretrained_cfg_overlay={'file': ...}."
+            f"pretrained=True: expected published weights, got {name}, which has none; "
+            "create it with pretrained=False and load a file with sovit.load_official, "
+            "or say where they are with pretrained_cfg_overlay={'file': ...}"
         )
     device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
     _check_keywords(name, kwargs)
@@ -198,7 +198,7 @@ def _check_keywords(name: str, kwargs: Mapping[str, Any]) -> None:
     unknown = sorted(set(kwargs) - set(known))
     if unknown:
         raise TypeError(
-            f"{name} takes the keywords {known}, got {unknown}: check the spelling."
+            f"{name}: expected keywords of {known}, got {unknown}; check the spelling"
         )
 
 
