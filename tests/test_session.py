@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import ray
 
 from pipelines.config import Scale
-from pipelines.driver.cluster import ray_session, wait_for_address
+from pipelines.driver import cluster
+from pipelines.driver.cluster import has_dashboard, ray_session, wait_for_address
+from pipelines.driver.launch_ray import train_environment
 from pipelines.driver.signals import stop_requests
 from pipelines.errors import InterruptedRun
 
@@ -193,3 +196,22 @@ def test_a_proxy_does_not_stand_before_this_machines_own_ray(
         assert "127.0.0.1" in environment[name].split(",")
     assert environment["no_proxy"].startswith("example.org,")
     assert os.environ["no_proxy"] == "example.org"
+
+
+@pytest.mark.ray
+def test_only_a_dashboard_of_its_own_is_asked_for_a_run(
+    ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ray without one names an address at which another Ray's may answer."""
+    assert has_dashboard()
+    assert "RAY_API_SERVER_ADDRESS" not in train_environment(Scale())
+
+    def asked(node_id: str, *, address: str, timeout: int) -> None:
+        assert address == ray.get_runtime_context().gcs_address
+        assert node_id == ray.get_runtime_context().get_node_id()
+
+    monkeypatch.setattr(cluster, "get_node", asked)  # it knows no such node
+    assert not has_dashboard()
+    nowhere = train_environment(Scale())["RAY_API_SERVER_ADDRESS"]
+    with socket.socket() as probe, pytest.raises(OSError):
+        probe.connect((urlsplit(nowhere).hostname, urlsplit(nowhere).port))

@@ -17,8 +17,8 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
-from ray.util.state import list_actors
 
+from pipelines.driver.cluster import ask_dashboard
 from pipelines.driver.failures import first_line
 from pipelines.storage.retry import answering, is_remote
 from pipelines.tracking import environment
@@ -41,7 +41,6 @@ _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 _FREE_TIMEOUT_S = 60.0
-_STATE_TIMEOUT_S = 30
 _POLL_S = 1.0
 
 
@@ -195,10 +194,8 @@ def check_state_api() -> None:
     without an answer the next trials would wait forever.
     """
     try:
-        # Of this Ray: another one may run on the machine.
-        address = ray.get_runtime_context().gcs_address
-        list_actors(address, limit=1, timeout=_STATE_TIMEOUT_S)
-    except Exception as error:  # requests' and Ray's own
+        ask_dashboard()
+    except Exception as error:  # LookupError, requests' and Ray's own
         raise ValueError(
             "wanted a Ray whose dashboard answers, which a sweep needs to free what "
             f"stopped trials held, came {first_line(error)}; start Ray with "

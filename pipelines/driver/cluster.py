@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import ray
 import ray.util
 from ray.autoscaler.sdk import request_resources
+from ray.util.state import get_node
 
 from pipelines.config import CPUS_PER_READ, Scale
 from pipelines.config.own_code import away_from_clashes
@@ -29,6 +30,7 @@ _HERE = ("127.0.0.1", "localhost")
 # The first worker process of a cluster takes seconds to start, however big the hurry.
 _LEAST_JOIN_S = 30.0
 _MAX_REASON_CHARS = 300
+_DASHBOARD_TIMEOUT_S = 30
 # Ray gives a node 30 s, which no setting changes: too few while others use the machine.
 _TOO_SLOW = "timed out during startup"
 _START_HINT = (
@@ -68,6 +70,31 @@ def ray_session(
             yield
     finally:
         ray.shutdown()
+
+
+def ask_dashboard() -> None:
+    """Raise LookupError, or what Ray raises, unless this Ray's own dashboard answers.
+
+    A Ray without one still names an address for it, mostly 127.0.0.1:8265, at which
+    another Ray's dashboard may answer: so it is asked for this node.
+    """
+    context = ray.get_runtime_context()
+    node = get_node(
+        context.get_node_id(),
+        address=context.gcs_address,
+        timeout=_DASHBOARD_TIMEOUT_S,
+    )
+    if node is None:
+        raise LookupError("the dashboard at Ray's address is another Ray's")
+
+
+def has_dashboard() -> bool:
+    """Return whether this Ray's own dashboard answers."""
+    try:
+        ask_dashboard()
+    except Exception:  # LookupError, requests' and Ray's own
+        return False
+    return True
 
 
 def _start(*, dashboard: bool) -> None:

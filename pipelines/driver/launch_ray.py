@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.config import Scale
 from pipelines.driver.async_evaluation import Validator
-from pipelines.driver.cluster import per_worker
+from pipelines.driver.cluster import has_dashboard, per_worker
 from pipelines.driver.failures import StopOnValueError, end_of, first_line
 from pipelines.errors import RunFailedError
 from pipelines.events.channel import Channel, Event, Sink, consumed, wait_until_handled
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 _LISTEN_EVERY_S = 0.5
 _LEAST_HEALTH_CHECK_S = 60.0
 _FIT = "fit"
+# The discard service's port, which no Ray takes.
+_NO_DASHBOARD = "http://127.0.0.1:9"
 # What Ray Train takes from the environment of who starts it.
 _PASSED_ON = ("RAY_TRAIN_", "NCCL_RAS_", "TORCHFT_")
 
@@ -132,17 +134,20 @@ def _listening(
             validator.cancel()
 
 
-def _settings(scale: Scale) -> dict[str, str]:
+def train_environment(scale: Scale) -> dict[str, str]:
     """Build the environment of Ray Train's actor, which its workers inherit.
 
-    Ray Train looks for its own Ray by RAY_ADDRESS. Without it, another Ray with a
-    dashboard on this machine would answer, know nothing of the run, and have its
-    workers' places removed.
+    Ray Train asks its Ray's dashboard whether the run is alive, and removes the
+    workers' places where it is not. It looks for its own Ray by RAY_ADDRESS; of one
+    without a dashboard it asks whatever answers at the usual port, such as another
+    Ray's, which knows nothing of the run. So then it is sent where nothing answers.
     """
     settings = {
         name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)
     }
     settings["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    if not has_dashboard():
+        settings["RAY_API_SERVER_ADDRESS"] = _NO_DASHBOARD
     if scale.hang_timeout_s:
         # A process that answers nothing at all, its watchdog included. Later than the
         # watchdogs, which say where their threads stand.
@@ -190,7 +195,7 @@ def _start_channel(scale: Scale) -> ActorHandle:
     # Ray's annotations know no concurrency groups.
     remote = cast(Any, ray.remote)(num_cpus=0, concurrency_groups={_FIT: 1})
     actor = cast(ActorClass, remote(_RunChannel)).options(
-        scheduling_strategy=here, runtime_env={"env_vars": _settings(scale)}
+        scheduling_strategy=here, runtime_env={"env_vars": train_environment(scale)}
     )
     return cast(ActorHandle, actor.remote())
 
