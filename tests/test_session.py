@@ -213,5 +213,5 @@ def test_only_a_dashboard_of_its_own_is_asked_for_a_run(
     monkeypatch.setattr(cluster, "get_node", asked)  # it knows no such node
     assert not has_dashboard()
     nowhere = train_environment(Scale())["RAY_API_SERVER_ADDRESS"]
-    with socket.socket() as probe, pytest.raises(OSError):
+    with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
         probe.connect((urlsplit(nowhere).hostname, urlsplit(nowhere).port))
