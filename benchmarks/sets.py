@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks.photographs import cut_photographs
-from pipelines.shards.command import Arguments, in_process, make_shards
+from pipelines.shards.command import Arguments, make_shards
+from pipelines.shards.making import in_process
 
 _SEED = 0
 # As few as give every thread of a machine one, as many as sovit-shards writes at least.

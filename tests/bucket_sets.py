@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.shards.command import Arguments, Summary, in_process, make_shards
+from pipelines.shards.command import Arguments, make_shards
+from pipelines.shards.making import Summary, in_process
 from pipelines.storage.path import StoragePath
 from tests.s3_server import BUCKET
 from tests.small_sets import jpeg

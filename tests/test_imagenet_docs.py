@@ -20,6 +20,7 @@ from pipelines import evaluate, train
 from pipelines.config.serialization import to_json
 from pipelines.shards import command
 from pipelines.shards.devkit import read_ids
+from pipelines.shards.making import in_process
 from pipelines.shards.matfile import read_structs
 from pipelines.shards.sources import list_source
 from tests.demo_runs import RECIPE
@@ -65,7 +66,7 @@ def test_the_lines_of_the_docs_lead_to_an_evaluated_model(
     # What Ray does is shown elsewhere.
     defaults = command.make_shards.__kwdefaults__
     assert defaults is not None
-    monkeypatch.setitem(defaults, "execute", command.in_process)
+    monkeypatch.setitem(defaults, "execute", in_process)
     write_downloads(tmp_path)
     run = small_run("unset", model=SO_VIT, batch_size=12, num_epochs=1, warmup_epochs=0)
     (tmp_path / "run.json").write_text(

@@ -25,8 +25,9 @@ from pipelines.config import Data
 from pipelines.data.epoch_plan import plan_epoch
 from pipelines.data.reading import read_rows, share_tables
 from pipelines.data.shard_set import read_shard_set
-from pipelines.shards.command import Arguments, in_process, make_shards
+from pipelines.shards.command import Arguments, make_shards
 from pipelines.shards.images import BadImageError, check_image
+from pipelines.shards.making import in_process
 from pipelines.shards.sources import list_source
 from pipelines.shards.state import RECORDS_FILE
 from pipelines.transforms.eval_transform import decode_eval

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.shards.command import Arguments, in_process, make_shards
+from pipelines.shards.command import Arguments, make_shards
+from pipelines.shards.making import in_process
 from pipelines.shards.sources import Kind, list_source
 from pipelines.shards.tars import scan_tar
 from tests.small_sets import jpeg

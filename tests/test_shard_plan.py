@@ -16,14 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.shards.command import (
-    Arguments,
-    Executor,
-    Summary,
-    Task,
-    in_process,
-    make_shards,
-)
+from pipelines.shards.command import Arguments, make_shards
+from pipelines.shards.making import Executor, Summary, Task, in_process
 from pipelines.shards.planning import Done
 
 NUM_IMAGES = 30
@@ -142,7 +136,8 @@ def test_foreign_folders_are_never_touched(source: Path, tmp_path: Path) -> None
 KILLED = """
 import sys, time
 from pathlib import Path
-from pipelines.shards.command import Arguments, in_process, make_shards
+from pipelines.shards.command import Arguments, make_shards
+from pipelines.shards.making import in_process
 
 def slowly(task, indices):
     for done in in_process(task, indices):

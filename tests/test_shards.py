@@ -14,14 +14,8 @@ import pytest
 from PIL import Image
 
 from pipelines.data.shard_format import SCHEMA
-from pipelines.shards.command import (
-    Arguments,
-    Summary,
-    in_process,
-    main,
-    make_shards,
-    on_ray,
-)
+from pipelines.shards.command import Arguments, main, make_shards, on_ray
+from pipelines.shards.making import Summary, in_process
 from pipelines.shards.planning import Done
 
 NUM_GOOD = 30

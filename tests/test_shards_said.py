@@ -14,13 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.shards import listing as listing_module
-from pipelines.shards.command import (
-    Arguments,
-    _conclude,
-    in_process,
-    make_shards,
-    on_ray,
-)
+from pipelines.shards.command import Arguments, _conclude, make_shards, on_ray
+from pipelines.shards.making import in_process
 from pipelines.shards.planning import Done
 from pipelines.storage.path import StoragePath
 from tests.imagenet_files import tar_bytes

@@ -103,15 +103,19 @@ def _read_images(plan: Plan, *, records: pa.Table) -> list[bytes | BadImageError
 
 def _read_files(root: str, *, keys: Sequence[str]) -> list[bytes | BadImageError]:
     if not is_remote(root):
-        return [_read_file(StoragePath(os.path.join(root, key))) for key in keys]
+        return [read_file(StoragePath(os.path.join(root, key))) for key in keys]
     # A request takes tens of milliseconds, most of them waiting.
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return list(
-            pool.map(lambda key: _read_file(StoragePath(child(root, key))), keys)
+            pool.map(lambda key: read_file(StoragePath(child(root, key))), keys)
         )
 
 
-def _read_file(place: StoragePath) -> bytes | BadImageError:
+def read_file(place: StoragePath) -> bytes | BadImageError:
+    """Read a file whole; the error that makes it a bad image where it may not be.
+
+    Raises ValueError where it is gone.
+    """
     try:
         if place.is_remote:
             return place.read()

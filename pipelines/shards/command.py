@@ -20,45 +20,26 @@ nothing, so the image column is not compressed.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
-from tqdm import tqdm
 
 from pipelines.cli.command import fail, parse, run_command
 from pipelines.data.shard_format import ROWS_PER_GROUP
-from pipelines.shards.build import build_shard, unpack_container
 from pipelines.shards.listing import Fields
-from pipelines.shards.planning import Done, Plan, Recipe, make_plan
+from pipelines.shards.making import Executor, Summary, Task, make_set
+from pipelines.shards.planning import Done, Recipe
 from pipelines.shards.sources import Kind, list_source
-from pipelines.shards.state import (
-    REPORT_FILE,
-    finish,
-    open_out,
-    pending_shards,
-    read_report,
-)
-from pipelines.shards.understood import (
-    Report,
-    share_left_out,
-    summarize,
-    warnings,
-)
+from pipelines.shards.state import REPORT_FILE
+from pipelines.shards.understood import share_left_out, summarize
 from pipelines.storage.path import StoragePath
 
-logger = logging.getLogger(__name__)
-
-Task = Callable[[int], Done]
-Executor = Callable[[Task, Sequence[int]], Iterator[Done]]
-SECONDS_PER_LINE = 15.0
 _PROG = "sovit-shards"
 
 
@@ -126,27 +107,6 @@ class Arguments:
     max_bad_share: float = 1.0
     overwrite: bool = False
     scratch: Path | None = None
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Outcome of a run of the command."""
-
-    plan: Plan
-    report: Report
-    was_finished: bool
-
-    @property
-    def done(self) -> Done:
-        """Numbers of rows written and of images left out."""
-        return Done(
-            num_rows=self.report["num_rows"], num_skipped=self.report["num_skipped"]
-        )
-
-
-def in_process(task: Task, indices: Sequence[int]) -> Iterator[Done]:
-    """Run the tasks in this process, one after the other."""
-    return map(task, indices)
 
 
 def on_ray(task: Task, indices: Sequence[int]) -> Iterator[Done]:
@@ -237,36 +197,15 @@ def make_shards(arguments: Arguments, *, execute: Executor = on_ray) -> Summary:
     if Path(name).name != name:
         raise ValueError(f"Wanted a plain --name for the files, got {name!r}.")
     scratch = None if arguments.scratch is None else arguments.scratch.absolute()
-    plan = make_plan(listing, out=out, name=name, recipe=recipe, scratch=scratch)
-    if open_out(plan, listing=listing, overwrite=arguments.overwrite):
-        return _told(Summary(plan, read_report(plan), was_finished=True))
-    logger.info(
-        "%s: %s images of %s classes",
-        listing.layout,
-        f"{plan.num_rows:,}",
-        f"{len(listing.classes):,}",
+    return make_set(
+        listing,
+        out=out,
+        name=name,
+        recipe=recipe,
+        scratch=scratch,
+        overwrite=arguments.overwrite,
+        execute=execute,
     )
-    try:
-        _run(plan, execute=execute)
-        report = finish(plan, listing=listing)
-    except OSError as error:
-        raise OSError(f"{error}; {_how_on(arguments)}") from error
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; {_how_on(arguments)}") from None
-    return _told(Summary(plan, report, was_finished=False))
-
-
-def _how_on(arguments: Arguments) -> str:
-    without = " without --overwrite" if arguments.overwrite else ""
-    return f"the same command{without} goes on from here"
-
-
-def _told(summary: Summary) -> Summary:
-    """Log warnings of what the user should look at."""
-    if "classes" in summary.report:
-        for warning in warnings(summary.report):
-            logger.warning(warning)
-    return summary
 
 
 def _is_within(out: StoragePath, source: StoragePath) -> bool:
@@ -281,45 +220,6 @@ def _absolute(place: StoragePath) -> StoragePath:
     if place.is_remote:
         return place
     return StoragePath(str(Path(place.open()[1]).absolute()))
-
-
-def _run(plan: Plan, *, execute: Executor) -> None:
-    pending = pending_shards(plan)
-    if plan.kind == "parquet" and pending:
-        task = functools.partial(unpack_container, plan)
-        done = execute(task, range(len(plan.containers)))
-        for _ in _watch(done, num_images=plan.num_rows, verb="unpacking"):
-            pass
-    if pending:
-        num_images = plan.num_rows * len(pending) // plan.num_shards
-        done = execute(functools.partial(build_shard, plan), pending)
-        for _ in _watch(done, num_images=num_images, verb="writing"):
-            pass
-
-
-def _watch(done: Iterator[Done], *, num_images: int, verb: str) -> Iterator[Done]:
-    """Show a progress bar on a terminal, else a line every 15 seconds."""
-    is_terminal = sys.stderr.isatty()
-    bar = tqdm(total=num_images, desc=verb, unit=" images", disable=not is_terminal)
-    num_done, num_first = 0, 0
-    start_s = last_s = time.monotonic()
-    for item in done:
-        num_done += item.num_rows + item.num_skipped
-        bar.update(item.num_rows + item.num_skipped)
-        now_s = time.monotonic()
-        if num_first == 0:  # until here it was Ray that started
-            num_first, start_s, last_s = num_done, now_s, now_s
-        elif not is_terminal and now_s - last_s >= SECONDS_PER_LINE:
-            rate = (num_done - num_first) / (now_s - start_s)
-            left_s = max(0, num_images - num_done) / rate
-            print(
-                f"{verb}: {num_done:,} of {num_images:,} images, {rate:,.0f} a second, "
-                f"{left_s / 60:.1f} minutes left",
-                file=sys.stderr,
-            )
-            last_s = now_s
-        yield item
-    bar.close()
 
 
 def main() -> None:

@@ -74,6 +74,7 @@ def list_source(
     labels: str | Path | None = None,
     synsets: str | Path | None = None,
     classes_file: str | Path | None = None,
+    classes: Sequence[str] | None = None,
     subset: bool = False,
     count_from: int | None = None,
     fields: Fields = USUAL_FIELDS,
@@ -89,6 +90,7 @@ def list_source(
         labels: Labels of images that come without, see `labels.label_by_file`.
         synsets: What maps the devkit's ids to class names, beside `labels`.
         classes_file: Class names in the order of their labels, see `read_classes`.
+        classes: The same names, where they were read already.
         subset: Leave out images of classes that are not among those.
         count_from: Number of the first class where labels are numbers.
         fields: The image's and the label's part of a sample, or column.
@@ -105,7 +107,8 @@ def list_source(
             "--labels and --synsets are for ilsvrc-val, where --synsets says what the "
             "ids in --labels are: leave it out, the source names its classes itself."
         )
-    classes = None if classes_file is None else read_classes(classes_file)
+    if classes_file is not None:
+        classes = read_classes(classes_file)
     asked = None if synsets is None else str(synsets)
     column = fields.label if labels is not None else None
     wishes = Wishes(

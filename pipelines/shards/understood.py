@@ -60,7 +60,7 @@ def left_out(skipped: Sequence[Mapping[str, str]]) -> dict[str, int]:
     return dict(found.most_common())
 
 
-def warnings(report: Report) -> Iterator[str]:
+def warnings_of(report: Report) -> Iterator[str]:
     """Yield warnings of what the user should look at."""
     yield from (f"note: {note}" for note in report["notes"])
     empty = [name for name, num in report["classes"] if not num]
