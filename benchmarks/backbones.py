@@ -132,8 +132,7 @@ def _row(name: str, *, size: tuple[int, int], **cells: str) -> Row:
 
 
 def _why(error: ValueError) -> str:
-    said = " ".join(str(error).split()).replace("|", "/")
-    return said.partition(": choose")[0].partition("; ")[0]
+    return " ".join(str(error).split()).replace("|", "/").partition("; ")[0]
 
 
 def _shape(given: Any) -> str:

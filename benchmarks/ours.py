@@ -47,7 +47,7 @@ def ours(work: Work, *, num_epochs: int = _NUM_EPOCHS) -> Batches:
     """
     if work.num_images % work.batch_size:
         raise ValueError(
-            f"wanted a multiple of {work.batch_size} images, came {work.num_images}; "
+            f"expected a multiple of {work.batch_size} images, got {work.num_images}; "
             "set --num-images"
         )
     run = describe_run(work, num_epochs=num_epochs)

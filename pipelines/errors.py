@@ -64,7 +64,7 @@ def check_bad_share(num_bad: int, *, num_images: int, max_share: float) -> None:
     """Raise BadImagesError if more than a share of a set's images is bad."""
     if num_bad > max_share * num_images:
         raise BadImagesError(
-            f"wanted at most {max_share:.2%} of {num_images:,} images undecodable, "
-            f"came {num_bad:,}, each named above and in MLflow's bad_images.csv; "
-            "write the shards again with sovit-shards or raise --data.max-bad-share"
+            f"expected at most {max_share:.2%} of {num_images:,} images undecodable, "
+            f"got {num_bad:,}, each named above and in MLflow's bad_images.csv; write "
+            "the shards again with sovit-shards or raise --data.max-bad-share"
         )

@@ -79,8 +79,8 @@ def load_subject(address: str, *, weights: Weights = "auto") -> Subject:
         return from_checkpoint(address, weights=weights)
     if weights != "auto":
         raise ValueError(
-            f"weights: wanted auto for an exported folder, came {weights!r}; say which "
-            "to sovit-export"
+            f"weights: expected auto for an exported folder, got {weights!r}; say "
+            "which to sovit-export"
         )
     return read_timm(folder)
 
@@ -167,8 +167,8 @@ def _main(arguments: Sequence[str]) -> None:
     options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
     if not options.images or options.num_top < 1:
         raise ValueError(
-            f"wanted images and num_top of at least 1, came {len(options.images)} "
-            f"and {options.num_top}; name files, folders or shards"
+            f"expected images and num_top of at least 1, got {len(options.images)} and "
+            f"{options.num_top}; name files, folders or shards"
         )
     if options.json != "-":
         check_file(options.json, option="json")

@@ -53,8 +53,8 @@ def preview(run: Run, *, num_images: int, num_epochs: int, path: Path) -> None:
     rows = rows_of(next(opener.open())).cut(0, num_images)
     if len(rows) < num_images:
         raise ValueError(
-            f"wanted {num_images} images, came {len(rows)} in the first share; "
-            "lower --num-images"
+            f"expected {num_images} images, got {len(rows)} in the first share; lower "
+            "--num-images"
         )
     see_fixed, see_drawn = (_Viewer(run, rows, train=train) for train in (False, True))
     columns = [("evaluation", *see_fixed(0))]
@@ -77,7 +77,7 @@ class _Viewer:
         found = self._decode(self._rows, epoch)
         if found.bad:
             raise ValueError(
-                f"wanted images that decode, came {found.bad[0].key}: "
+                f"expected images that decode, got {found.bad[0].key}: "
                 f"{found.bad[0].reason}; set another --seed"
             )
         images = _denormalized(found.images, run=self._run)
@@ -151,8 +151,8 @@ def main() -> None:
 def _main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(
-            "wanted a recipe first, such as demo, came none; "
-            f"try python -m {_PROG} demo"
+            f"expected a recipe first, such as demo, got none; try python -m {_PROG} "
+            "demo"
         )
     recipe, *rest = arguments
     parser = argparse.ArgumentParser(_PROG, add_help=False, allow_abbrev=False)
@@ -162,7 +162,7 @@ def _main(arguments: Sequence[str]) -> None:
     chosen, rest = parser.parse_known_args(rest)
     if chosen.num_images < 1 or chosen.num_epochs < 1:
         raise ValueError(
-            f"wanted at least 1 image and 1 epoch, came {chosen.num_images} and "
+            f"expected at least 1 image and 1 epoch, got {chosen.num_images} and "
             f"{chosen.num_epochs}; set --num-images and --num-epochs"
         )
     check_plot(chosen.out, option="out")

@@ -89,8 +89,8 @@ def _main(arguments: Sequence[str]) -> None:
         record = record_to_resume(chosen.resume, storage=chosen.storage, recipe=recipe)
     if record is None and not recipe:
         raise ValueError(
-            "wanted a recipe, such as demo or imagenet.so_vit_14, or --resume NAME; "
-            "came neither"
+            "expected a recipe, such as demo or imagenet.so_vit_14, or --resume NAME; "
+            "got neither"
         )
     default = record.run if record else load_recipe(recipe)
     run = parse(Run, default=default, arguments=rest, prog=_PROG, text=__doc__)
@@ -105,7 +105,7 @@ def _main(arguments: Sequence[str]) -> None:
         load_recorded(record.code)  # after the file as it is now: the last one counts
     name = chosen.resume or chosen.name or _new_name(run)
     if chosen.plot and not chosen.dry_run:
-        raise ValueError("wanted --dry-run with --plot, came --plot alone; give both")
+        raise ValueError("expected --dry-run with --plot, got --plot alone; give both")
     if chosen.dry_run:
         show_dry_run(run, name=name, record=record, plot=chosen.plot)
         return

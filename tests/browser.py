@@ -144,7 +144,7 @@ def _start(*, width: int, height: int) -> Chrome:
     found = find_browser()
     if found is None:
         raise RuntimeError(
-            f"wanted chromedriver and one of {', '.join(_BROWSERS)}, came no such "
+            f"expected chromedriver and one of {', '.join(_BROWSERS)}, got no such "
             "programs; install chromium and chromium-driver"
         )
     options = ChromeOptions()

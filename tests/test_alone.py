@@ -232,7 +232,7 @@ def test_the_same_command_begins_a_run_and_goes_on_with_it(
     (tmp_path / "run.json").write_text(to_json(run))
     (tmp_path / "recipe.py").write_text(RECIPE)
     command = [f"{tmp_path}/recipe.py:small", "--resume", "mine"]
-    with pytest.raises(ValueError, match="wanted a run to resume"):
+    with pytest.raises(ValueError, match="expected a run to resume"):
         _main(["--resume", "mine", "--storage", run.storage])
     _main(command)
     assert weights_of(run, "mine").keys() == unbroken.keys()
@@ -244,12 +244,12 @@ def test_a_run_goes_on_as_it_began_alone_or_not(run: Run) -> None:
     with pytest.raises(StoppedEarly):
         fit(run, name="mine", callbacks=[Reports(last=1)])
     resume = ["--resume", "mine", "--storage", run.storage]
-    with pytest.raises(ValueError, match=r"scale\.num_workers: wanted 0 again"):
+    with pytest.raises(ValueError, match=r"scale\.num_workers: expected 0 again"):
         _main([*resume, "--scale.num-workers", "2"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_said_in_one_line(run: Run) -> None:
     scale = dataclasses.replace(run.scale, use_gpu=True)
-    with pytest.raises(ValueError, match=r"wanted a GPU for --scale\.use-gpu"):
+    with pytest.raises(ValueError, match=r"expected a GPU for --scale\.use-gpu"):
         fit(dataclasses.replace(run, scale=scale), name="no-gpu")

@@ -113,7 +113,9 @@ def test_a_missing_folder_or_bucket_is_named_at_once(line: Line, images: Path) -
         lambda: make(images, "s3://nowhere/train"),
         lambda: check_name("s3://nowhere/runs", name="a"),
     ):
-        with pytest.raises(ValueError, match="wanted a place in a bucket that is ther"):
+        with pytest.raises(
+            ValueError, match="expected a place in a bucket that is ther"
+        ):
             reason()
 
 

@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_named(
     with pytest.raises(ValueError, match=f"{manifest}: .*cut off"), opened(address):
         pass
     with (
-        pytest.raises(ValueError, match="wanted a checkpoint with"),
+        pytest.raises(ValueError, match="expected a checkpoint with"),
         opened(f"{ROOT}/nothing"),
     ):
         pass

@@ -140,13 +140,13 @@ def test_every_bit_of_the_manifest_counts(folder: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_refused_by_name(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    with pytest.raises(ValueError, match=f"{name}: wanted .* came None"):
+    with pytest.raises(ValueError, match=f"{name}: expected .* got None"):
         read_manifest(folder)
 
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(ValueError, match=f"{MANIFEST}, came {folder}"):
+        with pytest.raises(ValueError, match=f"{MANIFEST}, got {folder}"):
             read_manifest(folder)
 
 
@@ -160,7 +160,7 @@ def test_a_write_that_was_stopped_leaves_no_checkpoint(
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path)
     assert not (tmp_path / MANIFEST).exists()
-    with pytest.raises(ValueError, match="wanted a checkpoint folder"):
+    with pytest.raises(ValueError, match="expected a checkpoint folder"):
         read_manifest(tmp_path)
 
 

@@ -66,7 +66,7 @@ def test_overrides_are_typed_and_nested() -> None:
     [
         (["--data.batchsize", "3"], ["--data.batchsize", "--data.batch-size"]),
         (["--data.batch-size", "many"], ["--data.batch-size", "'many'"]),
-        (["--data.batch-size", "0"], ["data.batch_size: wanted at least 1, came 0"]),
+        (["--data.batch-size", "0"], ["data.batch_size: expected at least 1, got 0"]),
         (["--data.decoder", "cv2"], ["'cv2'", "--data.decoder", "dali"]),
         (["--augment.crop-scale", "0.5"], ["--augment.crop-scale", "2 values"]),
         (["--optim.warmup-epochs", "99"], ["warmup_epochs <= num_epochs"]),
@@ -145,7 +145,7 @@ def test_help_shows_the_commands_own_options_first_on_two_screens(
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (ValueError("wanted a,\n  came b"), 2, "tool: wanted a, came b\n"),
+        (ValueError("expected a,\n  got b"), 2, "tool: expected a, got b\n"),
         (
             RunFailedError("a, b"),
             1,
@@ -192,7 +192,7 @@ def test_other_errors_keep_their_traceback() -> None:
     "name", ["", "nope", "nope.x", "../demo", "demo-1", "my/file.py", "recipes.demo"]
 )
 def test_an_unknown_recipe_gets_the_list(name: str) -> None:
-    with pytest.raises(ValueError, match="wanted a recipe, came") as caught:
+    with pytest.raises(ValueError, match="expected a recipe, got") as caught:
         load_recipe(name)
     assert repr(name) in str(caught.value)
     assert "demo" in str(caught.value)
@@ -213,7 +213,7 @@ def test_recipes_of_a_file_of_ones_own(tmp_path: Path) -> None:
     assert load_recipe(f"{path}:variant").seed == 8
     with pytest.raises(ValueError, match=r"'helper'; there are liar, mine, variant$"):
         load_recipe(f"{path}:helper")
-    with pytest.raises(ValueError, match="returns a Run, came 3"):
+    with pytest.raises(ValueError, match="returns a Run, got 3"):
         load_recipe(f"{path}:liar")
     missing = tmp_path / "none.py"
     with pytest.raises(ValueError, match=r"none\.py"):

@@ -150,12 +150,12 @@ def test_rows_are_sorted_by_a_column(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"sort": "speed"}, "sort: wanted a column, came 'speed'; there are name, n"),
-        ({"metric": "val/top2"}, "metric: wanted one that a run has, came 'val/top2'"),
-        ({"runs": ()}, "wanted runs to compare, came none"),
-        ({"plot": "a.gif"}, "plot: wanted a file that ends in .png"),
-        ({"html": "no/such/folder/a.html"}, "html: wanted a file in a folder"),
-        ({"runs": ("seed-9",)}, "came 'seed-9'; there are seed-"),
+        ({"sort": "speed"}, "sort: expected a column, got 'speed'; there are name, n"),
+        ({"metric": "val/top2"}, "metric: expected one that a run has, got 'val/top2'"),
+        ({"runs": ()}, "expected runs to compare, got none"),
+        ({"plot": "a.gif"}, "plot: expected a file that ends in .png"),
+        ({"html": "no/such/folder/a.html"}, "html: expected a file in a folder"),
+        ({"runs": ("seed-9",)}, "got 'seed-9'; there are seed-"),
     ],
 )
 def test_what_cannot_be_done_is_said(

@@ -110,7 +110,9 @@ def test_a_state_is_built_with_what_the_run_wants_of_numbers() -> None:
 
 
 def test_short_gradients_are_of_whole_models() -> None:
-    with pytest.raises(ValueError, match=r"wanted float32 with --scale\.sharding fsdp"):
+    with pytest.raises(
+        ValueError, match=r"expected float32 with --scale\.sharding fsdp"
+    ):
         Scale(gradient_dtype="bfloat16", sharding="fsdp")
 
 
@@ -143,7 +145,7 @@ def test_a_model_that_has_no_deterministic_kernel_is_one_line(when: str) -> None
     batch = batch_of(*pictures(4))
     run_loop(state, [batch], run=run)
     torch.use_deterministic_algorithms(True)
-    with pytest.raises(ValueError, match=r"came one with put_.*--scale\.no-determ"):
+    with pytest.raises(ValueError, match=r"got one with put_.*--scale\.no-determ"):
         run_loop(state, [batch], run=run)
 
 
@@ -156,7 +158,7 @@ def test_a_step_that_can_not_be_compiled_is_one_line() -> None:
     state.forward = torch.compile(state.model, backend=broken)  # pyright: ignore
     with pytest.raises(ValueError, match=r"--scale\.no-compile$") as caught:
         run_loop(state, [batch_of(*pictures(4))], run=run)
-    assert "scale.compile: wanted a step that torch.compile can" in str(caught.value)
+    assert "scale.compile: expected a step that torch.compile can" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

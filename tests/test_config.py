@@ -97,10 +97,10 @@ BAD = [
     ("good", "name", "value"), BAD, ids=[f"{name}={value}" for _, name, value in BAD]
 )
 def test_a_bad_value_is_refused_by_name(good: Any, name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=r"wanted .* came .*; set --") as caught:
+    with pytest.raises(ValueError, match=r"expected .* got .*; set --") as caught:
         dataclasses.replace(good, **{name: value})
     message = str(caught.value)
-    assert f"{name}: wanted" in message
+    assert f"{name}: expected" in message
     assert repr(value) in message
     assert name.replace("_", "-") in message
 

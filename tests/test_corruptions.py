@@ -96,7 +96,7 @@ def test_severity_leads_away_from_the_image(corruption: Corruption) -> None:
 
 
 def test_a_severity_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ValueError, match="from 1 to 5, or 0 for none, came 6"):
+    with pytest.raises(ValueError, match="from 1 to 5, or 0 for none, got 6"):
         seen("fog", 6)
 
 

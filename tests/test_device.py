@@ -70,7 +70,7 @@ def test_one_module_knows_cuda() -> None:
 def test_a_gpu_that_is_not_here_is_one_line_that_names_the_flag() -> None:
     assert device.find_device("auto") == device.find_device("cpu") == CPU
     assert device.device_of(False, flag="--scale.use-gpu") == CPU
-    with pytest.raises(ValueError, match=r"wanted a GPU for --device, came .* finds"):
+    with pytest.raises(ValueError, match=r"expected a GPU for --device, got .* finds"):
         device.find_device("cuda")
     with pytest.raises(ValueError, match=r"leave out --scale\.use-gpu"):
         device.device_of(True, flag="--scale.use-gpu")

@@ -208,9 +208,9 @@ def test_the_rate_is_drawn_where_that_is_asked_for(
     train._main([recipe, "--dry-run", "--plot", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.endswith(f"picture     {picture}\n")
-    with pytest.raises(ValueError, match="wanted --dry-run with --plot"):
+    with pytest.raises(ValueError, match="expected --dry-run with --plot"):
         train._main([recipe, "--plot", str(picture)])
-    with pytest.raises(ValueError, match=r"plot: wanted a file that ends in \.png"):
+    with pytest.raises(ValueError, match=r"plot: expected a file that ends in \.png"):
         train._main([recipe, "--dry-run", "--plot", "rate.txt"])
     with pytest.raises(ValueError, match="folder that is there"):
         train._main([recipe, "--dry-run", "--plot", str(tmp_path / "no" / "a.png")])

@@ -170,7 +170,9 @@ def test_mixing_keeps_a_second_batch_and_checkpointing_less() -> None:
 
 def test_a_model_that_can_not_be_checkpointed_is_named() -> None:
     model = load_recipe("gcp.isqrt_vgg16").model
-    with pytest.raises(ValueError, match=r"grad_checkpointing: wanted .* isqrt_vgg16"):
+    with pytest.raises(
+        ValueError, match=r"grad_checkpointing: expected .* isqrt_vgg16"
+    ):
         shapes_of(model, num_classes=3, grad_checkpointing=True)
 
 

@@ -35,7 +35,7 @@ def test_above_the_tolerance_nothing_is_written(
 
     monkeypatch.setattr(timm_folder, "load_with_timm", shifted)
     out, formats = tmp_path / "out", ("timm",)
-    match = r"timm: wanted .* came a difference of 2\.0e-02 on random pixels"
+    match = r"timm: expected .* got a difference of 2\.0e-02 on random pixels"
     refused(subject, out, match, formats=formats)
     options = Options(
         checkpoint=str(subject.checkpoint), out=str(out), formats=("timm",), tolerance=1
@@ -48,11 +48,11 @@ def test_what_is_no_number_is_above_any_tolerance() -> None:
     pixels = torch.zeros(1, 3, 2, 2)
     cases = checks.Cases(batches={"a": [(pixels, torch.ones(1, 2))]}, num_images=0)
     for value in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="came a difference of"):
+        with pytest.raises(ValueError, match="got a difference of"):
             checks.check(
                 "a", lambda _, v=value: torch.full((1, 2), v), cases=cases, tolerance=9
             )
-    with pytest.raises(ValueError, match="came NaN or infinite ones on random pixels"):
+    with pytest.raises(ValueError, match="got NaN or infinite ones on random pixels"):
         checks.make_cases(torch.nn.Threshold(9.0, float("nan")), img_size=2)
 
 
@@ -60,12 +60,12 @@ def test_options_that_cannot_be_meant_are_refused(
     subject: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    refused(subject, out, "wanted timm, torch or onnx", formats=())
+    refused(subject, out, "expected timm, torch or onnx", formats=())
     refused(subject, out, "num_images of at least 1", num_images=0)
     refused(subject, tmp_path / "none", "none in", images=(str(tmp_path / "no.jpg"),))
     with pytest.raises(ValueError, match="a folder of this machine"):
         export_checkpoint(Options(checkpoint="c", out="s3://bucket/out"))
-    match = r"wanted ema\.safetensors"
+    match = r"expected ema\.safetensors"
     refused(subject, out, match, weights="ema", formats=("timm",))
 
     def find(name: str) -> None:
@@ -100,7 +100,7 @@ def test_what_is_not_ours_is_not_overwritten(tmp_path: Path, change: str) -> Non
         (out / ("mine" if change == "added" else "one")).write_text("of mine")
     before = {path.name: path.read_text() for path in out.iterdir()}
     name = "mine" if change == "added" else "one"
-    with pytest.raises(ValueError, match=rf"came one with {name}, which it did not"):
+    with pytest.raises(ValueError, match=rf"got one with {name}, which it did not"):
         write(out, one="2")
     assert {path.name: path.read_text() for path in out.iterdir()} == before
     file = tmp_path / "file"
@@ -120,11 +120,11 @@ def test_what_fails_leaves_nothing_and_the_earlier_one_whole(tmp_path: Path) -> 
 
     with pytest.raises(ValueError, match="as the test wants it"):
         fail(ValueError("as the test wants it"))
-    with pytest.raises(ValueError, match=r"that can be written, came .*No space left"):
+    with pytest.raises(ValueError, match=r"that can be written, got .*No space left"):
         fail(OSError(28, "No space left on device"))
     assert (out / "one").read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(ValueError, match="folder that can be written, came"):
+    with pytest.raises(ValueError, match="folder that can be written, got"):
         write(file / "below")

@@ -126,7 +126,7 @@ def test_a_decomposition_is_refused_for_onnx(tmp_path: Path) -> None:
     pooling = sovit.Pooling.named("mpn_cov", reduced_dim=8)
     settings = Model(name="so_vit_7", img_size=32, pooling=pooling, kwargs={**TINY})
     subject = untrained(tmp_path / "checkpoint", settings)
-    match = r"came one by eigenvalues .* --formats timm torch"
+    match = r"got one by eigenvalues .* --formats timm torch"
     refused(subject, tmp_path / "out", match, formats=("onnx",))
 
 

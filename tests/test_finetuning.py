@@ -116,7 +116,7 @@ def test_what_cannot_be_tuned_leaves_nothing_behind(
     for option, message in (
         ("--model.img-size=40", "img_size: expected a multiple of 16"),
         ("--model.kwargs.depth=2", r"tensors missing: blocks\.1\..* and \d+ more; set"),
-        (f"--model.init-from={tmp_path}/none.pth", "wanted a checkpoint folder with"),
+        (f"--model.init-from={tmp_path}/none.pth", "expected a checkpoint folder with"),
     ):
         folder = tmp_path / option.strip("-").partition("=")[0]
         with pytest.raises(ValueError, match=message):

@@ -49,11 +49,11 @@ def test_the_digest_changes_when_the_set_changes(folder: Path, tmp_path: Path) -
 
 def test_a_set_with_a_missing_file_is_refused(folder: Path) -> None:
     (folder / FIRST).unlink()
-    refused(folder, saying=("3 shards", "came 2"))
+    refused(folder, saying=("3 shards", "got 2"))
 
 
 def refused(folder: Path, *, saying: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="wanted") as caught:
+    with pytest.raises(ValueError, match="expected") as caught:
         read_shard_set(str(folder))
     for words in (*saying, "sovit-shards"):
         assert words in str(caught.value)

@@ -92,7 +92,7 @@ def test_a_step_that_is_skipped_leaves_weights_statistics_and_state(
 
     notes = looped(state, watched(), run=run).messages
     assert len(notes) == 1
-    assert "steps left out: 1, 1 in all; came nan or infinity at step 2" in notes[0]
+    assert "steps left out: 1, 1 in all; got nan or infinity at step 2" in notes[0]
     before, after, last = seen[BAD], seen[BAD + 1], plain(state.model)
     for name, weights in before.items():
         assert torch.equal(weights, after[name]), name

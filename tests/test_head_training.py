@@ -184,9 +184,9 @@ def test_a_set_that_is_not_held_gives_the_same_batches(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(
     tmp_path: Path, sets: tuple[TokenSet, TokenSet]
 ) -> None:
-    with pytest.raises(ValueError, match=r"wanted tokens of \(5, 16\), .*\(5, 32\)"):
+    with pytest.raises(ValueError, match=r"expected tokens of \(5, 16\), .*\(5, 32\)"):
         trained(with_model(kwargs={"depth": 1, "embed_dim": 16, "num_heads": 2}), sets)
-    with pytest.raises(ValueError, match=r"wanted tokens of \(10, 32\)"):
+    with pytest.raises(ValueError, match=r"expected tokens of \(10, 32\)"):
         trained(with_model(img_size=48), sets)
     with pytest.raises(ValueError, match="num_epochs"):
         trained(RUN, sets, num_epochs=0)
@@ -205,11 +205,11 @@ def test_a_set_is_whole_or_refused(tmp_path: Path) -> None:
     assert tokens.place == StoragePath(str(folder))
     file = min(folder.glob("*.parquet"))
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=rf"{file.name}: wanted a whole file"):
+    with pytest.raises(ValueError, match=rf"{file.name}: expected a whole file"):
         all_batches(TokenReader(tokens), epoch=0)
     (folder / "tokens.json").write_text("{}")
     with pytest.raises(ValueError, match="write it again"):
         TokenSet.open(str(folder))
     (folder / "tokens.json").unlink()
-    with pytest.raises(ValueError, match="wanted a finished token set"):
+    with pytest.raises(ValueError, match="expected a finished token set"):
         TokenSet.open(str(folder))

@@ -158,9 +158,9 @@ def test_all_that_holds_the_labels_gives_the_same(
         (TRUTH, None, "--labels ILSVRC2012_devkit_t12.tar.gz"),
         (TRUTH, "synset_words.txt", r"does not say the devkit's ids"),
         (None, "synset_words.txt", "--synsets says what the ids in --labels are"),
-        (TRUTH, "short.mat", "Expected the devkit's meta.mat in .*short.mat"),
+        (TRUTH, "short.mat", "expected the devkit's meta.mat in .*short.mat"),
         ("cut_devkit.tar.gz", None, "cut_devkit.tar.gz is not a whole tar"),
-        ("empty_devkit.tar.gz", None, "Expected .*ground_truth.txt in .*empty"),
+        ("empty_devkit.tar.gz", None, "expected .*ground_truth.txt in .*empty"),
     ],
 )
 def test_what_does_not_say_the_ids_is_refused(

@@ -147,7 +147,7 @@ def test_a_run_is_checked_against_its_start_before_it_begins(
         ),
         (
             Model(name="vit_tiny_patch16_224", img_size=48, kwargs={"depth": 1}),
-            r"model\.img_size: wanted a size that vit_tiny.* takes, came 48 \(Assert",
+            r"model\.img_size: expected a size that vit_tiny.* takes, got 48 \(Assert",
         ),
     ],
 )

@@ -82,14 +82,14 @@ def test_a_label_a_line_is_in_the_order_of_the_names(tmp_path: Path) -> None:
         ("1.jpg,c\na/2.jpg,d\n", NESTED, "labels '1.jpg', and several images"),
         ("{0},c\n{0},d\n{1},c\n{2},c\n", FLAT, "name twice: 'img_01.jpg' is 'c' and"),
         ("a,c\nb,d\ne,c\nf,c\n", FLAT, "none for 'img_01.jpg' and names such as 'f'"),
-        ("c\nd\n", FLAT, "Wanted 3 lines of one label"),
+        ("c\nd\n", FLAT, "expected 3 lines of one label"),
         ("{0},x,c\n{1},y,d\n{2},z,d\n", FLAT, ""),
-        ("f,a,b\n{0},x,c\n{1},y,d\n{2},z,d\n", FLAT, "got f, a, b: .*--label-field"),
+        ("f,a,b\n{0},x,c\n{1},y,d\n{2},z,d\n", FLAT, "got f, a, b; .*--label-field"),
         ('{{"{0}": ["c"]}}', FLAT, "JSON object of labels by names"),
         ("{0},1\n{1},2\n{2},1\n", FLAT, "--count-from 1"),
-        (b"\xff\xfe{\x000\x00", FLAT, "Expected UTF-8 text in .*labels.csv"),
-        (f"a,{'x' * 200_000}\n", FLAT, "Wanted 3 lines of one label"),
-        ("", FLAT, "Wanted 3 lines of one label"),
+        (b"\xff\xfe{\x000\x00", FLAT, "expected UTF-8 text in .*labels.csv"),
+        (f"a,{'x' * 200_000}\n", FLAT, "expected 3 lines of one label"),
+        ("", FLAT, "expected 3 lines of one label"),
     ],
 )
 def test_unclear_texts_are_refused(
@@ -112,7 +112,7 @@ def test_a_column_is_chosen(column: str, tmp_path: Path) -> None:
     text = "f,a,b\nimg_01.jpg,x,c\nimg_02.jpg,y,d\nimg_10.jpg,z,c\n"
     listing = label(tmp_path, text, FLAT, column=column)
     assert list(labels_of(listing).values()) == ["c", "d", "c"]
-    with pytest.raises(ValueError, match=r"--label-field .* f, a, b; got 'e'"):
+    with pytest.raises(ValueError, match=r"--label-field .* f, a, b, got 'e'"):
         label(tmp_path, text, FLAT, column="e")
 
 
@@ -145,7 +145,7 @@ def test_numbers_count_from_what_is_said(tmp_path: Path) -> None:
     samples = {"0.jpg": b"", "0.cls": b"2", "1.jpg": b"", "1.cls": b"1"}
     root = write(tmp_path / "set", {"a.tar": tar_bytes(samples)})
     (tmp_path / "two").write_text("c\nd\n")
-    with pytest.raises(ValueError, match="from 0 to 1, got 2: if they count from 1"):
+    with pytest.raises(ValueError, match="from 0 to 1, got 2; if they count from 1"):
         list_source(root, classes_file=tmp_path / "two")
 
 
@@ -184,7 +184,7 @@ def test_a_list_of_wordnet_ids_with_names_is_one_of_ids(tmp_path: Path) -> None:
         ('{"cat": 0, "dog": 2}', "other JSON"),
         ('{"cat": "a"}', "other JSON"),
         ("[cat, dog]", "begins like JSON and is none"),
-        (b"\xff\xfec\x00", "Expected UTF-8 text"),
+        (b"\xff\xfec\x00", "expected UTF-8 text"),
     ],
 )
 def test_unclear_class_lists_are_refused(

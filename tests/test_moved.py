@@ -119,7 +119,7 @@ def test_a_resume_and_its_dry_run_know_the_shards_and_need_no_start(
     assert record.status == "finished"
     for checkpoint in Path(run.storage, "mine").glob("step_*"):
         shutil.rmtree(checkpoint)
-    with pytest.raises(ValueError, match=r"model\.init_from: wanted a checkpoint"):
+    with pytest.raises(ValueError, match=r"model\.init_from: expected a checkpoint"):
         check_start(record.run, name="mine", record=record)
 
 

@@ -152,7 +152,8 @@ def test_the_dry_run_says_what_was_put_on_what(
         ),
         (
             {"name": "eca_resnet18", "pooling": POOLING, "kwargs": {}},
-            r"model\.pooling: wanted none for eca_resnet18.*'backbone': 'eca_resnet18'",
+            r"model\.pooling: expected none for eca_resnet18.*'backbone': "
+            r"'eca_resnet18'",
         ),
         (
             {"name": ARCHITECTURE, "pooling": POOLING, "kwargs": {}},
@@ -160,7 +161,7 @@ def test_the_dry_run_says_what_was_put_on_what(
         ),
         (
             {"name": ARCHITECTURE, "kwargs": {"backbone": "hf-hub:a/b"}},
-            r"model\.kwargs\.backbone: wanted a model that timm knows",
+            r"model\.kwargs\.backbone: expected a model that timm knows",
         ),
     ],
 )
@@ -189,7 +190,7 @@ def test_a_command_ends_with_that_line(
         train.main()
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("sovit-train: model.kwargs: wanted arguments that")
+    assert line.startswith("sovit-train: model.kwargs: expected arguments that")
 
 
 def test_what_timm_has_weights_of_is_the_backbone(

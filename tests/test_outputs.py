@@ -34,7 +34,7 @@ def test_a_file_in_no_folder_is_refused_first(
     command: Command, arguments: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "none" / "file.png"
-    with pytest.raises(ValueError, match="in a folder that is there, came") as caught:
+    with pytest.raises(ValueError, match="in a folder that is there, got") as caught:
         command([*arguments, str(path)])
     assert str(caught.value).startswith(f"{arguments[-1].removeprefix('--')}: ")
     assert str(path.parent) in str(caught.value)
@@ -48,7 +48,9 @@ def test_a_folder_or_another_suffix_is_no_picture(
 ) -> None:
     path = tmp_path / "folder.png"
     path.mkdir()
-    with pytest.raises(ValueError, match=r"wanted a file that can be written.*folder"):
+    with pytest.raises(
+        ValueError, match=r"expected a file that can be written.*folder"
+    ):
         command([*arguments, str(path)])
     if arguments[-1] in ("--plot", "--out"):
         with pytest.raises(ValueError, match=r"ends in \.png, \.svg, \.pdf"):
@@ -59,9 +61,9 @@ def test_a_folder_below_a_file_is_refused_first(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     below = str(file / "a" / "b")
-    with pytest.raises(ValueError, match=r"report: wanted a folder that can be made"):
+    with pytest.raises(ValueError, match=r"report: expected a folder that can be made"):
         evaluate._main(["no_checkpoint", "no_shards", "--report", below])
-    with pytest.raises(ValueError, match="wanted a folder that can be written"):
+    with pytest.raises(ValueError, match="expected a folder that can be written"):
         export._main(["no_checkpoint", below])
     outputs.check_folder(tmp_path / "a" / "b", option="report")
 

@@ -171,7 +171,7 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     ),
     "a value that is refused": (
         {"text": (HEAD + PLAIN + BODY).replace("=64", "=0")},
-        r"mine\.py, line 4: data\.batch_size: wanted at least 1, came 0",
+        r"mine\.py, line 4: data\.batch_size: expected at least 1, got 0",
     ),
     "a text in a number's place": (
         {"text": (HEAD + PLAIN + BODY).replace("=64", "='8'")},
@@ -217,7 +217,7 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     ),
     "another thing than a run": (
         {"text": "def mine():\n    return 3\n"},
-        r"mine\.py:mine: wanted a function that returns a Run, came 3",
+        r"mine\.py:mine: expected a function that returns a Run, got 3",
     ),
     "a name that timm has": (
         {

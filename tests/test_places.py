@@ -105,7 +105,7 @@ def test_an_address_has_the_last_word() -> None:
 def test_what_cannot_be_opened_is_said_without_secrets(
     address: str, saying: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"wanted .* such as s3://bucket") as caught:
+    with pytest.raises(ValueError, match=r"expected .* such as s3://bucket") as caught:
         open_filesystem(address)
     assert saying in str(caught.value)
     shown = "".join(map(str, [caught.value, caught.value.__cause__]))

@@ -176,7 +176,7 @@ def test_an_exported_folder_answers_as_its_checkpoint(
     for answer, row in zip(wanted, odds.tolist(), strict=True):
         found = dict(answer.top)
         assert [found[label] for label in "abc"] == pytest.approx(row, rel=1e-4)
-    with pytest.raises(ValueError, match="wanted auto for an exported folder"):
+    with pytest.raises(ValueError, match="expected auto for an exported folder"):
         load_subject(str(out), weights="raw")
 
 
@@ -201,20 +201,20 @@ def test_a_damaged_export_is_refused(
     export_checkpoint(Options(checkpoint=checkpoint, out=str(out), formats=("timm",)))
     file, weights = out / "config.json", out / "model.safetensors"
     config: dict[str, Any] = json.loads(file.read_text())
-    match = r"config\.json: wanted a model's configuration"
+    match = r"config\.json: expected a model's configuration"
     if damage == "config":
         del config["pretrained_cfg"]["mean"]
     elif damage == "classes":
         config["label_names"].pop()
     elif damage == "network":
         config["model_args"]["depth"] = 2
-        match = r"model\.safetensors: wanted the weights of so_vit_7"
+        match = r"model\.safetensors: expected the weights of so_vit_7"
     elif damage == "weights":
         weights.write_bytes(weights.read_bytes()[:-100])
-        match = "wanted safetensors"
+        match = "expected safetensors"
     else:
         weights.unlink()
-        match = r"wanted model\.safetensors in"
+        match = r"expected model\.safetensors in"
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=match):
         load_subject(str(out))
@@ -223,19 +223,19 @@ def test_a_damaged_export_is_refused(
 def test_what_cannot_be_answered_is_said_in_one_line(
     checkpoint: str, photos: Path
 ) -> None:
-    with pytest.raises(ValueError, match="wanted images"):
+    with pytest.raises(ValueError, match="expected images"):
         _main([checkpoint])
     with pytest.raises(ValueError, match="num_top of at least 1"):
         _main([checkpoint, str(photos), "--num-top", "0"])
-    with pytest.raises(ValueError, match="wanted a checkpoint"):
+    with pytest.raises(ValueError, match="expected a checkpoint"):
         _main([str(photos), str(photos)])
     empty = photos / "empty"
     empty.mkdir()
-    with pytest.raises(ValueError, match="came a folder without"):
+    with pytest.raises(ValueError, match="got a folder without"):
         _main([checkpoint, str(empty)])
     if not torch.cuda.is_available():
         with pytest.raises(
-            ValueError, match="wanted a GPU for --device, came a machine"
+            ValueError, match="expected a GPU for --device, got a machine"
         ):
             _main([checkpoint, str(photos), "--device", "cuda"])
 

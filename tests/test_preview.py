@@ -57,10 +57,10 @@ def test_where_a_run_decodes_makes_no_difference(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "wanted a recipe"),
+        ([], "expected a recipe"),
         (["demo", "--num-images", "0"], "--num-images"),
         (["demo", "--num-images", "99999"], "--num-images"),
-        (["nothing"], "wanted a recipe"),
+        (["nothing"], "expected a recipe"),
     ],
 )
 def test_what_can_not_be_shown_is_said(

@@ -118,14 +118,14 @@ def test_a_run_holds_what_was_kept(kept: Kept, store: RunStore) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("trail-1", "came 'trail-1'; there are trial-1"),
-        ("0000", "came '0000'"),
-        ("lost", "came 'lost'"),
-        ("gone", "came 'gone'"),
-        ("empty", "wanted trials of the sweep 'empty', came none"),
+        ("trail-1", "got 'trail-1'; there are trial-1"),
+        ("0000", "got '0000'"),
+        ("lost", "got 'lost'"),
+        ("gone", "got 'gone'"),
+        ("empty", "expected trials of the sweep 'empty', got none"),
         ("experiment:deleted", "which is deleted; restore it with mlflow experiments"),
         ("experiment:test", "there are tests"),
-        ("experiment:Default", "wanted runs of the experiment 'Default', came none"),
+        ("experiment:Default", "expected runs of the experiment 'Default', got none"),
     ],
 )
 def test_what_is_not_there_is_said_in_a_line(
@@ -147,12 +147,12 @@ def test_no_store_is_made(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         path.write_text(content)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="wanted an MLflow store"):
+    with pytest.raises(ValueError, match="expected an MLflow store"):
         RunStore(f"sqlite:///{path}")
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
     with pytest.raises(ValueError, match="no folder"):
         RunStore(f"file://{tmp_path}/mlruns")
-    with pytest.raises(ValueError, match="wanted the address of an MLflow store"):
+    with pytest.raises(ValueError, match="expected the address of an MLflow store"):
         RunStore(str(tmp_path / "mlruns"))
     assert not (tmp_path / "mlruns").exists()
 
@@ -161,7 +161,7 @@ def test_a_server_that_is_away_is_said_without_its_password() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with pytest.raises(ValueError, match="wanted an answer of MLflow") as raised:
+    with pytest.raises(ValueError, match="expected an answer of MLflow") as raised:
         RunStore(f"http://me:word@127.0.0.1:{port}")
     assert "word" not in str(raised.value)
     assert "\n" not in str(raised.value)

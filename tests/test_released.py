@@ -25,7 +25,7 @@ WEIGHTS = {"fc.weight": torch.ones(3, 2), "fc.bias": torch.arange(3.0)}
 AVERAGE = {name: 2 * weight for name, weight in WEIGHTS.items()}
 
 
-NOTHING = r"wanted a checkpoint folder with checkpoint\.json, a folder with config"
+NOTHING = r"expected a checkpoint folder with checkpoint\.json, a folder with config"
 
 
 def wrapped(prefix: str) -> dict[str, Tensor]:
@@ -88,7 +88,9 @@ def test_a_folder_of_timms_gives_weights_and_what_classes_it_names(
     (tmp_path / "pytorch_model.kept").rename(tmp_path / "pytorch_model.bin")
     assert read_start(str(tmp_path)).weights.keys() == weights.keys()
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"config\.json: wanted a model's description"):
+    with pytest.raises(
+        ValueError, match=r"config\.json: expected a model's description"
+    ):
         read_start(str(tmp_path))
 
 
@@ -123,7 +125,7 @@ def test_a_checkpoint_is_refused_for_the_file_that_is_needed(
     spoil(tmp_path / MODEL_FILE)
     assert read_start(str(tmp_path)).is_average
     spoil(tmp_path / EMA_FILE)
-    with pytest.raises(ValueError, match=f"{EMA_FILE}: wanted .* is damaged"):
+    with pytest.raises(ValueError, match=f"{EMA_FILE}: expected .* is damaged"):
         read_start(str(tmp_path))
 
 
@@ -160,7 +162,7 @@ def test_of_a_bucket_the_one_file_that_is_needed_is_fetched(
 def test_a_bucket_without_it_is_named_without_its_secrets(line: Line) -> None:
     address = "s3://me:word@bucket/none"
     for place in (address, f"{address}/model.pth", f"{address}/model.safetensors"):
-        with pytest.raises(ValueError, match="came 's3://bucket/none") as caught:
+        with pytest.raises(ValueError, match="got 's3://bucket/none") as caught:
             read_start(place)
         assert "word" not in str(caught.value)
 
@@ -169,5 +171,5 @@ def test_a_manifest_that_is_damaged_is_no_folder_of_timms(tmp_path: Path) -> Non
     keep(tmp_path)
     raw = json.loads((tmp_path / MANIFEST).read_text())
     (tmp_path / MANIFEST).write_text(json.dumps(raw | {"classes": ["a", "b", "c"]}))
-    with pytest.raises(ValueError, match="wanted a whole manifest"):
+    with pytest.raises(ValueError, match="expected a whole manifest"):
         read_start(str(tmp_path))

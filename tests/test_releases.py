@@ -310,7 +310,7 @@ def test_a_training_starts_from_the_triangle_that_it_names(tmp_path: Path) -> No
     assert load_initial(model, path, classes=classes)
     assert not same(model, source)
     torch.save(source.state_dict(), path)
-    with pytest.raises(ValueError, match=r"model\.init_triangle: wanted a file that"):
+    with pytest.raises(ValueError, match=r"model\.init_triangle: expected a file that"):
         load_initial(model, path, classes=classes, triangle="lower")
     torch.save(as_authors(net("eca_resnet18").state_dict(), ECA), path)
     with pytest.raises(

@@ -148,7 +148,9 @@ def test_a_disk_that_stays_so_ends_the_run_which_goes_on_once_it_is_mended(
         "full": (disk.fill, disk.free),
         "forbidden": (disk.forbid, disk.allow),
     }[fault]
-    said = r"wanted to write a checkpoint, came .*, for the 2\. time in a row; .*resume"
+    said = (
+        r"expected to write a checkpoint, got .*, for the 2\. time in a row; .*resume"
+    )
     with pytest.raises(ValueError, match=said) as caught:
         trained(run, fault, {2: fail})
     assert "\n" not in str(caught.value)
@@ -231,7 +233,7 @@ def test_a_loss_that_is_no_number_once_is_gone_back_for(
     monkeypatch.setattr(checkpointing, "build_state", watched)
     ended = trained(on_nonfinite(run, "rewind"), "rewound")
     said = capsys.readouterr().out
-    assert "back to the last checkpoint: wanted a finite loss, came nan or" in said
+    assert "back to the last checkpoint: expected a finite loss, got nan or" in said
     # Images by their keys, which are read from the shards.
     assert re.search(r"at step 13, worker 0, images (?!row \d)\S", said)
     assert "1 worker on" in said
@@ -248,7 +250,7 @@ def test_a_loss_that_is_no_number_again_at_the_same_step_ends_the_run(
         trained(on_nonfinite(run, "rewind"), "again")
     assert newest_of(run, "again") == "step_00000012"
     reason = tracked(uri, "again").data.tags["failure_reason"]
-    assert reason.startswith("wanted a finite loss, came nan or infinity at step 13")
+    assert reason.startswith("expected a finite loss, got nan or infinity at step 13")
 
 
 def test_a_loss_that_is_no_number_can_be_left_out(
@@ -259,7 +261,7 @@ def test_a_loss_that_is_no_number_can_be_left_out(
 ) -> None:
     spoilt(monkeypatch, step=13, num=99)
     ended = trained(on_nonfinite(run, "skip"), "skipped")
-    assert "steps left out: 1, 1 in all; came nan or inf" in capsys.readouterr().out
+    assert "steps left out: 1, 1 in all; got nan or inf" in capsys.readouterr().out
     found = learnt(Path(str(ended.checkpoint)))
     assert found["position"] == whole["position"]
     assert found["weights"] != whole["weights"]
@@ -272,9 +274,7 @@ def test_on_workers_the_controller_counts_how_often_they_go_back() -> None:
 
     def fail(step: int) -> None:
         # It comes from another process, from all of them alike.
-        error = pickle.loads(
-            pickle.dumps(RewindError(f"came nan at step {step}", step))
-        )
+        error = pickle.loads(pickle.dumps(RewindError(f"got nan at step {step}", step)))
         callback.after_exception(None, {0: error, 1: error})
 
     fail(13)
@@ -291,9 +291,12 @@ def test_on_workers_the_controller_counts_how_often_they_go_back() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nonesuch"], "wanted a recipe, came 'nonesuch'; there are "),
-        (["demo", "--optim.lr", "-1"], "optim.lr: wanted above 0, came -1"),
-        (["demo", "--model.name", "nonesuch"], "model.name: wanted a model that timm"),
+        (["nonesuch"], "expected a recipe, got 'nonesuch'; there are "),
+        (["demo", "--optim.lr", "-1"], "optim.lr: expected above 0, got -1"),
+        (
+            ["demo", "--model.name", "nonesuch"],
+            "model.name: expected a model that timm",
+        ),
         (["demo", "--data.train", "/nonesuch"], "/nonesuch"),
     ],
 )

@@ -317,8 +317,8 @@ def test_the_command_prints_a_table_and_keeps_it(
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"severities": (0, 1)}, "from 1 to 5, came"),
-        ({"severities": ()}, "from 1 to 5, came"),
+        ({"severities": (0, 1)}, "from 1 to 5, got"),
+        ({"severities": ()}, "from 1 to 5, got"),
         ({"num_frames": 1}, "at least 2 frames"),
         ({"corruption_jpeg": 100}, "quality from 1 to 95"),
         ({"corruptions": None, "perturbations": None, "plot": "a.png"}, "to draw"),

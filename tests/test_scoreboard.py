@@ -192,7 +192,7 @@ def test_a_store_that_was_named_and_is_away_is_one_line(
     for arguments in (["--tracking-uri", uri], ["--store", uri]):
         assert run_main(monkeypatch, "demo", "--no-count", *arguments) == 2
         said = capsys.readouterr().err
-        assert said.startswith("python -m recipes: wanted an MLflow store, came ")
+        assert said.startswith("python -m recipes: expected an MLflow store, got ")
         assert said.count("\n") == 1
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(ValueError, match=r"none\.db, no file"):

@@ -195,7 +195,7 @@ def test_weights_that_are_a_pickle_are_refused(
         (folder / name).write_bytes(form(trap))
     forge(folder, {})
     assert read_manifest(folder).classes == CLASSES, "forged well"
-    with pytest.raises(ValueError, match=f"{EMA_FILE}: wanted safetensors") as caught:
+    with pytest.raises(ValueError, match=f"{EMA_FILE}: expected safetensors") as caught:
         READERS[reader](folder)
     assert "\n" not in str(caught.value)
 
@@ -206,7 +206,7 @@ def test_an_optimizer_of_other_objects_is_refused(
 ) -> None:
     (folder / OPTIMIZER_FILE).write_bytes(form(trap))
     forge(folder, {})
-    with pytest.raises(ValueError, match=f"{OPTIMIZER_FILE}: wanted an optimiser's"):
+    with pytest.raises(ValueError, match=f"{OPTIMIZER_FILE}: expected an optimiser's"):
         load_optimizer(state_of(RUN).optimizer, folder)
 
 
@@ -265,7 +265,7 @@ def test_a_checkpoint_names_no_model_that_is_elsewhere(name: str, folder: Path) 
     model = dataclasses.replace(SO_VIT, name=name)
     run = dataclasses.replace(RUN, model=model)
     forge(folder, {"run": json.loads(json.dumps(dataclasses.asdict(run)))})
-    with pytest.raises(ValueError, match=r"model\.name: wanted a model that timm"):
+    with pytest.raises(ValueError, match=r"model\.name: expected a model that timm"):
         load_model(folder)
 
 
@@ -276,7 +276,7 @@ def test_a_checkpoint_names_no_file_that_is_elsewhere(name: str, folder: Path) -
     raw["files"][name] = {"num_bytes": 1, "crc32": 1}
     raw["crc32"] = zlib.crc32(json.dumps(raw, sort_keys=True).encode())
     (folder / MANIFEST).write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match=f"plain names of files, came '{name}'"):
+    with pytest.raises(ValueError, match=f"plain names of files, got '{name}'"):
         read_manifest(folder)
 
 

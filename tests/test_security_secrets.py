@@ -179,7 +179,7 @@ def command(arguments):
         raise OSError(f"no {ADDRESS}")
     except OSError:
         logging.getLogger("other").exception("failed")
-    raise ValueError(f"came {ADDRESS!r}")
+    raise ValueError(f"got {ADDRESS!r}")
 run_command(command, prog="some")
 """
 
@@ -196,7 +196,7 @@ def test_a_command_logs_and_fails_without_it() -> None:
     said = done.stderr.splitlines()
     assert said[0] == "reading s3://bucket/train"
     assert "OSError: no s3://bucket/train" in said
-    assert said[-1] == "some: came 's3://bucket/train'"
+    assert said[-1] == "some: got 's3://bucket/train'"
     assert SECRET not in done.stderr
     assert KEY not in done.stderr
 

@@ -86,7 +86,7 @@ def test_a_shard_of_pickled_objects_is_refused(
     name: str, tmp_path: Path, trap: Trap
 ) -> None:
     folder = write(tmp_path / "set", columns() | {name: pickled_column(trap)})
-    with pytest.raises(ValueError, match=f"{SHARD}: wanted the columns {name}: "):
+    with pytest.raises(ValueError, match=f"{SHARD}: expected the columns {name}: "):
         read_shard_set(folder)
 
 
@@ -107,7 +107,7 @@ def test_a_shard_that_was_exchanged_since_is_refused(
     shards = read_shard_set(write(tmp_path, columns()))
     unit = plan_epoch(shards.groups, batch_size=2, shuffle_rows=6).unit(0)
     write(tmp_path, columns() | {name: pickled_column(trap)})
-    with pytest.raises(ValueError, match=f"{SHARD}: wanted a whole shard"):
+    with pytest.raises(ValueError, match=f"{SHARD}: expected a whole shard"):
         read_rows(unit, reading=reading_of(shards)).to_pylist()
 
 
@@ -173,7 +173,7 @@ def test_a_source_of_pickled_objects_is_refused(
     part: str, tmp_path: Path, trap: Trap
 ) -> None:
     write(tmp_path / "set", columns() | SOURCES[part](trap))
-    with pytest.raises(ValueError, match=rf"Wanted .* in .*{SHARD}"):
+    with pytest.raises(ValueError, match=rf"expected .* in .*{SHARD}"):
         list_source(tmp_path / "set" / SHARD)
 
 

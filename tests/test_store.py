@@ -128,7 +128,7 @@ def test_a_damaged_newest_is_passed_over(
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert here.newest() == "epoch_0001"
-    assert f"{path}: wanted" in caplog.text
+    assert f"{path}: expected" in caplog.text
 
 
 def test_cut_off_at_any_moment_it_is_whole_or_none(folder: Path) -> None:
@@ -248,7 +248,7 @@ def test_in_a_bucket_it_is_the_same(line: Line) -> None:
 
     for cut in (MODEL_FILE, MANIFEST):
         line.fail(f"PUT .*step_00000005/{cut}", num=100)
-        with pytest.raises(ValueError, match=f"{cut}: wanted an answer of the store"):
+        with pytest.raises(ValueError, match=f"{cut}: expected an answer of the store"):
             there.write(snapshot_of(5), name="step_00000005")
         line.mend()
         assert there.newest() == "step_00000004"
@@ -271,7 +271,7 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
     there.write(snapshot_of(1), name="epoch_0001")
     for pattern in ("list-type", f"GET .*{MANIFEST}"):
         line.fail(pattern, num=100)
-        with pytest.raises(ValueError, match="wanted an answer of the store"):
+        with pytest.raises(ValueError, match="expected an answer of the store"):
             there.newest()
         line.mend()
     damaged = json.dumps({"run": {}}).encode()

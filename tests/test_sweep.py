@@ -256,7 +256,7 @@ def test_what_can_not_begin_is_refused_and_leaves_nothing(
     recipe, _, *options = command
     cases: list[tuple[list[str], str]] = [
         ([], "a recipe and a space"),
-        ([recipe, "", *options], "came an empty one"),
+        ([recipe, "", *options], "got an empty one"),
         ([recipe, "nix", *options], "there are heads, iterations"),
         ([*command, "--optim.num-epochs", "1"], "asha"),
         (
@@ -291,7 +291,7 @@ def test_a_deleted_experiment_and_a_lost_store_are_one_line_each(
     write_sweep(lost)
     refused(
         ["--resume", "searched", "--storage", str(tmp_path / "runs")],
-        said="came a store without it; put the store back",
+        said="got a store without it; put the store back",
     )
 
 

@@ -190,7 +190,7 @@ def test_what_is_there_is_used_again_and_nothing_else(
     strict = dataclasses.replace(run.data, max_bad_share=0.0)
     with pytest.raises(ValueError, match=r"at most 0.00% of 301"):
         write_tokens(dataclasses.replace(run, data=strict), **arguments)
-    with pytest.raises(ValueError, match="wanted a finished token set"):
+    with pytest.raises(ValueError, match="expected a finished token set"):
         TokenSet.open(f"{out.address}/train")
 
 
@@ -225,7 +225,7 @@ def test_what_float16_cant_hold_is_refused_by_name(
     weights = {**backbone.weights, "norm.weight": backbone.weights["norm.weight"] * 1e6}
     backbone = dataclasses.replace(backbone, weights=weights)
     with pytest.raises(
-        ValueError, match=r"^\S+: wanted tokens up to 65,504, .* so_vit"
+        ValueError, match=r"^\S+: expected tokens up to 65,504, .* so_vit"
     ):
         written(trained, StoragePath(str(tmp_path)), split="val", backbone=backbone)
 
@@ -255,7 +255,7 @@ def test_a_backbone_is_found_or_refused(trained: Trained, tmp_path: Path) -> Non
     assert torch.equal(
         built.forward_features(images), trained.model.forward_features(images)
     )
-    with pytest.raises(ValueError, match="wanted a trained backbone, came 'so_vit_7'"):
+    with pytest.raises(ValueError, match="expected a trained backbone, got 'so_vit_7'"):
         load_backbone(run, checkpoint="", num_classes=10)
     with pytest.raises(ValueError, match="num_views"):
         write_tokens(run, checkpoint=trained.checkpoint, out="t", num_views=0)

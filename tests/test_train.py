@@ -304,7 +304,7 @@ def test_sets_that_can_not_be_used(tmp_path: Path) -> None:
     for place, said in [
         (tmp_path / "none", "not there"),
         (empty, "empty set"),
-        (few, "wanted labels 0 to 1"),
+        (few, "expected labels 0 to 1"),
     ]:
         with pytest.raises(ValueError, match=said):
             _main(["demo", "--data.train", str(place), *storage])

@@ -95,7 +95,7 @@ TABLE = FOLDERS | {
                 suffix="json",
             )
         ),
-        refused="Expected labels that images share, got 150",
+        refused="expected labels that images share, got 150",
     ),
     "numbers with a point": Row(
         tars(a=samples(TWELVE)), [str(i) for i in range(12)], num=12
@@ -118,7 +118,7 @@ TABLE = FOLDERS | {
     "dates": Row(
         tars(a=samples({"0": "20231105", "1": "0"})), refused="20,231,106 classes"
     ),
-    "no class": Row(tars(a=samples({"0": "-1"})), refused="from 0 on, got -1: neg"),
+    "no class": Row(tars(a=samples({"0": "-1"})), refused="from 0 on, got -1; neg"),
     "a dotfile": Row(
         tars(a=samples({"0": "0"}) | {".gitkeep": b"", "._0.jpg": b"x"}),
         ["0"],
@@ -207,7 +207,7 @@ TABLE = FOLDERS | {
             "0.parquet": parquet([0, 1], names=["a", "b"]),
             "1.parquet": parquet([0, 1], names=["b", "a"]),
         },
-        refused="Expected the same class names in all files, got 2, a, b, ... in",
+        refused="expected the same class names in all files, got 2, a, b, ... in",
     ),
     "names in one alone": Row(
         {"0.parquet": parquet([0], names=["a"]), "1.parquet": parquet([0])},
@@ -231,7 +231,7 @@ TABLE = FOLDERS | {
     ),
     "other columns": Row(
         {"a.parquet": parquet([0], image=None, label=None, img=[jpeg(0)], fine=[0])},
-        refused="got img, fine: name them by --image-field and --label-field",
+        refused="got img, fine; name them by --image-field and --label-field",
     ),
     "other columns, named": Row(
         {"a.parquet": parquet([0], image=None, label=None, img=[jpeg(0)], fine=[0])},

@@ -317,5 +317,5 @@ def test_an_image_that_is_not_counted_is_noticed() -> None:
     for num_images in (35, 37):
         with pytest.raises(ValueError, match="of the 37 held-out images counted once"):
             check_counted(outcome(num_images, 1), num_rows=37, max_bad_share=1)
-    with pytest.raises(BadImagesError, match="came 1, each named"):
+    with pytest.raises(BadImagesError, match="got 1, each named"):
         check_counted(outcome(36, 1), num_rows=37, max_bad_share=0.02)

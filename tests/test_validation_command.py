@@ -214,8 +214,8 @@ def test_the_command_says_all_by_name(
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"also": ("v2",)}, "wanted sets as NAME=SHARDS, .* came 'v2'; set --also"),
-        ({"also": ("v2=/none/such",)}, "wanted a folder of shards"),
+        ({"also": ("v2",)}, "expected sets as NAME=SHARDS, .* got 'v2'; set --also"),
+        ({"also": ("v2=/none/such",)}, "expected a folder of shards"),
         ({"real_labels": "/none/real.json"}, r"real\.json"),
     ],
 )

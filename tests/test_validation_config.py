@@ -49,7 +49,7 @@ def test_it_is_set_by_flags_and_by_names() -> None:
 )
 def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
     option = f"--validation.{name.replace('_', '-')}"
-    with pytest.raises(ValueError, match=f"wanted .* came .*; set {option}"):
+    with pytest.raises(ValueError, match=f"expected .* got .*; set {option}"):
         Validation(**{name: value})
 
 

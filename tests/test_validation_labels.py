@@ -165,7 +165,7 @@ def test_a_shard_that_is_damaged_or_gone_is_named(tmp_path: Path) -> None:
     # One row more than when its footer was read.
     write_set(tmp_path / "other", groups=[[3], [4]])
     second.write_bytes((tmp_path / "other" / second.name).read_bytes())
-    with pytest.raises(ValueError, match=r"the 6 rows .* came 7"):
+    with pytest.raises(ValueError, match=r"the 6 rows .* got 7"):
         read_keys(shards)
 
 
@@ -201,7 +201,7 @@ def test_names_that_are_numbers_are_names_first() -> None:
     "names", [("n1", "x"), ("0", "4"), ("0", "00"), ("0", "n1"), ("-1",), ("²",)]
 )
 def test_other_classes_are_refused_by_name(names: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match=r"came 's3://a' with .* --classes") as caught:
+    with pytest.raises(ValueError, match=r"got 's3://a' with .* --classes") as caught:
         match_classes(names, classes=("n1", "n2", "n3", "n4"), shown="s3://a")
     assert any(repr(name) in str(caught.value) for name in names)
 

@@ -145,7 +145,7 @@ def test_there_must_be_room_beside_the_workers(
 ) -> None:
     validation = dataclasses.replace(run.validation, num_gpus=1)
     wanting = dataclasses.replace(run, validation=validation)
-    with pytest.raises(ValueError, match=r"wanted 1 GPU beside .* came 0;"):
+    with pytest.raises(ValueError, match=r"expected 1 GPU beside .* got 0;"):
         Validator(
             job_of(wanting), folder=StoragePath(str(tmp_path)), emit=lambda item: None
         )

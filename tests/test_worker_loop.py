@@ -179,5 +179,5 @@ def test_bad_images_are_counted_by_epoch_and_stop_a_run_past_their_share() -> No
     run = dataclasses.replace(RUN, data=data)
     logs = run_loop(state_of(run), [*items(1, 0, 1, 1), *items(0, 1)], run=run)
     assert [log["bad_images"] for log in logs] == [1, 3, 1]
-    with pytest.raises(BadImagesError, match=r"at most 3\.00% of 100 .* came 4"):
+    with pytest.raises(BadImagesError, match=r"at most 3\.00% of 100 .* got 4"):
         run_loop(state_of(run), items(1, 1, 1, 1, 0), run=run)

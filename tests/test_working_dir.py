@@ -82,7 +82,7 @@ def _ship(folder: Path) -> zipfile.ZipFile:
 def clone(tmp_path: Path) -> Path:
     """Copy what git keeps, or would: a fresh clone."""
     if not (ROOT / ".git").exists():
-        pytest.skip("wanted a git repository, to know what a clone has")
+        pytest.skip("expected a git repository, to know what a clone has")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,

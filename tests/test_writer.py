@@ -139,7 +139,7 @@ def test_one_that_fails_is_told_and_the_next_begins_to_count_anew(
 def test_too_many_in_a_row_end_the_run(store: Store, writing: CheckpointWriter) -> None:
     store.full_at = {2, 3}
     written(writing, 1, 2, 3)
-    said = r"came OSError: .*No space.*, for the 2\. time in a row; .* with --resume"
+    said = r"got OSError: .*No space.*, for the 2\. time in a row; .* with --resume"
     with pytest.raises(ValueError, match=said) as caught:
         written(writing, 4)
     assert "\n" not in str(caught.value)

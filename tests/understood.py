@@ -142,7 +142,7 @@ FOLDERS = {
     ),
     "capitals alone": Row(classes("Cat", "cat"), ["Cat", "cat"], noted="capitals"),
     "a name composed and not": Row(
-        classes("cafe\u0301", "caf\u00e9"), refused="Expected one folder for each class"
+        classes("cafe\u0301", "caf\u00e9"), refused="expected one folder for each class"
     ),
     "not composed": Row(classes("cafe\u0301", "dog"), ["caf\u00e9", "dog"]),
     # Splits are no classes, whatever they are called and wherever they lie.
@@ -199,8 +199,8 @@ FOLDERS = {
         options={"class_depth": 2},
     ),
     "a folder for each class's images": Row(photos("n01/images/0.jpg"), ["n01"], num=1),
-    "flat": Row(photos("0.jpg", "1.jpg"), refused="found none but 2 images.*--labels"),
-    "nothing but litter": Row({".DS_Store": b"x"}, refused="found none; 1 ignored"),
+    "flat": Row(photos("0.jpg", "1.jpg"), refused="got none but 2 images.*--labels"),
+    "nothing but litter": Row({".DS_Store": b"x"}, refused="got none; 1 ignored"),
     # Files of a set beside folders.
     "a stray tar beside class folders": Row(
         PLAIN | tars(old=photos("0.jpg")), refused="--kind folder"

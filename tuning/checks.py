@@ -27,13 +27,13 @@ def check_sweep(run: Run, *, search: Search) -> None:
         )
     if run.validation.beside or run.validation.every_epochs > 1:
         raise ValueError(
-            "wanted trials that are evaluated after each epoch, by which they are "
-            "compared, came --validation.beside or --validation.every-epochs; leave "
+            "expected trials that are evaluated after each epoch, by which they are "
+            "compared, got --validation.beside or --validation.every-epochs; leave "
             "them out"
         )
     if search.method == "optuna" and search.head_from:
         raise ValueError(
-            "wanted settings that are known before the heads are tried, came --method "
+            "expected settings that are known before the heads are tried, got --method "
             "optuna; take random or grid, or leave out --head-from"
         )
 

@@ -111,8 +111,8 @@ def _begun(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]:
     """Create a new sweep; every user error is found here."""
     if len(chosen.names) < 2:
         raise ValueError(
-            "wanted a recipe and a space, as in `sovit-tune demo pooling`, or --resume "
-            f"NAME; came {' '.join(chosen.names) or 'neither'}"
+            "expected a recipe and a space, as in `sovit-tune demo pooling`, or "
+            f"--resume NAME; got {' '.join(chosen.names) or 'neither'}"
         )
     recipe, space_name = chosen.names
     default = load_recipe(recipe)
@@ -155,8 +155,8 @@ def _resumed(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]
     named = [*chosen.names, *([f"--name {chosen.name}"] if chosen.name else [])]
     if named:
         raise ValueError(
-            f"wanted --resume NAME alone, came {' '.join(named)} too; the sweep "
-            "goes on with what it began with"
+            f"expected --resume NAME alone, got {' '.join(named)} too; the sweep goes "
+            "on with what it began with"
         )
     chosen.resume, chosen.storage = run_and_storage(
         chosen.resume, storage=chosen.storage
@@ -176,13 +176,13 @@ def _resumed(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]
     ]
     if changed:
         raise ValueError(
-            f"wanted the settings that the sweep began with, came others for "
+            "expected the settings that the sweep began with, got others for "
             f"{', '.join(changed)}; only {', '.join(_FREE)} may change"
         )
     space = load_space(sweep.space, run=sweep.run)
     if words_of(space) != dict(sweep.domains):
         raise ValueError(
-            f"wanted the space that the sweep began with, {dict(sweep.domains)}, came "
+            f"expected the space that the sweep began with, {dict(sweep.domains)}, got "
             f"{words_of(space)}; undo the change of {sweep.space}, or begin a new sweep"
         )
     run = dataclasses.replace(sweep.run, storage=storage)

@@ -46,8 +46,8 @@ def power(run: Run) -> Space:
     """Search the exponent of the power normalisation."""
     if pooling_of(run).normalizer not in ("svpn", "svd", "eigen", "signed_sqrt"):
         raise ValueError(
-            "wanted a recipe whose normaliser has an exponent (svpn, svd, eigen, "
-            f"signed_sqrt), came {pooling_of(run).normalizer!r}; take the space "
+            "expected a recipe whose normaliser has an exponent (svpn, svd, eigen, "
+            f"signed_sqrt), got {pooling_of(run).normalizer!r}; take the space "
             "iterations, or --model.pooling.normalizer svpn"
         )
     return {"pooling.power": tune.quniform(0.3, 0.9, 0.05)}
@@ -57,7 +57,7 @@ def iterations(run: Run) -> Space:
     """Search the number of iterations of svPN or Newton-Schulz."""
     if pooling_of(run).normalizer not in ("svpn", "newton_schulz"):
         raise ValueError(
-            "wanted a recipe whose normaliser iterates (svpn, newton_schulz), came "
+            "expected a recipe whose normaliser iterates (svpn, newton_schulz), got "
             f"{pooling_of(run).normalizer!r}; take the space power"
         )
     most = 3 if pooling_of(run).normalizer == "svpn" else 7
@@ -69,7 +69,7 @@ def singular_values(run: Run) -> Space:
     pooling = pooling_of(run)
     if pooling.normalizer != "svpn":
         raise ValueError(
-            f"wanted a recipe with svpn, came {pooling.normalizer!r}; set "
+            f"expected a recipe with svpn, got {pooling.normalizer!r}; set "
             "--model.pooling.normalizer svpn"
         )
     dims = (1, 2, 3, 4)
@@ -81,7 +81,7 @@ def reduced_dim(run: Run) -> Space:
     dim = pooling_of(run).reduced_dim
     if dim is None:
         raise ValueError(
-            "wanted a recipe with a reduced dimension, came None; set "
+            "expected a recipe with a reduced dimension, got None; set "
             "--model.pooling.reduced-dim"
         )
     divisor = pooling_of(run).num_groups
@@ -92,7 +92,7 @@ def heads(run: Run) -> Space:
     """Search the number of cross-covariances side by side."""
     if pooling_of(run).type != "multi_head":
         raise ValueError(
-            f"wanted a recipe with multi_head pooling, came {pooling_of(run).type!r}; "
+            f"expected a recipe with multi_head pooling, got {pooling_of(run).type!r}; "
             "take one of SoT's"
         )
     most = pooling_of(run).num_heads
@@ -145,7 +145,7 @@ def pooling_of(run: Run) -> Pooling:
     """Return the run's pooling; ValueError where it has none."""
     if run.model.pooling is None:
         raise ValueError(
-            f"wanted a recipe with a second-order head, came {run.recipe!r}, whose "
+            f"expected a recipe with a second-order head, got {run.recipe!r}, whose "
             "model.pooling is None; take another recipe, or the space optim"
         )
     return run.model.pooling
@@ -181,13 +181,13 @@ def load_space(names: str, *, run: Run) -> Space:
         found = function(run) if takes_run else function()
         if not isinstance(found, Mapping):
             raise ValueError(
-                f"{name}: wanted a function that returns a dict of dotted fields to "
-                f"domains of ray.tune, came {found!r}"
+                f"{name}: expected a function that returns a dict of dotted fields to "
+                f"domains of ray.tune, got {found!r}"
             )
         space |= found
     if not space:
         raise ValueError(
-            f"wanted a space with one field at least, came an empty one, {names!r}; "
+            f"expected a space with one field at least, got an empty one, {names!r}; "
             f"there are {', '.join(shipped())}, or a function of your own: "
             "my/space.py:name"
         )
@@ -200,15 +200,15 @@ def check_space(space: Space, *, run: Run) -> None:
     for name, domain in space.items():
         if name.startswith(_RESERVED):
             raise ValueError(
-                f"wanted fields that change what is learnt, came {name!r}; give it "
+                f"expected fields that change what is learnt, got {name!r}; give it "
                 "once for all trials, as a flag"
             )
         if choices_of(domain) == []:
-            raise ValueError(f"{name}: wanted choices, came none")
+            raise ValueError(f"{name}: expected choices, got none")
         if not isinstance(domain, Domain) and choices_of(domain) is None:
             raise ValueError(
-                f"{name}: wanted a domain of ray.tune, such as tune.uniform(0.3, 0.9) "
-                f"or tune.choice([1, 2, 3]), came {domain!r}"
+                f"{name}: expected a domain of ray.tune, such as tune.uniform(0.3, "
+                f"0.9) or tune.choice([1, 2, 3]), got {domain!r}"
             )
         for value in choices_of(domain) or []:
             _take(run, {name: value})
@@ -222,7 +222,7 @@ def _take(run: Run, setting: Mapping[str, Any]) -> None:
         change_fields(run, setting)
     except ValueError as error:
         raise ValueError(
-            f"wanted a space of settings that the recipe takes, came {dict(setting)}: "
+            f"expected a space of settings that the recipe takes, got {dict(setting)}: "
             f"{error}"
         ) from error
 
@@ -281,11 +281,11 @@ def _function(name: str) -> Callable[..., object]:
         path, _, function = name.rpartition(":")
         found = getattr(module_of(Path(path)), function, None)
         if not callable(found):
-            raise ValueError(f"wanted a function of {path}, came {function!r}")
+            raise ValueError(f"expected a function of {path}, got {function!r}")
         return found
     if name not in shipped():
         raise ValueError(
-            f"wanted a space, came {name!r}; there are {', '.join(shipped())}, or a "
+            f"expected a space, got {name!r}; there are {', '.join(shipped())}, or a "
             "function of your own: my/space.py:name"
         )
     return getattr(sys.modules[__name__], name)
@@ -309,7 +309,7 @@ def list_settings(space: Space, *, search: Search) -> list[dict[str, Any]]:
         found.setdefault(repr(setting), setting)
         if num_in_vain == _MAX_IN_VAIN:
             raise ValueError(
-                f"wanted {search.num_trials} settings, came a space of {len(found)}; "
+                f"expected {search.num_trials} settings, got a space of {len(found)}; "
                 f"set --num-trials {len(found)}, or widen the space"
             )
     return list(found.values())
@@ -320,7 +320,7 @@ def _grid(space: Space) -> list[dict[str, Any]]:
     ranges = [name for name, choices in values.items() if choices is None]
     if ranges:
         raise ValueError(
-            f"wanted choices for a grid, came a range for {', '.join(ranges)}; write "
+            f"expected choices for a grid, got a range for {', '.join(ranges)}; write "
             "tune.choice([...]) there, or take --method random"
         )
     lists = [choices or [] for choices in values.values()]

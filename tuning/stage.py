@@ -147,8 +147,8 @@ def scheduler_of(search: Search, *, num_epochs: int) -> TrialScheduler:
         return FIFOScheduler()
     if num_epochs <= search.grace_epochs:
         raise ValueError(
-            f"wanted more than {search.grace_epochs} epochs for asha to stop trials "
-            f"before their end, came {num_epochs}; raise --optim.num-epochs, lower "
+            f"expected more than {search.grace_epochs} epochs for asha to stop trials "
+            f"before their end, got {num_epochs}; raise --optim.num-epochs, lower "
             "--grace-epochs, or set --scheduler none"
         )
     return ASHAScheduler(
@@ -197,8 +197,8 @@ def check_state_api() -> None:
         ask_dashboard()
     except Exception as error:  # LookupError, requests' and Ray's own
         raise ValueError(
-            "wanted a Ray whose dashboard answers, which a sweep needs to free what "
-            f"stopped trials held, came {first_line(error)}; start Ray with "
+            "expected a Ray whose dashboard answers, which a sweep needs to free what "
+            f"stopped trials held, got {first_line(error)}; start Ray with "
             "include_dashboard=True, and install ray[default]"
         ) from error
 

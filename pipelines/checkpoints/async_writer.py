@@ -101,7 +101,7 @@ class CheckpointWriter:
         if self._error is None or self._num_failures <= max_failures:
             return
         raise ValueError(
-            f"wanted to write a checkpoint, came {_reason(self._error)}, for the "
+            f"expected to write a checkpoint, got {_reason(self._error)}, for the "
             f"{self._num_failures}. time in a row; the one before is whole: see to it "
             "and go on with --resume"
         ) from self._error

@@ -58,8 +58,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(
-            f"wanted a checkpoint folder with {MANIFEST}, came {folder}; "
-            "name one that sovit-train printed"
+            f"expected a checkpoint folder with {MANIFEST}, got {folder}; name one "
+            "that sovit-train printed"
         )
     raw = _parsed(path.read_bytes(), shown=str(path))
     for name, wanted in _files_of(raw, shown=str(path)).items():
@@ -116,8 +116,8 @@ def _copy(place: StoragePath, folder: Path) -> None:
         manifest.download(folder / MANIFEST)
     except FileNotFoundError as error:
         raise ValueError(
-            f"wanted a checkpoint with {MANIFEST}, came {str(place)!r}; "
-            "name one that sovit-train printed"
+            f"expected a checkpoint with {MANIFEST}, got {str(place)!r}; name one that "
+            "sovit-train printed"
         ) from error
     raw = _parsed((folder / MANIFEST).read_bytes(), shown=str(manifest))
     for name, wanted in _files_of(raw, shown=str(manifest)).items():
@@ -130,17 +130,17 @@ def _copy(place: StoragePath, folder: Path) -> None:
 def _files_of(raw: Mapping[str, Any], *, shown: str) -> dict[str, dict[str, int]]:
     for name in raw["files"]:
         if Path(name).name != name:
-            why = f"wanted plain names of files, came {name!r}; do not trust it"
+            why = f"expected plain names of files, got {name!r}; do not trust it"
             raise ValueError(f"{shown}: {why}")
     return raw["files"]
 
 
 def _check_file(path: Path, *, wanted: dict[str, int], shown: str) -> None:
-    came = fingerprint(path) if path.is_file() else None
-    if came != wanted:
+    got = fingerprint(path) if path.is_file() else None
+    if got != wanted:
         raise ValueError(
-            f"{shown}: wanted {wanted}, came {came}; "
-            "this checkpoint is damaged, use the one before it"
+            f"{shown}: expected {wanted}, got {got}; this checkpoint is damaged, use "
+            "the one before it"
         )
 
 
@@ -152,8 +152,8 @@ def _parsed(manifest: bytes, *, shown: str) -> dict[str, Any]:
         whole, raw = False, {}
     if not whole:
         raise ValueError(
-            f"{shown}: wanted a whole manifest, came one that was cut off or "
-            "changed; this checkpoint is damaged, use the one before it"
+            f"{shown}: expected a whole manifest, got one that was cut off or changed; "
+            "this checkpoint is damaged, use the one before it"
         )
     return raw
 
@@ -164,7 +164,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: wanted safetensors, came a file of something else ({error}); "
+            f"{path}: expected safetensors, got a file of something else ({error}); "
             "use a checkpoint that sovit-train wrote"
         ) from error
 
@@ -174,7 +174,7 @@ def load_weights(model: nn.Module, folder: Path, *, ema: bool = False) -> None:
     path = folder / (EMA_FILE if ema else MODEL_FILE)
     if not path.is_file():
         raise ValueError(
-            f"wanted {path.name} in {folder}, came none; this run kept no moving "
+            f"expected {path.name} in {folder}, got none; this run kept no moving "
             "average, evaluate the weights themselves (--no-ema)"
         )
     model.load_state_dict(read_weights(path))
@@ -190,9 +190,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, pickle.UnpicklingError, RuntimeError) as error:
         raise ValueError(
-            f"{path}: wanted an optimiser's state of tensors and plain values, came a "
-            f"file that can't be read as one ({str(error)[:200]}); "
-            "use a checkpoint that sovit-train wrote"
+            f"{path}: expected an optimiser's state of tensors and plain values, got a "
+            f"file that can't be read as one ({str(error)[:200]}); use a checkpoint "
+            "that sovit-train wrote"
         ) from error
     optimizer.load_state_dict(state)
 

@@ -107,8 +107,9 @@ def _adapted(
         return _of_authors(named, model, name=name, triangle=triangle)
     if triangle is not None:
         raise ValueError(
-            f"model.init_triangle: wanted a file that authors released, came {name!r}, "
-            "whose classifier has the model's own order; leave --model.init-triangle"
+            "model.init_triangle: expected a file that authors released, got "
+            f"{name!r}, whose classifier has the model's own order; leave "
+            "--model.init-triangle"
         )
     try:
         return _fitted(weights, model), ""
@@ -122,7 +123,7 @@ def _of_authors(
     release = recognise(weights)
     if release is not None and release is not release_of(model):
         raise ValueError(
-            f"model.init_from: wanted a checkpoint of {type(model).__name__}, came "
+            f"model.init_from: expected a checkpoint of {type(model).__name__}, got "
             f"{name!r}, {release.title}; set --model.name to {release.example} or "
             "another of its kind"
         )
@@ -138,7 +139,7 @@ def _of_authors(
 
 def _misfit(error: ValueError, *, name: str) -> ValueError:
     return ValueError(
-        f"model.init_from: wanted a checkpoint of this model, came {name!r}, which "
+        f"model.init_from: expected a checkpoint of this model, got {name!r}, which "
         f"does not fit it ({error_summary(error)}); {_ADVICE}"
     )
 
@@ -203,6 +204,6 @@ def _text(kind: str, names: list[str], *, name: str, hint: str = "") -> str:
     shown = ", ".join(names[:_MAX_NAMES])
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return (
-        f"model.init_from: wanted a checkpoint of this model, came {name!r} with "
+        f"model.init_from: expected a checkpoint of this model, got {name!r} with "
         f"tensors {kind}: {shown}{more}; {hint}{_ADVICE}"
     )

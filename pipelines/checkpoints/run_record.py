@@ -52,14 +52,14 @@ def check_name(storage: str, *, name: str) -> None:
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"wanted a run's name of letters, digits, '.', '_' and '-', came {name!r}; "
-            "choose another --name"
+            "expected a run's name of letters, digits, '.', '_' and '-', got "
+            f"{name!r}; choose another --name"
         )
     root = StoragePath(storage)
     with answering():
         if _is_taken(root.within(name)):
             raise ValueError(
-                f"wanted a new name for this run, came {name!r}, which {str(root)!r} "
+                f"expected a new name for this run, got {name!r}, which {str(root)!r} "
                 f"already holds; choose another --name or go on with --resume {name}"
             )
         root.check_bucket()
@@ -98,7 +98,7 @@ def new_record(
         write_record(record)
     except OSError as error:
         raise ValueError(
-            f"storage: wanted a place that can be written, came {str(place)!r} "
+            f"storage: expected a place that can be written, got {str(place)!r} "
             f"({error_summary(error)}); set --storage"
         ) from error
     return record
@@ -109,13 +109,13 @@ def read_record(storage: str, *, name: str) -> Record:
     record = find_record(storage, name=name)
     if record is None:
         raise ValueError(
-            f"wanted a run to resume, came {name!r}, which "
-            f"{str(StoragePath(storage))!r} does not hold; "
-            "look there for the names, or set --storage"
+            f"expected a run to resume, got {name!r}, which "
+            f"{str(StoragePath(storage))!r} does not hold; look there for the names, "
+            "or set --storage"
         )
     if record.status == "finished":
         raise ValueError(
-            f"wanted a run that has not ended, came {name!r}, which has finished; "
+            f"expected a run that has not ended, got {name!r}, which has finished; "
             "start a new one with more --optim.num-epochs"
         )
     if record.name == name:
@@ -155,8 +155,8 @@ def find_record(storage: str, *, name: str) -> Record | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file}: wanted a run's record, came one that can't be read "
-            f"({error!r}); start a new run"
+            f"{file}: expected a run's record, got one that can't be read ({error!r}); "
+            "start a new run"
         ) from error
 
 

@@ -54,13 +54,13 @@ def read_start(address: str) -> Start:
             return _of_file(place) if _is_file(place) else _of_folder(place)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise ValueError(
-            f"model.init_from: wanted a checkpoint folder with {MANIFEST}, a folder "
+            f"model.init_from: expected a checkpoint folder with {MANIFEST}, a folder "
             f"with {_CONFIG} and {_IN_FOLDERS[0]}, or a file that ends in "
-            f"{', '.join(_SUFFIXES)}, came {str(place)!r}; name one that is there"
+            f"{', '.join(_SUFFIXES)}, got {str(place)!r}; name one that is there"
         ) from error
     except PermissionError as error:
         raise ValueError(
-            f"model.init_from: wanted weights that can be read, came {str(place)!r} "
+            f"model.init_from: expected weights that can be read, got {str(place)!r} "
             f"({error.strerror}); see what is allowed there"
         ) from error
 
@@ -82,18 +82,18 @@ def _is_file(place: StoragePath) -> bool:
 
 def _of_checkpoint(place: StoragePath, *, manifest: Manifest) -> Start:
     name = EMA_FILE if EMA_FILE in manifest.files else MODEL_FILE
-    file, wanted, came = place.within(name), manifest.files[name], None
+    file, wanted, got = place.within(name), manifest.files[name], None
     with contextlib.suppress(FileNotFoundError), _at_hand(file) as path:
-        came = fingerprint(path)
-        if came == wanted:
+        got = fingerprint(path)
+        if got == wanted:
             return Start(
                 weights=dict(read_tensors(path, shown=str(file))),
                 is_average=name == EMA_FILE,
                 classes=manifest.classes,
             )
     raise ValueError(
-        f"{file}: wanted {wanted}, came {came}; "
-        "this checkpoint is damaged, use the one before it"
+        f"{file}: expected {wanted}, got {got}; this checkpoint is damaged, use the "
+        "one before it"
     )
 
 
@@ -105,7 +105,7 @@ def _of_folder(place: StoragePath) -> Start:
         named = {**described.get("pretrained_cfg", {}), **described}.get("label_names")
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{config}: wanted a model's description in JSON, came something else; "
+            f"{config}: expected a model's description in JSON, got something else; "
             "name the file of weights beside it"
         ) from error
     is_list = isinstance(named, list) and all(isinstance(name, str) for name in named)

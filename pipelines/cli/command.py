@@ -124,7 +124,7 @@ def refuse_secrets(arguments: Sequence[str]) -> None:
             continue
         after = f" ({option})" if option else ""
         raise ValueError(
-            f"wanted addresses without secrets, came one with a secret as argument "
+            "expected addresses without secrets, got one with a secret as argument "
             f"{number}{after}, which ps shows to everybody on this machine; leave it "
             "out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
             "or give the machine an instance profile; MLflow's belong in "

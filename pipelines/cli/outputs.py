@@ -23,19 +23,19 @@ def check_file(
     file = Path(path)
     if suffixes and file.suffix.lower() not in suffixes:
         raise ValueError(
-            f"{option}: wanted a file that ends in {', '.join(suffixes)}, came "
+            f"{option}: expected a file that ends in {', '.join(suffixes)}, got "
             f"{str(path)!r}; set --{option}"
         )
     folder = file.absolute().parent
     if not folder.is_dir():
         raise ValueError(
-            f"{option}: wanted a file in a folder that is there, came {str(path)!r}; "
+            f"{option}: expected a file in a folder that is there, got {str(path)!r}; "
             f"make {folder} first"
         )
     if file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
         why = "a folder" if file.is_dir() else "where nothing may be written"
         raise ValueError(
-            f"{option}: wanted a file that can be written, came {str(path)!r}, {why}; "
+            f"{option}: expected a file that can be written, got {str(path)!r}, {why}; "
             f"set --{option}"
         )
 
@@ -51,7 +51,7 @@ def check_folder(path: str | Path | None, *, option: str) -> None:
         return
     if why := why_no_folder(Path(path)):
         raise ValueError(
-            f"{option}: wanted a folder that can be made and written, came "
+            f"{option}: expected a folder that can be made and written, got "
             f"{str(path)!r} ({why}); set --{option}"
         )
 

@@ -8,13 +8,13 @@ def check_fields(owner: object, section: str, **rules: tuple[bool, str]) -> None
 
     Args:
         section: Prefix of the field's name on the command line: `data.`.
-        rules: For a field, whether it holds and what was wanted.
+        rules: For a field, whether it holds and what was expected.
     """
-    for name, (holds, wanted) in rules.items():
+    for name, (holds, expected) in rules.items():
         if not holds:
-            came = getattr(owner, name)
+            got = getattr(owner, name)
             field_name = f"{section}{name}"
             option = field_name.replace("_", "-")
             raise ValueError(
-                f"{field_name}: wanted {wanted}, came {came!r}; set --{option}"
+                f"{field_name}: expected {expected}, got {got!r}; set --{option}"
             )

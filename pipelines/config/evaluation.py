@@ -86,8 +86,8 @@ def named_addresses(also: Sequence[str], *, option: str) -> dict[str, str]:
         name, _, address = item.partition("=")
         if not _NAME.fullmatch(name) or not address or name in found:
             raise ValueError(
-                f"wanted sets as NAME=SHARDS, each name once, of letters, digits and "
-                f"_.-, and none that ends in raw, came {item!r}; set {option}"
+                "expected sets as NAME=SHARDS, each name once, of letters, digits and "
+                f"_.-, and none that ends in raw, got {item!r}; set {option}"
             )
         found[name] = address
     return found

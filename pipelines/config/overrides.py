@@ -46,7 +46,7 @@ def _changed(
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=3) or sorted(hints)
             raise ValueError(
-                f"wanted a field of the run, came {whole!r}; near it are "
+                f"expected a field of the run, got {whole!r}; near it are "
                 f"{', '.join(shown + one for one in near)}"
             )
         below = {path[1:]: fields[path] for path in fields if path[0] == name}
@@ -61,7 +61,7 @@ def _below(owner: Any, fields: Mapping[tuple[str, ...], object], *, shown: str) 
     if not (dataclasses.is_dataclass(owner) or isinstance(owner, dict)):
         wanted = ", ".join(f"{shown}.{'.'.join(path)}" for path in fields)
         raise ValueError(
-            f"wanted a run whose {shown} can hold {wanted}, came {shown} = {owner!r}; "
+            f"expected a run whose {shown} can hold {wanted}, got {shown} = {owner!r}; "
             f"take another recipe, or give this one a {shown}"
         )
     return _changed(owner, fields, shown=f"{shown}.")
@@ -70,7 +70,7 @@ def _below(owner: Any, fields: Mapping[tuple[str, ...], object], *, shown: str) 
 def _checked(value: object, *, hint: object, name: str) -> object:
     if not fits(value, hint):
         shown = getattr(hint, "__name__", None) or str(hint)
-        raise ValueError(f"{name}: wanted {shown}, came {value!r}")
+        raise ValueError(f"{name}: expected {shown}, got {value!r}")
     return value
 
 

@@ -49,14 +49,14 @@ def parse_rand_augment(text: str) -> RandAugment:
     name, *parts = text.split("-")
     if name != "rand":
         raise ValueError(
-            f"Wanted RandAugment as in rand-m9-mstd0.5-inc1, got {text!r}: begin with "
-            f"rand, then add any of {_KEYS}."
+            f"expected RandAugment as in rand-m9-mstd0.5-inc1, got {text!r}; begin "
+            f"with rand, then add any of {_KEYS}"
         )
     found: dict[str, int | float | bool] = {}
     for part in parts:
         field, value = _read_part(part, text=text)
         if field in found:
-            raise ValueError(f"Wanted each key once, got {part!r} again in {text!r}.")
+            raise ValueError(f"expected each key once, got {part!r} again in {text!r}")
         found[field] = value
     return dataclasses.replace(RandAugment(), **found)
 
@@ -67,8 +67,8 @@ def _read_part(part: str, *, text: str) -> tuple[str, int | float | bool]:
     got = f"got {part!r} in {text!r}"
     if key.startswith(("t", "w")):
         raise ValueError(
-            f"Wanted timm's 15 operations, all as likely, {got}: its other sets and "
-            "weights are left out; remove this part."
+            f"expected timm's 15 operations, all as likely, {got}; its other sets and "
+            "weights are left out; remove this part"
         )
     try:
         match key:
@@ -86,8 +86,8 @@ def _read_part(part: str, *, text: str) -> tuple[str, int | float | bool]:
             case "p":
                 return "prob", _decimal(number, at_most=1)
     except _OutOfRange as error:
-        raise ValueError(f"Wanted {key} with {error}, {got}.") from None
-    raise ValueError(f"Wanted any of {_KEYS}, {got}.")
+        raise ValueError(f"expected {key} with {error}, {got}") from None
+    raise ValueError(f"expected any of {_KEYS}, {got}")
 
 
 class _OutOfRange(Exception):

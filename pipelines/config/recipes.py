@@ -52,8 +52,8 @@ def load_recipe(name: str) -> Run:
         if not f"recipes.{module_name}".startswith(error.name or ""):
             raise  # the recipe is there, and something that it imports is not
         raise ValueError(
-            f"wanted a recipe, came {name!r}; there are {', '.join(_modules())}, "
-            "or name a function of your own: my/file.py:run"
+            f"expected a recipe, got {name!r}; there are {', '.join(_modules())}, or "
+            "name a function of your own: my/file.py:run"
         ) from error
     check_named(function, found=recipes_of(module), module=module.__name__)
     return _run_of(getattr(module, function)(), name=name)
@@ -69,7 +69,7 @@ def check_named(function: str, *, found: list[str], module: str) -> None:
     """Raise ValueError where a module has no such recipe."""
     if function not in found:
         raise ValueError(
-            f"wanted a recipe of {module}, came {function!r}; there are "
+            f"expected a recipe of {module}, got {function!r}; there are "
             f"{', '.join(found) or 'none: write a function without arguments -> Run'}"
         )
 
@@ -96,7 +96,7 @@ def own_run(code: OwnCode, *, function: str) -> Run:
 
 def _run_of(run: object, *, name: str) -> Run:
     if not isinstance(run, Run):
-        raise ValueError(f"{name}: wanted a function that returns a Run, came {run!r}")
+        raise ValueError(f"{name}: expected a function that returns a Run, got {run!r}")
     return run
 
 

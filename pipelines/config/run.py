@@ -228,31 +228,31 @@ class Run:
         )
         if self.data.batch_size % self.augment.num_repeats:
             raise ValueError(
-                "augment.num_repeats: wanted a divisor of data.batch_size, came "
+                "augment.num_repeats: expected a divisor of data.batch_size, got "
                 f"{self.augment.num_repeats} and {self.data.batch_size}; set "
                 "--augment.num-repeats or --data.batch-size"
             )
         if self.validation.beside and self.scale.is_local:
             raise ValueError(
-                "validation.beside: wanted workers of Ray to evaluate beside, came "
+                "validation.beside: expected workers of Ray to evaluate beside, got "
                 "--scale.num-workers 0; leave out --validation.beside"
             )
         if self.probe.every_steps and self.scale.sharding != "none":
             raise ValueError(
-                "probe.every_steps: wanted 0 for a sharded model, which the first "
-                f"worker alone can't probe, came {self.probe.every_steps}; set "
+                "probe.every_steps: expected 0 for a sharded model, which the first "
+                f"worker alone can't probe, got {self.probe.every_steps}; set "
                 "--scale.sharding none or --probe.every-steps 0"
             )
         share = self.data.batch_size / self.scale.world_size
         if share < 2 * self.optim.num_accumulation:
             raise ValueError(
-                "data.batch_size: wanted at least 2 images a worker and micro-batch, "
-                f"came {self.data.batch_size} over {self.scale.world_size} workers; "
+                "data.batch_size: expected at least 2 images a worker and micro-batch, "
+                f"got {self.data.batch_size} over {self.scale.world_size} workers; "
                 "raise --data.batch-size or lower --scale.num-workers"
             )
         if self.data.eval_batch_size < self.scale.world_size:
             raise ValueError(
-                "data.eval_batch_size: wanted at least 1 image a worker, came "
+                "data.eval_batch_size: expected at least 1 image a worker, got "
                 f"{self.data.eval_batch_size} over {self.scale.world_size} workers; "
                 "raise --data.eval-batch-size or lower --scale.num-workers"
             )

@@ -50,8 +50,8 @@ def from_json(text: str) -> Run:
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"wanted a run as this version writes it, came one where {error}; "
-            "read it with the version that wrote it"
+            f"expected a run as this version writes it, got one where {error}; read it "
+            "with the version that wrote it"
         ) from error
 
 

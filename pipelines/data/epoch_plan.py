@@ -161,11 +161,11 @@ def epoch_shape(
     Raises ValueError where there are not enough rows.
     """
     if total_rows < 1:
-        raise ValueError("wanted a shard set with rows, came one with none")
+        raise ValueError("expected a shard set with rows, got one with none")
     if total_rows < num_repeats:
         raise ValueError(
-            f"wanted at least {num_repeats} images, one for each epoch in which a part "
-            f"of them comes, came {total_rows}; lower --augment.num-repeats"
+            f"expected at least {num_repeats} images, one for each epoch in which a "
+            f"part of them comes, got {total_rows}; lower --augment.num-repeats"
         )
     part = epoch % num_repeats
     # Rounded up, so that epoch 0 is the longest of a pass: it gives the step count.

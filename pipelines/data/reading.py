@@ -87,7 +87,7 @@ def read_shard(read: Callable[[], T], *, address: str, path: str) -> T:
         raise
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise ValueError(
-            f"{path}: wanted a whole shard, came one that can't be read ({error}); "
+            f"{path}: expected a whole shard, got one that can't be read ({error}); "
             "write it again with sovit-shards"
         ) from error
 

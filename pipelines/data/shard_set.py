@@ -70,7 +70,7 @@ def _read_shard_set(place: StoragePath) -> ShardSet:
     groups = _group_table(paths, rows=rows)
     if groups.total_rows == 0:
         raise ValueError(
-            f"wanted rows in {str(place)!r}, came {len(paths)} empty shards"
+            f"expected rows in {str(place)!r}, got {len(paths)} empty shards"
         )
     return ShardSet(
         address=place.address,
@@ -85,14 +85,14 @@ def _list_files(place: StoragePath) -> list[pafs.FileInfo]:
         found = place.entries()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
-            f"wanted a folder of shards, came {str(place)!r}, which is not there; "
+            f"expected a folder of shards, got {str(place)!r}, which is not there; "
             "write one with sovit-shards or set --data.train and --data.val"
         ) from error
     files = [item for item in found if item.path.endswith(".parquet")]
     if not files:
         raise ValueError(
-            f"wanted *.parquet in {str(place)!r}, came an empty set; "
-            "write it with sovit-shards"
+            f"expected *.parquet in {str(place)!r}, got an empty set; write it with "
+            "sovit-shards"
         )
     return files
 
@@ -104,8 +104,8 @@ def check_labels(labels: pa.ChunkedArray, *, num_classes: int, path: str) -> Non
     found = pc.call_function("min_max", [labels]).as_py()
     if labels.null_count or found["min"] < 0 or found["max"] >= num_classes:
         raise ValueError(
-            f"{path}: wanted labels 0 to {num_classes - 1} ({CLASSES_FILE} names "
-            f"{num_classes} classes), came {found['min']} to {found['max']} and "
+            f"{path}: expected labels 0 to {num_classes - 1} ({CLASSES_FILE} names "
+            f"{num_classes} classes), got {found['min']} to {found['max']} and "
             f"{labels.null_count} missing; write the shards again with sovit-shards"
         )
 
@@ -116,7 +116,7 @@ def _check_whole(paths: Sequence[str], *, place: StoragePath) -> None:
     if counts and counts != {len(paths)}:
         wanted = " or ".join(str(count) for count in sorted(counts))
         raise ValueError(
-            f"wanted {wanted} shards in {str(place)!r} by their names, came "
+            f"expected {wanted} shards in {str(place)!r} by their names, got "
             f"{len(paths)}; run sovit-shards again to finish the set, or remove what "
             "is not of it"
         )
@@ -129,14 +129,14 @@ def _read_classes(file: StoragePath) -> tuple[str, ...]:
         raise
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"wanted {file} with a JSON list of class names, came {error}; "
-            "write the set with sovit-shards"
+            f"expected {file} with a JSON list of class names, got {error}; write the "
+            "set with sovit-shards"
         ) from error
     is_list = isinstance(classes, list) and len(classes) > 0
     if not is_list or not all(isinstance(name, str) for name in classes):
         raise ValueError(
-            f"{file}: wanted a JSON list of class names, came {classes!r:.60}; "
-            "write the set with sovit-shards"
+            f"{file}: expected a JSON list of class names, got {classes!r:.60}; write "
+            "the set with sovit-shards"
         )
     return tuple(classes)
 
@@ -196,7 +196,7 @@ def _fetched(function: Callable[[], T], *, name: str, part: str) -> T:
         raise
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(
-            f"{name}: wanted a Parquet shard, came one whose {part} can't be read "
+            f"{name}: expected a Parquet shard, got one whose {part} can't be read "
             f"({error}); write it again with sovit-shards"
         ) from error
 
@@ -225,7 +225,7 @@ def _check_columns(footer: pq.FileMetaData, *, name: str) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"{name}: wanted the columns {', '.join(wrong)}, came "
+            f"{name}: expected the columns {', '.join(wrong)}, got "
             f"{', '.join(columns.names)}; write the shard with sovit-shards"
         )
 

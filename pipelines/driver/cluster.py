@@ -248,7 +248,7 @@ def _check_machine(scale: Scale, *, num_runs: int) -> None:
     has, wanted = os.cpu_count() or 1, num_runs * needed(scale)["CPU"]
     if wanted > has:
         raise ValueError(
-            f"wanted {wanted:g} CPUs for {_workers(scale, num_runs)}, came a machine "
+            f"expected {wanted:g} CPUs for {_workers(scale, num_runs)}, got a machine "
             f"with {has}; lower {_fewer(num_runs)}--scale.num-workers or "
             "--scale.cpus-per-worker, or set RAY_ADDRESS to a cluster"
         )
@@ -287,7 +287,7 @@ def _wait_for_room(scale: Scale, *, num_runs: int) -> None:
     is_enough = scale.min_workers and not _lacking(least, num_runs=num_runs)
     if short and not is_enough:
         raise ValueError(
-            f"wanted {short} for {_workers(scale, num_runs)} and what reads for them; "
-            f"lower {_fewer(num_runs)}--scale.num-workers or --scale.cpus-per-worker, "
-            "add nodes, or raise --scale.start-timeout-s"
+            f"expected {short} for {_workers(scale, num_runs)} and what reads for "
+            f"them; lower {_fewer(num_runs)}--scale.num-workers or "
+            "--scale.cpus-per-worker, add nodes, or raise --scale.start-timeout-s"
         )

@@ -164,7 +164,7 @@ def _check_size(model: nn.Module, *, settings: Model) -> None:
         if "meta" in str(error):
             return  # it looks at values, of which there are none: the first step tells
         raise ValueError(
-            f"model.img_size: wanted a size that {settings.name} takes, came {size} "
+            f"model.img_size: expected a size that {settings.name} takes, got {size} "
             f"({error_summary(error)}); set --model.img-size, or img_size in "
             "model.kwargs too for a model of timm whose size is fixed"
         ) from error
@@ -182,9 +182,9 @@ def _read_shards(run: Run) -> tuple[ShardSet, ShardSet | None]:
     val_shards = read_shard_set(run.data.val)
     if train_shards.classes != val_shards.classes:
         raise ValueError(
-            f"wanted the same classes in {run.data.train!r} and {run.data.val!r}, came "
-            f"{len(train_shards.classes)} and {len(val_shards.classes)} that differ; "
-            "write the second with sovit-shards --classes of the first"
+            f"expected the same classes in {run.data.train!r} and {run.data.val!r}, "
+            f"got {len(train_shards.classes)} and {len(val_shards.classes)} that "
+            "differ; write the second with sovit-shards --classes of the first"
         )
     return train_shards, val_shards
 
@@ -290,13 +290,13 @@ def check_same(before: Run, now: Run, *, advice: str = "leave them out") -> None
     ]
     if changed:
         raise ValueError(
-            f"wanted the settings that the run began with, came others for "
+            "expected the settings that the run began with, got others for "
             f"{', '.join(changed)}; {advice}, or start a new run"
         )
     if before.scale.is_local != now.scale.is_local:
         raise ValueError(
-            "scale.num_workers: wanted 0 again for a run that began so, and at least "
-            f"1 for one that did not, came {now.scale.num_workers} after "
+            "scale.num_workers: expected 0 again for a run that began so, and at least "
+            f"1 for one that did not, got {now.scale.num_workers} after "
             f"{before.scale.num_workers}; leave it out, or start a new run"
         )
 

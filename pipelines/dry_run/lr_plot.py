@@ -67,7 +67,7 @@ def draw_picture(optim: Optim, *, steps_per_epoch: int, title: str, path: Path) 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(
-            "plot: wanted matplotlib to draw with, came an environment without; pip "
+            "plot: expected matplotlib to draw with, got an environment without; pip "
             "install matplotlib, or leave out --plot"
         ) from error
     num_points = min(optim.total_epochs * steps_per_epoch, _NUM_POINTS)

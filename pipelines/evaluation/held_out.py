@@ -104,8 +104,8 @@ def match_classes(
         is_numbered = len(set(numbers)) == len(names) and max(numbers) < len(classes)
         if not is_numbered:
             raise ValueError(
-                f"wanted shards of the model's {len(classes)} classes or of some of "
-                f"them, by name or by number from 0, came {shown!r} with {len(names)} "
+                f"expected shards of the model's {len(classes)} classes or of some of "
+                f"them, by name or by number from 0, got {shown!r} with {len(names)} "
                 f"classes, of which {len(unknown)} are others, such as {unknown[0]!r}; "
                 "write them with sovit-shards --classes of the training set"
             )
@@ -123,9 +123,9 @@ def read_real(path: str) -> list[list[int]]:
         with answering():
             found = json.loads(place.read())
     except (OSError, ValueError) as error:
-        raise _no_real(path, came=str(error)) from error
+        raise _no_real(path, got=str(error)) from error
     if not isinstance(found, list) or not all(map(_is_numbers, found)):
-        raise _no_real(path, came="JSON of something else")
+        raise _no_real(path, got="JSON of something else")
     return found
 
 
@@ -133,11 +133,11 @@ def _is_numbers(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _no_real(path: str, *, came: str) -> ValueError:
+def _no_real(path: str, *, got: str) -> ValueError:
     return ValueError(
-        f"wanted ImageNet-ReaL's real.json, a list of lists of class numbers, came "
-        f"{str(StoragePath(path))!r} ({came}); fetch it from google-research/"
-        "reassessed-imagenet"
+        "expected ImageNet-ReaL's real.json, a list of lists of class numbers, got "
+        f"{str(StoragePath(path))!r} ({got}); fetch it from "
+        "google-research/reassessed-imagenet"
     )
 
 
@@ -149,13 +149,13 @@ def _real_of(
     keys, labels = read_keys(shards)
     numbers = [_image_number(key, shards=shards) for key in keys]
     if max(numbers) >= len(by_image):
-        raise _no_real(path, came=f"{len(by_image)} lists for image {max(numbers) + 1}")
+        raise _no_real(path, got=f"{len(by_image)} lists for image {max(numbers) + 1}")
     lists = [by_image[number] for number in numbers]
     if any(not 0 <= label < num for of in lists for label in of):
         raise ValueError(
-            f"wanted ReaL labels from 0 to {num - 1}, one of the model's classes each, "
-            f"came others in {path!r}: they are for ImageNet-1K's 1,000 classes, in "
-            "the order of their WordNet ids; leave them out for a model of other "
+            f"expected ReaL labels from 0 to {num - 1}, one of the model's classes "
+            f"each, got others in {path!r}: they are for ImageNet-1K's 1,000 classes, "
+            "in the order of their WordNet ids; leave them out for a model of other "
             "classes"
         )
     real = np.full((len(lists), max(map(len, lists), default=0) or 1), -1, np.int32)
@@ -174,10 +174,10 @@ def _image_number(key: str, *, shards: ShardSet) -> int:
     found = _NUMBER.search(key)
     if found is None or int(found[1]) == 0:
         raise ValueError(
-            f"wanted ImageNet's validation images for ReaL labels, keys with "
-            f"ILSVRC2012_val_00000001 and so on, came {shards.address!r} with "
-            f"{key!r}; write the shards from the files by their own names, or leave "
-            "the labels out"
+            "expected ImageNet's validation images for ReaL labels, keys with "
+            f"ILSVRC2012_val_00000001 and so on, got {shards.address!r} with {key!r}; "
+            "write the shards from the files by their own names, or leave the labels "
+            "out"
         )
     return int(found[1]) - 1
 
@@ -189,7 +189,7 @@ def _check_order(
     agreeing = (real == labels[:, None]).any(axis=1)
     if agreeing.sum() < _LEAST_AGREEMENT * has_any.sum():
         raise ValueError(
-            f"wanted ReaL labels that mostly hold the images' own, came {path!r} where "
-            f"{agreeing.sum():,} of {has_any.sum():,} do; the classes of "
+            f"expected ReaL labels that mostly hold the images' own, got {path!r} "
+            f"where {agreeing.sum():,} of {has_any.sum():,} do; the classes of "
             f"{shards.address!r} are in another order than ImageNet's, by WordNet id"
         )

@@ -38,8 +38,8 @@ def read_keys(shards: ShardSet) -> tuple[list[str], np.ndarray]:
     labels = np.concatenate([table["label"].to_numpy() for table in tables])
     if len(keys) != shards.groups.total_rows:
         raise ValueError(
-            f"wanted the {shards.groups.total_rows} rows that the footers of "
-            f"{shards.address!r} told of, came {len(keys)}; the shards changed since"
+            f"expected the {shards.groups.total_rows} rows that the footers of "
+            f"{shards.address!r} told of, got {len(keys)}; the shards changed since"
         )
     return keys, labels.astype(np.int64)
 

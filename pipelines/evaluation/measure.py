@@ -253,7 +253,7 @@ def check_counted(
     num_bad = round(score.num_bad)
     if score.num_images + num_bad != num_rows:
         raise ValueError(
-            f"wanted each of the {num_rows} held-out images counted once, came "
+            f"expected each of the {num_rows} held-out images counted once, got "
             f"{score.num_images:.0f} and {num_bad} that can't be decoded; the shards "
             "changed while they were read"
         )

@@ -47,7 +47,7 @@ def make_cases(
     for kind, pairs in cases.items():
         if not all(logits.isfinite().all() for _, logits in pairs):
             raise ValueError(
-                f"wanted a model whose logits are numbers, came NaN or infinite ones "
+                "expected a model whose logits are numbers, got NaN or infinite ones "
                 f"on {kind}; export an earlier checkpoint"
             )
     return Cases(batches=cases, num_images=len(images))
@@ -70,7 +70,7 @@ def check(
         allowed = tolerance * max(largest, 1.0)
         if not difference <= allowed:  # NaN too
             raise ValueError(
-                f"{name}: wanted the model's logits within {allowed:.1e}, came a "
+                f"{name}: expected the model's logits within {allowed:.1e}, got a "
                 f"difference of {difference:.1e} on {kind} (largest logit "
                 f"{largest:.3g}); nothing was written, leave this format out by "
                 "--formats, or allow more by --tolerance"

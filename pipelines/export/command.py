@@ -64,15 +64,15 @@ class Options:
     def check(self) -> None:
         """Raise ValueError for invalid options."""
         if not self.formats:
-            raise ValueError("formats: wanted timm, torch or onnx, came none")
+            raise ValueError("formats: expected timm, torch or onnx, got none")
         if self.num_images < 1 or self.tolerance < 0:
             raise ValueError(
-                "wanted num_images of at least 1 and tolerance of at least 0, came "
+                "expected num_images of at least 1 and tolerance of at least 0, got "
                 f"{self.num_images} and {self.tolerance}"
             )
         if "://" in self.out:
             raise ValueError(
-                f"wanted a folder of this machine to export into, came {self.out!r}; "
+                f"expected a folder of this machine to export into, got {self.out!r}; "
                 "export here and copy the folder"
             )
         if "onnx" in self.formats:
@@ -115,7 +115,7 @@ def _pixels(subject: Subject, *, options: Options) -> list[Tensor]:
             logger.warning("%s left out: %s", image.name, error)
     if options.images and not pixels:
         raise ValueError(
-            f"images: wanted one that decodes, came none in {options.images}"
+            f"images: expected one that decodes, got none in {options.images}"
         )
     return pixels
 

@@ -35,7 +35,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         _put(partial, out=out)
     except OSError as error:
         raise ValueError(
-            f"{out}: wanted a folder that can be written, came {error}; name another, "
+            f"{out}: expected a folder that can be written, got {error}; name another, "
             "or make room"
         ) from error
     finally:
@@ -54,15 +54,15 @@ def _refuse_foreign(out: Path) -> None:
         return
     if not out.is_dir():
         raise ValueError(
-            f"wanted a folder to export into, came {str(out)!r}, a file; name another"
+            f"expected a folder to export into, got {str(out)!r}, a file; name another"
         )
     foreign = sorted(_foreign_in(out))
     if foreign:
         shown = ", ".join(foreign[:_MAX_NAMES])
         more = f" and {len(foreign) - _MAX_NAMES} more" * (len(foreign) > _MAX_NAMES)
         raise ValueError(
-            f"{out}: wanted a new or an empty folder, or one that sovit-export wrote, "
-            f"came one with {shown}{more}, which it did not write; name another"
+            f"{out}: expected a new or an empty folder, or one that sovit-export "
+            f"wrote, got one with {shown}{more}, which it did not write; name another"
         )
 
 

@@ -70,9 +70,9 @@ def _read(place: StoragePath) -> Iterator[Encoded]:
     passed = ", ".join(f"{num} {suffix}" for suffix, num in others.most_common(5))
     if not found:
         raise ValueError(
-            f"wanted images in {str(place)!r}, came a folder without"
-            f"{f' (of other files it has {passed})' if passed else ''}; name files, a "
-            "folder of them, or shards"
+            f"expected images in {str(place)!r}, got a folder "
+            f"without{f' (of other files it has {passed})' if passed else ''}; name "
+            "files, a folder of them, or shards"
         )
     if passed:
         logger.info("%s: files that are no pictures by their names: %s", place, passed)

@@ -38,7 +38,7 @@ def check_installed() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"wanted {', '.join(_PACKAGES)} for --formats onnx, came none of "
+            f"expected {', '.join(_PACKAGES)} for --formats onnx, got none of "
             f"{', '.join(missing)}; pip install 'sovit[export]', or leave onnx out: "
             "--formats timm torch"
         )
@@ -65,7 +65,7 @@ def write_onnx(path: Path, program: ExportedProgram, *, card: Mapping[str, Any])
             )
     except Exception as error:  # its own for each step, with pages of advice
         raise ValueError(
-            "wanted a model that torch.onnx can translate, came one where it says: "
+            "expected a model that torch.onnx can translate, got one where it says: "
             f"{_reason(error)}; leave onnx out: --formats timm torch"
         ) from error
     assert made is not None
@@ -99,8 +99,8 @@ def _refuse_decompositions(program: ExportedProgram) -> None:
     for part, what in _DECOMPOSITIONS.items():
         if any(part in name for name in names):
             raise ValueError(
-                f"model.pooling.normalizer: wanted one that ONNX has operators for, "
-                f"came one by {what}, and ONNX defines no such decomposition; leave "
+                "model.pooling.normalizer: expected one that ONNX has operators for, "
+                f"got one by {what}, and ONNX defines no such decomposition; leave "
                 "onnx out: --formats timm torch"
             )
 

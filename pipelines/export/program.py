@@ -35,7 +35,7 @@ def to_program(subject: Subject) -> ExportedProgram:
     except Exception as error:  # torch has a dozen for what it can't trace
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            "wanted a model that torch.export takes with any number of images, came "
+            "expected a model that torch.export takes with any number of images, got "
             f"{subject.settings.name}, where it says: {line[:200]}; export it with "
             "--formats timm"
         ) from error

@@ -61,7 +61,7 @@ def load_with_timm(folder: Path, *, wanted: nn.Module) -> nn.Module:
     ]
     if different:
         raise ValueError(
-            f"{WEIGHTS}: wanted timm to load every tensor as it is, came another "
+            f"{WEIGHTS}: expected timm to load every tensor as it is, got another "
             f"{different[0]} and {len(different) - 1} more; nothing was written"
         )
     return model
@@ -84,8 +84,8 @@ def read_timm(folder: Path) -> Subject:
         descriptions = _descriptions(raw, classes=classes)
     except (OSError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: wanted a model's configuration as sovit-export and timm's "
-            f"save_for_hf write it, came one that can't be used ({error!r}); write it "
+            f"{path}: expected a model's configuration as sovit-export and timm's "
+            f"save_for_hf write it, got one that can't be used ({error!r}); write it "
             "again"
         ) from error
     try:
@@ -97,8 +97,8 @@ def read_timm(folder: Path) -> Subject:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
-            f"{file}: wanted the weights of {settings.name} as {CONFIG} describes it, "
-            f"came others ({str(error)[:200]}); export it again"
+            f"{file}: expected the weights of {settings.name} as {CONFIG} describes "
+            f"it, got others ({str(error)[:200]}); export it again"
         ) from error
     return Subject(
         model=model.eval(),
@@ -118,7 +118,8 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     if file.is_file():
         return file, find_weights(read_tensors(file))
     raise ValueError(
-        f"wanted {WEIGHTS} in {folder}, or {_TORCH_WEIGHTS}, came none; export it again"
+        f"expected {WEIGHTS} in {folder}, or {_TORCH_WEIGHTS}, got none; export it "
+        "again"
     )
 
 

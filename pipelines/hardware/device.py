@@ -44,8 +44,8 @@ def find_device(wanted: Wanted, *, flag: str = "--device") -> torch.device:
     """
     if wanted == "cuda" and not has_gpu():
         raise ValueError(
-            f"wanted a GPU for {flag}, came a machine where PyTorch finds none; "
-            f"leave out {flag} or look at nvidia-smi"
+            f"expected a GPU for {flag}, got a machine where PyTorch finds none; leave "
+            f"out {flag} or look at nvidia-smi"
         )
     if wanted == "cpu" or not has_gpu():
         return CPU

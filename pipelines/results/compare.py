@@ -72,7 +72,7 @@ class Options:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError(
-                "wanted runs to compare, came none; name runs, a sweep or "
+                "expected runs to compare, got none; name runs, a sweep or "
                 "experiment:NAME"
             )
 
@@ -182,7 +182,7 @@ def _check_metric(runs: Iterable[StoredRun], *, metric: str) -> None:
     there = {name for run in runs for name in run.metrics}
     if there and metric not in there:
         raise ValueError(
-            f"metric: wanted one that a run has, came {metric!r}; there are "
+            f"metric: expected one that a run has, got {metric!r}; there are "
             f"{', '.join(sorted(there))}"
         )
 
@@ -199,7 +199,7 @@ def _write(comparison: Comparison) -> list[str]:
     if options.plot:
         if not comparison.charts:
             raise ValueError(
-                f"plot: wanted runs with an epoch of {options.metric}, came none yet"
+                f"plot: expected runs with an epoch of {options.metric}, got none yet"
             )
         draw(comparison.charts, path=Path(options.plot))
         lines.append(f"picture  {options.plot}")

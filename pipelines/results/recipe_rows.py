@@ -75,7 +75,7 @@ def list_rows(wanted: Sequence[str] = ()) -> list[Row]:
     for name in wanted:
         if not any(_fits(row, name, modules=modules) for row in rows):
             raise ValueError(
-                f"wanted recipes, came {name!r}, which is part of no name; there are "
+                f"expected recipes, got {name!r}, which is part of no name; there are "
                 f"modules {', '.join(sorted(modules))}"
             )
     if not wanted:

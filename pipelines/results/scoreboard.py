@@ -50,7 +50,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.markdown and self.json:
-            raise ValueError("wanted one of --markdown and --json, came both")
+            raise ValueError("expected one of --markdown and --json, got both")
 
 
 def scoreboard(options: Options) -> list[Row]:

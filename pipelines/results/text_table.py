@@ -82,7 +82,7 @@ class Table:
         """
         if by not in self.values:
             names = ", ".join(self.values)
-            raise ValueError(f"sort: wanted a column, came {by!r}; there are {names}")
+            raise ValueError(f"sort: expected a column, got {by!r}; there are {names}")
         values = self.values[by]
         order: list[Any] = list(values.dropna().index)
         # Numbers first, then texts.

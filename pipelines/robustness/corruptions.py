@@ -84,8 +84,8 @@ def corrupt(
     """
     if severity not in (0, *SEVERITIES):
         raise ValueError(
-            f"wanted a severity from 1 to 5, or 0 for none, came {severity}; "
-            "set --severities"
+            f"expected a severity from 1 to 5, or 0 for none, got {severity}; set "
+            "--severities"
         )
     if severity == 0:
         return pixels

@@ -37,21 +37,21 @@ class Robustness:
         severities, num_frames = self.severities, self.num_frames
         if not severities or not set(severities) <= set(SEVERITIES):
             raise ValueError(
-                f"wanted severities from 1 to 5, came {severities}; set --severities"
+                f"expected severities from 1 to 5, got {severities}; set --severities"
             )
         if num_frames < 0 or num_frames == 1:
             raise ValueError(
-                f"wanted at least 2 frames, or 0 for as many as published, came "
+                "expected at least 2 frames, or 0 for as many as published, got "
                 f"{num_frames}; set --num-frames"
             )
         if not 0 <= self.corruption_jpeg <= 95:
             raise ValueError(
-                f"wanted a JPEG quality from 1 to 95, or 0 for none, came "
+                "expected a JPEG quality from 1 to 95, or 0 for none, got "
                 f"{self.corruption_jpeg}; set --corruption-jpeg"
             )
         if self.plot and not self.is_wanted:
             raise ValueError(
-                "wanted something to draw, came --plot alone; set --corruptions or "
+                "expected something to draw, got --plot alone; set --corruptions or "
                 "--perturbations"
             )
 
@@ -71,7 +71,7 @@ class Robustness:
         for module in needed:
             if importlib.util.find_spec(module) is None:
                 raise ValueError(
-                    f"wanted the package {module.replace('_', '-')}, came an "
+                    f"expected the package {module.replace('_', '-')}, got an "
                     "environment without it; install the extra 'robustness'"
                 )
         self.reference_flips()
@@ -89,14 +89,14 @@ class Robustness:
             flips = json.loads(Path(path).read_text())["perturbations"]["flips"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"wanted a result of sovit-eval --perturbations --json, came {path!r} "
+                f"expected a result of sovit-eval --perturbations --json, got {path!r} "
                 f"({type(error).__name__}); set --flip-reference"
             ) from None
         chosen = self.perturbations or PERTURBATIONS
         missing = [name for name in chosen if not flips.get(name)]
         if missing:
             raise ValueError(
-                f"wanted flips of every perturbation, came {path!r} without any of "
+                f"expected flips of every perturbation, got {path!r} without any of "
                 f"{', '.join(missing)}; measure them or name others"
             )
         return flips

@@ -109,7 +109,7 @@ def _photograph(number: int, height: int, width: int) -> np.ndarray:
         folder = resources.files("torch_uncertainty_assets.frost")
     except ModuleNotFoundError:
         raise ValueError(
-            "wanted photographs for the corruption frost, came an environment without "
+            "expected photographs for the corruption frost, got an environment without "
             "torch-uncertainty-assets; install the extra 'robustness' or name the "
             "other --corruptions"
         ) from None

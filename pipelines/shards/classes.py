@@ -61,7 +61,7 @@ def label_text(value: object) -> str | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, (int, float, str)):
-        raise ValueError(f"Expected a name or a number as label, got {value!r:.60}.")
+        raise ValueError(f"expected a name or a number as label, got {value!r:.60}")
     return plain(str(value)) or None
 
 
@@ -84,7 +84,7 @@ def read_classes(address: str | Path) -> list[str]:
     if kind == pafs.FileType.Directory:
         address = child(str(address), CLASSES_FILE)
     if str(address).lower().endswith((".yaml", ".yml")):
-        raise ValueError(f"Expected a text or JSON of class names, got {address}.")
+        raise ValueError(f"expected a text or JSON of class names, got {address}")
     text = read_text(address)
     return parse_classes(text, name=str(StoragePath(str(address))))
 
@@ -97,7 +97,7 @@ def parse_classes(text: str, *, name: str) -> list[str]:
     if not names or "" in names or len(set(names)) < len(names):
         repeated = [item for place, item in enumerate(names) if item in names[:place]]
         found = f"{repeated[0]!r}, a name twice" if repeated else "no name"
-        raise ValueError(f"Wanted class names, each once, and found {found} in {name}.")
+        raise ValueError(f"expected class names, each once, got {found} in {name}")
     return names
 
 
@@ -112,8 +112,8 @@ def _of_json(text: str, *, name: str) -> list[str]:
         isinstance(item, (str, int)) and not isinstance(item, bool) for item in found
     ):
         raise ValueError(
-            f"Expected a list of class names in {name}, or an object of places 0, 1, "
-            "... by names or names by places; got other JSON."
+            f"expected a list of class names in {name}, or an object of places 0, 1, "
+            "... by names or names by places, got other JSON"
         )
     return [str(item) for item in found]
 
@@ -135,8 +135,8 @@ def _of_lines(text: str, *, name: str) -> list[str]:
     empty = [place for place, line in enumerate(lines, start=1) if not line.strip()]
     if empty:
         raise ValueError(
-            f"Expected a class name on each line of {name}, got nothing on line "
-            f"{empty[0]}: a name's line is its label, write one or take it out."
+            f"expected a class name on each line of {name}, got nothing on line "
+            f"{empty[0]}; a name's line is its label, write one or take it out"
         )
     ids = [_WNID_LINE.match(line) for line in lines]
     if all(ids):
@@ -161,8 +161,8 @@ def resolve_names(
     long = [name for name in names if len(name) > MAX_NAME_LENGTH]
     if long:
         raise ValueError(
-            f"Expected class names as labels, got a text of {len(long[0])} letters, "
-            f"{long[0][:40]!r}...: name the right --label-field."
+            f"expected class names as labels, got a text of {len(long[0])} letters, "
+            f"{long[0][:40]!r}...; name the right --label-field"
         )
     if numbering.classes is None:
         ordered = sorted(names)
@@ -245,15 +245,15 @@ def _refuse_odd_numbers(texts: Sequence[str], *, are_numbers: bool) -> None:
     decimals = [t for t in texts if _DECIMAL.fullmatch(t) and not _NUMBER.fullmatch(t)]
     if decimals and all(_DECIMAL.fullmatch(text) for text in texts):
         raise ValueError(
-            f"Expected classes as labels, got numbers such as {decimals[0]}: give "
-            "labels that are names or whole numbers, or name the right --label-field."
+            f"expected classes as labels, got numbers such as {decimals[0]}; give "
+            "labels that are names or whole numbers, or name the right --label-field"
         )
     if are_numbers:
         number = next(text for text in texts if _NUMBER.fullmatch(text))
         name = next(text for text in texts if not _NUMBER.fullmatch(text))
         raise ValueError(
-            f"Expected labels that are all numbers or all names, got {number!r} and "
-            f"{name!r}: if all are names, list them by --classes FILE."
+            f"expected labels that are all numbers or all names, got {number!r} and "
+            f"{name!r}; if all are names, list them by --classes FILE"
         )
 
 
@@ -271,8 +271,8 @@ def _refuse_outside(
         advice = "if they count from 1, say --count-from 1"
     to = f"to {num_classes - 1 + first}" if num_classes else "on"
     raise ValueError(
-        f"Wanted labels from {first} {to}, got "
-        f"{', '.join(map(str, outside[:3]))}: {advice}."
+        f"expected labels from {first} {to}, got {', '.join(map(str, outside[:3]))}; "
+        f"{advice}"
     )
 
 
@@ -280,16 +280,16 @@ def _refuse_unbounded(numbers: dict[str, int], *, numbering: Numbering) -> None:
     num_classes = max(numbers.values(), default=-1) + 1
     if num_classes > max(MAX_NUMBERED, 2 * len(numbers)):
         raise ValueError(
-            f"Expected labels that number the classes, got {len(numbers)} numbers up "
-            f"to {num_classes - 1:,}, which would make {num_classes:,} classes: if "
+            f"expected labels that number the classes, got {len(numbers)} numbers up "
+            f"to {num_classes - 1:,}, which would make {num_classes:,} classes; if "
             "they are names or these are some of many classes, list all by --classes "
-            "FILE; if it is the wrong column, name the right --label-field."
+            "FILE; if it is the wrong column, name the right --label-field"
         )
     if numbering.count_from is None and numbers and min(numbers.values()) == 1:
         raise ValueError(
-            "Expected labels that count from 0, got numbers from 1 to "
-            f"{num_classes - 1}: say --count-from 1, or --count-from 0 if class 0 has "
-            "no image here; or give --classes FILE."
+            "expected labels that count from 0, got numbers from 1 to "
+            f"{num_classes - 1}; say --count-from 1, or --count-from 0 if class 0 has "
+            "no image here; or give --classes FILE"
         )
 
 
@@ -308,7 +308,7 @@ def refuse_captions(
         return
     if len(names) * 2 > num_images and not all(map(_NUMBER.fullmatch, names)):
         raise ValueError(
-            f"Expected labels that images share, got {len(names):,} for {num_images:,} "
-            f"images, such as {names[0][:60]!r}: captions or names of files? Name the "
-            "right --label-field, or list the classes by --classes FILE."
+            f"expected labels that images share, got {len(names):,} for {num_images:,} "
+            f"images, such as {names[0][:60]!r}; captions or names of files? Name the "
+            "right --label-field, or list the classes by --classes FILE"
         )

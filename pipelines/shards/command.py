@@ -174,8 +174,8 @@ def make_shards(arguments: Arguments, *, execute: Executor = on_ray) -> Summary:
     )
     if not 0 <= arguments.max_bad_share <= 1:
         raise ValueError(
-            f"Wanted a share from 0 to 1, got {arguments.max_bad_share}: mend "
-            "--max-bad-share."
+            f"expected a share from 0 to 1, got {arguments.max_bad_share}; mend "
+            "--max-bad-share"
         )
     source = _absolute(StoragePath(str(arguments.source)))  # tasks run in other folders
     out = _absolute(StoragePath(str(arguments.out)))
@@ -195,7 +195,7 @@ def make_shards(arguments: Arguments, *, execute: Executor = on_ray) -> Summary:
     )
     name = arguments.name or out.name
     if Path(name).name != name:
-        raise ValueError(f"Wanted a plain --name for the files, got {name!r}.")
+        raise ValueError(f"expected a plain --name for the files, got {name!r}")
     scratch = None if arguments.scratch is None else arguments.scratch.absolute()
     return make_set(
         listing,

@@ -66,7 +66,7 @@ def read_ground_truth(devkit: Devkit) -> str:
     """Read a devkit's ground truth, the text of labels."""
     data = devkit.read(f"{GROUND_TRUTH}.txt")
     if data is None:
-        raise ValueError(f"Expected *{GROUND_TRUTH}.txt in {devkit.address}, got none.")
+        raise ValueError(f"expected *{GROUND_TRUTH}.txt in {devkit.address}, got none")
     return decode_text(data, name=devkit.address)
 
 
@@ -83,7 +83,7 @@ def read_ids(address: str) -> dict[str, str]:
     if is_devkit(address) and not _is_folder(address):
         data = open_devkit(address).read(META_FILE)
         if data is None:
-            raise ValueError(f"Expected {META_FILE} in {address}, got none.")
+            raise ValueError(f"expected {META_FILE} in {address}, got none")
         return _of_meta(data, name=address)
     if _is_folder(address):
         address = _find(address, META_FILE) or child(address, META_FILE)
@@ -117,7 +117,7 @@ def _of_meta(data: bytes, *, name: str) -> dict[str, str]:
         rows = read_structs(data, name="synsets", fields=("ILSVRC2012_ID", "WNID"))
     except ValueError as error:
         raise ValueError(
-            f"Expected the devkit's {META_FILE} in {name}, got {error}."
+            f"expected the devkit's {META_FILE} in {name}, got {error}"
         ) from None
     return {number: wnid.strip() for number, wnid in rows}
 
@@ -129,8 +129,8 @@ def _of_lines(text: str, *, name: str) -> dict[str, str]:
         rows = [(number, wnid) for wnid, number in rows]
     if not rows or not all(number.isdigit() for number, _ in rows):
         raise ValueError(
-            f"Wanted lines `ID WORDNET_ID` in {name}, got others (a list of class "
-            "names, such as synset_words.txt, does not say the devkit's ids): give "
-            "the devkit itself, ILSVRC2012_devkit_t12.tar.gz, or its meta.mat."
+            f"expected lines `ID WORDNET_ID` in {name}, got others (a list of class "
+            "names, such as synset_words.txt, does not say the devkit's ids); give the "
+            "devkit itself, ILSVRC2012_devkit_t12.tar.gz, or its meta.mat"
         )
     return dict(rows)

@@ -73,7 +73,7 @@ def read_idx(path: Path) -> np.ndarray:
     """
     data = gzip.decompress(path.read_bytes())
     if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise ValueError(f"Wanted a gzipped idx file of unsigned bytes, got {path}.")
+        raise ValueError(f"expected a gzipped idx file of unsigned bytes, got {path}")
     start = 4 + 4 * data[3]
     shape = struct.unpack(f">{data[3]}I", data[4:start])
     if len(data) - start != np.prod(shape):

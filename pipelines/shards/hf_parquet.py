@@ -107,9 +107,9 @@ def _open(path: str, *, fields: Fields) -> Iterator[pq.ParquetFile]:
         missing = {fields.image, fields.label} - set(schema.names)
         if missing:
             raise ValueError(
-                f"Wanted the columns {fields.image} and {fields.label} in {path}, got "
-                f"{', '.join(schema.names)}: name them by --image-field and "
-                "--label-field."
+                f"expected the columns {fields.image} and {fields.label} in {path}, "
+                f"got {', '.join(schema.names)}; name them by --image-field and "
+                "--label-field"
             )
         _check_types(schema, path=path, fields=fields)
         yield file
@@ -132,8 +132,8 @@ def _check_types(schema: pa.Schema, *, path: str, fields: Fields) -> None:
     for name, kind in found.items():
         if kind not in wanted.get(name, (pa.null(), *_TEXTS)):
             raise ValueError(
-                f"Wanted images as bytes, paths and keys as text in {path}, got {name} "
-                f"as {kind}: name the right --image-field."
+                f"expected images as bytes, paths and keys as text in {path}, got "
+                f"{name} as {kind}; name the right --image-field"
             )
     label = schema.field(fields.label).type
     if pa.types.is_dictionary(label):
@@ -141,16 +141,16 @@ def _check_types(schema: pa.Schema, *, path: str, fields: Fields) -> None:
     is_number = pa.types.is_integer(label) or pa.types.is_floating(label)
     if not is_number and label not in (*_TEXTS, pa.bool_()):
         raise ValueError(
-            f"Wanted numbers or names as labels in {path}, got {fields.label} as "
-            f"{label}: name the right --label-field."
+            f"expected numbers or names as labels in {path}, got {fields.label} as "
+            f"{label}; name the right --label-field"
         )
 
 
 def _paths_alone(path: str) -> ValueError:
     return ValueError(
-        f"Expected the bytes of images in {path}, got their paths alone: write the "
+        f"expected the bytes of images in {path}, got their paths alone; write the "
         "files with the images in them (datasets' embed_table_storage does), or name "
-        "the folder of the images as SOURCE."
+        "the folder of the images as SOURCE"
     )
 
 
@@ -216,9 +216,9 @@ def _own_names(paths: Sequence[str], *, fields: Fields) -> list[str] | None:
         for path, others in found.items():
             if others != names:
                 raise ValueError(
-                    f"Expected the same class names in all files, got "
-                    f"{_short(names)} in {first} and {_short(others)} in {path}: make "
-                    "a set of each, or write files that agree."
+                    f"expected the same class names in all files, got {_short(names)} "
+                    f"in {first} and {_short(others)} in {path}; make a set of each, "
+                    "or write files that agree"
                 )
         return names
     return _names_beside(paths[0], fields=fields)

@@ -109,7 +109,7 @@ def _read(file: LabelFile) -> tuple[str, str | None]:
             inner = child(file.address, name)
             if StoragePath(inner).kind() == pafs.FileType.File:
                 return read_text(inner), file.synsets or ids_beside(inner)
-        raise ValueError(f"Expected a text of labels, got the folder {place}.")
+        raise ValueError(f"expected a text of labels, got the folder {place}")
     if is_devkit(file.address):
         text = read_ground_truth(open_devkit(file.address))
         return text, file.synsets or file.address
@@ -131,8 +131,8 @@ def _match(
     rows = _split(lines)
     if all(len(row) == 1 for row in rows):
         raise ValueError(
-            f"Wanted {len(images)} lines of one label, or lines of a name and a label, "
-            f"in {file.address}; got {len(lines)} lines."
+            f"expected {len(images)} lines of one label, or lines of a name and a "
+            f"label, in {file.address}, got {len(lines)} lines"
         )
     return _by_name(rows, file=file, images=images)
 
@@ -168,7 +168,7 @@ def _of_json(text: str, *, file: LabelFile) -> Rows:
         return [[name, label_text(label) or ""] for name, label in found.items()]
     except (ValueError, AttributeError, RecursionError):
         raise ValueError(
-            f"Expected a JSON object of labels by names in {file.address}, got others."
+            f"expected a JSON object of labels by names in {file.address}, got others"
         ) from None
 
 
@@ -230,8 +230,8 @@ def _by_name(rows: Rows, *, file: LabelFile, images: Sequence[str]) -> _Labels:
     at = counts.index(max(counts))
     if not counts[at]:
         raise ValueError(
-            f"Wanted one label an image in {file.address}, found none for {images[0]!r}"
-            f" and names such as {rows[-1][0]!r}."
+            f"expected one label an image in {file.address}, got none for "
+            f"{images[0]!r} and names such as {rows[-1][0]!r}"
         )
     first = rows[0][at]
     head = None
@@ -254,8 +254,8 @@ def _by_name(rows: Rows, *, file: LabelFile, images: Sequence[str]) -> _Labels:
         label = _label(row[column] if column < len(row) else "")
         if found.setdefault(place, label) != label:
             raise ValueError(
-                f"Wanted one label an image in {file.address}, found one name twice: "
-                f"{row[at]!r} is {found[place]!r} and {label!r}."
+                f"expected one label an image in {file.address}, got one name twice: "
+                f"{row[at]!r} is {found[place]!r} and {label!r}"
             )
     labels = _Labels([found.get(place) for place in range(len(images))])
     if head:
@@ -285,8 +285,8 @@ def _label_column(
             return int(file.column) - 1
         columns = ", ".join(head or map(str, range(1, width + 1)))
         raise ValueError(
-            f"Expected --label-field as one of the columns of {file.address}, "
-            f"{columns}; got {file.column!r}."
+            f"expected --label-field as one of the columns of {file.address}, "
+            f"{columns}, got {file.column!r}"
         )
     others = [column for column in range(width) if column != at]
     if len(others) == 1:
@@ -296,8 +296,8 @@ def _label_column(
     named = [c for c in others if head and head[c].lower() in _LABEL_COLUMNS]
     if len(named) != 1:
         raise ValueError(
-            f"Expected a column of names and one of labels in {file.address}, got "
-            f"{', '.join(head or [])}: name that of the labels by --label-field."
+            f"expected a column of names and one of labels in {file.address}, got "
+            f"{', '.join(head or [])}; name that of the labels by --label-field"
         )
     return named[0]
 
@@ -326,9 +326,9 @@ def _refuse_unclear_numbers(
         )
     if numbering.count_from is None and "0" not in distinct:
         raise ValueError(
-            f"Expected labels that count from 0 in {file.address}, got none that is "
-            "0: say --count-from 1, or --count-from 0 if class 0 has no image here. "
-            "ImageNet's ids are in another order: they need the devkit by --synsets."
+            f"expected labels that count from 0 in {file.address}, got none that is 0; "
+            "say --count-from 1, or --count-from 0 if class 0 has no image here. "
+            "ImageNet's ids are in another order: they need the devkit by --synsets"
         )
     if numbering.classes is None:
         raise ValueError(

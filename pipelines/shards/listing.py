@@ -221,8 +221,8 @@ class Builder:
     def _refuse_nothing(self, records: pa.Table, *, classes: Sequence[str]) -> None:
         if not len(records):
             raise ValueError(
-                "Wanted images with labels, found none"
-                f"{self.reasons() or '; it is empty'}; in {self._where()}."
+                "expected images with labels, got "
+                f"none{self.reasons() or '; it is empty'}; in {self._where()}"
             )
         if not classes:
             raise ValueError(
@@ -260,6 +260,6 @@ def _refuse_repeated_keys(keys: pa.ChunkedArray) -> None:
         counts = keys.value_counts()
         repeated = counts.filter(np.asarray(counts.field("counts")) > 1)
         raise ValueError(
-            f"Wanted every key once, but {len(repeated)} occur more often, for example "
-            f"{repeated[0]['values']}: is a file in the source twice?"
+            f"expected every key once, got {len(repeated)} that occur more often, for "
+            f"example {repeated[0]['values']}; is a file in the source twice?"
         )

@@ -43,9 +43,9 @@ class Recipe:
         for name in ("num_shards", "rows_per_group", "short_side"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"Wanted {name} of at least 1, got {value}.")
+                raise ValueError(f"expected {name} of at least 1, got {value}")
         if not 1 <= self.quality <= 100:
-            raise ValueError(f"Wanted a quality from 1 to 100, got {self.quality}.")
+            raise ValueError(f"expected a quality from 1 to 100, got {self.quality}")
 
 
 @dataclass(frozen=True)

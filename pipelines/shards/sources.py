@@ -149,7 +149,7 @@ def _list_folder(root: str, *, wishes: Wishes) -> Listing:
         wanted = "parquet" if wishes.kind == "parquet" else "tar"
         files = [key for key in files if suffix(key) == wanted]
         if not files:
-            raise ValueError(f"Wanted *.{wanted} files in {root}, found none.")
+            raise ValueError(f"expected *.{wanted} files in {root}, got none")
     addresses = [child(root, key) for key in files]
     listing = _list_files(addresses, root=root, wishes=wishes, is_named=False)
     for reason, num in tree.builder.ignored.items():
@@ -204,8 +204,8 @@ def _list_files(
     if kind == "zip" and wishes.kind in (None, "folder", "ilsvrc-val"):
         if len(addresses) > 1:
             raise ValueError(
-                f"Expected one zip, got {len(addresses)}, such as {addresses[1]}: name "
-                "one, or unpack them to one folder."
+                f"expected one zip, got {len(addresses)}, such as {addresses[1]}; name "
+                "one, or unpack them to one folder"
             )
         tree = _within(list_zip(addresses[0]), subfolder=wishes.subfolder)
         return _list_tree(tree, wishes=wishes)
@@ -250,15 +250,15 @@ def _list_tars(
         listing = list_class_tars(addresses, numbering=wishes.numbering)
         if wishes.kind is None and other_files("x.cls") in listing.ignored:
             raise ValueError(
-                f"Expected images of one class in each tar of {root}, got labels "
-                "(.cls) too: say --kind webdataset or --kind ilsvrc-train."
+                f"expected images of one class in each tar of {root}, got labels "
+                "(.cls) too; say --kind webdataset or --kind ilsvrc-train"
             )
         return listing
     if kind == "folder":
         tree = list_tar_tree(addresses, root=root)
         return _list_tree(_within(tree, subfolder=wishes.subfolder), wishes=wishes)
     if len(addresses) > 1:
-        raise ValueError(f"Wanted one tar of validation images, got {len(addresses)}.")
+        raise ValueError(f"expected one tar of validation images, got {len(addresses)}")
     if wishes.labels is None:
         raise ValueError(
             f"{addresses[0]} holds images without classes: give their labels by "

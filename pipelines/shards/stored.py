@@ -100,7 +100,7 @@ def read_stored(address: str | Path) -> bytes:
     except FileNotFoundError:
         raise ValueError(f"There is no {place}.") from None
     except IsADirectoryError:
-        raise ValueError(f"Expected a file, got the folder {place}.") from None
+        raise ValueError(f"expected a file, got the folder {place}") from None
 
 
 def read_text(address: str | Path) -> str:
@@ -117,7 +117,7 @@ def decode_text(data: bytes, *, name: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(
-            f"Expected UTF-8 text in {name}, got other bytes: save it as UTF-8."
+            f"expected UTF-8 text in {name}, got other bytes; save it as UTF-8"
         ) from None
 
 

@@ -68,8 +68,8 @@ class Tree:
         if not num:
             names = ", ".join(self.folders[:5]) or "none"
             raise ValueError(
-                f"Expected images below --subfolder {folder} in {self.root}, got none "
-                f"there; its folders are {names}."
+                f"expected images below --subfolder {folder} in {self.root}, got none "
+                f"there; its folders are {names}"
             )
         self.other_folders.clear()
         self.find_folders()
@@ -175,8 +175,8 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise ValueError(
-            f"Expected to read the folder {folder}, got {error.strerror!r}: make it "
-            "readable, or move it out of the source."
+            f"expected to read the folder {folder}, got {error.strerror!r}; make it "
+            "readable, or move it out of the source"
         ) from None
 
 
@@ -219,9 +219,9 @@ def label_by_folder(tree: Tree, *, depth: int | None) -> None:
     for folder, name in names.items():
         if homes.setdefault(name, folder) != folder:
             raise ValueError(
-                f"Expected one folder for each class in {tree.root}, got "
-                f"{homes[name]!r} and {folder!r} for {name!r}: rename one, or make "
-                "sets of their parents."
+                f"expected one folder for each class in {tree.root}, got "
+                f"{homes[name]!r} and {folder!r} for {name!r}; rename one, or make "
+                "sets of their parents"
             )
     _note_case(builder, names=homes)
 
@@ -324,13 +324,13 @@ def _refuse_flat(tree: Tree) -> None:
     num = len(tree.builder.keys)
     if num:
         raise ValueError(
-            f"Wanted a folder a class in {tree.root}, found none but {num:,} images "
-            f"(such as {tree.builder.keys[0]!r}): give their labels by --labels FILE, "
-            "lines NAME,LABEL."
+            f"expected a folder a class in {tree.root}, got none but {num:,} images "
+            f"(such as {tree.builder.keys[0]!r}); give their labels by --labels FILE, "
+            "lines NAME,LABEL"
         )
     raise ValueError(
-        f"Wanted a folder a class in {tree.root}, found none"
-        f"{tree.builder.reasons() or '; it is empty'}."
+        f"expected a folder a class in {tree.root}, got "
+        f"none{tree.builder.reasons() or '; it is empty'}"
     )
 
 

@@ -73,7 +73,7 @@ def _problem(sample: _Sample, *, fields: Fields) -> str:
     if len(sample.images) > 1:
         kinds = ", ".join(_suffix(image.name) for image in sample.images)
         return (
-            f"{len(sample.images)} images in the sample ({kinds}), wanted one: "
+            f"{len(sample.images)} images in the sample ({kinds}), expected one: "
             "--image-field names it"
         )
     if not sample.images:

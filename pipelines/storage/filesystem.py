@@ -148,6 +148,6 @@ def parent_address(address: str) -> str:
 
 def _unusable(address: str, *, reason: str) -> ValueError:
     return ValueError(
-        "wanted a path or an address such as s3://bucket/folder, came "
+        "expected a path or an address such as s3://bucket/folder, got "
         f"{without_credentials(address)!r}: {reason}"
     )

@@ -78,7 +78,7 @@ class StoragePath:
 
         if self._retrying(kind) == pafs.FileType.NotFound:
             raise ValueError(
-                f"wanted a place in a bucket that is there, came {str(self)!r}; make "
+                f"expected a place in a bucket that is there, got {str(self)!r}; make "
                 "the bucket, or mend its name"
             )
 

@@ -106,7 +106,7 @@ def answering() -> Iterator[None]:
 
 def _no_answer(error: OSError, *, name: str) -> ConnectionError:
     return ConnectionError(
-        f"{name}: wanted an answer of the store, came {error_summary(error)} at the "
+        f"{name}: expected an answer of the store, got {error_summary(error)} at the "
         f"last of {len(_WAITS_S) + 1} tries; see whether it is up and can be reached "
         "(AWS_ENDPOINT_URL names one that is not Amazon's)"
     )
@@ -128,13 +128,13 @@ def _explained(error: OSError, *, name: str) -> ValueError | OSError | None:
     text, summary = str(error), error_summary(error)
     if _REFUSED.search(text):
         return ValueError(
-            f"{name}: wanted a store that lets us in, came {summary}; set "
+            f"{name}: expected a store that lets us in, got {summary}; set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE (or what this "
             "store takes), and see what they are allowed"
         )
     if _NO_BUCKET.search(text):
         return ValueError(
-            f"{name}: wanted a bucket that is there, came {summary}; mend its name, "
+            f"{name}: expected a bucket that is there, got {summary}; mend its name, "
             "make it, or set AWS_ENDPOINT_URL for a store that is not Amazon's"
         )
     if _GONE.search(text):

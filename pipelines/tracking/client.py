@@ -51,7 +51,7 @@ def default_uri(storage: str) -> str:
         return uri
     if "://" in storage and not storage.startswith("file://"):
         raise ValueError(
-            f"storage: wanted a folder to keep MLflow's {_DATABASE} in, came "
+            f"storage: expected a folder to keep MLflow's {_DATABASE} in, got "
             f"{without_credentials(storage)!r}; set {ADDRESS_VARIABLE} to a server or "
             f"to {_SQLITE}/a/folder/{_DATABASE}"
         )
@@ -165,7 +165,7 @@ def connect(uri: str, *, create: bool) -> MlflowClient:
         path.parent.mkdir(parents=True, exist_ok=True)
     elif not path.is_file():
         raise FileNotFoundError(
-            f"wanted {path} on this machine, came none; workers on several machines "
+            f"expected {path} on this machine, got none; workers on several machines "
             f"need a shared storage folder or a server in {ADDRESS_VARIABLE}"
         )
     with sole_creator(path), _no_other_folders(uri):

@@ -120,7 +120,7 @@ class RunStore:
         trials = self._search(f"tags.`{PARENT_TAG}` = '{run.run_id}'")
         if not trials and _is_sweep(run):
             raise ValueError(
-                f"wanted trials of the sweep {name!r}, came none; its first trial has "
+                f"expected trials of the sweep {name!r}, got none; its first trial has "
                 "not begun yet"
             )
         return trials or [run]
@@ -130,18 +130,18 @@ class RunStore:
         if experiment is None:
             there = [each.name for each in self._client.search_experiments()]
             raise ValueError(
-                f"wanted an experiment of MLflow at {self._place}, came {name!r}"
-                f"{_suggestion(name, there=there)}"
+                f"expected an experiment of MLflow at {self._place}, got "
+                f"{name!r}{_suggestion(name, there=there)}"
             )
         if experiment.lifecycle_stage != "active":
             raise ValueError(
-                f"wanted an experiment, came {name!r}, which is deleted; restore it "
+                f"expected an experiment, got {name!r}, which is deleted; restore it "
                 f"with mlflow experiments restore -x {experiment.experiment_id}"
             )
         runs = self._search(experiment_ids=[experiment.experiment_id])
         if runs := [run for run in runs if not _is_sweep(run)]:
             return runs
-        raise ValueError(f"wanted runs of the experiment {name!r}, came none")
+        raise ValueError(f"expected runs of the experiment {name!r}, got none")
 
     def _one(self, name: str) -> StoredRun:
         """Find a run by its name, its id or an id's prefix."""
@@ -164,12 +164,12 @@ class RunStore:
                 return runs[0]
             if runs:
                 ids = ", ".join(f"{run.run_id} ({run.name})" for run in runs)
-                raise ValueError(f"wanted one run, came {name!r} of {ids}")
+                raise ValueError(f"expected one run, got {name!r} of {ids}")
             if len(name) == _NUM_ID_CHARS:
                 self._check_not_deleted(name)
         raise ValueError(
-            f"wanted a run or a sweep of MLflow at {self._place}, came {name!r}"
-            f"{_suggestion(name, there=[run.name for run in self._search()])}"
+            f"expected a run or a sweep of MLflow at {self._place}, got "
+            f"{name!r}{_suggestion(name, there=[run.name for run in self._search()])}"
         )
 
     def _named(self, name: str) -> list[StoredRun]:
@@ -187,7 +187,7 @@ class RunStore:
             return
         if stage != "active":
             raise ValueError(
-                f"wanted a run, came {run_id}, which is deleted; restore it with "
+                f"expected a run, got {run_id}, which is deleted; restore it with "
                 f"mlflow runs restore --run-id {run_id}"
             )
 
@@ -246,7 +246,7 @@ class RunStore:
             raise
         except Exception as error:
             raise ValueError(
-                f"wanted an answer of MLflow at {self._place}, came "
+                f"expected an answer of MLflow at {self._place}, got "
                 f"{error_summary(error)}; start it, or name another with --store"
             ) from error
 
@@ -283,25 +283,25 @@ def _check_there(uri: str) -> None:
     """Reject a missing store or one without tables, which MLflow would create."""
     if "://" not in uri:
         raise ValueError(
-            f"wanted the address of an MLflow store, came {uri!r}; write "
+            f"expected the address of an MLflow store, got {uri!r}; write "
             f"{_SQLITE}FILE or http://HOST:PORT"
         )
     remedy = (
         f"name a store with --storage FOLDER, --store ADDRESS or {ADDRESS_VARIABLE}"
     )
     if uri.startswith("file://") and not Path(uri.removeprefix("file://")).is_dir():
-        raise ValueError(f"wanted an MLflow store, came {uri}, no folder; {remedy}")
+        raise ValueError(f"expected an MLflow store, got {uri}, no folder; {remedy}")
     if not uri.startswith(_SQLITE):
         return
     path = sqlite_path(uri)
     assert path is not None
     if not path.is_file():
-        raise ValueError(f"wanted an MLflow store, came {path}, no file; {remedy}")
+        raise ValueError(f"expected an MLflow store, got {path}, no file; {remedy}")
     try:
         address = f"file:{quote(str(path))}?mode=ro"
         with closing(sqlite3.connect(address, uri=True)) as connection:
             connection.execute("SELECT 1 FROM experiments LIMIT 1")
     except sqlite3.Error as error:
         raise ValueError(
-            f"wanted an MLflow store, came {path} ({error}); {remedy}"
+            f"expected an MLflow store, got {path} ({error}); {remedy}"
         ) from error

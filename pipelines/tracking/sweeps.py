@@ -182,7 +182,7 @@ def _demanded(call: Callable[[MlflowClient], T], *, uri: str) -> T:
     except Exception as error:  # MLflow lets requests', SQLAlchemy's and others through
         refuse_unless_passing(error, uri=uri)
         raise ValueError(
-            f"wanted MLflow at {without_credentials(uri)} to keep the sweep in, came "
+            f"expected MLflow at {without_credentials(uri)} to keep the sweep in, got "
             f"{error_summary(error)}; start it, or set {ADDRESS_VARIABLE} to another"
         ) from error
 
@@ -191,8 +191,8 @@ def _old_run(client: MlflowClient, *, run_id: str, uri: str) -> Run:
     run = active_run(client, run_id=run_id)
     if run is None:
         raise ValueError(
-            f"wanted the sweep's run {run_id} in MLflow at {without_credentials(uri)}, "
-            f"came a store without it; put the store back, set {ADDRESS_VARIABLE} to "
-            "where it is, or begin a new sweep"
+            f"expected the sweep's run {run_id} in MLflow at "
+            f"{without_credentials(uri)}, got a store without it; put the store back, "
+            f"set {ADDRESS_VARIABLE} to where it is, or begin a new sweep"
         )
     return run

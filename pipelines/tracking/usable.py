@@ -144,8 +144,8 @@ def check_experiment(client: MlflowClient, *, name: str) -> None:
     found = client.get_experiment_by_name(name)
     if found is not None and found.lifecycle_stage != "active":
         raise ValueError(
-            f"wanted an MLflow experiment to write to, came {name!r}, which was "
-            f"deleted; take it back with `mlflow experiments restore -x "
+            f"expected an MLflow experiment to write to, got {name!r}, which was "
+            "deleted; take it back with `mlflow experiments restore -x "
             f"{found.experiment_id}`, or set another --experiment"
         )
 

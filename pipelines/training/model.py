@@ -81,8 +81,8 @@ def build_model(
         # Weights and code that are elsewhere are not for a name to choose.
         if not isinstance(wanted, str) or not timm.is_model(wanted):
             raise ValueError(
-                f"model.{field}: wanted a model that timm knows, came {wanted!r}; "
-                "see timm.list_models(), or name the recipe file that registers it "
+                f"model.{field}: expected a model that timm knows, got {wanted!r}; see "
+                "timm.list_models(), or name the recipe file that registers it "
                 "(sovit-eval, sovit-predict, sovit-export: --code FILE)"
             )
     name, arguments = architecture_of(settings)
@@ -118,8 +118,8 @@ def _unfit(settings: Model, *, error: Exception) -> ValueError:
     name, why = settings.name, error_summary(error)
     if settings.pooling is not None and "'pooling'" in str(error):
         return ValueError(
-            f"model.pooling: wanted none for {name}, whose network has no place for "
-            f"it, came {settings.pooling.type!r}; leave it out, or put a second-order "
+            f"model.pooling: expected none for {name}, whose network has no place for "
+            f"it, got {settings.pooling.type!r}; leave it out, or put a second-order "
             f"head on the network: name {ARCHITECTURE!r}, kwargs {{'backbone': "
             f"{name!r}}}"
         )
@@ -129,7 +129,7 @@ def _unfit(settings: Model, *, error: Exception) -> ValueError:
     known = _known_arguments(settings)
     takes = f"it takes {', '.join(known)}" if known else "see its code in timm"
     return ValueError(
-        f"model.kwargs: wanted arguments that {name} is made with, came {given} "
+        f"model.kwargs: expected arguments that {name} is made with, got {given} "
         f"({why}); {takes}"
     )
 

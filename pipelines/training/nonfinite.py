@@ -54,8 +54,8 @@ class BadStep:
             for name, of in self.norms.items()
         )
         return (
-            f"came nan or infinity at step {self.step}, {where}; norms of weights/"
-            f"gradients before/gradients then: {norms}"
+            f"got nan or infinity at step {self.step}, {where}; norms of "
+            f"weights/gradients before/gradients then: {norms}"
         )
 
 
@@ -174,12 +174,12 @@ class NonFiniteGuard:
         line = self._told(steps[0], seen=seen).line
         self._num_skipped += len(steps)
         if self._optim.on_nonfinite == "rewind":
-            raise RewindError(f"wanted a finite loss, {line}", steps[0])
+            raise RewindError(f"expected a finite loss, {line}", steps[0])
         is_over = self._num_skipped > self._optim.max_nonfinite_steps
         if self._optim.on_nonfinite == "stop" or is_over:
             raise NonFiniteLossError(
-                f"wanted a finite loss, {line}; lower --optim.lr, lengthen the warm-up "
-                "or set --optim.on-nonfinite"
+                f"expected a finite loss, {line}; lower --optim.lr, lengthen the "
+                "warm-up or set --optim.on-nonfinite"
             )
         return f"steps left out: {len(steps)}, {self._num_skipped} in all; {line}"
 

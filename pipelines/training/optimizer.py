@@ -79,7 +79,7 @@ def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
     find = getattr(model, "get_classifier", None)
     if find is None:
         raise ValueError(
-            f"{type(model).__name__}: wanted a timm model with get_classifier, came "
+            f"{type(model).__name__}: expected a timm model with get_classifier, got "
             "one without; leave --optim.classifier-lr-scale and --model.init-from"
         )
     found = find()

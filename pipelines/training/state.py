@@ -152,7 +152,7 @@ def checkpoint_gradients(model: nn.Module, *, name: str) -> None:
         model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
     except (AttributeError, AssertionError) as error:  # timm asserts where it can't
         raise ValueError(
-            f"scale.grad_checkpointing: wanted a model that timm can checkpoint, came "
+            "scale.grad_checkpointing: expected a model that timm can checkpoint, got "
             f"{name}; set --scale.no-grad-checkpointing"
         ) from error
 

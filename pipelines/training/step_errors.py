@@ -21,15 +21,15 @@ def step_errors() -> Iterator[None]:
         first = next(iter(str(error).strip().splitlines()), "")
         if _NOT_DETERMINISTIC in first:
             raise ValueError(
-                "scale.deterministic: wanted a model of operations that this device "
-                f"has deterministic kernels for, came one with "
+                "scale.deterministic: expected a model of operations that this device "
+                "has deterministic kernels for, got one with "
                 f"{first.partition(_NOT_DETERMINISTIC)[0]}; set "
                 "--scale.no-deterministic, or take a model without it (of GSoP, the "
                 "attention channel in model.kwargs)"
             ) from error
         if type(error).__module__.startswith(_COMPILERS):
             raise ValueError(
-                "scale.compile: wanted a step that torch.compile can compile, came "
+                "scale.compile: expected a step that torch.compile can compile, got "
                 f"{type(error).__name__}: {first}; set --scale.no-compile"
             ) from error
         raise

@@ -46,7 +46,7 @@ def make_decoder(
     has_dali = has_nvidia and importlib.util.find_spec("nvidia.dali") is not None
     if data.decoder == "dali" and not has_dali:
         raise ValueError(
-            "data.decoder: wanted DALI, came a machine without it; install the extra "
+            "data.decoder: expected DALI, got a machine without it; install the extra "
             "'train' on Linux or set --data.decoder torch"
         )
     if data.decoder == "torch" or not has_dali:

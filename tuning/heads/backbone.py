@@ -83,7 +83,7 @@ def load_backbone(run: Run, *, checkpoint: str, num_classes: int) -> Backbone:
         settings, source = run.model, f"{run.model.name} with its released weights"
     else:
         raise ValueError(
-            f"wanted a trained backbone, came {run.model.name!r} with fresh weights; "
+            f"expected a trained backbone, got {run.model.name!r} with fresh weights; "
             "give a checkpoint, or set --model.init-from or pretrained in model.kwargs"
         )
     return Backbone(
@@ -110,7 +110,7 @@ def feature_shape(model: nn.Module, *, img_size: int) -> tuple[int, ...]:
         found = torch.func.functional_call(_Features(model), state, (image,))
     if not isinstance(found, Tensor):
         raise ValueError(
-            f"model.name: wanted a model whose features are one tensor, came "
+            "model.name: expected a model whose features are one tensor, got "
             f"{type(model).__name__} with {type(found).__name__}; choose another"
         )
     return tuple(found.shape[1:])

@@ -64,7 +64,7 @@ def write_tokens(
     """
     if num_views < 1:
         raise ValueError(
-            f"num_views: wanted at least 1, came {num_views}; 1 is evaluation's view"
+            f"num_views: expected at least 1, got {num_views}; 1 is evaluation's view"
         )
     run = with_absolute_paths(run)
     place = StoragePath(absolute(out))
@@ -149,7 +149,7 @@ def _check_same(made_of: Mapping[str, Any], *, job: TokenJob) -> None:
     other = [n for n in sorted(names) if made_of.get(n) != job.made_of.get(n)]
     if other:
         raise ValueError(
-            f"{job.out}: wanted tokens of this backbone and these images, came some "
+            f"{job.out}: expected tokens of this backbone and these images, got some "
             f"with another {', '.join(other)}; name another folder, or delete this one"
         )
 
@@ -183,7 +183,7 @@ def _read_footers(job: TokenJob) -> dict[str, _Footer]:
             )
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"{path}: wanted a file that write_tokens wrote, came another "
+                f"{path}: expected a file that write_tokens wrote, got another "
                 f"({error!r}); name another folder"
             ) from error
 

@@ -114,13 +114,13 @@ class TokenSet:
             return cls(place=place, **tuples, **raw)
         except FileNotFoundError as error:
             raise ValueError(
-                f"wanted a finished token set, came {str(place)!r} without "
+                f"expected a finished token set, got {str(place)!r} without "
                 f"{TOKENS_FILE}; write it with write_tokens, which goes on where it "
                 "was stopped"
             ) from error
         except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{file}: wanted what write_tokens writes, came {error!r}; delete the "
+                f"{file}: expected what write_tokens writes, got {error!r}; delete the "
                 "folder and write it again"
             ) from error
 
@@ -252,7 +252,7 @@ class TokenReader:
                 return retrying(read, address=str(file))
         except (OSError, pa.ArrowInvalid, KeyError) as error:
             raise ValueError(
-                f"{file}: wanted a whole file of tokens, came one that can't be read "
+                f"{file}: expected a whole file of tokens, got one that can't be read "
                 f"({error}); delete the folder and write the tokens again"
             ) from error
 

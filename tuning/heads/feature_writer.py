@@ -192,10 +192,10 @@ class TokenWriter:
         if len(wrong):
             at = int(wrong[0])
             raise ValueError(
-                f"{keys[at].as_py()}: wanted tokens up to {_FLOAT16_MAX:,.0f}, which "
-                f"float16 holds, came {largest[at].item():,.0f} from "
-                f"{self._run.model.name}; choose a backbone that normalises "
-                "its features"
+                f"{keys[at].as_py()}: expected tokens up to {_FLOAT16_MAX:,.0f}, which "
+                f"float16 holds, got {largest[at].item():,.0f} from "
+                f"{self._run.model.name}; choose a backbone that normalises its "
+                "features"
             )
 
 

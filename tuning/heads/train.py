@@ -122,13 +122,13 @@ class _Trainer:
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             # An exact decomposition refuses numbers that are not finite.
             raise NonFiniteLossError(
-                f"wanted finite matrices, came others in epoch {epoch + 1} of a head "
+                f"expected finite matrices, got others in epoch {epoch + 1} of a head "
                 f"({str(error)[:120]}); choose another --model.pooling.normalizer"
             ) from error
         for name, loss in (("training", trained), ("held-out", held_out["loss"])):
             if not math.isfinite(loss):
                 raise NonFiniteLossError(
-                    f"wanted a finite loss, came a {name} loss of {loss} in epoch "
+                    f"expected a finite loss, got a {name} loss of {loss} in epoch "
                     f"{epoch + 1} of a head; lower its lr, {self._optim.lr:g}"
                 )
         return {
@@ -200,7 +200,7 @@ def build_head(
     wanted = feature_shape(model, img_size=run.model.img_size)
     if wanted != shape:
         raise ValueError(
-            f"wanted tokens of {wanted}, which {run.model.name} takes, came {shape}; "
+            f"expected tokens of {wanted}, which {run.model.name} takes, got {shape}; "
             "set --model.name, --model.img-size and --model.kwargs as the backbone has "
             "them"
         )
@@ -227,11 +227,11 @@ def _forget(model: nn.Module, name: str) -> None:
 
 def _check(tokens: TokenSet, *, val: TokenSet, num_epochs: int) -> None:
     if num_epochs < 1:
-        raise ValueError(f"num_epochs: wanted at least 1, came {num_epochs}")
+        raise ValueError(f"num_epochs: expected at least 1, got {num_epochs}")
     for name in ("classes", "shape"):
         if getattr(tokens, name) != getattr(val, name):
             raise ValueError(
-                f"wanted two token sets of the same {name}, came {tokens.place} and "
+                f"expected two token sets of the same {name}, got {tokens.place} and "
                 f"{val.place} with others; write both with one call of write_tokens"
             )
 

@@ -180,6 +180,6 @@ def check_something_came(ledger: Ledger) -> None:
         too_few = f"{hours:g} hours were too few; raise --max-gpu-hours"
         why = too_few if hours else "none has begun"
     raise RunFailedError(
-        f"wanted a trial that reports something, came none of "
-        f"{len(ledger.entries)}: {why}"
+        f"expected a trial that reports something, got none of {len(ledger.entries)}: "
+        f"{why}"
     )

@@ -123,7 +123,7 @@ def read_sweep(storage: str, *, name: str) -> Sweep:
             text = file.read()
     except OSError as error:
         raise ValueError(
-            f"wanted a sweep to go on with, came {name!r}, of which "
+            f"expected a sweep to go on with, got {name!r}, of which "
             f"{str(StoragePath(storage))!r} holds no {_FILE}; look there for the "
             "names, or set --storage"
         ) from error
@@ -139,7 +139,7 @@ def read_sweep(storage: str, *, name: str) -> Sweep:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file}: wanted a sweep as this version writes it, came one that can't "
+            f"{file}: expected a sweep as this version writes it, got one that can't "
             f"be read ({error!r}); read it with the version that wrote it"
         ) from error
 
@@ -196,7 +196,7 @@ class Ledger:
             return TrialRecord(**tuples(json.loads(text)))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{file}: wanted a trial's record, came one that can't be read "
+                f"{file}: expected a trial's record, got one that can't be read "
                 f"({error!r}); delete it, and the trial is made again"
             ) from error
 
