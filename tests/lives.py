@@ -44,10 +44,10 @@ def begin(
     return process
 
 
-def cut_at(step: int, *, process: BaseProcess, key_log: Path, log: Path) -> None:
+def cut_at(step: int, *, process: BaseProcess, audit_log: Path, log: Path) -> None:
     """Kill a driver once it has been training on a step, whatever it does then."""
     wait_for(
-        lambda: last_step(key_log) >= step or not process.is_alive(),
+        lambda: last_step(audit_log) >= step or not process.is_alive(),
         what=f"step {step}",
         log=log.read_text,
         every_s=0.001,
@@ -58,9 +58,9 @@ def cut_at(step: int, *, process: BaseProcess, key_log: Path, log: Path) -> None
     assert process.exitcode == -signal.SIGKILL, log.read_text()
 
 
-def last_step(key_log: Path) -> int:
+def last_step(audit_log: Path) -> int:
     """Return the last step of the newest process; -1 before its first."""
-    files = sorted(key_log.glob("*.csv"))
+    files = sorted(audit_log.glob("*.csv"))
     lines = files[-1].read_text().splitlines() if files else []
     return int(lines[-1].partition(",")[0]) if lines else -1
 

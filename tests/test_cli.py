@@ -178,6 +178,46 @@ def test_a_command_ends_with_a_status_and_one_line(
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "new_arguments"),
+    [
+        (["--key-log", "k"], ["--audit-log", "k"]),
+        (["--key_log=k"], ["--audit-log=k"]),
+        (["--validation.beside"], ["--validation.asynchronous"]),
+        (["--validation.no-beside"], ["--validation.no-asynchronous"]),
+    ],
+)
+def test_a_flag_by_its_former_name_is_taken_and_the_new_one_named(
+    arguments: list[str],
+    new_arguments: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def command(given: Sequence[str]) -> None:
+        runs.append(parsed(*given))
+
+    runs: list[Run] = []
+    for words in (arguments, new_arguments):
+        monkeypatch.setattr(sys, "argv", ["tool", *words])
+        with pytest.raises(SystemExit) as caught:
+            run_command(command, prog="tool")
+        assert caught.value.code == 0
+    assert runs[0] == runs[1]
+    former, new = (words[0].partition("=")[0] for words in (arguments, new_arguments))
+    assert caplog.messages == [f"{former.replace('_', '-')} is called {new} now"]
+
+
+def test_a_flag_by_both_names_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tool", "--audit-log=a", "--key-log", "b"])
+    with pytest.raises(SystemExit) as caught:
+        run_command(_main, prog="tool")
+    assert caught.value.code == 2
+    said = "tool: expected --audit-log alone, got --key-log too; leave out one\n"
+    assert capsys.readouterr().err == said
+
+
 def test_other_errors_keep_their_traceback() -> None:
     def broken(_: Sequence[str]) -> None:
         raise RuntimeError("a fault of ours")

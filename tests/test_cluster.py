@@ -42,7 +42,7 @@ SMALLER = (
     "--optim.num-epochs 1000 --data.batch-size 20 "
     "--data.eval-batch-size 40 --data.shuffle-rows 200 --log-every-steps 5 "
     "--checkpoint-every-steps 20 --scale.cpus-per-worker 1.5 "
-    f"--scale.resize-every-s 10 --key-log {HOME}/{KEYS}"
+    f"--scale.resize-every-s 10 --audit-log {HOME}/{KEYS}"
 )
 # A lost process group's end is waited for 30 seconds otherwise.
 SOONER = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5"}

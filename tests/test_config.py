@@ -88,7 +88,7 @@ BAD = [
     (RUN, "log_every_steps", 0),
     (RUN, "num_checkpoints_to_keep", 0),
     (RUN, "checkpoint_every_steps", -1),
-    (RUN, "key_log", "s3://bucket/keys"),
+    (RUN, "audit_log", "s3://bucket/keys"),
     (RUN, "checkpoint_every_minutes", -1.0),
 ]
 
@@ -192,6 +192,15 @@ def test_json_of_before_schedules_probes_and_mirrors_is_read() -> None:
     del raw["optim"]["classifier_lr_scale"], raw["model"]["init_from"]
     del raw["data"]["eval_mirror"], raw["probe"]
     assert from_json(json.dumps(raw)) == RUN
+
+
+def test_json_with_fields_by_their_former_names_is_read() -> None:
+    validation = dataclasses.replace(RUN.validation, asynchronous=True)
+    run = dataclasses.replace(RUN, audit_log="keys", validation=validation)
+    raw = json.loads(to_json(run))
+    raw["key_log"] = raw.pop("audit_log")
+    raw["validation"]["beside"] = raw["validation"].pop("asynchronous")
+    assert from_json(json.dumps(raw)) == run
 
 
 @pytest.mark.parametrize(("flag", "load"), [(True, 0.0), (False, 0.65)])

@@ -36,7 +36,7 @@ def test_a_run_cut_at_random_three_times_is_the_unbroken_one_bit_for_bit(
     (tmp_path / "recipe.py").write_text(RECIPE)
     log, keys = tmp_path / "log", {name: tmp_path / name for name in ("whole", "cut")}
     commands = {
-        name: [f"{tmp_path}/recipe.py:small", "--resume", name, "--key-log", str(of)]
+        name: [f"{tmp_path}/recipe.py:small", "--resume", name, "--audit-log", str(of)]
         for name, of in keys.items()
     }
     whole = begin(commands["whole"], log=log)
@@ -47,7 +47,7 @@ def test_a_run_cut_at_random_three_times_is_the_unbroken_one_bit_for_bit(
     print(f"seed {SEED}: cut from steps {cuts} on")
     for step in cuts:
         life = begin(commands["cut"], log=log)
-        cut_at(step, process=life, key_log=keys["cut"], log=log)
+        cut_at(step, process=life, audit_log=keys["cut"], log=log)
         print(f"cut in step {last_step(keys['cut'])}")
     last = begin(commands["cut"], log=log)
     last.join()

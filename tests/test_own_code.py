@@ -165,6 +165,10 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
         {"text": (HEAD + PLAIN + BODY).replace("lr=1e-3", "learnrate=1")},
         r"mine\.py, line 7: expected a field of Optim, got 'learnrate'; near it are ",
     ),
+    "a field by its former name": (
+        {"text": (HEAD + PLAIN + BODY).replace("Run(", "Run(key_log='k', ", 1)},
+        r"mine\.py, .*: expected a field of Run, got 'key_log'; near it are audit_log",
+    ),
     "a misspelt field": (
         {"text": (HEAD + PLAIN + BODY).replace("batch_size=", "batchsize=")},
         r"mine\.py, line 4: .*'batchsize'; near it are batch_size",
@@ -373,8 +377,8 @@ def test_rays_workers_and_evaluation_know_a_model_of_ones_own(
     _, name = own
     run = load_recipe(name)
     scale = dataclasses.replace(run.scale, num_workers=1)
-    beside = dataclasses.replace(run.validation, beside=True)
-    run = dataclasses.replace(run, scale=scale, validation=beside)
+    validation = dataclasses.replace(run.validation, asynchronous=True)
+    run = dataclasses.replace(run, scale=scale, validation=validation)
     code, seen = read_code(tmp_path / "mine.py"), tmp_path / "seen.json"
     trained = fit(
         run,

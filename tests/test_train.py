@@ -30,7 +30,7 @@ from pipelines.driver.fit import fit
 from pipelines.errors import RunFailedError
 from pipelines.evaluate import Options, evaluate_checkpoint
 from pipelines.train import _main
-from pipelines.worker.audit_log import KeyLog, Trained, trained
+from pipelines.worker.audit_log import AuditLog, Trained, trained
 from pipelines.worker.job import Trained as Ended
 from tests.demo_runs import part_of_demo, small_demo
 from tests.processes import descendants_named
@@ -82,12 +82,12 @@ MOST_OBJECT_STORE_BYTES = 1 << 30
 
 
 def audited_run(folder: Path, **settings: Any) -> Run:
-    """Make a run with bad images that keeps checkpoints within epochs and a key log."""
+    """Make a run with bad images that keeps checkpoints in epochs and an audit log."""
     return dataclasses.replace(
         small_demo(folder, bad_rows=BAD_ROWS, **settings),
         augment=AUGMENT,
         checkpoint_every_steps=4,
-        key_log=str(folder / "keys"),
+        audit_log=str(folder / "keys"),
     )
 
 
@@ -96,7 +96,7 @@ def as_planned(run: Run) -> list[Trained]:
     data = dataclasses.replace(run.data, num_decode_threads=2)
     shards = read_shard_set(run.data.train)
     supply = supply_of(dataclasses.replace(run, data=data), shards=shards)
-    log = KeyLog(
+    log = AuditLog(
         Path(run.storage).parent / "planned", attempt=0, step=0, rank=0, num_repeats=1
     )
     step = 0
@@ -110,7 +110,7 @@ def as_planned(run: Run) -> list[Trained]:
 
 def check_exact(run: Run) -> None:
     """Every good image once an epoch; batches and pixels as one worker makes them."""
-    found = trained(Path(run.key_log))
+    found = trained(Path(run.audit_log))
     good = sorted(set(range(301)) - set(BAD_ROWS))
     for epoch in range(run.optim.num_epochs):
         rows = [item.row for item in found if item.epoch == epoch]
@@ -123,7 +123,7 @@ def check_exact(run: Run) -> None:
 def attempts_of(run: Run) -> list[tuple[int, int]]:
     """Give the step that each group of workers began at, and how many there were."""
     found: dict[str, list[int]] = {}
-    for path in sorted(Path(run.key_log).glob("*.csv")):
+    for path in sorted(Path(run.audit_log).glob("*.csv")):
         attempt, step, _ = path.stem.split("-")
         found.setdefault(attempt, []).append(int(step))
     return [(steps[0], len(steps)) for steps in found.values()]
@@ -132,7 +132,7 @@ def attempts_of(run: Run) -> list[tuple[int, int]]:
 def num_steps_of(run: Run, *, attempt: int) -> int:
     """Count the steps of a group of workers, the first of which is 0, so far."""
     attempts: dict[str, set[str]] = {}
-    for path in sorted(Path(run.key_log).glob("*.csv")):
+    for path in sorted(Path(run.audit_log).glob("*.csv")):
         lines = path.read_text().splitlines()
         steps = attempts.setdefault(path.stem.split("-")[0], set())
         steps.update(line.split(",")[0] for line in lines)

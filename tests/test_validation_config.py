@@ -18,7 +18,9 @@ ALSO = ("v2=s3://bucket/v2", "a=shards/a=b")
 
 
 def test_a_runs_validation_comes_back_from_json_and_older_runs_have_none() -> None:
-    wanted = Validation(every_epochs=3, beside=True, real_labels="r.json", also=ALSO)
+    wanted = Validation(
+        every_epochs=3, asynchronous=True, real_labels="r.json", also=ALSO
+    )
     run = dataclasses.replace(demo(), validation=wanted)
     assert from_json(to_json(run)) == run
     assert flat_params(run)["validation.also"] == ALSO
@@ -54,11 +56,11 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
 
 
 def test_a_run_in_one_process_has_nothing_to_evaluate_beside() -> None:
-    beside = Validation(beside=True)
+    beside = Validation(asynchronous=True)
     alone = Scale(num_workers=0)
-    with pytest.raises(ValueError, match=r"leave out --validation\.beside"):
+    with pytest.raises(ValueError, match=r"leave out --validation\.asynchronous"):
         dataclasses.replace(demo(), validation=beside, scale=alone)
-    assert dataclasses.replace(demo(), validation=beside).validation.beside
+    assert dataclasses.replace(demo(), validation=beside).validation.asynchronous
 
 
 def test_the_last_epoch_is_always_evaluated() -> None:

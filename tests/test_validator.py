@@ -35,7 +35,7 @@ NUM_STEPS = 10
 def run(tmp_path: Path) -> Run:
     address = write_set(tmp_path / "set", groups=[[20]])
     run = small_run(address, num_epochs=6, ema_decay=0.9)
-    validation = Validation(beside=True, every_epochs=2, num_cpus=0.5)
+    validation = Validation(asynchronous=True, every_epochs=2, num_cpus=0.5)
     return dataclasses.replace(run, validation=validation)
 
 

@@ -25,11 +25,11 @@ def check_sweep(run: Run, *, search: Search) -> None:
             "expected a held-out set by which trials are compared, got "
             "--validation.no-held-out; leave it out"
         )
-    if run.validation.beside or run.validation.every_epochs > 1:
+    if run.validation.asynchronous or run.validation.every_epochs > 1:
         raise ValueError(
             "expected trials that are evaluated after each epoch, by which they are "
-            "compared, got --validation.beside or --validation.every-epochs; leave "
-            "them out"
+            "compared, got --validation.asynchronous or --validation.every-epochs; "
+            "leave them out"
         )
     if search.method == "optuna" and search.head_from:
         raise ValueError(

@@ -34,7 +34,7 @@ from tuning.trials.trial import tidy
 Space = dict[str, Any]
 """Domains of Ray Tune, or {"grid_search": [...]}, by dotted fields."""
 # Where, and on how many workers, a trial runs is the sweep's to say.
-_RESERVED = ("scale.", "storage", "experiment", "recipe", "key_log", "data.")
+_RESERVED = ("scale.", "storage", "experiment", "recipe", "audit_log", "data.")
 _NUM_PROBES = 32
 _NUM_SEEDS = 3
 _GRID = "grid_search"

@@ -14,11 +14,13 @@ from typing import NoReturn, TypeVar
 
 import tyro
 
+from pipelines.config import RENAMED
 from pipelines.config.own_code import look_here_last
 from pipelines.errors import InterruptedRun, RunFailedError
 from pipelines.storage.redaction import holds_secret, without_credentials
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 _BROKEN_PIPE = 141
 # Whose progress is shown; a module that Python runs by -m is called __main__.
 _OURS = ("pipelines", "tuning", "sovit", "__main__")
@@ -84,6 +86,33 @@ def _with_choices(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def _with_new_names(arguments: Sequence[str]) -> list[str]:
+    """Rewrite flags by fields' former names, each with a line that names the new one.
+
+    Raises ValueError where a flag is given by both names.
+    """
+    new_names = {
+        _flag(former, no=no): _flag(new, no=no)
+        for new, former in RENAMED.items()
+        for no in ("", "no-")
+    }
+    options = [word.partition("=")[0].replace("_", "-") for word in arguments]
+    found: list[str] = []
+    for word, option in zip(arguments, options, strict=True):
+        new = new_names.get(option)
+        if new in options:
+            raise ValueError(f"expected {new} alone, got {option} too; leave out one")
+        if new:
+            logger.warning("%s is called %s now", option, new)
+        found.append(word if new is None else new + word[len(option) :])
+    return found
+
+
+def _flag(name: str, *, no: str) -> str:
+    group, dot, last = name.replace("_", "-").rpartition(".")
+    return f"--{group}{dot}{no}{last}"
+
+
 def run_command(command: Callable[[Sequence[str]], None], *, prog: str) -> NoReturn:
     """Run a command; user errors become one line and exit status 2.
 
@@ -95,7 +124,7 @@ def run_command(command: Callable[[Sequence[str]], None], *, prog: str) -> NoRet
     look_here_last()
     try:
         refuse_secrets(sys.argv[1:])
-        command(sys.argv[1:])
+        command(_with_new_names(sys.argv[1:]))
     except ValueError as error:
         fail(f"{prog}: {error}", status=2)
     except RunFailedError as error:

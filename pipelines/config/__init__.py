@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         NOT_LEARNT,
         NOT_LEARNT_GROUPS,
         READING,
+        RENAMED,
     )
     from pipelines.config.data import (
         CPUS_PER_READ,
@@ -33,7 +34,13 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "checks": ("check_fields",),
-    "compatibility": ("LOCATIONS", "NOT_LEARNT", "NOT_LEARNT_GROUPS", "READING"),
+    "compatibility": (
+        "LOCATIONS",
+        "NOT_LEARNT",
+        "NOT_LEARNT_GROUPS",
+        "READING",
+        "RENAMED",
+    ),
     "data": (
         "Augment",
         "CPUS_PER_READ",
@@ -58,6 +65,7 @@ __all__ = [
     "NOT_LEARNT",
     "NOT_LEARNT_GROUPS",
     "READING",
+    "RENAMED",
     "Augment",
     "Data",
     "Exif",

@@ -1,11 +1,18 @@
-"""Fields of a run that change what is kept or shown, not what it learns."""
+"""Fields of a run that change what is kept or shown, and fields' former names."""
 
 from __future__ import annotations
+
+RENAMED = {
+    "audit_log": "key_log",
+    "validation.asynchronous": "validation.beside",
+}
+"""Fields by their dotted names, and what each was called before: records and flags that
+have the former name are still read."""
 
 NOT_LEARNT = frozenset(
     {
         "storage",
-        "key_log",
+        "audit_log",
         "log_every_steps",
         "checkpoint_every_steps",
         "checkpoint_every_minutes",

@@ -39,7 +39,7 @@ class Augment:
     re_count: int = 1
     """Boxes of one erasing, at most."""
     num_repeats: int = 1
-    """Repeated augmentation: times an image comes, changed anew, in one batch. An
+    """Repeated augmentation: times an image is in one batch, augmented anew. An
     epoch keeps its length, so the whole set passes once in this many epochs."""
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class Data:
     eval_batch_size: int = 256
     """Images an evaluation step sees, over all workers."""
     eval_mirror: bool = False
-    """Evaluation averages the logits of every crop and of its mirror image."""
+    """Average the logits of every crop and its mirror image in evaluation."""
     shuffle_rows: int = 2048
     """Rows shuffled among each other: one read unit. Rounded up to whole batches."""
     eval_interpolation: Interpolation = "bicubic"
@@ -104,11 +104,11 @@ class Data:
     num_decode_threads: int = 1
     """Threads of one worker that decode."""
     num_prefetch_batches: int = 4
-    """Decoded batches that wait for the model, at most."""
+    """Most decoded batches that wait for the model."""
     num_readers: int = 4
-    """Units that are read at the same time, at most, over all machines."""
+    """Most units that are read at the same time, over all machines."""
     read_ahead_mb: int = 64
-    """Encoded megabytes that wait for one worker, at most."""
+    """Most encoded megabytes that wait for one worker."""
     max_bad_share: float = 0.01
     """Share of a set's images that may fail to decode before a run stops."""
 

@@ -27,13 +27,14 @@ class Validation:
     """Epochs from one evaluation to the next; the last epoch is always evaluated."""
     weights: Literal["average", "both"] = "both"
     """both: the raw weights too, where a moving average is kept."""
-    beside: bool = False
-    """Evaluate each epoch's checkpoint in a Ray task of its own, while training goes
+    asynchronous: bool = False
+    """Evaluate checkpoints asynchronously, in a separate Ray task, while training goes
     on; not for a run in one process."""
     num_gpus: float = 0.0
-    """GPUs that such a task takes; without one it evaluates on CPUs."""
+    """GPUs of an asynchronous evaluation; without one it runs on CPUs."""
     num_cpus: float = 1.0
-    """CPUs that such a task takes, and threads that it computes and decodes with."""
+    """CPUs of an asynchronous evaluation, and threads that it computes and decodes
+    with."""
     real_labels: str = ""
     """ImageNet-ReaL's real.json, a file or a bucket address; none if empty."""
     also: tuple[str, ...] = ()
@@ -51,10 +52,10 @@ class Validation:
             num_worst=(0 <= self.num_worst <= MAX_WORST, f"0 to {MAX_WORST}"),
         )
         named_addresses(self.also, option="--validation.also")
-        if not self.held_out and (self.also or self.real_labels or self.beside):
+        if not self.held_out and (self.also or self.real_labels or self.asynchronous):
             raise ValueError(
                 "validation.held_out: expected a held-out set for --validation.also, "
-                "--validation.real-labels or --validation.beside, got "
+                "--validation.real-labels or --validation.asynchronous, got "
                 "--validation.no-held-out; leave out either"
             )
 

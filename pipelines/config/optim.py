@@ -65,17 +65,17 @@ class Optim:
     num_epochs: int
     """Epochs of the schedule, warm-up included."""
     cooldown_epochs: int = 0
-    """Epochs after it, at the rate that it ends with."""
+    """Epochs after the schedule, at its last learning rate."""
     schedule: Schedule = field(default_factory=Schedule)
     warmup_epochs: float = 5
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
-    """Where the cosine ends; other schedules have their own end."""
+    """Learning rate at the cosine's end; other schedules have their own end."""
     classifier_lr_scale: float = 1.0
-    """Multiplies the rate of the classifier: more than 1 for a fresh one."""
+    """Factor of the classifier's learning rate: more than 1 for a fresh one."""
     layer_decay: float = 1.0
-    """Multiplies the rate of each layer below the last, once for every layer between:
-    0.65 to 0.85 to fine-tune a transformer; 1 gives all layers the same rate."""
+    """Factor of the learning rate from each layer to the one below it: 0.65 to 0.85 to
+    fine-tune a transformer; 1 gives all layers the same rate."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.05
     decay_all: bool = False
@@ -87,23 +87,22 @@ class Optim:
     momentum: float = 0.9
     """SGD's."""
     clip_grad_norm: float = 0.0
-    """0 leaves gradients as they are."""
+    """Maximum norm of the gradients; 0 does not clip them."""
     num_accumulation: int = 1
-    """Micro-batches a worker's share of a batch is cut into."""
+    """Gradient accumulation: micro-batches of a worker's share of a batch."""
     label_smoothing: float = 0.1
     mixup: float = 0.0
-    """Alpha of the beta distribution; 0 is off."""
+    """Alpha of mixup's beta distribution; 0 is off."""
     cutmix: float = 0.0
     mix_switch: float = 0.5
     """Probability of cutmix where both are on."""
     ema_decay: float = 0.0
-    """0 keeps no moving average of the weights."""
+    """Decay of the weights' moving average (EMA); 0 keeps none."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
-    """What a step whose loss or gradients are no numbers does. It never changes the
-    weights; the run stops, or leaves it out, or goes back to the last checkpoint."""
+    """What to do when loss or gradients are NaN or infinite: stop the run, skip the
+    step, or rewind to the last checkpoint. Such a step never changes the weights."""
     max_nonfinite_steps: int = 3
-    """Such steps that are skipped, or gone back for, before the run stops all the
-    same."""
+    """Non-finite steps that are skipped or rewound before the run stops anyway."""
 
     def __post_init__(self) -> None:
         check_fields(

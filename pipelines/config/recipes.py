@@ -19,6 +19,7 @@ from typing import Any
 import timm
 
 from pipelines import config
+from pipelines.config.compatibility import RENAMED
 from pipelines.config.overrides import wrong_fields
 from pipelines.config.own_code import (
     OwnCode,
@@ -197,6 +198,15 @@ def explained(code: OwnCode) -> Iterator[None]:
         raise ValueError(f"{where}: {reason}") from error
 
 
+def _new_name(name: str) -> str | None:
+    """Return what a field of this former name is called now, if it was renamed."""
+    new_names = {
+        former.rpartition(".")[2]: new.rpartition(".")[2]
+        for new, former in RENAMED.items()
+    }
+    return new_names.get(name)
+
+
 def _reason(error: BaseException, *, text: str) -> str:
     """Describe an error; name the field where it is missing or of another type."""
     if found := _UNKNOWN.search(text):
@@ -204,6 +214,7 @@ def _reason(error: BaseException, *, text: str) -> str:
         if dataclasses.is_dataclass(kind):
             fields = [field.name for field in dataclasses.fields(kind)]
             near = difflib.get_close_matches(found[2], fields, n=3) or fields
+            near = [name for name in fields if name == _new_name(found[2])] or near
             return (
                 f"expected a field of {found[1]}, got {found[2]!r}; near it are "
                 f"{', '.join(near)}"

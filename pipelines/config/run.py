@@ -83,13 +83,14 @@ class Probe:
     """Probing of the loss along its gradient: see `sovit.probes`."""
 
     every_steps: int = 0
-    """0 is never; the optimisation study takes 500."""
+    """Steps from one probe to the next; 0 is never, the optimisation study has 500."""
     min_step_size: float = 0.1
-    """The study's for ResNets; MobileNetV2 has 0.045 to 1.5."""
+    """As the study has it for ResNets; MobileNetV2 has 0.045 to 1.5."""
     max_step_size: float = 75.0
     num_step_sizes: int = 50
     stem: str = ""
-    """Module whose output is moved; found by the network's family if empty."""
+    """Module whose output is moved along its gradient; found by the network's family
+    if empty."""
 
     def __post_init__(self) -> None:
         low, high = self.min_step_size, self.max_step_size
@@ -107,21 +108,21 @@ class Scale:
     """Number of workers of a run, and the resources of each."""
 
     num_workers: int = 1
-    """0 trains in the calling process: no Ray is started, and what fails ends the run,
-    which can be gone on with."""
+    """0 trains in the calling process, without Ray: a failure ends the run, which
+    --resume continues."""
     min_workers: int = 0
-    """Go on with as few where hosts are lost, and with more as they come back, up to
-    num_workers; 0 waits until all are there. The batches stay the same, in more
-    micro-batches."""
+    """Elastic training: continue with as few workers when hosts are lost, and with more
+    as they come back, up to num_workers; 0 waits until all are there. Batches stay the
+    same, in more micro-batches."""
     resize_every_s: float = 60.0
-    """How often workers that have come back are looked for, with min_workers."""
+    """Seconds from one look for workers that have come back to the next."""
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for a worker, and threads that it computes with."""
     max_failures: int = 3
     """Worker failures that are answered with a restart from the last checkpoint."""
     start_timeout_s: float = 30.0
-    """How long a cluster may take to have the workers' CPUs and GPUs."""
+    """Seconds that a cluster may take to provide the workers' CPUs and GPUs."""
     amp: Literal["auto", "off"] = "auto"
     """auto: bfloat16 autocast where the device has instructions for it."""
     compile: bool | Literal["auto"] = "auto"
@@ -129,23 +130,23 @@ class Scale:
     faster steps after it. auto: on GPUs. Where a worker can't, for want of a C++
     compiler say, none does."""
     grad_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less
-    memory, a third more time."""
+    """Recompute activations in the backward pass instead of keeping them: less memory,
+    a third more time."""
     sharding: Literal["none", "fsdp"] = "none"
-    """fsdp: each worker keeps a part of the weights, their gradients and the
-    optimiser's state, for models that do not fit one GPU."""
+    """fsdp: shard the weights, their gradients and the optimiser's state over the
+    workers, for models that do not fit one GPU."""
     deterministic: bool = False
-    """Ask PyTorch for the same bits every time, on a GPU too, where that is slower; a
-    model with an operation that has no such kernel is refused at its first step."""
+    """Deterministic kernels: the same bits every time, on a GPU too, where that is
+    slower; a model with an operation that has none is refused at its first step."""
     matmul_precision: Literal["highest", "high"] = "highest"
-    """Of float32 matrix products on a GPU, those of Newton-Schulz and other poolings
-    among them, which bfloat16 leaves alone. high: TF32 on tensor cores, which takes of
+    """Precision of float32 matrix products on a GPU, such as Newton-Schulz's and other
+    poolings', which autocast leaves alone. high: TF32 on tensor cores, which takes of
     each factor 10 bits of mantissa instead of 23."""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What gradients travel in between workers. bfloat16: half the bytes, for slow
-    networks; they are rounded to 8 bits and summed so, weights stay float32."""
+    """Type of gradients between workers. bfloat16: half the bytes, for slow networks;
+    they are rounded to 8 bits and summed so, weights stay float32."""
     hang_timeout_s: float = 600.0
-    """A worker that makes no step for so long is killed and counts as failed; 0 is
+    """Seconds without a step after which a worker is killed and counts as failed; 0 is
     never."""
 
     def __post_init__(self) -> None:
@@ -205,13 +206,13 @@ class Run:
     """Minutes between checkpoints within an epoch, looked at when metrics are logged;
     0 is none by time."""
     num_checkpoints_to_keep: int = 2
-    """The last so many; the best is kept beside them."""
+    """Latest checkpoints that are kept, besides the best."""
     max_failed_checkpoints: int = 3
-    """Checkpoints in a row that may fail to be written, a disk full or a bucket away,
-    before the run stops."""
-    key_log: str = ""
-    """Folder in which every worker notes what it trained on, for audits; none if empty.
-    See `pipelines.worker.audit_log`."""
+    """Checkpoint writes in a row that may fail, on a full disk say, before the run
+    stops."""
+    audit_log: str = ""
+    """Folder in which every worker logs the images it trained on; none if empty. See
+    `pipelines.worker.audit_log`."""
     published_top1: float | None = None
     """Top-1 in percent that the paper or its code reports, if any."""
 
@@ -224,7 +225,7 @@ class Run:
             max_failed_checkpoints=(self.max_failed_checkpoints >= 0, "at least 0"),
             checkpoint_every_steps=(self.checkpoint_every_steps >= 0, "at least 0"),
             checkpoint_every_minutes=(self.checkpoint_every_minutes >= 0, "at least 0"),
-            key_log=("://" not in self.key_log, "a local or shared folder"),
+            audit_log=("://" not in self.audit_log, "a local or shared folder"),
         )
         if self.data.batch_size % self.augment.num_repeats:
             raise ValueError(
@@ -232,10 +233,10 @@ class Run:
                 f"{self.augment.num_repeats} and {self.data.batch_size}; set "
                 "--augment.num-repeats or --data.batch-size"
             )
-        if self.validation.beside and self.scale.is_local:
+        if self.validation.asynchronous and self.scale.is_local:
             raise ValueError(
-                "validation.beside: expected workers of Ray to evaluate beside, got "
-                "--scale.num-workers 0; leave out --validation.beside"
+                "validation.asynchronous: expected workers of Ray to evaluate beside, "
+                "got --scale.num-workers 0; leave out --validation.asynchronous"
             )
         if self.probe.every_steps and self.scale.sharding != "none":
             raise ValueError(

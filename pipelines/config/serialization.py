@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+from pipelines.config.compatibility import RENAMED
 from pipelines.config.run import (
     Augment,
     Data,
@@ -29,6 +30,7 @@ def from_json(text: str) -> Run:
     """Read a run back; ValueError names what this version does not know."""
     try:
         raw = tuples(json.loads(text))
+        _take_new_names(raw)
         model = raw.pop("model")
         pooling = model.pop("pooling")
         optim = raw.pop("optim")
@@ -53,6 +55,14 @@ def from_json(text: str) -> Run:
             f"expected a run as this version writes it, got one where {error}; read it "
             "with the version that wrote it"
         ) from error
+
+
+def _take_new_names(raw: dict[str, Any]) -> None:
+    for new, former in RENAMED.items():
+        group, _, name = former.rpartition(".")
+        fields = raw.get(group, {}) if group else raw
+        if name in fields:
+            fields[new.rpartition(".")[2]] = fields.pop(name)
 
 
 def tuples(value: Any) -> Any:

@@ -150,9 +150,10 @@ def _check_room(run: Run) -> None:
         left = has.get(name, 0.0) - taken.get(name, 0.0)
         if left < num:
             raise ValueError(
-                f"validation.beside: expected {num:g} {name} beside the workers', got "
-                f"{left:g}; lower --scale.num-workers or "
-                f"--validation.num-{name.lower()}s, or leave out --validation.beside"
+                f"validation.asynchronous: expected {num:g} {name} beside the "
+                f"workers', got {left:g}; lower --scale.num-workers or "
+                f"--validation.num-{name.lower()}s, or leave out "
+                "--validation.asynchronous"
             )
 
 

@@ -111,7 +111,7 @@ def _listening(
 ) -> Iterator[None]:
     """Consume the workers' events; if wanted, evaluate asynchronously to the end."""
     here, every_s = _ActorChannel(channel), _LISTEN_EVERY_S
-    if not job.run.validation.beside:
+    if not job.run.validation.asynchronous:
         with consumed(here, sinks, should_stop=should_stop, every_s=every_s):
             yield
         return

@@ -196,7 +196,7 @@ def with_absolute_paths(run: Run) -> Run:
         train=absolute(run.data.train),
         val=absolute(run.data.val) if run.data.val else "",
     )
-    key_log = absolute(run.key_log) if run.key_log else ""
+    audit_log = absolute(run.audit_log) if run.audit_log else ""
     start = run.model.init_from
     model = dataclasses.replace(run.model, init_from=absolute(start) if start else "")
     return dataclasses.replace(
@@ -205,7 +205,7 @@ def with_absolute_paths(run: Run) -> Run:
         data=data,
         validation=run.validation.moved(absolute),
         storage=absolute(run.storage),
-        key_log=key_log,
+        audit_log=audit_log,
     )
 
 

@@ -104,7 +104,7 @@ def _time_steps(run: Run, *, num_classes: int, batch: Batch, num: int) -> float:
             run.scale, compile=False, num_workers=1, min_workers=0, sharding="none"
         ),
         probe=Probe(),
-        key_log="",
+        audit_log="",
     )
     device = batch.images.device
     state = build_state(run, num_classes=num_classes, device=device)

@@ -33,7 +33,7 @@ class Trained:
     crc32: int
 
 
-class KeyLog:
+class AuditLog:
     """CSV log of the images that one worker trains on, from a step on.
 
     Args:

@@ -32,7 +32,7 @@ class Checkpointer:
         self._store = CheckpointStore(
             group.folder,
             num_to_keep=job.run.num_checkpoints_to_keep,
-            waits=job.run.validation.beside,
+            waits=job.run.validation.asynchronous,
         )
         self._writer: CheckpointWriter | None = None
         if group.rank == 0:

@@ -15,7 +15,7 @@ from pipelines.training.metrics import MetricSums
 from pipelines.training.optimizer import current_learning_rate
 from pipelines.training.state import TrainState, share_buffers
 from pipelines.training.step import TrainSettings, step_from, train_step
-from pipelines.worker.audit_log import KeyLog
+from pipelines.worker.audit_log import AuditLog
 from pipelines.worker.checkpointing import Checkpointer
 from pipelines.worker.group import Group
 from pipelines.worker.throughput import Throughput
@@ -39,7 +39,7 @@ class TrainingLoop:
     evaluator: InTrainingEvaluator
     watchdog: Watchdog
     prober: Prober | None = None
-    audit_log: KeyLog | None = None
+    audit_log: AuditLog | None = None
     keeps_pictures: bool = True
     """Whether to log pictures of the model's errors to MLflow."""
     _last_log: dict[str, float] = field(default_factory=dict, init=False)
@@ -184,7 +184,7 @@ class TrainingLoop:
         num_epochs = run.optim.total_epochs
         is_due = run.validation.is_due(epoch, num_epochs=num_epochs)
         # Beside the training, the driver has the checkpoint evaluated.
-        if not is_due or run.validation.beside:
+        if not is_due or run.validation.asynchronous:
             return {}, {}
         metrics = self.evaluator(self.state)
         held_out = self.evaluator.primary.values()

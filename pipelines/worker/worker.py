@@ -19,7 +19,7 @@ from pipelines.hardware.device import autocast_dtype, is_gpu
 from pipelines.hardware.facts import worker_facts
 from pipelines.training.gradient_probe import Prober
 from pipelines.training.step import TrainSettings
-from pipelines.worker.audit_log import KeyLog
+from pipelines.worker.audit_log import AuditLog
 from pipelines.worker.checkpointing import Checkpointer
 from pipelines.worker.group import Group
 from pipelines.worker.job import Job
@@ -51,7 +51,7 @@ class Worker:
         self.keeper = Checkpointer(job, group=group)
         self.state = self.keeper.state()
         # In the same order on every worker: opening is a collective.
-        sets = () if run.validation.beside else job.held_out
+        sets = () if run.validation.asynchronous else job.held_out
         self.supplies = {"train": self._supply(job.train_shards, split="train")}
         for one in sets:
             self.supplies[one.prefix] = self._supply(one.shards, split=one.prefix)
@@ -59,7 +59,7 @@ class Worker:
             run.scale.hang_timeout_s if group.is_watched else 0,
             tell=lambda line: group.post(Message(line=f"worker {group.rank}: {line}")),
         )
-        self.key_log = self._open_key_log()
+        self.audit_log = self._open_audit_log()
         self.loop = TrainingLoop(
             state=self.state,
             settings=self.settings,
@@ -76,7 +76,7 @@ class Worker:
             ),
             watchdog=self.watchdog,
             prober=self._open_prober(),
-            audit_log=self.key_log,
+            audit_log=self.audit_log,
             keeps_pictures=job.keeps_model,
         )
 
@@ -108,8 +108,8 @@ class Worker:
         for supply in self.supplies.values():
             supply.close()
         self.group.close()
-        if self.key_log is not None:
-            self.key_log.close()
+        if self.audit_log is not None:
+            self.audit_log.close()
 
     def train(self) -> None:
         """Train to the end of the run, or until the driver asks to stop."""
@@ -120,11 +120,11 @@ class Worker:
             return None
         return Prober(self.state.model, settings=self.settings)
 
-    def _open_key_log(self) -> KeyLog | None:
-        if not self.run.key_log:
+    def _open_audit_log(self) -> AuditLog | None:
+        if not self.run.audit_log:
             return None
-        return KeyLog(
-            Path(self.run.key_log),
+        return AuditLog(
+            Path(self.run.audit_log),
             attempt=self.group.broadcast(time.time_ns()),
             step=self.state.position.step,
             rank=self.rank,

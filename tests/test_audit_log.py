@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pipelines.data.batch import Batch
-from pipelines.worker.audit_log import KeyLog, trained
+from pipelines.worker.audit_log import AuditLog, trained
 
 
 def batch(*draw_ids: int, epoch: int = 0) -> Batch:
@@ -30,7 +30,7 @@ def batch(*draw_ids: int, epoch: int = 0) -> Batch:
 def write(
     folder: Path, *, attempt: int, step: int, rank: int, batches: list[Batch]
 ) -> None:
-    log = KeyLog(folder, attempt=attempt, step=step, rank=rank, num_repeats=2)
+    log = AuditLog(folder, attempt=attempt, step=step, rank=rank, num_repeats=2)
     for at, item in enumerate(batches):
         log(item, step + at)
     log.close()
