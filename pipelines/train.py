@@ -132,9 +132,11 @@ def print_summary(trained: Trained, *, run: Run, seconds: float) -> None:
     if folder is not None:
         print(f"checkpoint  {folder}")
         if trained.best is not None and trained.best != folder:
-            print(f"best        {trained.best}")
+            top1 = trained.best_metrics["val/top1"]
+            print(f"best        {trained.best}  held-out top-1 {top1:.2f} %")
         val = run.data.val or "SHARDS"
-        print(f"evaluate    {command_line('sovit-eval', folder, val)}")
+        best = trained.best or folder
+        print(f"evaluate    {command_line('sovit-eval', best, val)}")
     address = without_credentials(uri)
     is_server = address.startswith("http")
     ui = command_line("mlflow", "ui", "--backend-store-uri", address)

@@ -170,6 +170,7 @@ def small_loop(
             batches=batches,
             group=group,
             checkpointer=checkpointer,
+            early_stopping=checkpointer.early_stopping(),
             evaluator=InTrainingEvaluator(
                 (), run=run, device=settings.device, batches=lambda one: ()
             ),

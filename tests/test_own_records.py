@@ -127,9 +127,11 @@ def test_in_a_bucket_who_lives_is_seen_by_what_it_writes(
         before = lease._read(bucket)
         wait_for(lambda: lease._read(bucket) != before, what="a beat", seconds=20)
         # As from another machine, whose processes can't be looked at.
-        monkeypatch.setattr(lease, "_machine", lambda: "another")
-        with pytest.raises(ValueError, match=BUSY), claimed(bucket):
-            pass
+        with monkeypatch.context() as there:
+            there.setattr(lease, "_machine", lambda: "another")
+            there.setattr(lease, "_start_of", lambda pid: "there it is another")
+            with pytest.raises(ValueError, match=BUSY), claimed(bucket):
+                pass
     assert lease._read(bucket) is None
     lease._write(bucket, owner=_other(machine="gone"))
     with claimed(bucket):

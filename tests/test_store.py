@@ -71,7 +71,7 @@ def test_the_last_and_the_best_are_kept(here: CheckpointStore, folder: Path) -> 
     assert names_of(here) == ["epoch_0002", "epoch_0005", "epoch_0006"]
     best = here.best()
     assert best is not None
-    assert (best.name, best.score) == ("epoch_0002", 40.0)
+    assert (best.name, best.metrics["val/top1"]) == ("epoch_0002", 40.0)
     assert here.newest() == "epoch_0006"
     assert sorted(os.listdir(folder)) == names_of(here)
     here.write(snapshot_of(7), name="step_00000007")

@@ -31,6 +31,11 @@ def check_sweep(run: Run, *, search: Search) -> None:
             "compared, got --validation.asynchronous or --validation.every-epochs; "
             "leave them out"
         )
+    if run.max_hours:
+        raise ValueError(
+            "expected trials that train to their end, got --max-hours; limit the sweep "
+            "by --max-gpu-hours"
+        )
     if search.method == "optuna" and search.head_from:
         raise ValueError(
             "expected settings that are known before the heads are tried, got --method "

@@ -26,8 +26,8 @@ from pipelines.storage.retry import answering
 
 logger = logging.getLogger(__name__)
 
-SCORE = "val/top1"
-"""Metric by which the best checkpoint is chosen."""
+_MEASURED = "val/top1"
+"""Metric that every evaluation has."""
 VALIDATION_FILE = "validation.json"
 _NAME = re.compile(r"(epoch_\d{4,}|step_\d{8,})")
 
@@ -42,12 +42,6 @@ class CheckpointInfo:
     is_measured: bool
     """Whether its epoch has ended and been evaluated."""
 
-    @property
-    def score(self) -> float:
-        """Accuracy to compare by; minus infinity where it was not evaluated."""
-        score = self.metrics.get(SCORE, math.nan)
-        return -math.inf if math.isnan(score) else score
-
 
 class CheckpointStore:
     """Store of one run's checkpoints.
@@ -55,14 +49,20 @@ class CheckpointStore:
     Args:
         folder: The run's.
         num_to_keep: How many of the last are kept; the best is kept beside them.
+        metric: What the best is the best by, such as top1.
         waits: Whether checkpoints of epochs are evaluated later, by another process:
             until then none is deleted.
     """
 
     def __init__(
-        self, folder: StoragePath, *, num_to_keep: int, waits: bool = False
+        self,
+        folder: StoragePath,
+        *,
+        num_to_keep: int,
+        metric: str = "top1",
+        waits: bool = False,
     ) -> None:
-        self._folder = folder
+        self._folder, self._metric = folder, metric
         self._num_to_keep = num_to_keep
         self._waits = waits
 
@@ -102,8 +102,13 @@ class CheckpointStore:
         return ""
 
     def best(self) -> CheckpointInfo | None:
-        """Return the checkpoint with the best accuracy, the first of several."""
-        return _best(self.kept())
+        """Return the checkpoint with the best metric, the first of several."""
+        return self._best(self.kept())
+
+    def _best(self, there: list[CheckpointInfo]) -> CheckpointInfo | None:
+        scores = [score_of(kept.metrics, metric=self._metric) for kept in there]
+        best = max(scores, default=-math.inf)
+        return there[scores.index(best)] if best > -math.inf else None
 
     def place(self, name: str) -> StoragePath:
         """Return the place of a checkpoint."""
@@ -142,7 +147,7 @@ class CheckpointStore:
             until: Step; later checkpoints are of an abandoned attempt, and left alone.
         """
         there = [kept for kept in self.kept() if kept.step <= until]
-        best = _best(there)
+        best = self._best(there)
         for kept in there[: -self._num_to_keep]:
             is_due = (
                 self._waits and kept.name.startswith("epoch") and (not kept.is_measured)
@@ -193,6 +198,17 @@ class CheckpointStore:
         ]
 
 
+def score_of(metrics: Mapping[str, float], *, metric: str) -> float:
+    """Return a held-out metric so that more is better.
+
+    Minus infinity where it was not measured.
+    """
+    value = metrics.get(f"val/{metric}", math.nan)
+    if math.isnan(value):
+        return -math.inf
+    return -value if metric == "loss" else value
+
+
 def write_validation(place: StoragePath, *, metrics: Mapping[str, float]) -> None:
     """Save in a checkpoint's folder the metrics that another process measured."""
     with answering():
@@ -200,7 +216,7 @@ def write_validation(place: StoragePath, *, metrics: Mapping[str, float]) -> Non
 
 
 def _kept(place: StoragePath, *, name: str, manifest: Manifest) -> CheckpointInfo:
-    metrics, is_measured = dict(manifest.metrics), SCORE in manifest.metrics
+    metrics, is_measured = dict(manifest.metrics), _MEASURED in manifest.metrics
     if not is_measured:
         # After a power cut it may be empty: then it is evaluated again.
         gone = (FileNotFoundError, json.JSONDecodeError)
@@ -211,8 +227,3 @@ def _kept(place: StoragePath, *, name: str, manifest: Manifest) -> CheckpointInf
     return CheckpointInfo(
         name=name, step=step, metrics=metrics, is_measured=is_measured
     )
-
-
-def _best(there: list[CheckpointInfo]) -> CheckpointInfo | None:
-    measured = [kept for kept in there if kept.score > -math.inf]
-    return max(measured, key=lambda kept: kept.score) if measured else None

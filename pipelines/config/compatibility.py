@@ -16,6 +16,7 @@ NOT_LEARNT = frozenset(
         "log_every_steps",
         "checkpoint_every_steps",
         "checkpoint_every_minutes",
+        "max_hours",
         "num_checkpoints_to_keep",
         "max_failed_checkpoints",
         "optim.on_nonfinite",

@@ -25,6 +25,11 @@ class Validation:
     checkpoint is the best."""
     every_epochs: int = 1
     """Epochs from one evaluation to the next; the last epoch is always evaluated."""
+    metric: Literal["top1", "top5", "loss"] = "top1"
+    """Metric of the held-out set that the best checkpoint and `patience_epochs` go by,
+    of the moving average where one is kept."""
+    patience_epochs: int = 0
+    """Epochs without a better metric after which the training ends; 0 never does."""
     weights: Literal["average", "both"] = "both"
     """both: the raw weights too, where a moving average is kept."""
     asynchronous: bool = False
@@ -47,6 +52,7 @@ class Validation:
             self,
             "validation.",
             every_epochs=(self.every_epochs >= 1, "at least 1"),
+            patience_epochs=(self.patience_epochs >= 0, "at least 0"),
             num_gpus=(self.num_gpus >= 0, "at least 0"),
             num_cpus=(self.num_cpus > 0, "above 0"),
             num_worst=(0 <= self.num_worst <= MAX_WORST, f"0 to {MAX_WORST}"),
@@ -57,6 +63,13 @@ class Validation:
                 "validation.held_out: expected a held-out set for --validation.also, "
                 "--validation.real-labels or --validation.asynchronous, got "
                 "--validation.no-held-out; leave out either"
+            )
+
+        if self.patience_epochs and (self.beside or not self.held_out):
+            other = "beside" if self.beside else "no-held-out"
+            raise ValueError(
+                "validation.patience_epochs: expected an evaluation at an epoch's end "
+                f"to wait for, got --validation.{other}; leave out either"
             )
 
     @property

@@ -205,6 +205,9 @@ class Run:
     checkpoint_every_minutes: float = 30.0
     """Minutes between checkpoints within an epoch, looked at when metrics are logged;
     0 is none by time."""
+    max_hours: float = 0.0
+    """Hours after which the command ends with a checkpoint and exit status 75, to be
+    resumed; 0 is no limit."""
     num_checkpoints_to_keep: int = 2
     """Latest checkpoints that are kept, besides the best."""
     max_failed_checkpoints: int = 3
@@ -221,6 +224,7 @@ class Run:
             self,
             "",
             log_every_steps=(self.log_every_steps >= 1, "at least 1"),
+            max_hours=(self.max_hours >= 0, "at least 0"),
             num_checkpoints_to_keep=(self.num_checkpoints_to_keep >= 1, "at least 1"),
             max_failed_checkpoints=(self.max_failed_checkpoints >= 0, "at least 0"),
             checkpoint_every_steps=(self.checkpoint_every_steps >= 0, "at least 0"),

@@ -53,7 +53,9 @@ class Validator:
         )(measure)
         self._job = ray.put(job)
         self._store = CheckpointStore(
-            folder, num_to_keep=job.run.num_checkpoints_to_keep
+            folder,
+            num_to_keep=job.run.num_checkpoints_to_keep,
+            metric=job.run.validation.metric,
         )
         self._running: tuple[str, ray.ObjectRef] | None = None
         # Those that an earlier driver did not come to.

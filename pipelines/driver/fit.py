@@ -72,7 +72,7 @@ def fit(
         tracking_uri: MLflow's address; by default that of the storage, or the
             environment's.
         tags: Further tags of the MLflow run.
-        keep_model: Whether the final model and pictures of what it gets wrong go to
+        keep_model: Whether the best model and pictures of what it gets wrong go to
             MLflow; its checkpoint stays anyway.
         ends_on_sigterm: Whether SIGTERM, SIGHUP and Ctrl-C are answered with a
             checkpoint and InterruptedRun. Ray's own processes leave them to Ray.
@@ -155,7 +155,7 @@ def _trained(
     run = job.run
     train = train_alone if run.scale.is_local else train_on_ray
     folder = StoragePath(run.storage).within(name)
-    with stop.noted() as is_over:
+    with stop.noted() as is_over, stop.timed(run.max_hours):
         mlflow_sink = MlflowSink(
             tracked, uri=job.tracking_uri, folder=folder, should_stop=is_over
         )

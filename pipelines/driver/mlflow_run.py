@@ -130,11 +130,14 @@ def log_shards(shards: ShardSet, *, uri: str, run_id: str, context: str) -> None
 
 
 def log_model(trained: Trained, *, job: Job) -> None:
-    """Log the final model to MLflow, with a held-out image, if any, as its example.
+    """Log the best model to MLflow, with a held-out image, if any, as its example.
+
+    The last one where none was evaluated.
 
     It becomes a version of the model that is registered under the recipe's name.
     """
-    if trained.checkpoint is None or not job.mlflow_run_id:
+    checkpoint = trained.best or trained.checkpoint
+    if checkpoint is None or not job.mlflow_run_id:
         return
     logger.info("keeping the model in MLflow")
     shards = job.val_shards or job.train_shards
@@ -143,7 +146,7 @@ def log_model(trained: Trained, *, job: Job) -> None:
     images = (image.as_py() or b"" for image in rows["image"])
     example = next(filter(is_whole, images), b"")
     uri, run_id = job.tracking_uri, job.mlflow_run_id
-    with opened(trained.checkpoint) as folder:
+    with opened(checkpoint) as folder:
         address = tracking.log_model(
             uri, run_id, checkpoint=folder, example=example, code=job.code
         )
@@ -152,5 +155,5 @@ def log_model(trained: Trained, *, job: Job) -> None:
         address,
         name=job.run.recipe,
         run_id=run_id,
-        top1=trained.metrics.get(_FIRST_METRIC, math.nan),
+        top1=(trained.best_metrics or trained.metrics).get(_FIRST_METRIC, math.nan),
     )

@@ -25,6 +25,7 @@ Answer = Literal["end", "note", "wait"]
 # `timeout` and some shells signal a process and then its group: that asks once.
 ECHO_S = 0.5
 _MOST_SIGNALS = 4096
+_HOUR_S = 3600.0
 
 
 class StopRequest:
@@ -35,7 +36,8 @@ class StopRequest:
         """Set once the process is asked to end."""
         self.begun = threading.Event()
         """To be set once there is something to keep."""
-        self._number = signal.SIGTERM
+        self._number, self._reason = signal.SIGTERM, ""
+        self._start_s = time.monotonic()
         self._asked_s = -math.inf
         self._answer: Answer = "end"
         self._answered: tuple[int, ...] = ()
@@ -86,6 +88,21 @@ class StopRequest:
             yield self.event
 
     @contextlib.contextmanager
+    def timed(self, hours: float) -> Iterator[None]:
+        """Set the event in this block so many hours after the start; 0 never does."""
+        if not hours:
+            yield
+            return
+        left_s = hours * _HOUR_S - (time.monotonic() - self._start_s)
+        timer = threading.Timer(max(left_s, 0.0), self._expire, [hours])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Defer signals until the block is done; see `check`."""
         with self._answering("wait"):
@@ -119,8 +136,8 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """Name of the signal that came last."""
-        return signal.Signals(self._number).name
+        """What asks for the end: the signal that came last, or the time."""
+        return self._reason or signal.Signals(self._number).name
 
     @contextlib.contextmanager
     def _answering(self, answer: Answer) -> Iterator[None]:
@@ -137,14 +154,22 @@ class StopRequest:
         now_s = time.monotonic()
         if now_s - self._asked_s < ECHO_S and number == self._number:
             return
-        is_again = self.event.is_set()
+        # A scheduler's signal may come soon after the time that it was told to us.
+        is_again = self.event.is_set() and not self._reason
         self._number, self._asked_s = signal.Signals(number), now_s
+        self._reason = ""
         self.event.set()
         is_end = is_again or not self.begun.is_set()
         if self._answer == "end" or (self._answer == "note" and is_end):
             raise self._interruption()
         if self._answer == "note":
             _say(f"{self.name}: writing a checkpoint, then ending; again: at once")
+
+    def _expire(self, hours: float) -> None:
+        if not self.event.is_set():
+            self._reason = f"--max-hours {hours:g}"
+            self.event.set()
+            _say(f"{self._reason}: writing a checkpoint, then ending")
 
     def _note_what_came(self) -> None:
         if self._came is None or self.event.is_set():

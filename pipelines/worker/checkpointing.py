@@ -14,11 +14,12 @@ from pipelines.checkpoints import manifest as ckpt
 from pipelines.checkpoints.async_writer import CheckpointWriter
 from pipelines.checkpoints.pretrained import load_initial
 from pipelines.checkpoints.snapshot import Snapshot, assist_snapshot, take_snapshot
-from pipelines.checkpoints.store import CheckpointStore
+from pipelines.checkpoints.store import CheckpointStore, score_of
 from pipelines.evaluation.image_keys import keys_of
 from pipelines.events.channel import Message, Metrics
 from pipelines.training.fsdp import is_sharded, shard_state
 from pipelines.training.state import TrainState, build_state
+from pipelines.worker.early_stopping import EarlyStopping
 from pipelines.worker.group import Group
 from pipelines.worker.job import Job
 
@@ -32,6 +33,7 @@ class Checkpointer:
         self._store = CheckpointStore(
             group.folder,
             num_to_keep=job.run.num_checkpoints_to_keep,
+            metric=job.run.validation.metric,
             waits=job.run.validation.asynchronous,
         )
         self._writer: CheckpointWriter | None = None
@@ -62,6 +64,23 @@ class Checkpointer:
             shard_state(state.optimizer)
         state.position = manifest.position
         return state
+
+    def early_stopping(self) -> EarlyStopping:
+        """Build the tracker of the best score, from the best checkpoint, if any.
+
+        A collective, as `state` is.
+        """
+        metrics: Mapping[str, float] = {}
+        if self._group.rank == 0 and (best := self._store.best()) is not None:
+            metrics = best.metrics
+        validation = self._run.validation
+        return EarlyStopping(
+            validation,
+            best_epoch=self._group.broadcast(int(metrics.get("epoch", 0))),
+            best_score=self._group.broadcast(
+                score_of(metrics, metric=validation.metric)
+            ),
+        )
 
     def keep(
         self,

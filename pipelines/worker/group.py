@@ -13,7 +13,7 @@ from pipelines.data.stream import ShardOpener
 from pipelines.events.channel import Event
 from pipelines.storage.path import StoragePath
 
-Small = TypeVar("Small", int, str)
+Small = TypeVar("Small", int, float, str)
 
 
 class Group(Protocol):

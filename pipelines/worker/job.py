@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipelines.checkpoints.store import CheckpointStore
 from pipelines.config import Run
@@ -40,11 +40,17 @@ class Trained:
     """Its last checkpoint; None where it ended before the first."""
     best: StoragePath | None = None
     """Its best checkpoint, where one was evaluated."""
+    best_metrics: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of its best checkpoint."""
 
 
 def outcome(run: Run, *, folder: StoragePath) -> Trained:
     """Read the outcome of a training from its run's folder."""
-    store = CheckpointStore(folder, num_to_keep=run.num_checkpoints_to_keep)
+    store = CheckpointStore(
+        folder,
+        num_to_keep=run.num_checkpoints_to_keep,
+        metric=run.validation.metric,
+    )
     there, best = store.kept(), store.best()
     if not there:
         return Trained(metrics={}, checkpoint=None)
@@ -52,4 +58,5 @@ def outcome(run: Run, *, folder: StoragePath) -> Trained:
         metrics=there[-1].metrics,
         checkpoint=store.place(there[-1].name),
         best=store.place(best.name) if best is not None else None,
+        best_metrics=best.metrics if best is not None else {},
     )

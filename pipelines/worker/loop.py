@@ -17,6 +17,7 @@ from pipelines.training.state import TrainState, share_buffers
 from pipelines.training.step import TrainSettings, step_from, train_step
 from pipelines.worker.audit_log import AuditLog
 from pipelines.worker.checkpointing import Checkpointer
+from pipelines.worker.early_stopping import EarlyStopping
 from pipelines.worker.group import Group
 from pipelines.worker.throughput import Throughput
 from pipelines.worker.watchdog import Watchdog
@@ -36,6 +37,7 @@ class TrainingLoop:
     """All batches left of the run, from the state's position on."""
     group: Group
     checkpointer: Checkpointer
+    early_stopping: EarlyStopping
     evaluator: InTrainingEvaluator
     watchdog: Watchdog
     prober: Prober | None = None
@@ -48,7 +50,7 @@ class TrainingLoop:
         self._memory = PeakMemory(self.settings.device)
 
     def train(self) -> None:
-        """Train until the batches end, or until the driver asks to stop.
+        """Train until the batches end, the driver asks to stop or nothing improves.
 
         Raises NonFiniteLossError, naming the step, or RewindError, where the loss is
         not finite, and BadImagesError where too many images could not be decoded.
@@ -57,6 +59,9 @@ class TrainingLoop:
         sums, clock, num_bad = MetricSums(settings.device), Throughput(), 0
         batches = clock.waiting(self.watchdog.watching(self.batches, doing="training"))
         state.forward.train()
+        # A worker may have died between the last evaluation and the run's end.
+        if state.position.batch == 0 and self._is_over():
+            return
         for batch in batches:
             self._probe(batch)
             micro_batches = self._audited(step_from(batch, batches))
@@ -84,6 +89,7 @@ class TrainingLoop:
 
             if batch.ends_epoch:
                 self._end_epoch()
+                is_last = is_last or self._is_over()
                 # Evaluation left the model in its own mode; bad images, the rate and
                 # the time of the last checkpoint count anew from here.
                 state.forward.train()
@@ -187,6 +193,7 @@ class TrainingLoop:
         if not is_due or run.validation.asynchronous:
             return {}, {}
         metrics = self.evaluator(self.state)
+        self.early_stopping.observe(metrics, epoch=epoch)
         held_out = self.evaluator.primary.values()
         if self.group.rank == 0 and self.keeps_pictures:
             title = f"{run.recipe}, epoch {epoch}"
@@ -195,6 +202,13 @@ class TrainingLoop:
             if pictures is not None:
                 self.group.post(pictures)
         return metrics, held_out
+
+    def _is_over(self) -> bool:
+        """Check whether training has stopped improving, and say so from rank 0."""
+        is_over = self.early_stopping.is_over(self.state.position.epoch)
+        if is_over and self.group.rank == 0:
+            self.group.post(Message(line=self.early_stopping.reason()))
+        return is_over
 
     def _save(self) -> None:
         """Write a checkpoint within an epoch, without evaluation."""

@@ -66,6 +66,7 @@ class Worker:
             batches=self.supplies["train"],
             group=group,
             checkpointer=self.keeper,
+            early_stopping=self.keeper.early_stopping(),
             evaluator=InTrainingEvaluator(
                 sets,
                 run=run,
