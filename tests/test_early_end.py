@@ -147,7 +147,7 @@ def test_what_can_not_end_early_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"got --validation\.no-held-out"):
         Validation(held_out=False, patience_epochs=1)
     with pytest.raises(ValueError, match=r"validation\.patience_epochs"):
-        Validation(beside=True, patience_epochs=1)
+        Validation(asynchronous=True, patience_epochs=1)
     run = early_run(tmp_path)
     with pytest.raises(ValueError, match="max_hours"):
         change_fields(run, {"max_hours": -1.0})

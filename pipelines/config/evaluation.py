@@ -64,9 +64,8 @@ class Validation:
                 "--validation.real-labels or --validation.asynchronous, got "
                 "--validation.no-held-out; leave out either"
             )
-
-        if self.patience_epochs and (self.beside or not self.held_out):
-            other = "beside" if self.beside else "no-held-out"
+        if self.patience_epochs and (self.asynchronous or not self.held_out):
+            other = "asynchronous" if self.asynchronous else "no-held-out"
             raise ValueError(
                 "validation.patience_epochs: expected an evaluation at an epoch's end "
                 f"to wait for, got --validation.{other}; leave out either"
