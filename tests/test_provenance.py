@@ -118,3 +118,5 @@ def test_an_error_is_told_in_one_line_without_password() -> None:
     assert "SQL" not in told
     assert len(told) < 320
     assert error_summary(OSError()) == "OSError: "
+    advice = f"expected a, got {'b' * 900}; set --a"
+    assert error_summary(ValueError(f"{advice}\nc")) == f"ValueError: {advice}"

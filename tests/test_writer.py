@@ -41,7 +41,8 @@ class Store(CheckpointStore):
         self.begun.set()
         self.may_write.wait()
         if snapshot.position.step in self.full_at:
-            raise OSError(errno.ENOSPC, "No space left on device\nat all")
+            reason = "No space left on device: s3://key:hidden@bucket/a\nat all"
+            raise OSError(errno.ENOSPC, reason)
         super().write(snapshot, name=name)
 
 
@@ -130,7 +131,7 @@ def test_one_that_fails_is_told_and_the_next_begins_to_count_anew(
     written(writing, 1, 2, 3, 4, 5, 6)
     writing.close(is_done=True)
     assert [kept.step for kept in store.kept()] == [4, 6]
-    reason = "OSError: [Errno 28] No space left on device"
+    reason = "OSError: [Errno 28] No space left on device: s3://bucket/a"
     assert [item for item in told if isinstance(item, CheckpointFailed)] == [
         CheckpointFailed(name=f"step_{step:08d}", reason=reason) for step in (1, 3, 5)
     ]

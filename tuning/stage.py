@@ -19,7 +19,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from pipelines.driver.cluster import ask_dashboard
-from pipelines.driver.failures import first_line
+from pipelines.storage.redaction import error_summary
 from pipelines.storage.retry import answering, is_remote
 from pipelines.tracking import environment
 from tuning.budget import Budget
@@ -198,7 +198,7 @@ def check_state_api() -> None:
     except Exception as error:  # LookupError, requests' and Ray's own
         raise ValueError(
             "expected a Ray whose dashboard answers, which a sweep needs to free what "
-            f"stopped trials held, got {first_line(error)}; start Ray with "
+            f"stopped trials held, got {error_summary(error)}; start Ray with "
             "include_dashboard=True, and install ray[default]"
         ) from error
 

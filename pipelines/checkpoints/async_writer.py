@@ -15,6 +15,7 @@ from pipelines.events.channel import (
     Message,
     Metrics,
 )
+from pipelines.storage.redaction import error_summary
 
 # Timeout for a checkpoint within an epoch to wait for the one before it.
 _PATIENCE_S = 0.5
@@ -85,7 +86,7 @@ class CheckpointWriter:
         except Exception as error:
             self._num_failures += 1
             self._error = error
-            self._tell(CheckpointFailed(name=name, reason=_reason(error)))
+            self._tell(CheckpointFailed(name=name, reason=error_summary(error)))
             return
         self._num_failures, self._error = 0, None
         self._tell(CheckpointSaved(name=name, epoch=snapshot.position.epoch, step=step))
@@ -94,19 +95,14 @@ class CheckpointWriter:
         try:
             self._store.retire(until=step)
         except (OSError, ValueError) as error:
-            line = f"old checkpoints are not deleted: {_reason(error)}"
+            line = f"old checkpoints are not deleted: {error_summary(error)}"
             self._tell(Message(line=line))
 
     def _check(self, *, max_failures: int) -> None:
         if self._error is None or self._num_failures <= max_failures:
             return
         raise ValueError(
-            f"expected to write a checkpoint, got {_reason(self._error)}, for the "
-            f"{self._num_failures}. time in a row; the one before is whole: see to it "
-            "and go on with --resume"
+            f"expected to write a checkpoint, got {error_summary(self._error)}, for "
+            f"the {self._num_failures}. time in a row; the one before is whole: see to "
+            "it and go on with --resume"
         ) from self._error
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"

@@ -17,11 +17,11 @@ from ray.exceptions import RayError
 from pipelines.checkpoints.store import CheckpointStore, write_validation
 from pipelines.config import Run
 from pipelines.driver.cluster import needed
-from pipelines.driver.failures import first_line
 from pipelines.evaluation.figures import pictured
 from pipelines.events.bad_images import BadImageTeller, NamedBadImage
 from pipelines.events.channel import CheckpointSaved, Event, Message, Metrics, Tick
 from pipelines.storage.path import StoragePath
+from pipelines.storage.redaction import error_summary
 from pipelines.worker.job import Job
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Validator:
             measured: tuple[CheckpointEvaluation, list[NamedBadImage]] = ray.get(found)
         except (RayError, ValueError) as error:
             self._note(name, metrics={})
-            self._emit(Message(line=f"{name} is not evaluated: {first_line(error)}"))
+            self._emit(Message(line=f"{name} is not evaluated: {error_summary(error)}"))
             return
         result, bad = measured
         for image in bad:

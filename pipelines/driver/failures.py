@@ -14,6 +14,7 @@ from ray.train import (
 
 from pipelines.errors import NonFiniteLossError, RewindError, RunFailedError
 from pipelines.events.channel import WorkerFailed
+from pipelines.storage.redaction import error_summary
 
 
 class StopOnValueError(UserCallback):
@@ -47,7 +48,7 @@ class StopOnValueError(UserCallback):
         if rewinds:  # all workers say the same
             self._rewinds.count(rewinds[0])
         for rank, error in worker_exceptions.items():
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            reason = error_summary(error)
             self._tell(WorkerFailed(rank=rank, reason=reason))
 
 
@@ -100,7 +101,7 @@ def end_of(error: TrainingFailedError) -> ValueError | RunFailedError:
             return _mendable(cause)
     last = [cause for cause in found if not isinstance(cause, TrainingFailedError)]
     cause = last[0] if last else error
-    return RunFailedError(f"{type(cause).__name__}: {first_line(cause)}")
+    return RunFailedError(error_summary(cause))
 
 
 def _mendable(cause: ValueError) -> ValueError:

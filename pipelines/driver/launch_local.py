@@ -18,7 +18,7 @@ from ray.train import UserCallback
 from pipelines.config import Data
 from pipelines.data.reading import Reading
 from pipelines.data.stream import LocalOpener, ShardOpener
-from pipelines.driver.failures import Rewinds, first_line
+from pipelines.driver.failures import Rewinds
 from pipelines.errors import RewindError, RunFailedError
 from pipelines.events.channel import (
     Channel,
@@ -30,6 +30,7 @@ from pipelines.events.channel import (
 )
 from pipelines.hardware.device import device_of, numerics_kept
 from pipelines.storage.path import StoragePath
+from pipelines.storage.redaction import error_summary
 from pipelines.worker.group import Small
 from pipelines.worker.job import Job, Trained, outcome
 from pipelines.worker.worker import Worker
@@ -125,7 +126,7 @@ def train_alone(
     except ValueError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = error_summary(error)
         raise RunFailedError(reason) from error
     finally:
         torch.set_num_threads(num_threads)

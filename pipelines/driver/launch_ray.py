@@ -21,11 +21,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines.config import Scale
 from pipelines.driver.async_evaluation import Validator
 from pipelines.driver.cluster import has_dashboard, per_worker
-from pipelines.driver.failures import StopOnValueError, end_of, first_line
+from pipelines.driver.failures import StopOnValueError, end_of
 from pipelines.errors import RunFailedError
 from pipelines.events.channel import Channel, Event, Sink, consumed, wait_until_handled
 from pipelines.storage.filesystem import open_filesystem
 from pipelines.storage.path import StoragePath
+from pipelines.storage.redaction import error_summary
 from pipelines.storage.retry import is_remote
 from pipelines.worker.entry import work
 from pipelines.worker.job import Job, Trained, outcome
@@ -94,7 +95,7 @@ def train_on_ray(
         try:
             error = cast(Exception | None, ray.get(ended))
         except RayError as lost:  # its process is gone, or what it said can't be read
-            raise RunFailedError(f"{type(lost).__name__}: {first_line(lost)}") from lost
+            raise RunFailedError(error_summary(lost)) from lost
     if error is not None:
         raise error
     return outcome(run, folder=folder)

@@ -55,6 +55,10 @@ def _name_alone(found: re.Match[str]) -> str:
 
 
 def error_summary(error: BaseException) -> str:
-    """Summarize an error in its type and first line, without credentials, for a log."""
+    """Summarize an error in its type and first line, without credentials.
+
+    Long lines are cut, but a ValueError's, which ends with what to do.
+    """
     line = next(iter(without_credentials(str(error)).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line[:_MAX_ERROR_CHARS]}"
+    end = None if isinstance(error, ValueError) else _MAX_ERROR_CHARS
+    return f"{type(error).__name__}: {line[:end]}"

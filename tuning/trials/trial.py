@@ -27,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines.config.own_code import OwnCode
 from pipelines.driver.failures import causes, first_line
 from pipelines.errors import NonFiniteLossError, RunFailedError, StoppedEarly
+from pipelines.storage.redaction import error_summary
 
 # Settings that are known before lie one level deeper, in a list for Tune.
 NUMBER, SETTING, LISTED = "number", "setting", "listed"
@@ -167,7 +168,7 @@ def tell_again(reports: Sequence[Mapping[str, Any]]) -> None:
 
 def bad_end(error: BaseException, *, metrics: Sequence[str]) -> dict[str, Any]:
     """Build the last report of a trial that has failed, diverged or was refused."""
-    outcome, reason = "failed", f"{type(error).__name__}: {first_line(error)}"
+    outcome, reason = "failed", error_summary(error)
     for cause in causes(error):
         if isinstance(cause, ValueError):
             outcome, reason = "refused", first_line(cause)
