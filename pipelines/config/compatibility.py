@@ -36,8 +36,10 @@ READING = frozenset(
         "data.read_ahead_mb",
         "data.reader_label",
         "data.max_bad_share",
+        "optim.num_accumulation",
     }
 )
-"""Fields that change how fast the same images come, and where a run is filed."""
+"""Fields that change how fast the same batches come, in how many parts, and where a run
+is filed."""
 LOCATIONS = frozenset({"data.train", "data.val"})
 """Folders of shards, for which the content counts, not the place."""

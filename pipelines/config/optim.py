@@ -89,7 +89,8 @@ class Optim:
     clip_grad_norm: float = 0.0
     """Maximum norm of the gradients; 0 does not clip them."""
     num_accumulation: int = 1
-    """Gradient accumulation: micro-batches of a worker's share of a batch."""
+    """Gradient accumulation: micro-batches of a worker's share of a batch; more of
+    them where memory runs out."""
     label_smoothing: float = 0.1
     mixup: float = 0.0
     """Alpha of mixup's beta distribution; 0 is off."""

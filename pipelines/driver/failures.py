@@ -16,6 +16,15 @@ from pipelines.errors import NonFiniteLossError, RewindError, RunFailedError
 from pipelines.events.channel import WorkerFailed
 from pipelines.storage.redaction import error_summary
 
+# In what Ray says of a dead process. Its types are not enough: Ray Train wraps them in
+# its own, which keep the text.
+_RAY_KILLED = "running low on memory"
+_KERNEL_MAY_HAVE = "killed by the OOM killer"
+_LESS_MEMORY = (
+    "go on with --resume and a higher --optim.num-accumulation, which leaves the batch "
+    "as it is, or a lower --data.num-prefetch-batches or --data.eval-batch-size"
+)
+
 
 class StopOnValueError(UserCallback):
     """Callback that reports failed workers, and ends a run on a ValueError.
@@ -48,8 +57,7 @@ class StopOnValueError(UserCallback):
         if rewinds:  # all workers say the same
             self._rewinds.count(rewinds[0])
         for rank, error in worker_exceptions.items():
-            reason = error_summary(error)
-            self._tell(WorkerFailed(rank=rank, reason=reason))
+            self._tell(WorkerFailed(rank=rank, reason=reason_of(error)))
 
 
 class Rewinds:
@@ -101,13 +109,25 @@ def end_of(error: TrainingFailedError) -> ValueError | RunFailedError:
             return _mendable(cause)
     last = [cause for cause in found if not isinstance(cause, TrainingFailedError)]
     cause = last[0] if last else error
-    return RunFailedError(error_summary(cause))
+    return RunFailedError(reason_of(cause))
 
 
 def _mendable(cause: ValueError) -> ValueError:
     """Reduce a worker's error to what survives the way to the driver."""
     kind = NonFiniteLossError if isinstance(cause, NonFiniteLossError) else ValueError
     return kind(first_line(cause))
+
+
+def reason_of(error: BaseException) -> str:
+    """Describe a failure in one line, with what to set if memory may be the cause."""
+    reason = error_summary(error)
+    said = str(error)
+    if _RAY_KILLED in said:
+        return f"{reason}; {_LESS_MEMORY}"
+    # A process that the kernel kills can't say so; Ray lists what it may have been.
+    if _KERNEL_MAY_HAVE in said:
+        return f"{reason}; if memory ran out (dmesg says so), {_LESS_MEMORY}"
+    return reason
 
 
 def first_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from pipelines.evaluation.measure import (
     validate,
 )
 from pipelines.events.channel import Figure
+from pipelines.hardware.row_limit import RowLimit
 from pipelines.training.state import TrainState
 
 _PICTURES_EVERY_S = 600.0
@@ -33,6 +34,7 @@ class InTrainingEvaluator:
 
     Args:
         batches: Opens a worker's batches of a set; they may be broken off.
+        limit: Limit of the rows of a pass; what one evaluation finds the next keeps.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class InTrainingEvaluator:
         run: Run,
         device: torch.device,
         batches: OpenBatches,
+        limit: RowLimit | None = None,
     ) -> None:
+        self._limit = limit or RowLimit()
         self._sets, self._batches = sets, batches
         self._run, self._device = run, device
         self._outcomes: dict[str, EvaluationResult] = {}
@@ -65,6 +69,7 @@ class InTrainingEvaluator:
                 run=run,
                 device=self._device,
                 held_out=one,
+                limit=self._limit,
             )
             check_counted(
                 outcome,

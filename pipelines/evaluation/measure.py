@@ -7,6 +7,7 @@ counts once. Torch alone: no Ray, no MLflow.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -21,8 +22,11 @@ from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.report import Report
 from pipelines.evaluation.scores import ConfusionSums, RealSums, Seen, WorstSoFar
 from pipelines.hardware.device import upload
-from pipelines.training.forward import Forward
+from pipelines.hardware.row_limit import RowLimit
+from pipelines.training.forward import FittingForward, Forward
 from pipelines.training.metrics import MetricSums
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +196,10 @@ class _Tally:
         )
 
 
+def _warn(line: str, max_rows: int) -> None:
+    logger.warning("%s", line)
+
+
 @torch.no_grad()
 def validate(
     models: Mapping[str, nn.Module],
@@ -200,6 +208,7 @@ def validate(
     run: Run,
     device: torch.device,
     held_out: HeldOut | None = None,
+    limit: RowLimit | None = None,
 ) -> EvaluationResult:
     """Evaluate models on one epoch of batches; every image counts once.
 
@@ -212,8 +221,14 @@ def validate(
             many of the worst images are reported.
         held_out: Describes the set; without it labels are the models' own, and neither
             classes nor images are reported.
+        limit: Limit of the rows of a pass, lowered where memory runs out.
+
+    Raises ValueError where one image does not fit.
     """
-    forward = Forward.of(run, device=device)
+    forward = FittingForward(
+        forward=Forward.of(run, device=device),
+        limit=limit or RowLimit(on_lowered=_warn),
+    )
     real = columns = None
     if held_out is not None:
         columns = held_out.columns

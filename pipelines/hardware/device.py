@@ -8,6 +8,7 @@ here, and is entered on a fake GPU.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import sys
@@ -25,6 +26,14 @@ _MIB = 1 << 20
 _CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 # Eight buffers of 4 MiB, of the two settings that PyTorch takes the faster one.
 _CUBLAS_DETERMINISTIC = ":4096:8"
+# Of libraries that raise a plain RuntimeError: the CPU's allocator, cuBLAS and cuDNN,
+# which ask for memory by themselves, and CUDA where a kernel needs some.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
 
 
 def is_gpu(device: torch.device) -> bool:
@@ -232,6 +241,25 @@ def numerics_kept() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         if workspace is None:
             os.environ.pop(_CUBLAS_VARIABLE, None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Check whether an error means that a device had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(t in said for t in _OUT_OF_MEMORY)
+
+
+def release_memory(device: torch.device) -> None:
+    """Return what nothing refers to any longer, and what PyTorch caches, to a device.
+
+    For after a step that ran out of memory: blocks of the size of its tensors would
+    otherwise lie in the way of smaller ones.
+    """
+    gc.collect()
+    if is_gpu(device):
+        torch.cuda.empty_cache()
 
 
 def free_memory(device: torch.device) -> int:

@@ -47,6 +47,14 @@ class MetricSums:
         )
         self._sums += (columns * weights).sum(dim=1)
 
+    def state(self) -> tuple[Tensor, int]:
+        """Copy the sums, for `restore`."""
+        return self._sums.clone(), self._num_bad
+
+    def restore(self, state: tuple[Tensor, int]) -> None:
+        """Return to sums of `state`: what was added since does not count."""
+        self._sums, self._num_bad = state[0].clone(), state[1]
+
     def total(self, *, votes: Mapping[str, bool] = NO_VOTES) -> dict[str, float]:
         """Reduce over all workers, return means, and reset.
 

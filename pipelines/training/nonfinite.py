@@ -90,10 +90,8 @@ class NonFiniteGuard:
         self._names = tuple(dict.fromkeys(places))
         index = [self._names.index(place) for place in places]
         self._index = torch.tensor(index, device=device)
-        self._buffers: list[Tensor] = []
-        if optim.on_nonfinite == "skip":
-            # Statistics of BatchNorm have seen the bad step's images by then.
-            self._buffers = [buffer for buffer in model.buffers() if buffer.numel()]
+        # Statistics of BatchNorm have seen the images of a step that is not to count.
+        self._buffers = [buffer for buffer in model.buffers() if buffer.numel()]
         self._saved = [buffer.clone() for buffer in self._buffers]
         # On the device: a step writes them, and only `check` reads them.
         self._before = torch.zeros(len(self._names), device=device)
@@ -110,6 +108,12 @@ class NonFiniteGuard:
         # memory, so that the allocator has nothing to do.
         if self._buffers:
             torch._foreach_copy_(self._saved, self._buffers)  # pyright: ignore
+
+    def undo(self, *, step: int) -> None:
+        """Restore the buffers, and forget the batches, of a step that starts over."""
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._saved)  # pyright: ignore
+        self._seen = [seen for seen in self._seen if seen[0] != step]
 
     def observe(self, batch: Batch, losses: Tensor, *, step: int) -> Tensor:
         """Record a micro-batch; return its losses (B,), 0 for non-finite ones.
@@ -150,6 +154,8 @@ class NonFiniteGuard:
 
     def end(self) -> None:
         """Restore the buffers if the step was skipped."""
+        if self._optim.on_nonfinite != "skip":
+            return
         # By `where` and not by `if`, which would wait for the flag.
         for buffer, saved in zip(self._buffers, self._saved, strict=True):
             buffer.copy_(torch.where(self._flag > 0, saved, buffer))

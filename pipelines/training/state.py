@@ -16,6 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 from pipelines.config import Run
 from pipelines.data.position import Position
 from pipelines.hardware.device import is_gpu, set_numerics
+from pipelines.hardware.row_limit import RowLimit
 from pipelines.training.compiling import decide
 from pipelines.training.fsdp import shard
 from pipelines.training.model import build_model
@@ -36,6 +37,8 @@ class TrainState:
     guard: NonFiniteGuard
     """Guard of the model and the optimizer above, which skips bad steps."""
     position: Position = field(default_factory=Position)
+    limit: RowLimit = field(default_factory=RowLimit)
+    """Limit of the rows that one forward and backward pass takes."""
 
 
 def build_state(
@@ -49,6 +52,7 @@ def build_state(
     load: Callable[[nn.Module], None] = lambda model: None,
     load_average: Callable[[nn.Module], None] = lambda average: None,
     tell: Callable[[str], None] = lambda line: None,
+    limit: RowLimit | None = None,
 ) -> TrainState:
     """Build a run's model, on its device, with average, optimiser and guard.
 
@@ -59,6 +63,7 @@ def build_state(
         load: Loads weights into the model before the average is copied from it.
         load_average: Loads weights into the average.
         tell: Called with a line for the user on whether steps are compiled.
+        limit: Limit that was found before; none by default.
 
     Raises ValueError where the model doesn't support the run's settings.
     """
@@ -88,6 +93,7 @@ def build_state(
             if whole is not None:
                 shard(whole, device=device)
     optimizer = build_optimizer(model, optim=run.optim)
+    limit = limit or RowLimit()
     return TrainState(
         model=model,
         forward=wrapped(
@@ -96,7 +102,9 @@ def build_state(
             device=device,
             world_size=world_size,
             is_compiled=compiling.is_on,
+            accumulates=limit.max_rows > 0,
         ),
+        limit=limit,
         optimizer=optimizer,
         ema=ema,
         # After sharding, since it looks at the parameters that gradients will have.
@@ -119,8 +127,13 @@ def wrapped(
     device: torch.device,
     world_size: int,
     is_compiled: bool = False,
+    accumulates: bool = False,
 ) -> nn.Module:
-    """Wrap a model as the step calls it: data parallel, compiled, or as it is."""
+    """Wrap a model as the step calls it: data parallel, compiled, or as it is.
+
+    Args:
+        accumulates: Whether a step may have more micro-batches than the run says.
+    """
     forward = model
     if world_size > 1 and run.scale.sharding == "none":
         forward = nn.parallel.DistributedDataParallel(
@@ -129,7 +142,9 @@ def wrapped(
             gradient_as_bucket_view=True,
             # What a graph does at the second step it does at all: without
             # accumulation, and where nothing is compiled into other graphs.
-            static_graph=run.num_micro(world_size) == 1 and not is_compiled,
+            static_graph=run.num_micro(world_size) == 1
+            and not accumulates
+            and not is_compiled,
             # The papers keep BatchNorm's statistics by GPU; rank 0's are shared where
             # they are used, at the epoch's end.
             broadcast_buffers=False,

@@ -16,6 +16,8 @@ from torch import Tensor
 from pipelines.config import Run
 from pipelines.data.batch import Batch
 from pipelines.data.position import Position
+from pipelines.hardware.device import is_out_of_memory, release_memory
+from pipelines.hardware.row_limit import RowLimit
 from pipelines.rng import Purpose, key
 from pipelines.training.forward import autocast
 from pipelines.training.fsdp import update_average
@@ -77,6 +79,11 @@ def train_step(
 
     Never waits for the device: `state.guard.check` finds losses that were not finite.
 
+    Where memory runs out, a worker alone starts the step over with its micro-batches
+    cut smaller, and keeps to that: it learns what a plan with so many micro-batches
+    would have it learn, bit for bit. Of several workers, some may have sent gradients
+    by then: the error is raised, and they cut smaller after their restart.
+
     Args:
         micro_batches: This worker's share of one global batch, as of `step_from`.
         sums: Accumulates the loss and the accuracy of every image.
@@ -84,12 +91,16 @@ def train_step(
     Raises ValueError where the share ends before the step does, and where PyTorch can't
     do what a setting of the run asks for.
     """
-    _begin_step(state, settings=settings)
-    last: Batch | None = None
-    for batch in micro_batches:
-        with step_errors():
-            _forward_backward(state, batch, settings=settings, sums=sums)
-        last = batch
+    batches = _Replayed(micro_batches, keeps=settings.world_size == 1)
+    before = sums.state()
+    while num_rows := _try_step(state, batches, settings=settings, sums=sums):
+        # The error is gone by here, and with it the frames that hold its tensors.
+        _lower_limit(state.limit, num_rows, settings=settings)
+        state.guard.undo(step=state.position.step)
+        state.optimizer.zero_grad(set_to_none=True)
+        sums.restore(before)
+        release_memory(settings.device)
+    last = batches.last
     # An update by a part of its gradients would be no step of the run.
     if last is None or not last.ends_step:
         raise ValueError(
@@ -97,6 +108,59 @@ def train_step(
             "got fewer"
         )
     _end_step(state, last)
+
+
+class _Replayed:
+    """Micro-batches of a step, from the first again where the step starts over."""
+
+    def __init__(self, batches: Iterable[Batch], *, keeps: bool) -> None:
+        self._rest, self._keeps = iter(batches), keeps
+        self._kept: list[Batch] = []
+        self.last: Batch | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from tuple(self._kept)
+        for batch in self._rest:
+            if self._keeps:
+                self._kept.append(batch)
+            self.last = batch
+            yield batch
+
+
+def _try_step(
+    state: TrainState,
+    batches: Iterable[Batch],
+    *,
+    settings: TrainSettings,
+    sums: MetricSums,
+) -> int:
+    """Compute a step's gradients; return 0, or the rows of a batch that did not fit."""
+    _begin_step(state, settings=settings)
+    for batch in batches:
+        try:
+            for part in batch.parts(state.limit.num_parts(batch.num_rows)):
+                with step_errors():
+                    _forward_backward(state, part, settings=settings, sums=sums)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if settings.world_size > 1:
+                _lower_limit(state.limit, batch.num_rows, settings=settings)
+                raise
+            return batch.num_rows
+    return 0
+
+
+def _lower_limit(limit: RowLimit, num_rows: int, *, settings: TrainSettings) -> None:
+    is_alone = settings.world_size == 1
+    restart = "" if is_alone else ", after a restart from the last checkpoint"
+    limit.lower(
+        num_rows,
+        doing="training",
+        advice="set --scale.grad-checkpointing, a smaller --model.img-size or, with "
+        "several GPUs, --scale.sharding fsdp",
+        note=f"{restart} (the batch stays {settings.run.data.batch_size})",
+    )
 
 
 def seed_step(step: int, *, settings: TrainSettings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,11 +18,17 @@ from pipelines.checkpoints.snapshot import Snapshot, assist_snapshot, take_snaps
 from pipelines.checkpoints.store import CheckpointStore, score_of
 from pipelines.evaluation.image_keys import keys_of
 from pipelines.events.channel import Message, Metrics
+from pipelines.hardware.row_limit import RowLimit
+from pipelines.storage.path import StoragePath
+from pipelines.storage.redaction import error_summary
 from pipelines.training.fsdp import is_sharded, shard_state
 from pipelines.training.state import TrainState, build_state
 from pipelines.worker.early_stopping import EarlyStopping
 from pipelines.worker.group import Group
 from pipelines.worker.job import Job
+
+MEMORY_FILE = "memory.json"
+"""File in a run's folder with the limit that was found when memory ran out."""
 
 
 class Checkpointer:
@@ -129,7 +136,39 @@ class Checkpointer:
             load=load,
             load_average=load_average,
             tell=self._tell,
+            limit=self._limit(),
         )
+
+    def _limit(self) -> RowLimit:
+        """Read the limit that this run has found before, on rank 0: a collective.
+
+        Beside the checkpoints, since memory may run out before there is one.
+        """
+        found = self._found_rows() if self._group.rank == 0 else 0
+        return RowLimit(
+            max_rows=self._group.broadcast(found), on_lowered=self._keep_limit
+        )
+
+    def _found_rows(self) -> int:
+        try:
+            return int(json.loads(self._memory_file.read())["max_rows"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0  # it is found again
+
+    def _keep_limit(self, line: str, max_rows: int) -> None:
+        # By whichever worker ran out, for all of them after their restart.
+        group = self._group
+        if group.world_size > 1:
+            line = f"worker {group.rank}: {line}"
+        try:
+            self._memory_file.write(json.dumps({"max_rows": max_rows}).encode())
+        except OSError as error:
+            line += f"; not kept for a restart ({error_summary(error)})"
+        group.post(Message(line=line))
+
+    @property
+    def _memory_file(self) -> StoragePath:
+        return self._group.folder.within(MEMORY_FILE)
 
     def _tell(self, line: str) -> None:
         """Post a message that all workers have once, from rank 0."""

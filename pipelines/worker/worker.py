@@ -17,6 +17,7 @@ from pipelines.events.bad_images import BadImageTeller
 from pipelines.events.channel import Message, WorkerStarted
 from pipelines.hardware.device import autocast_dtype, is_gpu
 from pipelines.hardware.facts import worker_facts
+from pipelines.hardware.row_limit import RowLimit
 from pipelines.training.gradient_probe import Prober
 from pipelines.training.step import TrainSettings
 from pipelines.worker.audit_log import AuditLog
@@ -74,6 +75,7 @@ class Worker:
                 batches=lambda one: self.watchdog.watching(
                     self.supplies[one.prefix], doing="evaluating"
                 ),
+                limit=RowLimit(on_lowered=self._tell_lowered),
             ),
             watchdog=self.watchdog,
             prober=self._open_prober(),
@@ -115,6 +117,9 @@ class Worker:
     def train(self) -> None:
         """Train to the end of the run, or until the driver asks to stop."""
         self.loop.train()
+
+    def _tell_lowered(self, line: str, max_rows: int) -> None:
+        self.group.post(Message(line=f"worker {self.rank}: {line}"))
 
     def _open_prober(self) -> Prober | None:
         if self.rank != 0 or not self.run.probe.every_steps:
