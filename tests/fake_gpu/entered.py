@@ -37,6 +37,11 @@ def _event() -> None:
     device.wait_for_event(device.record_event(GPU), GPU)
 
 
+def _out_of_memory() -> list[bool]:
+    errors = torch.OutOfMemoryError("no memory"), RuntimeError("no kernel")
+    return [device.is_out_of_memory(error) for error in errors]
+
+
 CALLS: Mapping[str, Callable[[], Any]] = {
     "PeakMemory": lambda: list(device.PeakMemory(GPU).metrics()),
     "autocast_dtype": lambda: str(device.autocast_dtype(GPU, amp="auto")),
@@ -51,9 +56,11 @@ CALLS: Mapping[str, Callable[[], Any]] = {
     "has_bfloat16": lambda: device.has_bfloat16(GPU),
     "has_gpu": device.has_gpu,
     "is_gpu": lambda: device.is_gpu(GPU),
+    "is_out_of_memory": _out_of_memory,
     "numerics_kept": _numerics,
     "pages_bytes": lambda: device.pages_bytes("no such name"),
     "record_event": _event,
+    "release_memory": lambda: device.release_memory(GPU),
     "set_numerics": _numerics,
     "side_stream": lambda: _within(device.side_stream(GPU)),
     "synchronize": lambda: device.synchronize(GPU),
@@ -76,6 +83,7 @@ ANSWERS: Mapping[str, Any] = {
     "has_bfloat16": True,
     "has_gpu": True,
     "is_gpu": True,
+    "is_out_of_memory": [True, False],
     "numerics_kept": True,
     "pages_bytes": 0,
     "set_numerics": True,
