@@ -92,7 +92,8 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
 
     Returns:
         loss, top1 and top5 (percent), num_images, and num_bad, the images that can't
-        be decoded; with ReaL labels real_top1 and num_real, the images that have some.
+        be decoded; balanced_top1, the mean of the classes' recalls; with ReaL labels
+        real_top1 and num_real, the images that have some.
         Where they are asked for: the same of the raw weights under `raw`, and of
         further sets by their names under `also`; `corruptions` and `perturbations`,
         see `pipelines.robustness.measure`.
@@ -214,6 +215,7 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
     """Format the result as lines of text, further sets and weights by name."""
     lines = [
         f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  "
+        f"mean of classes {result['balanced_top1']:.2f} %  "
         f"loss {result['loss']:.4f}  {result['num_images']:,.0f} images counted, "
         f"{result['num_bad']:,.0f} left out"
     ]

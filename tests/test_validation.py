@@ -63,6 +63,8 @@ def check(outcome: EvaluationResult, logits: np.ndarray, *, labels: np.ndarray) 
     matrix = np.zeros((logits.shape[1],) * 2, np.int64)
     np.add.at(matrix, (wanted, predictions), 1)
     np.testing.assert_array_equal(report.confusions.matrix(), matrix)
+    recalls = [(predictions == label)[wanted == label].mean() for label in set(wanted)]
+    assert score.balanced_top1 == pytest.approx(100 * np.mean(recalls))
     np.testing.assert_array_equal(report.confusions.num_images, matrix.sum(axis=1))
     assert report.confusions.pairs is not None
     assert np.diff(report.confusions.pairs[:, 2]).max(initial=0) <= 0
@@ -127,7 +129,7 @@ def test_two_models_share_one_pass_and_are_measured_as_alone(shards: ShardSet) -
     assert metrics["val/top1"] == first.top1
     assert metrics["val_raw/top1"] == both.scores["raw"].top1 != first.top1
     assert metrics["val/bad_images"] == 1
-    names = {"loss", "top1", "top5", "real_top1"}
+    names = {"loss", "top1", "top5", "balanced_top1", "real_top1"}
     counts = {"num_images", "bad_images", "num_real"}
     assert set(metrics) == {
         *(f"val/{name}" for name in names | counts),

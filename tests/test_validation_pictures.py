@@ -65,6 +65,10 @@ def test_a_report_is_tables_and_pictures(tmp_path: Path, num_classes: int) -> No
     report = Report(confusions=found, worst=worst(5, num_classes=num_classes))
     np.testing.assert_array_equal(found.matrix(), matrix)
     assert found.top1 == pytest.approx(100 * np.trace(matrix) / matrix.sum())
+    # A class without images has no recall, and is no part of the mean.
+    recalls = [row[at] / row.sum() for at, row in enumerate(matrix) if row.sum()]
+    assert len(recalls) == num_classes - 1
+    assert found.balanced_top1 == pytest.approx(100 * np.mean(recalls))
     # As it travels to the driver.
     picture = pickle.loads(pickle.dumps(pictured({"val": report}, title="a run_$x")))
     picture.draw(tmp_path / picture.path)

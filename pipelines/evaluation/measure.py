@@ -19,7 +19,7 @@ from pipelines.config import Run
 from pipelines.data.batch import Batch
 from pipelines.errors import check_bad_share
 from pipelines.evaluation.held_out import HeldOut
-from pipelines.evaluation.report import Report
+from pipelines.evaluation.report import Confusions, Report
 from pipelines.evaluation.scores import ConfusionSums, RealSums, Seen, WorstSoFar
 from pipelines.hardware.device import upload
 from pipelines.hardware.row_limit import RowLimit
@@ -43,12 +43,16 @@ class Score:
     """Of the predictions among an image's ReaL labels; None where there are none."""
     num_real: int = 0
     """Images that have ReaL labels."""
+    balanced_top1: float | None = None
+    """Mean of the classes' recalls; None where the set is not described."""
 
     def values(self) -> dict[str, float]:
         """Return the measured values by name."""
         found = dataclasses.asdict(self)
         if self.real_top1 is None:
             del found["real_top1"], found["num_real"]
+        if self.balanced_top1 is None:
+            del found["balanced_top1"]
         return found
 
 
@@ -126,7 +130,7 @@ def narrowed(model: nn.Module, columns: tuple[int, ...] | None) -> nn.Module:
 
 
 class _Tally:
-    """Running sums of one model; for the first also confusions and worst images."""
+    """Running sums of one model; for the first also its worst images."""
 
     def __init__(
         self,
@@ -141,8 +145,10 @@ class _Tally:
         self._sums = MetricSums(device)
         self._real = None if real is None else RealSums(real)
         self._confusions = self._worst = None
-        if held_out is not None and is_first:
+        self._confused: Confusions | None = None
+        if held_out is not None:
             self._confusions = ConfusionSums(len(held_out.classes), device=device)
+        if held_out is not None and is_first:
             self._worst = WorstSoFar(
                 run.validation.num_worst,
                 img_size=run.model.img_size,
@@ -156,7 +162,7 @@ class _Tally:
         self._sums.add(
             logits, batch.labels, batch.weights, losses, num_bad=batch.num_bad
         )
-        if self._real is None and self._worst is None:
+        if self._real is None and self._confusions is None:
             return
         predictions = logits.topk(1, dim=1).indices
         seen = Seen(
@@ -176,6 +182,8 @@ class _Tally:
         """Reduce the sums over all workers: a collective."""
         means = self._sums.total()
         real_top1, num_real = self._real.total() if self._real else (None, 0)
+        if self._confusions is not None and self._held_out is not None:
+            self._confused = self._confusions.total(self._held_out.classes)
         return Score(
             loss=means["loss"],
             top1=means["top1"],
@@ -184,16 +192,14 @@ class _Tally:
             num_bad=means["num_bad"],
             real_top1=real_top1,
             num_real=num_real,
+            balanced_top1=self._confused.balanced_top1 if self._confused else None,
         )
 
     def report(self) -> Report | None:
-        """Gather confusions and worst images from all workers: a collective."""
-        if self._confusions is None or self._worst is None or self._held_out is None:
+        """Gather the worst images of all workers, after `score`: a collective."""
+        if self._confused is None or self._worst is None:
             return None
-        return Report(
-            confusions=self._confusions.total(self._held_out.classes),
-            worst=self._worst.total(),
-        )
+        return Report(confusions=self._confused, worst=self._worst.total())
 
 
 def _warn(line: str, max_rows: int) -> None:

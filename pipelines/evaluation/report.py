@@ -27,6 +27,16 @@ class Confusions:
         """Top-1 of all images in percent."""
         return 100 * float(self.num_right.sum()) / max(int(self.num_images.sum()), 1)
 
+    @property
+    def balanced_top1(self) -> float:
+        """Mean of the classes' recalls in percent: each class counts alike.
+
+        Of classes that the set has images of, as scikit-learn's balanced accuracy is.
+        """
+        has_any = self.num_images > 0
+        recalls = self.num_right[has_any] / self.num_images[has_any]
+        return 100 * float(recalls.mean()) if len(recalls) else 0.0
+
     def matrix(self) -> np.ndarray:
         """Build the confusion matrix as int64 (K, K): class by prediction."""
         assert self.pairs is not None
