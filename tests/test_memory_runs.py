@@ -122,25 +122,3 @@ def test_a_run_finds_what_fits_says_so_once_and_goes_on_with_it(
     other = weights_of(run, "told")
     for name, value in weights_of(run, "found").items():
         assert torch.equal(value, other[name]), name
-
-
-@pytest.mark.ray
-def test_several_workers_start_again_with_what_fits(
-    ray_local: None, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    scale = dataclasses.replace(run.scale, num_workers=2, max_failures=1)
-    optim = dataclasses.replace(run.optim, num_accumulation=2)
-    run = dataclasses.replace(run, scale=scale)
-    told, file, _ = given(dataclasses.replace(run, optim=optim), tmp_path, room=99)
-    fit(told, name="told", keep_model=False, code=read_code(file))
-    found, file, notes = given(run, tmp_path, room=8)
-    fit(found, name="found", keep_model=False, code=read_code(file))
-    said = capsys.readouterr().out
-    assert "training ran out of memory with 16 images at a time: 2 x 8 from" in said
-    assert "after a restart from the last checkpoint (the batch stays 32)" in said
-    of_training = rows(notes, training=1)
-    assert 1 <= of_training.count(16) <= 2
-    assert set(of_training) == {16, 8}
-    other = weights_of(run, "told")
-    for name, value in weights_of(run, "found").items():
-        assert torch.equal(value, other[name]), name
