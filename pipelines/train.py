@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 
 from pipelines import tracking
+from pipelines.checkpoints.run_record import find_record
 from pipelines.cli.command import parse, run_command
 from pipelines.cli.help_text import COMMON, help_text, wants_help
 from pipelines.cli.printed import command_line
@@ -29,12 +30,23 @@ from pipelines.driver.fit import fit
 from pipelines.driver.preflight import (
     check_one_name,
     check_same,
+    describe_fit,
     load_recorded,
     record_to_resume,
+    recorded_facts,
+    recorded_shards,
     run_and_storage,
+    shards_of_folders,
     with_absolute_paths,
+    without_recipes_val,
 )
 from pipelines.dry_run.command import show_dry_run
+from pipelines.evaluation.figures import (
+    ARTIFACT_FOLDER,
+    CONFUSION_FILE,
+    WORST_FILE,
+)
+from pipelines.evaluation.held_out import OWN_SET
 from pipelines.storage.redaction import without_credentials
 from pipelines.training.model import title_of
 from pipelines.worker.job import Trained
@@ -96,9 +108,15 @@ def _main(arguments: Sequence[str]) -> None:
     run = parse(Run, default=default, arguments=rest, prog=_PROG, text=__doc__)
     code = record.code if record else own_code_of(recipe)
     if record is not None:
+        run = recorded_shards(run, record=record)
         check_same(record.run, run)
+    else:
+        run = _with_shards(run, recipe, rest=rest, makes=not chosen.dry_run)
+        if run is None:
+            return
     if record is not None and recipe:
-        named = parse(Run, default=load_recipe(recipe), arguments=rest, prog=_PROG)
+        fitted = load_recipe(recipe, facts=recorded_facts(record))
+        named = parse(Run, default=fitted, arguments=rest, prog=_PROG)
         advice = f"leave out {recipe} to go on with what it began with"
         check_same(record.run, with_absolute_paths(named), advice=advice)
     if record and record.code:
@@ -111,14 +129,39 @@ def _main(arguments: Sequence[str]) -> None:
         return
     start_s = time.monotonic()
     trained = fit(run, name=name, record=record, code=code)
-    print_summary(trained, run=run, seconds=time.monotonic() - start_s)
+    print_summary(trained, run=run, name=name, seconds=time.monotonic() - start_s)
+
+
+def _with_shards(
+    run: Run, recipe: str, *, rest: Sequence[str], makes: bool
+) -> Run | None:
+    """Put shards in the place of folders of images, and fit the recipe to these.
+
+    None where nothing is to be made and nothing is there: what would be is printed.
+    """
+    found = shards_of_folders(run, typed=rest, makes=makes)
+    if found is None:
+        return run
+    fitted = load_recipe(recipe, facts=found.facts(run))
+    is_fitted = fitted != load_recipe(recipe)
+    if is_fitted:
+        run = parse(Run, default=fitted, arguments=rest, prog=_PROG)
+    run = found.put_in(without_recipes_val(run, typed=rest))
+    for line in found.lines:
+        print(line)
+    if is_fitted:
+        print(describe_fit(run, num_images=found.sets.num_train))
+    if found.lines:
+        print("the rest is shown once they are made, by the same command")
+        return None
+    return run
 
 
 def _new_name(run: Run) -> str:
     return f"{run.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def print_summary(trained: Trained, *, run: Run, seconds: float) -> None:
+def print_summary(trained: Trained, *, run: Run, name: str, seconds: float) -> None:
     """Print what a run came to, and what to type next."""
     metrics, folder = trained.metrics, trained.checkpoint
     uri = tracking.default_uri(with_absolute_paths(run).storage)
@@ -137,10 +180,21 @@ def print_summary(trained: Trained, *, run: Run, seconds: float) -> None:
         val = run.data.val or "SHARDS"
         best = trained.best or folder
         print(f"evaluate    {command_line('sovit-eval', best, val)}")
+        print(f"predict     {command_line('sovit-predict', best, val)}")
+    run_id = _mlflow_run_id(run, name=name)
+    for what, file in (("confusions", CONFUSION_FILE), ("worst", WORST_FILE)):
+        path = f"{ARTIFACT_FOLDER}/{OWN_SET}/{file}"
+        if picture := tracking.artifact_file(uri, run_id, path=path):
+            print(f"{what:11} {picture}")
     address = without_credentials(uri)
     is_server = address.startswith("http")
     ui = command_line("mlflow", "ui", "--backend-store-uri", address)
     print(f"compare     {address if is_server else ui}")
+
+
+def _mlflow_run_id(run: Run, *, name: str) -> str:
+    record = find_record(with_absolute_paths(run).storage, name=name)
+    return record.mlflow_run_id if record else ""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""Fine-tuning on birds, cars and aircraft, from a training on ImageNet-1K.
+"""Fine-tuning on a folder of your images, and on birds, cars and aircraft.
 
+    sovit-train finetune.folder --data.train ~/photos
     sovit-train finetune.isqrt_resnet50_birds --model.init-from CHECKPOINT
+
+The first fits itself to the images: docs/finetuning.md says how. The others are those
+of the papers, from a training on ImageNet-1K.
 
 CHECKPOINT is what `sovit-train gcp.isqrt_resnet50` printed at its end, or what else
 docs/finetuning.md lists. Hardware: one GPU with bfloat16 and 8 GB or more, by the
@@ -30,13 +34,96 @@ from __future__ import annotations
 
 import dataclasses
 
-from pipelines.config import Augment, Data, Optim, Run, Schedule
+import sovit
+from pipelines.config import (
+    Augment,
+    Data,
+    Facts,
+    Model,
+    Optim,
+    Run,
+    Scale,
+    Schedule,
+)
 from recipes import gcp
 from recipes._gpus import NUM_DECODE_THREADS, gpus_for
 from recipes._sgd import sgd, steps
 
 _CONSTANT = Schedule(kind="constant")
 _BATCH_SIZE = 10
+# Sides that photographs are not enlarged to, with the stride of a token.
+_SIZES = {32: 4, 64: 8, 96: 8, 128: 8, 160: 16, 224: 16}
+# A pixel costs a CPU too much for more: there a network of two blocks as well.
+_LARGEST_ON_CPUS = 96
+_ON_CPUS = {"depth": 2, "embed_dim": 96, "num_heads": 1}
+_NUM_STEPS = 1500
+_NOTHING_KNOWN = Facts(
+    num_images=3000,
+    num_classes=2,
+    short_side=max(_SIZES),
+    num_gpus=0,
+    num_cpus=1,
+    model="so_vit_7",
+    init_from="",
+)
+
+
+def folder(facts: Facts = _NOTHING_KNOWN) -> Run:
+    """Fine-tune a small So-ViT on a folder of images, or any other model named."""
+    on_cpus = not facts.num_gpus
+    most = _LARGEST_ON_CPUS if on_cpus else max(_SIZES)
+    fitting = [size for size in _SIZES if size <= min(facts.short_side, most)]
+    img_size = max(fitting, default=min(_SIZES))
+    batch_size = _batch_size(facts.num_images, most=32 if on_cpus else 128)
+    num_epochs = round(_NUM_STEPS * batch_size / facts.num_images)
+    return Run(
+        recipe="finetune.folder",
+        model=_folder_model(facts, img_size=img_size, is_small=on_cpus),
+        data=Data(
+            train="photos",
+            batch_size=batch_size,
+            exif="rotate",
+            num_decode_threads=min(facts.num_cpus, NUM_DECODE_THREADS),
+        ),
+        augment=Augment(crop_scale=(0.35, 1.0)),
+        optim=Optim(
+            lr=5e-4 if facts.init_from else 1e-3,
+            num_epochs=min(max(num_epochs, 10), 100),
+            warmup_epochs=1,
+            classifier_lr_scale=5.0 if facts.init_from else 1.0,
+            ema_decay=0.98,
+        ),
+        # One process needs no Ray, which takes seconds to start.
+        scale=Scale(
+            num_workers=facts.num_gpus if facts.num_gpus > 1 else 0,
+            use_gpu=not on_cpus,
+            cpus_per_worker=max(facts.num_cpus // max(facts.num_gpus, 1), 1),
+        ),
+        log_every_steps=20,
+    )
+
+
+def _batch_size(num_images: int, *, most: int) -> int:
+    """Choose a power of two that leaves an epoch ten steps, 4 at least."""
+    batch_size = 4
+    while 2 * batch_size <= min(num_images / 10, most):
+        batch_size *= 2
+    return batch_size
+
+
+def _folder_model(facts: Facts, *, img_size: int, is_small: bool) -> Model:
+    name = facts.model
+    if not name.startswith("so_vit_"):
+        return Model(name=name, img_size=img_size, init_from=facts.init_from)
+    # Weights that are given are of the whole network.
+    small = _ON_CPUS if is_small and not facts.init_from else {}
+    return Model(
+        name=name,
+        img_size=img_size,
+        init_from=facts.init_from,
+        pooling=sovit.default_pooling(name),
+        kwargs={"token_stride": _SIZES[img_size], **small},
+    )
 
 
 def mpncov_resnet50_birds() -> Run:

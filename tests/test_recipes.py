@@ -22,6 +22,10 @@ from sovit import SoViT
 ROOT = Path(__file__).parents[1]
 
 
+# Recipes of ours: no paper says how they train.
+OURS = ("demo.demo", "finetune.folder")
+
+
 def names() -> list[str]:
     modules = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py"))
     return [
@@ -75,7 +79,10 @@ def test_the_demo_pools_as_many_tokens_as_a_covariance_needs() -> None:
     assert not said
 
 
-@pytest.mark.parametrize("name", [n for n in names() if n != "demo.demo"])
+PAPERS = [name for name in names() if name not in OURS]
+
+
+@pytest.mark.parametrize("name", PAPERS)
 def test_a_recipe_keeps_its_batch_on_gpus_that_its_header_names(name: str) -> None:
     run = load_recipe(name)
     scale, num = run.scale, run.scale.num_workers
@@ -125,7 +132,7 @@ def test_rates_are_the_papers(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in names() if n.split(".")[0] != "imagenet"])
 def test_convolutional_networks_are_trained_by_plain_sgd(name: str) -> None:
     run = load_recipe(name)
-    if name.startswith(("demo", "deit_swin")):
+    if name in OURS or name.startswith("deit_swin"):
         assert run.optim.optimizer == "adamw"
         return
     optim = run.optim
@@ -137,7 +144,7 @@ def test_convolutional_networks_are_trained_by_plain_sgd(name: str) -> None:
     assert optim.warmup_epochs == run.augment.re_prob == 0
 
 
-@pytest.mark.parametrize("name", [n for n in names() if n.startswith("finetune")])
+@pytest.mark.parametrize("name", [n for n in PAPERS if n.startswith("finetune")])
 def test_fine_tuning_starts_from_weights_and_looks_at_the_mirror(name: str) -> None:
     run = load_recipe(name)
     assert run.model.init_from
@@ -154,7 +161,7 @@ def test_a_published_figure_stands_in_the_modules_header(name: str) -> None:
     top1 = load_recipe(name).published_top1
     header = importlib.import_module(f"recipes.{name.split('.')[0]}").__doc__ or ""
     if top1 is None:
-        assert name in ("demo.demo", "gcp.gaussian_resnet50")
+        assert name in (*OURS, "gcp.gaussian_resnet50")
         return
     cells = {cell.strip() for line in header.splitlines() for cell in line.split("|")}
     assert {str(top1), f"{top1:.2f}"} & cells

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Interpolation,
     )
     from pipelines.config.evaluation import Validation, named_addresses
+    from pipelines.config.facts import Facts
     from pipelines.config.optim import Optim, Schedule
     from pipelines.config.rand_augment import RandAugment, parse_rand_augment
     from pipelines.config.run import Model, Probe, Run, Scale
@@ -51,6 +52,7 @@ _MODULES = {
         "Interpolation",
     ),
     "evaluation": ("Validation", "named_addresses"),
+    "facts": ("Facts",),
     "optim": ("Optim", "Schedule"),
     "rand_augment": ("RandAugment", "parse_rand_augment"),
     "run": ("Model", "Probe", "Run", "Scale"),
@@ -69,6 +71,7 @@ __all__ = [
     "Augment",
     "Data",
     "Exif",
+    "Facts",
     "Interpolation",
     "Model",
     "Optim",

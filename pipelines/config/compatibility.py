@@ -41,5 +41,5 @@ READING = frozenset(
 )
 """Fields that change how fast the same batches come, in how many parts, and where a run
 is filed."""
-LOCATIONS = frozenset({"data.train", "data.val"})
-"""Folders of shards, for which the content counts, not the place."""
+LOCATIONS = frozenset({"data.train", "data.val", "data.val_share", "data.val_seed"})
+"""Where shards are, or how they are made of images: their content counts."""

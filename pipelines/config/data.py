@@ -72,9 +72,15 @@ class Data:
     """Shards that are read, in what order, and how pixels are made of them."""
 
     train: str
-    """Folder of training shards, as sovit-shards writes them."""
+    """Folder of training shards, as sovit-shards writes them, or of images, a folder
+    for each class: shards of these are made once, beside the runs."""
     val: str = ""
-    """Folder of held-out shards; not read with --validation.no-held-out."""
+    """Folder of held-out shards or images; not read with --validation.no-held-out."""
+    val_share: float | None = None
+    """Share of each class that is held out of a folder of images without --data.val;
+    0.1 if not set. Near-duplicates stay on one side."""
+    val_seed: int = 0
+    """Another seed holds out other images."""
     batch_size: int
     """Images a step sees, over all workers."""
     eval_batch_size: int = 256
@@ -127,6 +133,10 @@ class Data:
             self,
             "data.",
             **{name: (getattr(self, name) >= 1, "at least 1") for name in counts},
+            val_share=(
+                self.val_share is None or 0 < self.val_share < 1,
+                "0 < share < 1",
+            ),
             crop_pct=(0 < self.crop_pct <= 1, "0 < share <= 1"),
             std=(min(self.std) > 0, "three numbers above 0"),
             hw_decoder_load=(0 <= self.hw_decoder_load <= 1, "0 <= share <= 1"),

@@ -20,6 +20,7 @@ import timm
 
 from pipelines import config
 from pipelines.config.compatibility import RENAMED
+from pipelines.config.facts import Facts
 from pipelines.config.overrides import wrong_fields
 from pipelines.config.own_code import (
     OwnCode,
@@ -35,8 +36,8 @@ from pipelines.config.serialization import to_json
 _UNKNOWN = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
 
 
-def load_recipe(name: str) -> Run:
-    """Build the run of a recipe.
+def load_recipe(name: str, *, facts: Facts | None = None) -> Run:
+    """Build the run of a recipe, fitted to facts if they are given and it takes them.
 
     `imagenet.so_vit_14` is the function `so_vit_14` of `recipes/imagenet.py`, `demo`
     the function `demo` of `recipes/demo.py`, and `my/file.py:run` a function of your
@@ -44,7 +45,7 @@ def load_recipe(name: str) -> Run:
     fails, in one line.
     """
     if code := own_code_of(name):
-        return own_run(code, function=name.rpartition(":")[2])
+        return own_run(code, function=name.rpartition(":")[2], facts=facts)
     module_name, _, function = name.partition(".")
     function = function or module_name
     try:
@@ -57,7 +58,12 @@ def load_recipe(name: str) -> Run:
             "name a function of your own: my/file.py:run"
         ) from error
     check_named(function, found=recipes_of(module), module=module.__name__)
-    return _run_of(getattr(module, function)(), name=name)
+    return _run_of(_called(getattr(module, function), facts), name=name)
+
+
+def _called(function: Callable[..., object], facts: Facts | None) -> object:
+    takes = facts is not None and "facts" in inspect.signature(function).parameters
+    return function(facts=facts) if takes else function()
 
 
 def own_code_of(name: str) -> OwnCode | None:
@@ -75,7 +81,7 @@ def check_named(function: str, *, found: list[str], module: str) -> None:
         )
 
 
-def own_run(code: OwnCode, *, function: str) -> Run:
+def own_run(code: OwnCode, *, function: str, facts: Facts | None = None) -> Run:
     """Build the run of a function in a file of the user's own.
 
     Raises ValueError in one line where there is none, or it fails.
@@ -88,7 +94,8 @@ def own_run(code: OwnCode, *, function: str) -> Run:
         found.append(function)
     check_named(function, found=found, module=code.file)
     with explained(code):
-        run = _run_of(getattr(module, function)(), name=f"{code.file}:{function}")
+        built = _called(getattr(module, function), facts)
+        run = _run_of(built, name=f"{code.file}:{function}")
         if wrong := wrong_fields(run):
             raise ValueError(wrong[0])
         to_json(run)  # its record; a model's further arguments may be anything

@@ -15,6 +15,8 @@ from pipelines.evaluation.image_keys import read_keys
 from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering
 
+OWN_SET = "val"
+"""Prefix of metrics, and folder of pictures, of a run's own held-out set."""
 # The images of ImageNet's validation set go by their number, whoever has packed them:
 # folders and further words may stand around it.
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})(?!\d)")
@@ -41,7 +43,7 @@ class HeldOut:
     @property
     def prefix(self) -> str:
         """Prefix of its metrics, without the slash."""
-        return f"val_{self.name}" if self.name else "val"
+        return f"{OWN_SET}_{self.name}" if self.name else OWN_SET
 
 
 def held_out(

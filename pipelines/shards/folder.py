@@ -29,7 +29,7 @@ from pipelines.shards.sources import list_source
 from pipelines.shards.state import PLAN_FILE
 from pipelines.shards.stored import base_name, child
 from pipelines.shards.understanding import Understood, understand
-from pipelines.storage.filesystem import absolute
+from pipelines.storage.filesystem import absolute, parent_address
 from pipelines.storage.lease import claimed
 from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import is_remote, retrying
@@ -44,6 +44,7 @@ _VERSION = 1
 _DIGEST_CHARS = 12
 # Another command makes the same set: it is waited for.
 _PATIENCE_S = 3600.0
+_SIDES = ("train", "val")
 _OF_SHARDS = re.compile(r"--(?!data\.|storage)\w")
 
 
@@ -84,21 +85,32 @@ class FolderPlan:
 
     def found(self) -> FolderSets | None:
         """Read what was made before; None where it was not, or not to its end."""
-        try:
-            found = json.loads(StoragePath(self.place).within(SETS_FILE).read())
-            sets = FolderSets(**found["sets"])
-        except ConnectionError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        # The storage may have been moved since.
-        moved = {
-            name: child(self.place, name) for name in _SIDES if getattr(sets, name)
-        }
-        return dataclasses.replace(sets, **moved)
+        return _read_sets(self.place)
 
 
-_SIDES = ("train", "val")
+def read_folder_sets(train: str) -> FolderSets | None:
+    """Read what a training set was made of; None where it is none of a folder's."""
+    sets = _read_sets(parent_address(train)) if train else None
+    return sets if sets and sets.train == train else None
+
+
+def _read_sets(place: str) -> FolderSets | None:
+    try:
+        found = json.loads(StoragePath(place).within(SETS_FILE).read())
+        sets = FolderSets(**found["sets"])
+    except ConnectionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    # The storage may have been moved since.
+    moved = {name: child(place, name) for name in _SIDES if getattr(sets, name)}
+    return dataclasses.replace(sets, **moved)
+
+
+def is_shard_set(address: str) -> bool:
+    """Check whether an address is a folder of shards."""
+    file = StoragePath(absolute(address)).within(CLASSES_FILE)
+    return file.kind() == pafs.FileType.File
 
 
 def holds_images(address: str) -> bool:

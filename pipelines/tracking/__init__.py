@@ -10,6 +10,7 @@ from pipelines.tracking.metric_writer import MetricWriter
 from pipelines.tracking.provenance import provenance_tags
 from pipelines.tracking.registry import register_model
 from pipelines.tracking.runs import (
+    artifact_file,
     end_run,
     log_dataset,
     log_file,
@@ -26,6 +27,7 @@ __all__ = [
     "FigureWriter",
     "LateRun",
     "MetricWriter",
+    "artifact_file",
     "check_usable",
     "default_uri",
     "end_run",

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import unquote, urlsplit
 
 from pipelines.config.own_code import OwnCode
 from pipelines.storage.redaction import without_credentials
@@ -199,6 +200,22 @@ def read_text(uri: str, run_id: str, *, path: str) -> str:
     if not run_id:
         return ""
     return attempt(read, uri=uri, otherwise="", loss=f"{path} is not read")
+
+
+def artifact_file(uri: str, run_id: str, *, path: str) -> Path | None:
+    """Find a run's artifact on this machine; None where it is not on it."""
+    if not run_id:
+        return None
+    root = attempt(
+        lambda client: client.get_run(run_id).info.artifact_uri or "",
+        uri=uri,
+        otherwise="",
+        loss=f"{path} is not looked for",
+        create=False,
+    )
+    place = urlsplit(root)
+    file = Path(unquote(place.path), path)
+    return file if place.scheme in ("", "file") and file.is_file() else None
 
 
 def log_file(
