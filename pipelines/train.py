@@ -1,6 +1,7 @@
 """Train a recipe: `sovit-train RECIPE [--typed.overrides]`.
 
     sovit-train demo
+    sovit-train finetune.folder --data.train ~/photos
     sovit-train imagenet.so_vit_14 --data.train shards --scale.num-workers 8
     sovit-train --resume NAME
     sovit-train imagenet.so_vit_14 --dry-run --plot rate.png

@@ -34,6 +34,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import timm
+
 import sovit
 from pipelines.config import (
     Augment,
@@ -114,7 +116,14 @@ def _batch_size(num_images: int, *, most: int) -> int:
 def _folder_model(facts: Facts, *, img_size: int, is_small: bool) -> Model:
     name = facts.model
     if not name.startswith("so_vit_"):
-        return Model(name=name, img_size=img_size, init_from=facts.init_from)
+        known = timm.get_pretrained_cfg(name)
+        is_fixed = known is not None and known.fixed_input_size
+        return Model(
+            name=name,
+            img_size=img_size,
+            init_from=facts.init_from,
+            kwargs={"img_size": img_size} if is_fixed else {},
+        )
     # Weights that are given are of the whole network.
     small = _ON_CPUS if is_small and not facts.init_from else {}
     return Model(

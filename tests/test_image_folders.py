@@ -20,6 +20,7 @@ from pipelines.shards.folder import (
     plan_folder,
     sets_to_be,
 )
+from pipelines.storage.path import StoragePath
 from tests.small_sets import jpeg
 
 NUM_IMAGES = 12
@@ -198,13 +199,26 @@ def test_nothing_is_held_out_where_nothing_is_to_be(source: Path) -> None:
     assert (sets.val, sets.num_train) == ("", 24)
 
 
+def test_a_folder_in_a_bucket_is_one_too(source: Path, tmp_path: Path) -> None:
+    address = f"memory://{tmp_path.name}/photos"
+    for path in source.rglob("*.jpg"):
+        name = f"{path.parent.name}/{path.name}"
+        StoragePath(f"{address}/{name}").write(path.read_bytes())
+    assert holds_images(address)
+    plan = plan_folder(train=address, storage=str(tmp_path / "runs"))
+    sets = make_folder_sets(plan)
+    here = made(source)
+    assert (keys(sets.train), keys(sets.val)) == (keys(here.train), keys(here.val))
+    assert plan_folder(train=address, storage=str(tmp_path / "runs")).found() == sets
+
+
 @pytest.mark.parametrize(
     ("files", "refused"),
     [
         (["a.jpg", "b.jpg"], "a folder a class.*--labels.*options of sovit-shards"),
         (["cat/a.jpg", "cat/b.jpg"], "at least 2 classes"),
         (["x/cat/a.jpg", "x/dog/b.jpg"], "take what is in it"),
-        (["cat/a.txt", "dog/b.txt"], "found none"),
+        (["cat/a.txt", "dog/b.txt"], "got none"),
         (["train/a.jpg", "val/b.jpg"], "a folder a class in .*train"),
         (["dev/cat/a.jpg", "train/cat/a.jpg"], "holds the splits"),
     ],

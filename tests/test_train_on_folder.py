@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines import predict
 from pipelines.checkpoints.run_record import find_record, write_record
@@ -17,6 +18,7 @@ from pipelines.config import Data, Facts, Run
 from pipelines.config.recipes import load_recipe
 from pipelines.driver.image_folders import shards_of_folders
 from pipelines.train import _main
+from pipelines.training.model import build_model
 from recipes.finetune import folder
 from tests.mlflow_stores import prepare_store
 from tests.small_sets import jpeg
@@ -187,6 +189,8 @@ def test_the_recipe_takes_any_model_and_weights() -> None:
     assert "depth" not in folder(facts(init_from="file.pth")).model.kwargs
     model = folder(facts(model="resnet18")).model
     assert (model.pooling, dict(model.kwargs)) == (None, {})
+    fixed = folder(facts(model="vit_tiny_patch16_224")).model
+    assert build_model(fixed, num_classes=3)(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
     fitted = load_recipe("finetune.folder", facts=facts(model="resnet18"))
     assert fitted.model.name == "resnet18"
     assert load_recipe("demo", facts=facts()) == load_recipe("demo")

@@ -21,7 +21,8 @@ _LINE = re.compile(r"│ {7}(.*?) *│")
 # Not the user's to set: the recipe is named in front.
 _HIDDEN = "--recipe"
 COMMON = (
-    *("data.train", "data.val", "data.batch-size", "data.num-decode-threads"),
+    *("data.train", "data.val", "data.val-share"),
+    *("data.batch-size", "data.num-decode-threads"),
     *("model.name", "model.img-size", "model.init-from"),
     *("optim.lr", "optim.num-epochs", "optim.warmup-epochs", "optim.ema-decay"),
     *("scale.num-workers", "scale.use-gpu", "scale.compile", "scale.min-workers"),
