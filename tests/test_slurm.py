@@ -130,7 +130,7 @@ def submitted(run: Run, *, folder: Path, slurm: Path) -> str:
 def test_a_job_whose_time_is_over_is_queued_again_and_goes_on(
     slurm: Path, tmp_path: Path
 ) -> None:
-    run = brief_run(tmp_path, num_epochs=40)
+    run = brief_run(tmp_path, num_epochs=12)
     run = dataclasses.replace(
         run, scale=dataclasses.replace(run.scale, num_workers=1), log_every_steps=2
     )
