@@ -31,6 +31,11 @@ def check_sweep(run: Run, *, search: Search) -> None:
             "compared, got --validation.asynchronous or --validation.every-epochs; "
             "leave them out"
         )
+    if search.head_from and run.optim.class_weights != "none":
+        raise ValueError(
+            "expected heads on tokens to be tried by the loss of the trainings, got "
+            "--optim.class-weights, which heads don't have; leave it or --head-from out"
+        )
     if run.max_hours:
         raise ValueError(
             "expected trials that train to their end, got --max-hours; limit the sweep "

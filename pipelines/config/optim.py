@@ -91,6 +91,9 @@ class Optim:
     num_accumulation: int = 1
     """Gradient accumulation: micro-batches of a worker's share of a batch; more of
     them where memory runs out."""
+    class_weights: Literal["none", "inverse", "effective"] = "none"
+    """Weights of the classes in the loss, where these are of unequal size: the inverse
+    of each one's number of training images, or of its effective number."""
     label_smoothing: float = 0.1
     mixup: float = 0.0
     """Alpha of mixup's beta distribution; 0 is off."""

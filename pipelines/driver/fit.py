@@ -248,6 +248,7 @@ def _begun(
         train_shards=train_shards,
         val_shards=val_shards,
         held_out=checked.held_out,
+        class_counts=checked.class_counts,
         tracking_uri=uri,
         mlflow_run_id=tracked.run_id,
         code=record.code,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -41,6 +42,7 @@ from pipelines.driver.image_folders import recorded_shards as recorded_shards
 from pipelines.driver.image_folders import shards_of_folders as shards_of_folders
 from pipelines.driver.image_folders import without_recipes_val as without_recipes_val
 from pipelines.evaluation.held_out import HeldOut, held_out_of
+from pipelines.evaluation.image_keys import read_keys
 from pipelines.storage.filesystem import absolute
 from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary, without_credentials
@@ -62,6 +64,8 @@ class CheckedRun:
     val_shards: ShardSet | None
     """None for a run without a validation set."""
     held_out: tuple[HeldOut, ...]
+    class_counts: tuple[int, ...]
+    """Training images of each class; empty where no class is weighed."""
     few_tokens: str
     """A line on tokens too few for the model's pooling; "" where they suffice."""
 
@@ -108,8 +112,16 @@ def check_run(run: Run, *, reads_start: bool = True) -> CheckedRun:
         train_shards=train_shards,
         val_shards=val_shards,
         held_out=held_out,
+        class_counts=_class_counts(run, shards=train_shards),
         few_tokens=few_tokens,
     )
+
+
+def _class_counts(run: Run, *, shards: ShardSet) -> tuple[int, ...]:
+    if run.optim.class_weights == "none":
+        return ()
+    _, labels = read_keys(shards)
+    return tuple(np.bincount(labels, minlength=len(shards.classes)).tolist())
 
 
 def reserves_too_few(run: Run) -> str:

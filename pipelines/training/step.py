@@ -42,6 +42,8 @@ class TrainSettings:
     device: torch.device
     world_size: int = 1
     rank: int = 0
+    class_weights: Tensor | None = None
+    """float32 (K,) on the device: factors of the classes' terms of the loss."""
 
     @property
     def checkpoint_every_minutes(self) -> float:
@@ -170,13 +172,16 @@ def seed_step(step: int, *, settings: TrainSettings) -> None:
 
 
 def mixed(batch: Batch, *, settings: TrainSettings) -> tuple[Tensor, Tensor]:
-    """Return a batch's mixed images and smoothed, mixed targets for training."""
+    """Return a batch's mixed images, and its smoothed, weighted and mixed targets."""
     run = settings.run
     targets = smooth_targets(
         batch.labels,
         num_classes=settings.num_classes,
         smoothing=run.optim.label_smoothing,
     )
+    if settings.class_weights is not None:
+        # As PyTorch weighs soft targets; mixing is linear, so it may come after.
+        targets = targets * settings.class_weights
     # By the batch's place alone: all workers mix a step's images by the same share.
     draw_key = key(run.seed, batch.epoch, batch.index, batch.micro, Purpose.MIX)
     draw = draw_mix(run.optim, key=draw_key)

@@ -24,6 +24,8 @@ class Job:
     """What the run is evaluated on: its own held-out set, and any further ones."""
     tracking_uri: str
     mlflow_run_id: str
+    class_counts: tuple[int, ...] = ()
+    """Training images of each class, where the loss weighs classes."""
     keeps_model: bool = True
     """Whether to log the model, and pictures of its errors, to MLflow."""
     code: OwnCode | None = None
