@@ -58,7 +58,7 @@ test: $(READY)
 	@# side is ready first takes the hosts.
 	@dir=$$(mktemp -d); \
 	  hosts() { ! mkdir $$dir/hosts 2> /dev/null || { echo "tests on several hosts:"; \
-	    $(BIN)/python -m pytest -m cluster; }; }; \
+	    $(BIN)/python -m pytest -m "cluster and not slow"; }; }; \
 	  (echo "types:"; $(BIN)/pyright; types=$$?; echo "tests without Ray:"; \
 	    $(BIN)/python -m pytest -m "not ray and not cluster and not slow"; plain=$$?; \
 	    hosts && test $$types -eq 0 && test $$plain -eq 0) > $$dir/log 2>&1 & side=$$!; \

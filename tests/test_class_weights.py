@@ -20,7 +20,7 @@ from pipelines.driver.fit import fit
 from pipelines.driver.preflight import check_run
 from pipelines.training.class_weights import class_weights
 from pipelines.training.mixup import soft_cross_entropy
-from pipelines.training.step import TrainSettings, mixed
+from pipelines.training.step import mixed
 from tests.fault_runs import brief_run, learnt
 from tests.mlflow_stores import prepare_store
 from tests.small_runs import settings_of
@@ -64,10 +64,14 @@ def test_weights_are_the_papers() -> None:
 
 def test_the_loss_is_pytorchs_with_weights() -> None:
     """Of smoothed and mixed targets too."""
-    weights = torch.tensor([0.5, 1.0, 3.0])
     run = change_fields(RUN, {"optim.mixup": 0.8, "optim.label_smoothing": 0.1})
     settings = settings_of(run, steps_per_epoch=4)
-    weighing = dataclasses.replace(settings, class_weights=weights)
+    weighing = dataclasses.replace(
+        settings,
+        run=change_fields(run, {"optim.class_weights": "inverse"}),
+        class_counts=(6, 3, 1),
+    )
+    weights = class_weights(np.array([6, 3, 1]), kind="inverse")
     batch = batch_of(*pictures(4))
     logits = torch.randn(len(batch.labels), 3)
     _, plain = mixed(batch, settings=settings)
@@ -110,4 +114,3 @@ def test_heads_on_tokens_refuse_what_they_do_not_have(tmp_path: Path) -> None:
         check_sweep(run, search=Search(head_from="runs/a/epoch_0001"))
     with pytest.raises(ValueError, match="class_weights"):
         change_fields(run, {"optim.class_weights": "inverted"})
-    assert TrainSettings.class_weights is None

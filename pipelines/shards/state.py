@@ -48,7 +48,9 @@ def open_out(plan: Plan, *, listing: Listing, overwrite: bool = False) -> bool:
     out = plan.out
     kind = out.kind()
     if kind == pafs.FileType.File:
-        raise ValueError(f"expected a folder to write to, got {out}, a file")
+        raise ValueError(
+            f"expected a folder to write to, got {out}, a file; name another"
+        )
     if kind == pafs.FileType.NotFound:
         out.check_bucket()
     if overwrite:

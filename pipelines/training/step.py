@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from pipelines.data.position import Position
 from pipelines.hardware.device import is_out_of_memory, release_memory
 from pipelines.hardware.row_limit import RowLimit
 from pipelines.rng import Purpose, key
+from pipelines.training.class_weights import class_weights
 from pipelines.training.forward import autocast
 from pipelines.training.fsdp import update_average
 from pipelines.training.metrics import MetricSums
@@ -42,8 +45,16 @@ class TrainSettings:
     device: torch.device
     world_size: int = 1
     rank: int = 0
-    class_weights: Tensor | None = None
-    """float32 (K,) on the device: factors of the classes' terms of the loss."""
+    class_counts: tuple[int, ...] = ()
+    """Training images of each class; only needed where the loss weighs classes."""
+
+    @cached_property
+    def class_weights(self) -> Tensor | None:
+        """Factors of the classes' terms of the loss: float32 (K,), on the device."""
+        kind = self.run.optim.class_weights
+        if kind == "none":
+            return None
+        return class_weights(np.array(self.class_counts), kind=kind).to(self.device)
 
     @property
     def checkpoint_every_minutes(self) -> float:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from pipelines.config.recipes import load_code
 from pipelines.data.loader import Loader, reading_of
@@ -21,7 +18,6 @@ from pipelines.events.channel import Message, WorkerStarted
 from pipelines.hardware.device import autocast_dtype, is_gpu
 from pipelines.hardware.facts import worker_facts
 from pipelines.hardware.row_limit import RowLimit
-from pipelines.training.class_weights import class_weights
 from pipelines.training.gradient_probe import Prober
 from pipelines.training.step import TrainSettings
 from pipelines.worker.audit_log import AuditLog
@@ -52,7 +48,7 @@ class Worker:
             device=self.device,
             world_size=group.world_size,
             rank=group.rank,
-            class_weights=self._class_weights(job.class_counts),
+            class_counts=job.class_counts,
         )
         self.keeper = Checkpointer(job, group=group)
         self.state = self.keeper.state()
@@ -122,12 +118,6 @@ class Worker:
     def train(self) -> None:
         """Train to the end of the run, or until the driver asks to stop."""
         self.loop.train()
-
-    def _class_weights(self, counts: Sequence[int]) -> Tensor | None:
-        kind = self.run.optim.class_weights
-        if kind == "none":
-            return None
-        return class_weights(np.array(counts), kind=kind).to(self.device)
 
     def _tell_lowered(self, line: str, max_rows: int) -> None:
         self.group.post(Message(line=f"worker {self.rank}: {line}"))

@@ -39,7 +39,8 @@ _SUPPLIED = (
     *_UPLOADED * NUM_BATCHES,
 )
 _SUMMED = _LOGGED[1:]
-_WORST = "pipelines/evaluation/scores.py WorstSoFar"
+_SCORES = "pipelines/evaluation/scores.py"
+_WORST = f"{_SCORES} WorstSoFar"
 _EVALUATED = (
     # Once, before the first batch.
     "copies to the device, waiting: pipelines/evaluation/measure.py validate",
@@ -49,8 +50,12 @@ _EVALUATED = (
     "copies to the device, waiting: pipelines/evaluation/measure.py Narrowed.forward",
     "copies to the device: pipelines/evaluation/measure.py validate",
     # Once, after the last one: sums of both models, and the first one's images.
-    *(*_SUMMED, "reads a value: pipelines/evaluation/scores.py RealSums.total") * 2,
-    "copies to the host, waiting: pipelines/evaluation/scores.py ConfusionSums.total",
+    *(
+        *_SUMMED,
+        f"reads a value: {_SCORES} RealSums.total",
+        f"copies to the host, waiting: {_SCORES} ConfusionSums.total",
+    )
+    * 2,
     *(
         f"takes a shape from values: {_WORST}.total",
         f"copies to the host, waiting: {_WORST}.total",
