@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_read_is_refused_by_name(
     files = classes("cat", "dog") | {"cat/deep/0.jpg": jpeg(0)}
     source = write(tmp_path / "set", files)
     refusing(monkeypatch, name, function="scandir")
-    with pytest.raises(ValueError, match=rf"{name}, got 'Permission denied': make it"):
+    with pytest.raises(ValueError, match=rf"{name}, got 'Permission denied'; make it"):
         make(source, tmp_path / "out")
 
 
