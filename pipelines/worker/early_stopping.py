@@ -39,7 +39,7 @@ class EarlyStopping:
         return 0 < patience <= epoch - self._best_epoch
 
     def reason(self) -> str:
-        """Say why the training ends, in one line."""
+        """Describe in one line why the training ends."""
         return (
             f"ending early: val/{self._validation.metric} has not improved for "
             f"{self._validation.patience_epochs} epochs, the best was in epoch "
