@@ -39,7 +39,6 @@ from pipelines.driver.preflight import (
     run_and_storage,
     shards_of_folders,
     with_absolute_paths,
-    without_recipes_val,
 )
 from pipelines.dry_run.command import show_dry_run
 from pipelines.evaluation.figures import (
@@ -147,7 +146,7 @@ def _with_shards(
     is_fitted = fitted != load_recipe(recipe)
     if is_fitted:
         run = parse(Run, default=fitted, arguments=rest, prog=_PROG)
-    run = found.put_in(without_recipes_val(run, typed=rest))
+    run = found.put_in(run)
     for line in found.lines:
         print(line)
     if is_fitted:

@@ -32,6 +32,8 @@ class FolderShards:
     """Shard sets that stand for a run's folders of images."""
 
     sets: FolderSets
+    val: str = ""
+    """Address of the held-out set, these images' or another; "" where there is none."""
     lines: tuple[str, ...] = ()
     """What would be made, where nothing was; empty where the sets are there."""
 
@@ -54,7 +56,7 @@ class FolderShards:
         data = dataclasses.replace(
             run.data,
             train=self.sets.train or run.data.train,
-            val=self.sets.val or run.data.val,
+            val=self.val,
             val_share=None,
         )
         return dataclasses.replace(run, data=data)
@@ -74,22 +76,21 @@ def shards_of_folders(
     Returns None where both are shards. Raises ValueError where a folder could be two
     things, and for a share to hold out beside a set of held-out images or of shards.
     """
-    run = without_recipes_val(run, typed=typed)
+    run, lines = _without_recipes_val(run, typed=typed), []
     try:
         plan = _plan(run)
         if plan is None:
             return None
-        if makes:
-            return FolderShards(sets=make_folder_sets(plan))
-        if sets := plan.found():
-            return FolderShards(sets=sets)
-        sets, lines = sets_to_be(plan)
+        sets = make_folder_sets(plan) if makes else plan.found()
+        if sets is None:
+            sets, notes = sets_to_be(plan)
+            lines = [f"would make {plan.place}", *notes]
     except OSError as error:
         raise ValueError(str(error)) from error
-    return FolderShards(sets=sets, lines=(f"would make {plan.place}", *lines))
+    return FolderShards(sets=sets, val=sets.val or run.data.val, lines=tuple(lines))
 
 
-def without_recipes_val(run: Run, *, typed: Sequence[str]) -> Run:
+def _without_recipes_val(run: Run, *, typed: Sequence[str]) -> Run:
     """Drop a recipe's held-out set where another folder of images is trained on."""
     options = {word.partition("=")[0].replace("_", "-") for word in typed}
     is_others = "--data.train" in options and "--data.val" not in options

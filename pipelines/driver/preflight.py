@@ -40,7 +40,6 @@ from pipelines.driver.image_folders import describe_fit as describe_fit
 from pipelines.driver.image_folders import recorded_facts as recorded_facts
 from pipelines.driver.image_folders import recorded_shards as recorded_shards
 from pipelines.driver.image_folders import shards_of_folders as shards_of_folders
-from pipelines.driver.image_folders import without_recipes_val as without_recipes_val
 from pipelines.evaluation.held_out import HeldOut, held_out_of
 from pipelines.evaluation.image_keys import read_keys
 from pipelines.storage.filesystem import absolute
