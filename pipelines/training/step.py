@@ -69,8 +69,8 @@ class TrainSettings:
 def step_from(batch: Batch, batches: Iterator[Batch]) -> Iterator[Batch]:
     """Yield the micro-batches of the step that `batch` begins, and no further.
 
-    Each is requested when the one before is done, so that a step needs memory for one,
-    and waits for images between micro-batches.
+    Each is requested when the one before is done, so that a step waits for images
+    between micro-batches. A worker alone keeps them, to start the step over.
     """
     yield batch
     while not batch.ends_step:
