@@ -22,8 +22,9 @@ from mlflow.entities import Run as MlflowRun
 
 from pipelines import tracking
 from pipelines.driver.fit import fit
-from pipelines.tracking.client import PATIENCE, attempt
+from pipelines.tracking.client import PATIENCE, attempt, environment
 from tests.fault_runs import At, brief_run
+from tests.waiting import wait_for
 
 CLOSE_S = 120.0
 
@@ -82,8 +83,25 @@ def test_a_server_that_is_away_is_told_once_and_changes_nothing(
     writer = tracking.MetricWriter(away, "a" * 32)
     writer.log({"loss": 1.0, "top1": 2.0}, step=0)
     assert writer.close(0.2) == 2
-    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "9"
-    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
+
+    def is_as_before() -> bool:
+        tries = os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]
+        return tries == "9" and "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
+
+    # The writer's thread, left behind, may still be within its last try.
+    wait_for(is_as_before, what="MLflow's settings of before", seconds=60)
+
+
+def test_settings_of_threads_that_overlap_are_restored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LEFT", "before")
+    first, second = environment({"LEFT": "in"}), environment({"LEFT": "in"})
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert os.environ["LEFT"] == "before"
 
 
 def test_a_call_that_never_answers_is_left_behind(

@@ -17,6 +17,9 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
+from ray.util import remove_placement_group
+from ray.util.placement_group import PlacementGroup
+from ray.util.state import list_actors, list_placement_groups
 
 from pipelines.driver.cluster import ask_dashboard
 from pipelines.storage.redaction import error_summary
@@ -42,6 +45,7 @@ _QUIET = {
 }
 _FREE_TIMEOUT_S = 60.0
 _POLL_S = 1.0
+_MOST_LISTED = 10_000
 
 
 class NumberedOptuna(OptunaSearch):
@@ -204,22 +208,45 @@ def check_state_api() -> None:
 
 
 def wait_until_free(before: set[str]) -> None:
-    """Wait until the stopped trials' resources are released.
+    """Wait until the stopped trials' actors have ended; remove what they leave held.
+
+    Ray Train's cleaner misses the placement group of a controller that dies while it
+    starts its workers, and Ray keeps that for as long as the sweep's driver lives.
 
     Args:
-        before: Ids of the placement groups that existed before.
+        before: Ids of the actors and placement groups that there were before.
     """
     deadline_s = time.monotonic() + _FREE_TIMEOUT_S
-    while left := placement_groups() - before:
+    while left := live_actors() - before:
         if time.monotonic() > deadline_s:
-            logger.warning(
-                "%d placement groups of stopped trials are still held", len(left)
-            )
+            logger.warning("%d actors of stopped trials still run", len(left))
             return
         time.sleep(_POLL_S)
+    for group in placement_groups() - before:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
+
+
+def live_actors() -> set[str]:
+    """List this job's actors but detached ones, which no trial's end takes along."""
+    found = list_actors(
+        address=ray.get_runtime_context().gcs_address,
+        filters=[("job_id", "=", _job()), ("state", "!=", "DEAD")],
+        limit=_MOST_LISTED,
+        detail=True,
+    )
+    return {actor.actor_id for actor in found if not actor.is_detached}
 
 
 def placement_groups() -> set[str]:
-    """List the placement groups that hold, or wait for, resources."""
-    table = ray.util.placement_group_table()
-    return {name for name, group in table.items() if group["state"] != "REMOVED"}
+    """List this job's placement groups that hold, or wait for, resources."""
+    found = list_placement_groups(
+        address=ray.get_runtime_context().gcs_address,
+        filters=[("creator_job_id", "=", _job()), ("state", "!=", "REMOVED")],
+        limit=_MOST_LISTED,
+        detail=True,
+    )
+    return {group.placement_group_id for group in found}
+
+
+def _job() -> str:
+    return ray.get_runtime_context().get_job_id()

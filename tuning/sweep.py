@@ -34,6 +34,7 @@ from tuning.spaces import Space, list_settings
 from tuning.stage import (
     TRIAL_RESOURCES,
     check_state_api,
+    live_actors,
     optuna_of,
     placement_groups,
     run_stage,
@@ -288,7 +289,7 @@ def _try_heads(carried: _Carried, listed: Sequence[TrialRecord]) -> Ledger:
 
 def _watched(watch: TrialRecorder, run: Callable[[], None]) -> None:
     """Run a stage; wait until its stopped trials' resources are released."""
-    before = placement_groups()
+    before = live_actors() | placement_groups()
     try:
         run()
     finally:

@@ -132,8 +132,15 @@ def within_time(
 
 @contextmanager
 def environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables temporarily; MLflow reads them at each call."""
-    before = {name: os.environ.get(name) for name in settings}
+    """Set environment variables temporarily; MLflow reads them at each call.
+
+    Of threads that set the same value at a time, the first sets and restores it.
+    """
+    before = {
+        name: os.environ.get(name)
+        for name, value in settings.items()
+        if os.environ.get(name) != value
+    }
     os.environ.update(settings)
     try:
         yield
