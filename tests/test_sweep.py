@@ -14,10 +14,12 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
+from ray.actor import ActorClass
+from ray.util import placement_group
 
 from pipelines import tracking
 from pipelines.checkpoints.manifest import opened, read_manifest
@@ -32,7 +34,7 @@ from tests.test_bucket_run import addresses
 from tests.test_train import runs_of
 from tests.waiting import wait_for
 from tuning.search import _begun, _main, _split
-from tuning.stage import placement_groups
+from tuning.stage import live_actors, placement_groups, wait_until_free
 from tuning.trials.ledger import Ledger, Sweep, TrialRecord, read_sweep, write_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -167,6 +169,24 @@ def check_report(
     given = load_recipe(f"{folder}/recipe.py:small")
     expected = change_fields(given, least.setting)
     assert set(differing(expected, best)) <= {"recipe", "num_checkpoints_to_keep"}
+
+
+@pytest.mark.ray
+def test_what_a_dead_controller_left_held_is_removed(ray_local: None) -> None:
+    """Ray keeps an actor's placement group for as long as its driver lives."""
+
+    class Controller:
+        def start_workers(self) -> bool:
+            return placement_group([{"CPU": 0.1}]).wait(60)
+
+    before = live_actors() | placement_groups()
+    controller: Any = cast(ActorClass, ray.remote(num_cpus=0)(Controller)).remote()
+    assert ray.get(controller.start_workers.remote())
+    ray.kill(controller)
+    wait_for(lambda: live_actors() <= before, what="the controller's end")
+    assert placement_groups() - before, "Ray removes it: the sweep need not any more"
+    wait_until_free(before)
+    assert placement_groups() <= before
 
 
 @pytest.mark.ray

@@ -228,7 +228,7 @@ def wait_until_free(before: set[str]) -> None:
 
 def live_actors() -> set[str]:
     """List this job's actors but detached ones, which no trial's end takes along."""
-    found = list_actors(
+    found: list[Any] = list_actors(
         address=ray.get_runtime_context().gcs_address,
         filters=[("job_id", "=", _job()), ("state", "!=", "DEAD")],
         limit=_MOST_LISTED,
@@ -239,7 +239,7 @@ def live_actors() -> set[str]:
 
 def placement_groups() -> set[str]:
     """List this job's placement groups that hold, or wait for, resources."""
-    found = list_placement_groups(
+    found: list[Any] = list_placement_groups(
         address=ray.get_runtime_context().gcs_address,
         filters=[("creator_job_id", "=", _job()), ("state", "!=", "REMOVED")],
         limit=_MOST_LISTED,
