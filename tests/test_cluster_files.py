@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,12 @@ _PLACES = re.compile(
 )
 _START = re.compile(r"\bray start\b")
 
+IMAGE = ROOT / "clusters" / "Dockerfile"
+
 by_name = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+by_name_or_image = pytest.mark.parametrize(
+    "path", [*FILES, IMAGE], ids=lambda path: path.name
+)
 launched = pytest.mark.parametrize("path", LAUNCHED, ids=lambda path: path.name)
 
 
@@ -126,9 +132,9 @@ def test_nothing_listens_beyond_loopback(path: Path) -> None:
     assert "::/0" not in text
 
 
-@by_name
+@by_name_or_image
 def test_images_are_pinned_to_our_ray(path: Path) -> None:
-    documents = _documents(path)
+    documents = [] if path == IMAGE else _documents(path)
     images = {
         image
         for key in ("image", "head_image", "worker_image")
@@ -144,10 +150,10 @@ def test_images_are_pinned_to_our_ray(path: Path) -> None:
     assert ray.__version__.startswith(f"{pin}.")
     assert all(f"{ray.__version__}-py311" in image for image in images), images
     assert set(_values(documents, key="rayVersion")) <= {ray.__version__}
-    assert images or path.name not in ("cluster.yaml", "kuberay.yaml")
+    assert images or path.name not in ("cluster.yaml", "kuberay.yaml", IMAGE.name)
 
 
-@by_name
+@by_name_or_image
 def test_pins_are_those_that_are_tested(path: Path) -> None:
     pins = (ROOT / "requirements-dev.txt").read_text().splitlines()
     for package in re.findall(r"\b[a-z0-9]+==[0-9.]+\b", path.read_text()):
@@ -166,6 +172,33 @@ def test_what_is_to_be_filled_in_is_marked(path: Path) -> None:
             block -= 1
         above = lines[block - 1] if lines[block].endswith(">-") else ""
         assert "EDIT" in line + above, line
+
+
+def test_the_image_is_made_of_what_is_committed(tmp_path: Path) -> None:
+    """Run the Dockerfile's steps, but its base and its packages of gigabytes."""
+    context, root = tmp_path / "context", tmp_path / "root"
+    for folder in (context, root / "tmp"):
+        folder.mkdir(parents=True)
+    archive = subprocess.run(
+        ["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True
+    )
+    subprocess.run(["tar", "-x"], cwd=context, input=archive.stdout, check=True)
+    steps = [line.split() for line in IMAGE.read_text().splitlines() if line]
+    for step, *words in (words for words in steps if words[0] in ("COPY", "RUN")):
+        if step == "COPY":
+            what, where = (word for word in words if not word.startswith("--"))
+            subprocess.run(["cp", "-r", context / what, f"{root}{where}"], check=True)
+        elif "--no-deps" in words:
+            text = " ".join(words).replace("/tmp/", f"{root}/tmp/")
+            text = text.replace("--system", f"--target {root}/installed")
+            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+            subprocess.run(
+                ["bash", "-ec", text], check=True, env={**os.environ, "PATH": path}
+            )
+    for package in ("sovit", "pipelines", "recipes", "tuning"):
+        assert (root / "installed" / package / "__init__.py").is_file()
+    assert (root / "tmp" / "requirements.txt").is_file()
+    assert not (root / "tmp" / "sovit").exists()
 
 
 def test_mlflow_is_started_once(tmp_path: Path) -> None:
