@@ -28,6 +28,7 @@ HOMES = {
         "pipelines/driver/failures.py",
         "pipelines/driver/launch_local.py",
         "pipelines/driver/launch_ray.py",
+        "pipelines/driver/run_channel.py",
         "pipelines/driver/fit.py",
         "pipelines/worker/opener.py",
         "pipelines/worker/ray_group.py",
@@ -214,7 +215,7 @@ def test_workers_do_not_know_mlflow() -> None:
 
 STARTED_OFTEN = (
     "pipelines.data.reading",
-    "pipelines.events.channel",
+    "pipelines.driver.run_channel",
     "pipelines.training.probe_figure",
     "pipelines.evaluation.figures",
     "pipelines.driver.failures",

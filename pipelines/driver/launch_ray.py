@@ -21,9 +21,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines.config import Scale
 from pipelines.driver.async_evaluation import Validator
 from pipelines.driver.cluster import has_dashboard, per_worker
-from pipelines.driver.failures import StopOnValueError, end_of
+from pipelines.driver.failures import StopOnValueError
+from pipelines.driver.run_channel import RunChannel
 from pipelines.errors import RunFailedError
-from pipelines.events.channel import Channel, Event, Sink, consumed, wait_until_handled
+from pipelines.events.channel import Event, Sink, consumed, wait_until_handled
 from pipelines.storage.filesystem import open_filesystem
 from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary
@@ -176,18 +177,6 @@ def _num_text(scale: Scale) -> str:
     return f"{least}{scale.num_workers}"
 
 
-class _RunChannel(Channel):
-    """Channel whose process also runs Ray Train, in a thread of its own."""
-
-    def fit(self, trainer: ray.train.torch.TorchTrainer) -> Exception | None:
-        """Train; return the failure, or None."""
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            return end_of(error)
-        return None
-
-
 def _start_channel(scale: Scale) -> ActorHandle:
     """Start the channel on the driver's node; it reserves no CPU."""
     here = NodeAffinitySchedulingStrategy(
@@ -195,7 +184,7 @@ def _start_channel(scale: Scale) -> ActorHandle:
     )
     # Ray's annotations know no concurrency groups.
     remote = cast(Any, ray.remote)(num_cpus=0, concurrency_groups={_FIT: 1})
-    actor = cast(ActorClass, remote(_RunChannel)).options(
+    actor = cast(ActorClass, remote(RunChannel)).options(
         scheduling_strategy=here, runtime_env={"env_vars": train_environment(scale)}
     )
     return cast(ActorHandle, actor.remote())
