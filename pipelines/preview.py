@@ -27,6 +27,7 @@ from pipelines.data.loader import pixel_settings, reading_of
 from pipelines.data.shard_set import read_shard_set
 from pipelines.data.stream import LocalOpener, Plans
 from pipelines.driver.preflight import with_absolute_paths
+from pipelines.evaluation.image_keys import with_labels
 from pipelines.hardware.device import find_device
 from pipelines.transforms.color_ops import Op
 from pipelines.transforms.decoder import BatchDecoder
@@ -47,6 +48,8 @@ def preview(run: Run, *, num_images: int, num_epochs: int, path: Path) -> None:
     data = dataclasses.replace(run.data, decode_on="workers")
     run = dataclasses.replace(run, data=data)
     shards = read_shard_set(run.data.train)
+    if run.data.balance:
+        shards = with_labels(shards)
     plan = Plans(shards=shards, run=run, train=True).plan(0)
     opener = LocalOpener(reading_of(shards, run=run))
     opener.prepare(lambda: [plan.unit(0)])

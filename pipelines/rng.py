@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     JITTER = 8
     ERASE = 9
     INTERPOLATION = 10
+    BALANCE = 11
 
 
 def mix64(values: np.ndarray) -> np.ndarray:

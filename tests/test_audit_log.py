@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pipelines.data.batch import Batch
+from pipelines.transforms.rows import DRAW_STRIDE
 from pipelines.worker.audit_log import AuditLog, trained
 
 
@@ -30,18 +31,19 @@ def batch(*draw_ids: int, epoch: int = 0) -> Batch:
 def write(
     folder: Path, *, attempt: int, step: int, rank: int, batches: list[Batch]
 ) -> None:
-    log = AuditLog(folder, attempt=attempt, step=step, rank=rank, num_repeats=2)
+    log = AuditLog(folder, attempt=attempt, step=step, rank=rank)
     for at, item in enumerate(batches):
         log(item, step + at)
     log.close()
 
 
 def test_an_attempt_makes_void_what_came_after_its_start(tmp_path: Path) -> None:
+    again = DRAW_STRIDE  # the image of row 0 once more
     write(
-        tmp_path, attempt=5, step=0, rank=0, batches=[batch(0, 2), batch(4), batch(6)]
+        tmp_path, attempt=5, step=0, rank=0, batches=[batch(0, 1), batch(2), batch(3)]
     )
-    write(tmp_path, attempt=5, step=0, rank=1, batches=[batch(1), batch(5, -1)])
-    write(tmp_path, attempt=9, step=1, rank=0, batches=[batch(8), batch(10, epoch=1)])
+    write(tmp_path, attempt=5, step=0, rank=1, batches=[batch(again), batch(7, -1)])
+    write(tmp_path, attempt=9, step=1, rank=0, batches=[batch(4), batch(5, epoch=1)])
     found = [
         (item.step, item.epoch, item.row, item.repeat) for item in trained(tmp_path)
     ]
@@ -76,5 +78,5 @@ def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, attempt=0, step=0, rank=0, batches=[batch(3), batch(4)])
     (path,) = tmp_path.glob("*.csv")
     path.write_text(path.read_text()[:-8])
-    assert [item.row for item in trained(tmp_path)] == [1]
+    assert [item.row for item in trained(tmp_path)] == [3]
     assert trained(tmp_path / "none") == []

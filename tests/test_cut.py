@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import Run
+from pipelines.config.overrides import change_fields
 from pipelines.config.serialization import to_json
 from pipelines.worker.audit_log import trained
 from tests.demo_runs import RECIPE
@@ -21,9 +22,10 @@ SEED = 20261127
 NUM_STEPS = 30
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
+@pytest.fixture(params=[0.0, 1.0], ids=["plain", "balanced"])
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> Run:
     run = brief_run(tmp_path, num_epochs=3)
+    run = change_fields(run, {"data.balance": request.param})
     prepare_store(run.storage)
     scale = dataclasses.replace(run.scale, deterministic=True)
     return dataclasses.replace(run, scale=scale)

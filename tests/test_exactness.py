@@ -1,4 +1,4 @@
-"""Every image once an epoch, whatever happens: random histories of a training.
+"""Every image as often as planned, whatever happens: random histories of a training.
 
 A history is a set of uneven shards with bad images in it, and a sequence of attempts:
 each begins at the last checkpoint with some number of workers and is killed after some
@@ -28,7 +28,8 @@ from pipelines.data.reading import Cutter
 from pipelines.data.shard_set import ShardSet
 from pipelines.data.stream import EpochStream, Plans
 from pipelines.transforms.decoder import Decoded
-from pipelines.transforms.rows import ROW_ID, BadImage, Rows
+from pipelines.transforms.rows import REPEAT, ROW_ID, BadImage, Rows
+from tests.small_sets import uneven_labels
 
 CPU = torch.device("cpu")
 NUM_EPOCHS = 3
@@ -62,7 +63,9 @@ class History:
 def histories(draw: st.DrawFn) -> History:
     files = draw(st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=4))
     files.append([draw(st.integers(3, 9))])
-    repeats = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    repeats, balance = draw(
+        st.sampled_from([(1, 0.0), (2, 0.0), (3, 0.0), (1, 0.5), (1, 1.0)])
+    )
     num_micro = draw(st.integers(1, 2))
     run = Run(
         recipe="history",
@@ -72,6 +75,7 @@ def histories(draw: st.DrawFn) -> History:
             val="v",
             batch_size=repeats * draw(st.integers(2 * num_micro, 12)),
             shuffle_rows=draw(st.integers(1, 40)),
+            balance=balance,
         ),
         augment=Augment(num_repeats=repeats),
         optim=Optim(
@@ -92,7 +96,13 @@ def histories(draw: st.DrawFn) -> History:
     )
     return History(
         run=run,
-        shards=ShardSet(address="none", classes=("c",), groups=groups, digest=""),
+        shards=ShardSet(
+            address="none",
+            classes=("a", "b", "c", "d", "e"),
+            groups=groups,
+            digest="",
+            labels=uneven_labels(groups.total_rows),
+        ),
         checkpoint_every=draw(st.integers(1, 7)),
         bad_share=draw(st.sampled_from([0.0, 0.1, 0.5])),
         attempts=draw(st.lists(attempt, max_size=5)),
@@ -116,14 +126,15 @@ class MemoryOpener:
 
     def _tables(self, units: list[Unit]) -> Iterator[pa.Table]:
         for unit in units:
-            ids = [i + s.first_id for s in unit.slices for i in range(s.start, s.stop)]
+            ids = unit.ids()
             rows = pa.table(
                 {
                     "label": np.zeros(len(ids), np.int64),
                     "key": [str(i) for i in ids],
                     "width": np.ones(len(ids), np.int32),
                     "height": np.ones(len(ids), np.int32),
-                    ROW_ID: np.array(ids, np.int64),
+                    ROW_ID: ids,
+                    REPEAT: np.concatenate([s.taken()[1] for s in unit.slices]),
                 }
             )
             cutter = Cutter(unit, rows=rows, images=[np.empty(0, np.uint8)] * len(ids))
@@ -163,7 +174,9 @@ class ShowRows:
             weights=weights,
             draw_ids=np.full(self.num_rows, -1),
             bad=tuple(
-                BadImage(row_id=0, key="", reason="bad") for is_bad in bad if is_bad
+                BadImage(row_id=0, key="", reason="bad", repeat=int(repeat))
+                for is_bad, repeat in zip(bad, rows.repeats, strict=True)
+                if is_bad
             ),
         )
 
@@ -245,7 +258,9 @@ def live(history: History) -> tuple[list[tuple[int, int, int]], int]:
 
 @given(history=histories())
 @settings(max_examples=300, deadline=None)
-def test_the_surviving_weights_saw_every_good_image_once(history: History) -> None:
+def test_the_surviving_weights_saw_every_good_image_as_planned(
+    history: History,
+) -> None:
     repeats = history.run.augment.num_repeats
     total = history.shards.groups.total_rows
     with pytest.MonkeyPatch.context() as patch:
@@ -256,15 +271,20 @@ def test_the_surviving_weights_saw_every_good_image_once(history: History) -> No
     good = [row for row in range(total) if not history.is_bad(row)]
     # With repeated augmentation a pass over the set takes as many epochs.
     seen = Counter((epoch // repeats, row, repeat) for epoch, row, repeat in kept)
+    times = np.full((NUM_EPOCHS, total), repeats)  # once, repeated
+    balance = Plans(shards=history.shards, run=history.run, train=True).balance
+    if balance is not None:
+        times = np.stack([balance.showings(epoch) for epoch in range(NUM_EPOCHS)])
     wanted = {
         (whole_pass, row, repeat)
         for whole_pass in range(NUM_EPOCHS)
         for row in good
-        for repeat in range(repeats)
+        for repeat in range(times[whole_pass, row])
     }
     assert set(seen) == wanted
     assert set(seen.values()) <= {1}
-    assert num_bad == (total - len(good)) * repeats * NUM_EPOCHS
+    # A bad image counts once, however often it comes in an epoch.
+    assert num_bad == (np.delete(times, good, axis=1) > 0).sum()
 
 
 def test_the_histories_contain_what_they_should() -> None:
@@ -282,6 +302,7 @@ def test_the_histories_contain_what_they_should() -> None:
     assert sizes == set(range(1, 9))
     assert sum(history.bad_share > 0 for history in found) > 20
     assert sum(history.run.augment.num_repeats > 1 for history in found) > 10
+    assert sum(history.run.data.balance > 0 for history in found) > 20
 
 
 def test_a_lost_row_would_be_noticed() -> None:

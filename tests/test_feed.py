@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipelines.config import Augment, Data
+from pipelines.data.balance import Balance
 from pipelines.data.batch import Batch
 from pipelines.data.batching import Shape, batches
 from pipelines.data.epoch_plan import EpochPlan, plan_epoch
@@ -22,7 +24,7 @@ from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.transforms.decoder import BatchDecoder, Decoded
 from pipelines.transforms.rows import Rows, rows_of
 from pipelines.transforms.sampling import PixelSettings
-from tests.small_sets import worker_tables, write_set
+from tests.small_sets import uneven_labels, worker_tables, write_set
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 12
@@ -143,7 +145,12 @@ def test_resuming_feeds_the_rest(shards: ShardSet) -> None:
 
 
 def pixels(
-    shards: ShardSet, *, num_workers: int, augment: Augment, decode_on: Any = "workers"
+    shards: ShardSet,
+    *,
+    num_workers: int,
+    augment: Augment,
+    decode_on: Any = "workers",
+    balance: Balance | None = None,
 ) -> dict[tuple[int, int], Tensor]:
     """Give every image of an epoch by row and repetition, as some workers see it."""
     data = Data(train="t", val="v", batch_size=BATCH_SIZE, decode_on=decode_on)
@@ -157,6 +164,7 @@ def pixels(
         seed=3,
         epoch=1,
         num_repeats=augment.num_repeats,
+        balance=balance,
     )
     found: dict[tuple[int, int], Tensor] = {}
     num_rows = math.ceil(BATCH_SIZE / num_workers)
@@ -199,6 +207,24 @@ def test_pixels_do_not_depend_on_the_number_of_workers(
     assert not any(
         torch.equal(alone[row, 0], alone[row, 1]) for row, time in alone if time
     )
+
+
+@pytest.mark.parametrize("decode_on", ["workers", "readers"])
+def test_showings_of_a_balanced_epoch_are_augmented_anew(
+    shards: ShardSet, decode_on: str
+) -> None:
+    labels = uneven_labels(NUM_ROWS)
+    balance = Balance(labels, exponent=1, num_classes=5, seed=2)
+    once = dataclasses.replace(ALL, num_repeats=1)
+    settings: Any = {"augment": once, "balance": balance, "decode_on": decode_on}
+    alone = pixels(shards, num_workers=1, **settings)
+    together = pixels(shards, num_workers=3, **settings)
+    times = balance.showings(1)
+    assert times.max() > 4
+    wanted = [(i, s) for i, num in enumerate(times) for s in range(num)]
+    assert sorted(alone) == sorted(together) == wanted
+    assert all(torch.equal(together[name], alone[name]) for name in alone)
+    assert len({value.numpy().tobytes() for value in alone.values()}) == NUM_ROWS
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.data.balance import Balance
 from pipelines.data.epoch_plan import EpochPlan, GroupTable, Unit, plan_epoch, share
+from tests.small_sets import uneven_labels
 
 FILES = st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=5)
 SOME_ROWS = FILES.filter(lambda files: sum(map(sum, files)) > 0)
@@ -23,6 +25,7 @@ SETTINGS = st.fixed_dictionaries(
         "shuffle": st.booleans(),
     }
 )
+EXPONENTS = st.sampled_from([0.0, 0.0, 0.5, 1.0])
 
 
 def table(files: list[list[int]]) -> GroupTable:
@@ -34,8 +37,19 @@ def table(files: list[list[int]]) -> GroupTable:
 
 
 def ids_of(unit: Unit) -> list[int]:
-    ranges = [np.arange(s.start, s.stop) + s.first_id for s in unit.slices]
-    return np.concatenate(ranges)[unit.order()].tolist()
+    return unit.ids()[unit.order()].tolist()
+
+
+def balanced(
+    groups: GroupTable, arguments: dict, *, exponent: float
+) -> tuple[dict, np.ndarray]:
+    """Give a plan's arguments, balanced, and how often the epoch shows each row."""
+    if not exponent:
+        return arguments, np.ones(groups.total_rows)
+    labels = uneven_labels(groups.total_rows)
+    balance = Balance(labels, exponent=exponent, num_classes=5, seed=7)
+    showings = balance.showings(arguments["epoch"])
+    return {**arguments, "shuffle": True, "balance": balance}, showings
 
 
 def batches_of(plan: EpochPlan, *, start_batch: int = 0) -> dict[int, list[int]]:
@@ -50,17 +64,19 @@ def batches_of(plan: EpochPlan, *, start_batch: int = 0) -> dict[int, list[int]]
     return found
 
 
-@given(files=SOME_ROWS, arguments=SETTINGS, resume=st.floats(0, 1))
-@settings(max_examples=150, deadline=None)
-def test_every_row_comes_once_and_resuming_gives_the_rest(
-    files: list[list[int]], arguments: dict, resume: float
+@given(files=SOME_ROWS, arguments=SETTINGS, exponent=EXPONENTS, resume=st.floats(0, 1))
+@settings(max_examples=200, deadline=None)
+def test_every_row_comes_as_often_as_it_should_and_resuming_gives_the_rest(
+    files: list[list[int]], arguments: dict, exponent: float, resume: float
 ) -> None:
     groups = table(files)
+    arguments, showings = balanced(groups, arguments, exponent=exponent)
     plan = plan_epoch(groups, **arguments)
     found = batches_of(plan)
     assert list(found) == list(range(plan.shape.num_batches))
     ids = [i for batch in found.values() for i in batch]
-    assert sorted(ids) == list(range(groups.total_rows))
+    assert np.bincount(ids, minlength=groups.total_rows).tolist() == showings.tolist()
+    assert len(ids) == groups.total_rows
     if not arguments["shuffle"]:
         assert ids == sorted(ids)
     sizes = [len(batch) for batch in found.values()]
@@ -70,12 +86,14 @@ def test_every_row_comes_once_and_resuming_gives_the_rest(
     assert batches_of(plan, start_batch=start) == rest
 
 
-@given(files=SOME_ROWS, arguments=SETTINGS)
-@settings(max_examples=80, deadline=None)
+@given(files=SOME_ROWS, arguments=SETTINGS, exponent=EXPONENTS)
+@settings(max_examples=100, deadline=None)
 def test_units_are_whole_batches_of_rows_that_their_groups_have(
-    files: list[list[int]], arguments: dict
+    files: list[list[int]], arguments: dict, exponent: float
 ) -> None:
-    plan = plan_epoch(table(files), **arguments)
+    groups = table(files)
+    arguments, _ = balanced(groups, arguments, exponent=exponent)
+    plan = plan_epoch(groups, **arguments)
     units = list(plan.units())
     firsts = {
         (f"{file:03d}.parquet", at): sum(map(sum, files[:file])) + sum(of[:at])
@@ -87,9 +105,13 @@ def test_units_are_whole_batches_of_rows_that_their_groups_have(
         assert unit.first_batch * unit.batch_size == index * plan.shape.unit_rows
         assert unit.ends_epoch == (index == len(units) - 1)
         assert sum(s.stop - s.start for s in unit.slices) == unit.num_rows
+        assert len(unit.ids()) == unit.num_rows
         for piece in unit.slices:
             num_rows = files[int(piece.path[:3])][piece.place]
-            assert 0 <= piece.start <= piece.stop <= num_rows
+            rows, _ = piece.taken()
+            assert 0 <= rows.min() <= rows.max() < num_rows
+            if not exponent:
+                assert 0 <= piece.start < piece.stop <= num_rows
             assert piece.first_id == firsts[piece.path, piece.place]
 
 

@@ -96,9 +96,7 @@ def as_planned(run: Run) -> list[Trained]:
     data = dataclasses.replace(run.data, num_decode_threads=2)
     shards = read_shard_set(run.data.train)
     supply = supply_of(dataclasses.replace(run, data=data), shards=shards)
-    log = AuditLog(
-        Path(run.storage).parent / "planned", attempt=0, step=0, rank=0, num_repeats=1
-    )
+    log = AuditLog(Path(run.storage).parent / "planned", attempt=0, step=0, rank=0)
     step = 0
     for batch in supply:
         log(batch, step)

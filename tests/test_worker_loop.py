@@ -73,7 +73,7 @@ def test_the_audit_log_has_what_was_trained_on_and_not_what_failed(
             raise RuntimeError("as the test wants it")
 
     state.model.register_forward_pre_hook(fail)
-    log = AuditLog(tmp_path, attempt=1, step=0, rank=0, num_repeats=1)
+    log = AuditLog(tmp_path, attempt=1, step=0, rank=0)
     settings = settings_of(RUN, steps_per_epoch=10)
     with (
         small_loop(state, parts_of_steps(2), settings=settings, audit_log=log) as loop,

@@ -36,6 +36,11 @@ def check_sweep(run: Run, *, search: Search) -> None:
             "expected heads on tokens to be tried by the loss of the trainings, got "
             "--optim.class-weights, which heads don't have; leave it or --head-from out"
         )
+    if search.head_from and run.data.balance:
+        raise ValueError(
+            "expected heads on tokens, which come once an epoch, got --data.balance; "
+            "leave it or --head-from out"
+        )
     if run.max_hours:
         raise ValueError(
             "expected trials that train to their end, got --max-hours; limit the sweep "

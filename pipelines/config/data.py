@@ -87,6 +87,10 @@ class Data:
     """Images an evaluation step sees, over all workers."""
     eval_mirror: bool = False
     """Average the logits of every crop and its mirror image in evaluation."""
+    balance: float = 0.0
+    """Balance of the classes in an epoch: a class of n images is shown in proportion to
+    n^(1 - balance). 0: every image once; 0.5: square-root sampling; 1: all classes
+    equally often. An epoch keeps its length, and shows some images several times."""
     shuffle_rows: int = 2048
     """Rows shuffled among each other: one read unit. Rounded up to whole batches."""
     eval_interpolation: Interpolation = "bicubic"
@@ -137,6 +141,7 @@ class Data:
                 self.val_share is None or 0 < self.val_share < 1,
                 "0 < share < 1",
             ),
+            balance=(0 <= self.balance <= 1, "0 <= balance <= 1"),
             crop_pct=(0 < self.crop_pct <= 1, "0 < share <= 1"),
             std=(min(self.std) > 0, "three numbers above 0"),
             hw_decoder_load=(0 <= self.hw_decoder_load <= 1, "0 <= share <= 1"),

@@ -237,6 +237,18 @@ class Run:
                 f"{self.augment.num_repeats} and {self.data.batch_size}; set "
                 "--augment.num-repeats or --data.batch-size"
             )
+        if self.data.balance and self.augment.num_repeats > 1:
+            raise ValueError(
+                "data.balance: expected 0 with repeated augmentation, whose images "
+                f"come equally often, got {self.data.balance:g} with "
+                f"--augment.num-repeats {self.augment.num_repeats}; leave one out"
+            )
+        if self.data.balance and self.optim.class_weights != "none":
+            raise ValueError(
+                "data.balance: expected 0 with --optim.class-weights, since a rare "
+                f"class would count twice over, got {self.data.balance:g}; leave one "
+                "out"
+            )
         if self.validation.asynchronous and self.scale.is_local:
             raise ValueError(
                 "validation.asynchronous: expected workers of Ray to evaluate beside, "

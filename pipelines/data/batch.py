@@ -24,10 +24,10 @@ class Batch:
     weights: Tensor
     """float32 (B,): 1 for an image, 0 for a padding row."""
     draw_ids: np.ndarray
-    """int64 (B,): draw ids, an image of the set and its repetition:
-    row * num_repeats + repetition; -1 where the weight is 0."""
+    """int64 (B,): draw ids, an image of the set and its repetition, as of
+    `sampling.draw_ids_of`; -1 where the weight is 0."""
     num_bad: int = 0
-    """Images of these rows that could not be decoded; their weight is 0."""
+    """Images that could not be decoded, each once an epoch; their weight is 0."""
     epoch: int
     index: int
     """Index of the global batch within the epoch."""

@@ -72,7 +72,7 @@ def batches(
             labels=upload(torch.from_numpy(found.labels), device),
             weights=upload(torch.from_numpy(found.weights), device),
             draw_ids=found.draw_ids,
-            num_bad=len(found.bad),
+            num_bad=sum(image.repeat == 0 for image in found.bad),
             **place,
         )
 

@@ -9,6 +9,10 @@ number. A row group that straddles a bound is read by both units, each taking it
 With repeated augmentation a batch holds fewer rows, each several times, and an epoch
 its part of the sequence: the whole passes once in `num_repeats` epochs. Rows are
 counted without their repetitions here.
+
+A balanced epoch (`data.balance`) has as many rows, but some come several times and
+others not at all. It is a sequence of rounds, each through all groups in an order of
+its own, of which it takes the rows whose turn it is.
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pipelines.data.balance import Balance
 from pipelines.rng import Purpose, key, seeded_order
 
 
@@ -83,6 +88,20 @@ class Slice:
     stop: int
     first_id: int
     """Id of the group's row 0: its index in the set, files in sorted order."""
+    shown: bytes = b""
+    """Of a balanced plan, whose `start` and `stop` are not rows: see `taken`."""
+
+    def taken(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of the group, and which showing in its epoch each is."""
+        if self.shown:
+            rows, showings = np.frombuffer(self.shown, np.int32).reshape(2, -1)
+            return rows, showings
+        rows = np.arange(self.start, self.stop)
+        return rows, np.zeros_like(rows)
+
+    def ids(self) -> np.ndarray:
+        """Compute the ids of its rows."""
+        return self.taken()[0] + self.first_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +125,10 @@ class Unit:
     def num_batches(self) -> int:
         """Number of batches that the unit's rows make; the last may be short."""
         return math.ceil(self.num_rows / self.batch_size)
+
+    def ids(self) -> np.ndarray:
+        """Compute the ids of the rows, in the order of the slices."""
+        return np.concatenate([item.ids() for item in self.slices])
 
     def order(self) -> np.ndarray:
         """Compute the order of the rows: int64 (num_rows,)."""
@@ -189,11 +212,13 @@ class EpochPlan:
     shape: EpochShape
     groups: GroupTable
     order: np.ndarray
-    """uint32 (num_groups,): row groups in reading order."""
+    """uint32 (num_groups,): row groups in reading order. Of a balanced plan (rounds x
+    num_groups,), where a group of round r is r * num_groups + its index."""
     ends: np.ndarray
-    """int64 (num_groups,): rows up to and including each group, in reading order."""
+    """int64, of like shape: rows up to and including each group, in reading order."""
     row_key: int | None
     """Key for shuffling within units; None keeps the order of the files."""
+    balance: Balance | None = None
 
     def unit(self, index: int, *, start_batch: int = 0) -> Unit:
         """Build one read unit."""
@@ -226,13 +251,19 @@ class EpochPlan:
         first = int(np.searchsorted(self.ends, start, side="right"))
         last = int(np.searchsorted(self.ends, stop, side="left"))
         for at in range(first, last + 1):
-            group = int(self.order[at])
-            begin = int(self.ends[at]) - int(self.groups.num_rows[group])
-            yield self.groups.slice_of(
-                group,
-                start=max(start - begin, 0),
-                stop=min(stop, int(self.ends[at])) - begin,
-            )
+            begin = int(self.ends[at - 1]) if at else 0
+            place = max(start - begin, 0), min(stop, int(self.ends[at])) - begin
+            if place[0] < place[1]:
+                yield self._slice(int(self.order[at]), *place)
+
+    def _slice(self, item: int, start: int, stop: int) -> Slice:
+        part, group = divmod(item, len(self.groups.num_rows))
+        found = self.groups.slice_of(group, start=start, stop=stop)
+        if self.balance is None:
+            return found
+        rows = slice(found.first_id, found.first_id + int(self.groups.num_rows[group]))
+        taken = self.balance.taken(rows, epoch=self.shape.epoch, part=part)
+        return replace(found, shown=taken[:, start:stop].tobytes())
 
 
 def plan_epoch(
@@ -244,6 +275,7 @@ def plan_epoch(
     epoch: int = 0,
     shuffle: bool = True,
     num_repeats: int = 1,
+    balance: Balance | None = None,
 ) -> EpochPlan:
     """Plan an epoch; the same arguments give the same plan on every machine.
 
@@ -254,6 +286,7 @@ def plan_epoch(
         num_repeats: Times that a row comes in its batch (Hoffer et al., 2020). timm
             draws a part of the rows anew each epoch; here the parts of `num_repeats`
             epochs are disjoint and make the whole set.
+        balance: Shows rows as often as their classes are due, instead of once each.
     """
     shape = epoch_shape(
         groups.total_rows,
@@ -264,14 +297,27 @@ def plan_epoch(
     )
     num_groups = len(groups.num_rows)
     group_key = key(seed, epoch // num_repeats, Purpose.GROUPS)
-    order = seeded_order(num_groups, key=group_key) if shuffle else range(num_groups)
+    if balance is not None:
+        sizes = balance.group_sizes(groups.num_rows, epoch=epoch).ravel()
+        order = np.concatenate(
+            [
+                seeded_order(num_groups, key=key(group_key, part)) + part * num_groups
+                for part in range(balance.num_rounds)
+            ]
+        )
+    else:
+        sizes = groups.num_rows
+        order = (
+            seeded_order(num_groups, key=group_key) if shuffle else range(num_groups)
+        )
     order = np.asarray(order, dtype=np.uint32)
     return EpochPlan(
         shape=shape,
         groups=groups,
         order=order,
-        ends=np.cumsum(groups.num_rows[order], dtype=np.int64),
+        ends=np.cumsum(sizes[order], dtype=np.int64),
         row_key=key(seed, epoch, Purpose.ROWS) if shuffle else None,
+        balance=balance,
     )
 
 

@@ -53,7 +53,7 @@ class Reading:
 
 
 def read_rows(unit: Unit, *, reading: Reading) -> pa.Table:
-    """Read a unit's rows in the order of its slices, with their ids in `row_id`.
+    """Read a unit's rows in the order of its slices, with their ids and showings.
 
     Raises ValueError, naming the shard, where it is gone, damaged or mislabelled, and
     ConnectionError where a store does not answer.
@@ -119,13 +119,17 @@ def _read_slice(parquet: pq.ParquetFile, item: Slice) -> pa.Table:
     # Exchanged since its footer was checked: some of Ray's types unpickle when read.
     if table.schema.types != SCHEMA.types:
         raise pa.ArrowInvalid("its columns are of other types than a shard's")
-    table = table.slice(item.start, item.stop - item.start)
+    rows, showings = item.taken()
+    if not item.shown:  # of all rows, in place
+        table = table.slice(item.start, item.stop - item.start)
     # 32-bit offsets would overflow where a unit's images pass 2 GiB.
     place = table.schema.get_field_index("image")
     images = table["image"].cast(pa.large_binary())
     table = table.set_column(place, "image", images)
-    ids = np.arange(item.start, item.stop) + item.first_id
-    return table.append_column(ROW_ID, pa.array(ids, pa.int64()))
+    if item.shown:
+        table = table.take(pa.array(rows))
+    table = table.append_column(ROW_ID, pa.array(rows + item.first_id, pa.int64()))
+    return table.append_column(REPEAT, pa.array(showings, pa.int64()))
 
 
 def share_tables(unit: Unit, *, reading: Reading) -> Iterator[pa.Table]:
@@ -183,7 +187,9 @@ class Cutter:
         taken = np.concatenate(places)
         table = self._rows.take(pa.array(taken))
         values = {name: _one_chunk(table[name]) for name in table.column_names}
-        values[REPEAT] = pa.array(np.concatenate(repeats), pa.int64())
+        # Of a balanced plan a row's showing; with repeated augmentation that is 0.
+        repeat = np.concatenate(repeats) + table[REPEAT].to_numpy()
+        values[REPEAT] = pa.array(repeat, pa.int64())
         values["image"] = _joined([self._images[place] for place in taken])
         cells = {
             "epoch": pa.array([unit.epoch]),

@@ -40,6 +40,8 @@ class ShardSet:
     classes: tuple[str, ...]
     groups: GroupTable
     digest: str
+    labels: np.ndarray | None = None
+    """Class of each row, read where epochs are balanced."""
 
 
 def read_shard_set(address: str) -> ShardSet:

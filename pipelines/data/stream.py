@@ -17,6 +17,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from pipelines.config import Run
+from pipelines.data.balance import Balance
 from pipelines.data.epoch_plan import (
     EpochPlan,
     EpochShape,
@@ -98,7 +99,22 @@ class Plans:
             seed=self.run.seed,
             epoch=epoch,
             shuffle=self.train,
+            balance=self.balance,
             **self._sizes,
+        )
+
+    @functools.cached_property
+    def balance(self) -> Balance | None:
+        """Balance of the classes, if the run's training has one."""
+        exponent, labels = self.run.data.balance, self.shards.labels
+        if not exponent or not self.train:
+            return None
+        assert labels is not None, "read the labels first"
+        return Balance(
+            labels,
+            exponent=exponent,
+            num_classes=len(self.shards.classes),
+            seed=self.run.seed,
         )
 
     @property

@@ -87,6 +87,8 @@ def fit(
         run = with_absolute_paths(run)
         checked = check_start(run, name=name, record=record)
         logger.info("run %s: %s", name, checked.summary)
+        if checked.balance:
+            logger.info(checked.balance)
         if checked.few_tokens:
             logger.warning(checked.few_tokens)
         uri = tracking_uri or tracking.default_uri(run.storage)

@@ -36,12 +36,13 @@ from pipelines.config.recipes import load_code, load_recipe
 from pipelines.config.serialization import flat_params
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.data.spot_check import spot_check
+from pipelines.data.stream import Plans
 from pipelines.driver.image_folders import describe_fit as describe_fit
 from pipelines.driver.image_folders import recorded_facts as recorded_facts
 from pipelines.driver.image_folders import recorded_shards as recorded_shards
 from pipelines.driver.image_folders import shards_of_folders as shards_of_folders
 from pipelines.evaluation.held_out import HeldOut, held_out_of
-from pipelines.evaluation.image_keys import read_keys
+from pipelines.evaluation.image_keys import read_keys, with_labels
 from pipelines.storage.filesystem import absolute
 from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary, without_credentials
@@ -67,6 +68,8 @@ class CheckedRun:
     """Training images of each class; empty where no class is weighed."""
     few_tokens: str
     """A line on tokens too few for the model's pooling; "" where they suffice."""
+    balance: str
+    """A line on what epochs are made of; "" where every image comes once."""
 
     @property
     def digests(self) -> dict[str, str]:
@@ -96,6 +99,8 @@ def check_run(run: Run, *, reads_start: bool = True) -> CheckedRun:
     model can't be built or probed so.
     """
     train_shards, val_shards = _read_shards(run)
+    if run.data.balance:
+        train_shards = with_labels(train_shards)
     classes = train_shards.classes
     held_out = held_out_of(run.validation, val=val_shards, classes=classes)
     for shards in (train_shards, *(one.shards for one in held_out)):
@@ -103,6 +108,7 @@ def check_run(run: Run, *, reads_start: bool = True) -> CheckedRun:
     model, few_tokens = _check_model(run, classes=classes, reads_start=reads_start)
     if short := reserves_too_few(run):
         logger.warning(short)
+    balance = Plans(shards=train_shards, run=run, train=True).balance
     if run.probe.every_steps:
         find_stem(model, name=run.probe.stem)
     return CheckedRun(
@@ -113,6 +119,7 @@ def check_run(run: Run, *, reads_start: bool = True) -> CheckedRun:
         held_out=held_out,
         class_counts=_class_counts(run, shards=train_shards),
         few_tokens=few_tokens,
+        balance=balance.line(classes) if balance else "",
     )
 
 

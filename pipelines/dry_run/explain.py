@@ -62,6 +62,8 @@ class Explanation:
     training_macs: int
     """Those of its forward and backward pass together."""
     train: SetFacts
+    balance: str
+    """A line on what epochs are made of; "" where every image comes once."""
     held_out: Mapping[str, SetFacts]
     """By name; the run's own set has none."""
     course: Remaining
@@ -116,6 +118,7 @@ def explain_run(run: Run, *, name: str, record: Record | None = None) -> Explana
         macs=macs,
         training_macs=training_macs,
         train=facts_of(checked.train_shards),
+        balance=checked.balance,
         held_out={one.name: facts_of(one.shards) for one in checked.held_out},
         course=remaining_of(
             run,

@@ -27,7 +27,7 @@ def as_text(found: Explanation, *, is_plain: bool = False) -> str:
         f"dry run of {found.run.recipe}: nothing is started",
         "",
         *_section("model", _model(found)),
-        *_section("data", [_set(found.train)]),
+        *_section("data", filter(None, [_set(found.train), found.balance])),
         *_section("held out", _held_out(found)),
         *_section("steps", _steps(found)),
         *_section("rate", _rate(found)),

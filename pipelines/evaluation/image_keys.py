@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +43,13 @@ def read_keys(shards: ShardSet) -> tuple[list[str], np.ndarray]:
             f"{shards.address!r} told of, got {len(keys)}; the shards changed since"
         )
     return keys, labels.astype(np.int64)
+
+
+def with_labels(shards: ShardSet) -> ShardSet:
+    """Read the labels of a set, as small as they are, into it."""
+    _, labels = read_keys(shards)
+    labels = labels.astype(np.min_scalar_type(len(shards.classes)))
+    return replace(shards, labels=labels)
 
 
 def keys_of(shards: ShardSet, row_ids: Sequence[int]) -> dict[int, str]:

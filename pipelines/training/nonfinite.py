@@ -19,6 +19,7 @@ from pipelines.config import Optim
 from pipelines.data.batch import Batch
 from pipelines.errors import NonFiniteLossError, RewindError
 from pipelines.training.fsdp import is_sharded, local
+from pipelines.transforms.rows import DRAW_STRIDE
 
 _MAX_KEYS = 8
 # As torch.nn.utils.clip_grad_norm_ has it.
@@ -64,9 +65,6 @@ class NonFiniteGuard:
 
     With several workers `check` is a collective if a step was bad: all have the same
     gradients, and so the same result.
-
-    Args:
-        num_repeats: Number of draws per row.
     """
 
     def __init__(
@@ -78,10 +76,9 @@ class NonFiniteGuard:
         device: torch.device,
         rank: int = 0,
         keys_of: KeysOf = lambda rows: {},
-        num_repeats: int = 1,
     ) -> None:
         self._optimizer, self._optim, self._rank = optimizer, optim, rank
-        self._keys_of, self._num_repeats = keys_of, num_repeats
+        self._keys_of = keys_of
         # Only what is trained has gradients to look at.
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._params = [parameter for _, parameter in named]
@@ -204,7 +201,7 @@ class NonFiniteGuard:
         self, step: int, *, seen: list[tuple[int, np.ndarray, Tensor]]
     ) -> BadStep:
         rows = [
-            draw_id // self._num_repeats
+            draw_id % DRAW_STRIDE
             for at, ids, is_finite in seen
             if at == step and not bool(is_finite)
             for draw_id in ids.tolist()

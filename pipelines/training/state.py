@@ -115,7 +115,6 @@ def build_state(
             device=device,
             rank=rank,
             keys_of=keys_of,
-            num_repeats=run.augment.num_repeats,
         ),
     )
 

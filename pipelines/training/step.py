@@ -41,7 +41,7 @@ class TrainSettings:
     num_classes: int
     steps_per_epoch: int
     images_per_epoch: int
-    """Images that an epoch trains on, repetitions included."""
+    """Images of which an epoch may have a share of bad ones; none counts twice."""
     device: torch.device
     world_size: int = 1
     rank: int = 0

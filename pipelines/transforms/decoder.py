@@ -132,7 +132,10 @@ class BatchDecoder:
     def _decoded(self, rows: Rows, draws: Draws, found: Salvaged) -> Decoded:
         bad = tuple(
             BadImage(
-                row_id=int(rows.ids[at]), key=str(rows.keys[at].as_py()), reason=reason
+                row_id=int(rows.ids[at]),
+                key=str(rows.keys[at].as_py()),
+                reason=reason,
+                repeat=int(rows.repeats[at]),
             )
             for at, reason in found.reasons.items()
         )
@@ -143,7 +146,7 @@ class BatchDecoder:
         weights = np.zeros(self._num_rows, np.float32)
         weights[found.good] = 1
         draw_ids = np.full(self._num_rows, -1, np.int64)
-        draw_ids[found.good] = draw_ids_of(rows, settings=self._settings)[found.good]
+        draw_ids[found.good] = draw_ids_of(rows)[found.good]
         if not found.good:
             draws = replace(draws, boxes=None)
         elif draws.boxes is not None:

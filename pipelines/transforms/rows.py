@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 ROW_ID, REPEAT = "row_id", "repeat"
+DRAW_STRIDE = 1 << 40
+"""A draw id is repeat * DRAW_STRIDE + row id: no set has so many rows."""
 PIXELS, REASON = "pixels", "reason"
 
 
@@ -22,7 +24,7 @@ class Rows:
     ids: np.ndarray
     """Places of the rows in the set."""
     repeats: np.ndarray
-    """Index of the repetition, of `num_repeats`."""
+    """Index of the repetition, or of the showing in a balanced epoch."""
     heights: np.ndarray
     widths: np.ndarray
     keys: pa.Array
@@ -56,6 +58,8 @@ class BadImage:
     """Place of its row in the set."""
     key: str
     reason: str
+    repeat: int = 0
+    """Index of the repetition, or of the showing in a balanced epoch."""
 
 
 def image_views(values: pa.Array) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ from pipelines.transforms.color_ops import Ops, color_jitter, rand_augment
 from pipelines.transforms.crops import Geometry, center_crop, random_resized_crop
 from pipelines.transforms.erasing import Boxes, erase_boxes
 from pipelines.transforms.orientation import is_lying, orientation_of
-from pipelines.transforms.rows import Rows
+from pipelines.transforms.rows import DRAW_STRIDE, Rows
 
 T = TypeVar("T", Geometry, Ops, Boxes)
 
@@ -73,10 +73,9 @@ def _take(arrays: T, places: list[int]) -> T:
     return dataclasses.replace(arrays, **found)
 
 
-def draw_ids_of(rows: Rows, *, settings: PixelSettings) -> np.ndarray:
+def draw_ids_of(rows: Rows) -> np.ndarray:
     """Number every image and repetition: int64 (n,)."""
-    num_repeats = settings.augment.num_repeats if settings.train else 1
-    return rows.ids * num_repeats + rows.repeats
+    return rows.repeats * DRAW_STRIDE + rows.ids
 
 
 def draw(rows: Rows, *, settings: PixelSettings, epoch: int) -> Draws:
@@ -92,7 +91,7 @@ def draw(rows: Rows, *, settings: PixelSettings, epoch: int) -> Draws:
             interpolation=data.eval_interpolation,
         )
         return Draws(geometry=geometry, ops=None, boxes=None)
-    ids = draw_ids_of(rows, settings=settings)
+    ids = draw_ids_of(rows)
     geometry = random_resized_crop(
         ids,
         heights=heights,

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from pipelines.data.batch import Batch
+from pipelines.transforms.rows import DRAW_STRIDE
 
 _NAME = "{attempt:020d}-{step:08d}-{rank:05d}.csv"
 
@@ -40,12 +41,9 @@ class AuditLog:
         attempt: The same number for all workers of a group, larger for a later group.
     """
 
-    def __init__(
-        self, folder: Path, *, attempt: int, step: int, rank: int, num_repeats: int
-    ) -> None:
+    def __init__(self, folder: Path, *, attempt: int, step: int, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = _NAME.format(attempt=attempt, step=step, rank=rank)
-        self._num_repeats = num_repeats
         # Closed by the process's end, a kill included: every step is flushed.
         self._file = (folder / name).open("w", newline="")
         self._lines = csv.writer(self._file)
@@ -56,10 +54,9 @@ class AuditLog:
         in_bytes = pixels.view(torch.uint8).numpy()  # NumPy has no bfloat16
         for at, draw_id in enumerate(batch.draw_ids.tolist()):
             if draw_id >= 0:
-                place = divmod(draw_id, self._num_repeats)
-                self._lines.writerow(
-                    (step, batch.epoch, *place, zlib.crc32(in_bytes[at]))
-                )
+                repeat, row = divmod(draw_id, DRAW_STRIDE)
+                crc32 = zlib.crc32(in_bytes[at])
+                self._lines.writerow((step, batch.epoch, row, repeat, crc32))
         self._file.flush()
 
     def close(self) -> None:

@@ -44,7 +44,7 @@ class Worker:
             run=run,
             num_classes=len(job.train_shards.classes),
             steps_per_epoch=epoch.num_batches,
-            images_per_epoch=epoch.num_images,
+            images_per_epoch=epoch.num_rows,
             device=self.device,
             world_size=group.world_size,
             rank=group.rank,
@@ -135,7 +135,6 @@ class Worker:
             attempt=self.group.broadcast(time.time_ns()),
             step=self.state.position.step,
             rank=self.rank,
-            num_repeats=self.run.augment.num_repeats,
         )
 
     def _supply(self, shards: ShardSet, *, split: str) -> Loader:
