@@ -8,7 +8,7 @@ from torch import nn
 from sovit.pooling import Pooling, build_pooling
 from sovit.shapes import Float, Number, Tensor
 
-FUSIONS = ("sum", "concat", "class", "visual")
+FUSIONS = ("sum", "mean", "concat", "class", "visual")
 
 
 def classifier_names(fusion: str) -> tuple[str, ...]:
@@ -18,7 +18,8 @@ def classifier_names(fusion: str) -> tuple[str, ...]:
             f"fusion: expected one of {FUSIONS}, got {fusion!r}; 'sum' is the papers' "
             "choice"
         )
-    names = {"sum": ("fc_class", "fc_visual"), "concat": ("fc",)}
+    both = ("fc_class", "fc_visual")
+    names = {"sum": both, "mean": both, "concat": ("fc",)}
     return names.get(fusion, (f"fc_{fusion}",))
 
 
@@ -28,6 +29,7 @@ class SecondOrderHead(nn.Module):
     So-ViT (arXiv 2104.10935), section 3. `fusion` is one of
 
     - "sum": two linear classifiers, their logits added (the papers' choice);
+    - "mean": the same, their logits averaged (Moment Probing's);
     - "concat": one linear classifier on both vectors;
     - "class": the class token alone; "visual": the pooled visual tokens alone.
 
@@ -137,4 +139,6 @@ class SecondOrderHead(nn.Module):
         first, *others = (
             fc(vector) for fc, vector in zip(self.classifiers(), used, strict=True)
         )
-        return first + others[0] if others else first
+        if not others:
+            return first
+        return (first + others[0]) / (2 if self.fusion == "mean" else 1)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from sovit.precision import at_least_float32, autocast_off, matmul
-from sovit.shapes import Float, Tensor
+from sovit.shapes import Float, Number, Tensor
 
 CENTERINGS = ("channel", "scalar", "none")
 
@@ -61,6 +61,19 @@ def covariance(
 ) -> Float[Tensor, "*batch channels channels"]:
     """Compute the covariance of a token map: symmetric, divided by the token count."""
     return cross_covariance(x, x, centering=centering)
+
+
+def shrink(
+    x: Float[Tensor, "*batch d d"], *, shrinkage: Number
+) -> Float[Tensor, "*batch d d"]:
+    """Mix a covariance with the identity of its own trace: (1 - l) S + l tr(S)/d I.
+
+    Its trace stays; its eigenvalues are at least l times their mean, so a root's
+    gradient is bounded.
+    """
+    mean = x.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return (1 - shrinkage) * x + shrinkage * mean * identity
 
 
 def by_smaller_side(

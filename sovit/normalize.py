@@ -13,7 +13,7 @@ from sovit.approximants import (
     approximate_covariance_sqrt,
     approximate_sqrt,
 )
-from sovit.moments import covariance
+from sovit.moments import covariance, shrink
 from sovit.newton_schulz import covariance_sqrt, newton_schulz_sqrt
 from sovit.pooling_settings import Pooling
 from sovit.powers import covariance_power, matrix_log, matrix_power, sv_power
@@ -29,6 +29,7 @@ for _name in (
     "matrix_log",
     "matrix_power",
     "newton_schulz_sqrt",
+    "shrink",
     "signed_sqrt",
     "sv_power",
     "svpn",
@@ -117,6 +118,10 @@ class Normalize(nn.Module):
     ) -> Float[Tensor, "*batch d d"]:
         """Return the normalised covariance of tokens, by a shortcut if there is one."""
         pooling = self.pooling
+        if pooling.shrinkage:
+            # Of full rank, so no shortcut by the tokens' smaller side is left.
+            matrix = covariance(x, centering=centering)
+            return self.forward(shrink(matrix, shrinkage=pooling.shrinkage))
         if pooling.normalizer == "newton_schulz":
             return covariance_sqrt(x, **self._root_settings(), centering=centering)
         if pooling.normalizer in APPROXIMANTS:

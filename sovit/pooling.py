@@ -8,6 +8,8 @@ import warnings
 import torch
 from torch import nn
 
+from sovit.drop_cov import ChannelDrop, drop_tokens
+from sovit.moment_pool import MomentPool
 from sovit.moments import append_one, cross_covariance, upper_triangle
 from sovit.normalize import Normalize
 from sovit.pooling_settings import METHODS, SYMMETRIC_TYPES, Pooling, as_pooling
@@ -23,6 +25,7 @@ __all__ = [
     "CovPool",
     "CrossCovPool",
     "FewTokensWarning",
+    "MomentPool",
     "MultiHeadPool",
     "Pooling",
     "as_pooling",
@@ -90,14 +93,19 @@ class CovPool(nn.Module):
                 for in_dim, out_dim in itertools.pairwise(dims)
             )
         )
+        self.channel_drop = nn.Identity()
+        if pooling.channel_drop:
+            self.channel_drop = ChannelDrop(width, rate=pooling.channel_drop)
         side = width // num_groups + (pooling.type == "gaussian")
         self.normalize = Normalize(side, pooling=pooling)
         self.num_features = num_groups * side * (side + 1) // 2
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b f"]:
         """Return the upper triangles, group by group, in the dtype of the tokens."""
-        tokens = self.reduction(x)
+        tokens = self.channel_drop(self.reduction(x))
         tokens = tokens.unflatten(-1, (self.pooling.num_groups, -1)).transpose(1, 2)
+        if self.training and self.pooling.token_drop:
+            (tokens,) = drop_tokens((tokens,), rate=self.pooling.token_drop)
         if self.pooling.type == "gaussian":
             matrix = self.normalize.covariance(append_one(tokens), centering="none")
         else:
@@ -152,6 +160,8 @@ class CrossCovPool(nn.Module):
         reduced = self.norm(self.reduction(x).flatten(0, 1)).relu()
         reduced = reduced.unflatten(0, x.shape[:2])
         first, second = split_views(reduced, pooling=self.pooling)
+        if self.training and self.pooling.token_drop:
+            first, second = drop_tokens((first, second), rate=self.pooling.token_drop)
         matrix = cross_covariance(second, first, centering=self.pooling.centering)
         return self.normalize(matrix).mT.flatten(1).to(x.dtype)
 
@@ -181,6 +191,8 @@ class MultiHeadPool(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b f"]:
         """Return the flattened matrices, head by head, in the dtype of the tokens."""
         first, second = split_views(self.reduction(x), pooling=self.pooling)
+        if self.training and self.pooling.token_drop:
+            first, second = drop_tokens((first, second), rate=self.pooling.token_drop)
         matrix = cross_covariance(first, second, centering=self.pooling.centering)
         return self.normalize(matrix).flatten(1).to(x.dtype)
 
@@ -191,7 +203,7 @@ class FewTokensWarning(UserWarning):
 
 def build_pooling(
     pooling: Pooling, *, embed_dim: int, num_tokens: int | None = None
-) -> AvgPool | CovPool | CrossCovPool | MultiHeadPool:
+) -> AvgPool | CovPool | CrossCovPool | MomentPool | MultiHeadPool:
     """Build the pooling of some settings for tokens of `embed_dim` channels.
 
     Warns with `FewTokensWarning` where `num_tokens`, if known, are too few.
@@ -204,6 +216,8 @@ def build_pooling(
         return MultiHeadPool(embed_dim, pooling=pooling)
     if pooling.type == "cross_cov":
         return CrossCovPool(embed_dim, pooling=pooling)
+    if pooling.type == "moment":
+        return MomentPool(embed_dim, pooling=pooling)
     return CovPool(embed_dim, pooling=pooling)
 
 
@@ -230,8 +244,8 @@ def warn_of_few_tokens(pooling: Pooling, *, embed_dim: int, num_tokens: int) -> 
 
 
 def smaller_dim(pooling: Pooling, *, embed_dim: int) -> int:
-    """Return the smaller side of the pooled matrices; 1 for a mean."""
-    if pooling.type == "avg":
+    """Return the smaller side of the matrices; 1 where no power of one is taken."""
+    if pooling.type in ("avg", "moment"):
         return 1
     if pooling.type not in SYMMETRIC_TYPES:
         return min(pooling.reduced_dims)

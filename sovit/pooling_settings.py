@@ -14,7 +14,7 @@ from sovit.moments import CENTERINGS
 from sovit.newton_schulz import PRE_NORMS
 from sovit.shapes import Number
 
-PoolingType = Literal["cross_cov", "multi_head", "cov", "gaussian", "avg"]
+PoolingType = Literal["cross_cov", "multi_head", "cov", "gaussian", "moment", "avg"]
 Normalizer = Literal[
     "svpn",
     "newton_schulz",
@@ -31,6 +31,8 @@ Normalizer = Literal[
 ]
 Start = Literal["learned", "ones"]
 SYMMETRIC_TYPES = ("cov", "gaussian")
+# Two convolutions of 3x3 and stride 2 need as many rows.
+_LEAST_MOMENT_DIM = 7
 # Normalisers that only symmetric matrices have.
 SYMMETRIC_NORMALIZERS = ("newton_schulz", *APPROXIMANTS, "eigen", "log")
 
@@ -44,8 +46,9 @@ class Pooling:
 
     type: PoolingType = "cross_cov"
     """"cross_cov" is So-ViT's, "multi_head" SoT's, "cov" the covariance of MPN-COV and
-    iSQRT-COV, "gaussian" the embedding of a Gaussian's mean and covariance, "avg" the
-    mean of the tokens, which uses none of the other settings."""
+    iSQRT-COV, "gaussian" the embedding of a Gaussian's mean and covariance, "moment"
+    the head of Moment Probing (`sovit.moment_pool`), "avg" the mean of the tokens,
+    which uses none of the other settings."""
 
     reduced_dim: int | tuple[int, int] | None = (48, 24)
     """Channels that a linear map (a 1x1 convolution) narrows the tokens to: of the two
@@ -59,7 +62,8 @@ class Pooling:
     """Groups of channels with a covariance each, for "cov" and "gaussian"."""
 
     num_heads: int = 1
-    """Cross-covariances side by side."""
+    """Cross-covariances side by side; of "moment" the heads, at least 2, of which
+    neighbours are multiplied."""
 
     act_layer: Literal["relu", "relu6"] = "relu"
     """Activation after the linear maps of "cov" and "gaussian"."""
@@ -67,12 +71,23 @@ class Pooling:
     centering: Literal["channel", "scalar", "none"] = "channel"
     """The mean taken off before: see `sovit.moments.center`. "gaussian" keeps it."""
 
+    channel_drop: Number | Literal["batch", "image"] = 0.0
+    """Dropout of whole channels before "cov" and "gaussian": DropCov's adaptive rate,
+    for a batch or for each image (`sovit.drop_cov`), or a fixed one under 1."""
+
+    token_drop: Number = 0.0
+    """Dropout of whole tokens before a covariance, under 1: a mask for each head."""
+
     normalizer: Normalizer = "svpn"
     """"svpn" takes a power of the singular values fast (`sovit.svpn`), "svd" exactly;
     of symmetric matrices "newton_schulz" takes the root fast, "mpa" and "mtp" by one
     rational function or polynomial, "eigen" a power exactly, "log" the logarithm.
     "signed_sqrt" (of each element, with `power`), "layer_norm", "scale" (by 1 / sqrt of
     the width) and "learned_scale" are those to compare with."""
+
+    shrinkage: Number = 0.0
+    """Share, under 1, of a symmetric matrix that gives way to its mean eigenvalue
+    before it is normalised: (1 - l) S + l tr(S) / d I."""
 
     power: Number = 0.5
     """Exponent of "svpn", "svd", "eigen" and "signed_sqrt"."""
@@ -103,6 +118,8 @@ class Pooling:
             if isinstance(getattr(self, name), list):
                 # Settings that were kept as JSON come back with lists.
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("token_drop", "shrinkage"):
+            _check(self, name, 0 <= getattr(self, name) < 1, "from 0 to under 1")
         for name in ("num_heads", "num_iterations", "num_groups"):
             _check(self, name, _is_count(getattr(self, name)), "a positive integer")
         _check(self, "power", 0 < self.power <= 1, "over 0 and at most 1")
@@ -118,8 +135,14 @@ class Pooling:
         )
         if self.type in SYMMETRIC_TYPES:
             self._check_symmetric()
+        elif self.type == "moment":
+            self._check_moment()
         elif self.type != "avg":
             self._check_rectangular()
+        if self.type not in SYMMETRIC_TYPES:
+            for name in ("channel_drop", "shrinkage"):
+                fits = not getattr(self, name)
+                _check(self, name, fits, f"0, for it is of {SYMMETRIC_TYPES},")
 
     def _check_symmetric(self) -> None:
         dim, num_groups = self.reduced_dim, self.num_groups
@@ -132,9 +155,24 @@ class Pooling:
         _check(self, "num_heads", self.num_heads == 1, "1 here: num_groups divides")
         fits = all(_is_count(one) for one in self.progressive_dims)
         _check(self, "progressive_dims", fits, "positive integers")
+        drop = self.channel_drop
+        fits = drop in ("batch", "image") or (
+            not isinstance(drop, str) and 0 <= drop < 1
+        )
+        _check(
+            self, "channel_drop", fits, "'batch', 'image' or a number from 0 to under 1"
+        )
         fits = self.normalizer != "svd"
         _check(self, "normalizer", fits, "'eigen' for symmetric matrices")
         self._check_singular_values(dim // num_groups if isinstance(dim, int) else None)
+
+    def _check_moment(self) -> None:
+        dim = self.reduced_dim
+        fits = isinstance(dim, int) and dim >= _LEAST_MOMENT_DIM
+        _check(self, "reduced_dim", fits, f"a number of at least {_LEAST_MOMENT_DIM}")
+        _check(self, "num_heads", self.num_heads >= 2, "at least 2 for 'moment'")
+        _check(self, "normalizer", self.normalizer == "none", "'none' for 'moment'")
+        _check(self, "token_drop", not self.token_drop, "0 for 'moment'")
 
     def _check_rectangular(self) -> None:
         dims = self.reduced_dim
@@ -181,7 +219,10 @@ class Pooling:
 
         "mpn_cov" (arXiv 1703.08050), "isqrt_cov" (arXiv 1712.01034, five iterations),
         "gaussian" and "cov" at 256 channels; "svpn" (arXiv 2104.10935) and
-        "multi_head_svpn" (v2 of it) at So-ViT-7's and SoT-Tiny's widths; "avg".
+        "multi_head_svpn" (v2 of it) at So-ViT-7's and SoT-Tiny's widths; "drop_cov" of
+        DropCov's ResNets and "drop_cov_tokens" of its transformers, which want
+        drop_rate=0.5 besides (NeurIPS 2022); "moment" of Moment Probing (ICCV 2023),
+        with fusion="mean"; "avg".
         """
         if name not in METHODS:
             raise ValueError(
@@ -210,6 +251,27 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "isqrt_cov": {"type": "cov", **_ISQRT},
         "gaussian": {"type": "gaussian", **_ISQRT},
         "svpn": {"type": "cross_cov"},
+        "drop_cov": {
+            "type": "cov",
+            "reduced_dim": 128,
+            "channel_drop": "batch",
+            "normalizer": "none",
+        },
+        "drop_cov_tokens": {
+            "type": "multi_head",
+            "reduced_dim": 24,
+            "num_heads": 6,
+            "centering": "scalar",
+            "token_drop": 0.2,
+            "normalizer": "none",
+        },
+        "moment": {
+            "type": "moment",
+            "reduced_dim": 128,
+            "num_heads": 4,
+            "centering": "scalar",
+            "normalizer": "none",
+        },
         "multi_head_svpn": {
             "type": "multi_head",
             "reduced_dim": 14,

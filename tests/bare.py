@@ -96,7 +96,8 @@ for settings in ({}, {"num_iterations": 2, "num_singular_values": None}):
 from sovit.pooling import Pooling, build_pooling
 
 SMALL = {"cov": 6, "mpn_cov": 6, "isqrt_cov": 6, "gaussian": 6, "svpn": (6, 4),
-         "multi_head_svpn": 4, "avg": 6}
+         "multi_head_svpn": 4, "drop_cov": 6, "drop_cov_tokens": 4, "moment": 8,
+         "avg": 6}
 poolings = [(name, Pooling.named(name, reduced_dim=dim)) for name, dim in SMALL.items()]
 minimax = {"coefficients": "minimax", "num_iterations": 3, "pre_norm": "s4"}
 poolings.append(("isqrt_cov", Pooling.named("isqrt_cov", reduced_dim=6, **minimax)))
@@ -115,6 +116,8 @@ for name, settings in poolings:
         (got_grad,) = torch.autograd.grad(got.square().sum(), x)
         (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
         torch.testing.assert_close(got_grad, wanted_grad)
+        torch.compile(pool.train(), fullgraph=True, backend="aot_eager")(x)
+        pool.eval()
         program = torch.export.export(pool, (x,), dynamic_shapes=({0: batch},))
         torch.testing.assert_close(program.module()(x[:2]), pool(x[:2]))
 outside = {"ray", "mlflow", "pyarrow", "nvidia", "tyro", "pipelines"}

@@ -23,7 +23,7 @@ def tokens() -> Tensor:
     return torch.randn(3, 10, 16, generator=torch.Generator().manual_seed(0))
 
 
-LENGTHS = {"sum": 40, "concat": 40, "class": 16, "visual": 24}
+LENGTHS = {"sum": 40, "mean": 40, "concat": 40, "class": 16, "visual": 24}
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -34,7 +34,7 @@ def test_logits_and_the_vector_before_them(fusion: str) -> None:
     assert vector.shape == (3, LENGTHS[fusion])
     # Every fusion is linear in that vector.
     weights = [fc.weight for fc in module.classifiers() if isinstance(fc, nn.Linear)]
-    wanted = vector @ torch.cat(weights, dim=1).T
+    wanted = vector @ torch.cat(weights, dim=1).T / (1 + (fusion == "mean"))
     torch.testing.assert_close(module(tokens()), wanted)
 
 

@@ -60,6 +60,11 @@ def tokens() -> Tensor:
         {"num_singular_values": 25},
         {"pre_norm": "max"},
         {"act_layer": "gelu"},
+        {"token_drop": 1.0},
+        {"token_drop": -0.1},
+        {"shrinkage": 1.0},
+        {"shrinkage": 0.5},
+        {"channel_drop": "batch"},
         {"num_groups": 2},
         {"progressive_dims": (32,)},
         {"normalizer": "newton_schulz"},
@@ -261,7 +266,7 @@ def test_every_normalizer_of_rectangles_trains(type_: Any, normalizer: Any) -> N
 def test_order_of_tokens_does_not_matter_nor_does_an_empty_map(
     name: str, bfloat16: bool
 ) -> None:
-    small = {"svpn": (6, 4), "multi_head_svpn": 4}.get(name, 6)
+    small = {"svpn": (6, 4), "multi_head_svpn": 4, "moment": 8}.get(name, 6)
     pool = build_pooling(Pooling.named(name, reduced_dim=small), embed_dim=16)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
@@ -279,6 +284,21 @@ def test_order_of_tokens_does_not_matter_nor_does_an_empty_map(
     for parameter in pool.parameters():
         assert parameter.grad is not None
         assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("num_tokens", [5, 40])
+def test_shrinkage_comes_before_the_root(num_tokens: int) -> None:
+    """With fewer tokens than channels too, where the root alone takes a shortcut."""
+    x = torch.randn(2, num_tokens, 16, dtype=torch.float64)
+    pooling = Pooling.named("isqrt_cov", reduced_dim=None, shrinkage=0.2)
+    shrunk = 0.8 * covariance(x)
+    for matrix in shrunk:
+        matrix += 0.2 / 16 * matrix.trace() / 0.8 * torch.eye(16)
+    wanted = upper_triangle(newton_schulz_sqrt(shrunk, num_iterations=5))
+    got = build_pooling(pooling, embed_dim=16)(x)
+    torch.testing.assert_close(got, wanted)
+    trace = covariance(x).diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    torch.testing.assert_close(shrunk.diagonal(dim1=-2, dim2=-1).sum(dim=-1), trace)
 
 
 def test_signed_sqrt_keeps_signs_and_has_norm_one() -> None:
