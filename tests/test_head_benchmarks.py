@@ -11,14 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-import sovit
-from benchmarks import heads, step_share, token_gain, trainings
-from benchmarks.family import HEADS, build, table
+from benchmarks import heads, step_share
 from benchmarks.head_cases import Case, cases, curves
 from benchmarks.heads import kept
-from benchmarks.trainings import Trained
-from recipes.demo import demo
-from sovit.tokens import TOKEN_STRIDES
 
 
 @pytest.mark.parametrize("case", cases(1), ids=lambda case: case.name)
@@ -130,86 +125,3 @@ def test_a_share_is_of_the_step_that_a_run_makes(
     assert layouts == {True}
     assert share.dtype == str(dtype).removeprefix("torch.")
     assert share.step_ms > share.head_ms > 0
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_the_small_backbone_takes_every_head(head: str) -> None:
-    model = build(head, 10)
-    assert isinstance(model, sovit.SecondOrderNet)
-    tokens = model.to_tokens(model.forward_features(torch.zeros(1, 3, 32, 32)))
-    assert tokens.shape[1] >= 49
-    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-    assert model.get_submodule("backbone.layer4")(torch.randn(1, 64, 8, 8)).shape == (
-        1,
-        128,
-        8,
-        8,
-    )
-
-
-@pytest.mark.parametrize("stride", TOKEN_STRIDES)
-def test_few_and_many_tokens_are_trained_with_both_heads(stride: int) -> None:
-    count = token_gain.num_tokens(stride)
-    both, alone = (
-        token_gain.build(demo().model, stride, fusion, 10)
-        for fusion in ("sum", "class")
-    )
-    assert isinstance(both, sovit.SoViT)
-    assert both.forward_features(torch.zeros(1, 3, 32, 32)).shape[1] == 1 + count
-    assert set(both.state_dict()) > set(alone.state_dict())
-
-
-def test_trainings_take_turns_and_are_kept_when_one_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[int] = []
-
-    def train(build: Any, *, seed: int, num_epochs: int) -> Trained:
-        made.append(seed)
-        if len(made) == 4:
-            raise ValueError("stopped here")
-        return Trained(top1=70 + seed, ema_top1=0.0, num_params=1, seconds=1.0)
-
-    monkeypatch.setattr(trainings, "train_once", train)
-    out = tmp_path / "result.json"
-    with pytest.raises(ValueError, match="stopped here"):
-        token_gain._main(["--strides", "4", "--num-seeds", "2", "--json", str(out)])
-    assert made == [0, 0, 1, 1]
-    content = json.loads(out.read_text())
-    found = {name: len(of) for name, of in content["trainings"].items()}
-    assert found == {"stride 4, class": 2, "stride 4, sum": 1}
-    assert content["missing"] == ["stride 4, sum, seed 1"]
-
-
-def test_a_gain_is_of_the_same_seed(tmp_path: Path) -> None:
-    def reached(*top1s: float) -> list[Trained]:
-        return [
-            Trained(top1=top1, ema_top1=0.0, num_params=1, seconds=1.0)
-            for top1 in top1s
-        ]
-
-    results = {
-        "stride 4, class": reached(80, 90),
-        "stride 4, sum": reached(83, 95),
-        "stride 16, class": reached(60, 70),
-        "stride 16, sum": reached(59),  # stopped before its end
-    }
-    assert token_gain.gains(results, strides=(4, 16)) == {4: [3, 5], 16: [-1]}
-    many, few = token_gain.table(results, strides=(4, 16)).splitlines()[-2:]
-    wanted = "64 85.00 +- 7.07 89.00 +- 8.49 4.00 +- 1.41"
-    assert " ".join(many.split()) == wanted
-    assert few.split()[0] == "4"
-    token_gain.plot(tmp_path / "gain.png", results=results, strides=(4, 16))
-    assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="strides of"):
-        token_gain.Options(strides=(5,))
-
-
-def test_the_comparison_gives_mean_and_sample_deviation() -> None:
-    found = [
-        Trained(top1=top1, ema_top1=80.0, num_params=1234, seconds=2.0)
-        for top1 in (70.0, 72.0, 74.0)
-    ]
-    assert "72.00 +- 2.00" in table({"svPN": found})
-    assert "80.00 +- 0.00" in table({"svPN": found[:1]})
