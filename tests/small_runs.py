@@ -22,6 +22,7 @@ from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.data.stream import Plans
 from pipelines.evaluation.measure import validate
+from pipelines.training.freezing import freeze
 from pipelines.training.model import build_model
 from pipelines.training.nonfinite import NonFiniteGuard
 from pipelines.training.optimizer import build_optimizer
@@ -107,11 +108,13 @@ def state_of(run: Run, *, num_classes: int = 3, seed: int | None = None) -> Trai
     torch.manual_seed(run.seed if seed is None else seed)
     model = build_model(run.model, num_classes=num_classes)
     decay = run.optim.ema_decay
+    frozen = freeze(model, optim=run.optim)
     optimizer = build_optimizer(model, optim=run.optim)
     return TrainState(
         model=model,
         forward=model,
         optimizer=optimizer,
+        frozen=frozen,
         ema=ModelEmaV3(model, decay=decay) if decay else None,
         guard=NonFiniteGuard(model, optimizer, optim=run.optim, device=CPU),
     )

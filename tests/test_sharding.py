@@ -12,16 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from pipelines.checkpoints import snapshot
 from pipelines.checkpoints.manifest import load_optimizer, load_weights, read_manifest
+from pipelines.checkpoints.snapshot import MODEL_FILE
 from pipelines.config import Run
 from pipelines.data.batch import Batch
 from pipelines.storage.path import StoragePath
 from pipelines.training import compiling
+from pipelines.training.freezing import freeze
 from pipelines.training.fsdp import shard_state, update_average
 from pipelines.training.metrics import MetricSums
 from pipelines.training.state import TrainState, build_state
@@ -71,7 +74,7 @@ def trained(
         # The gradients are there, and the step is not taken yet.
         on_gradients(state.position.step)
 
-    state.forward.train()
+    state.train_mode()
     for index in range(start, start + num_steps):
         train_step(state, micro_batches(index), settings=settings, sums=sums)
         state.guard.check()
@@ -117,6 +120,7 @@ def work(rank: int, folder: Path) -> None:
     with meeting(folder, rank=rank, num_workers=2):
         train_sharded(rank, folder)
         train_with_short_gradients(rank, folder)
+        train_frozen(rank, folder)
 
 
 def train_sharded(rank: int, folder: Path) -> None:
@@ -169,6 +173,22 @@ def train_with_short_gradients(rank: int, folder: Path) -> None:
     torch.save((losses, lines, are_short), folder / f"short{rank}.pt")
 
 
+FROZEN = ({"freeze_layers": 1}, {"freeze_layers": 2, "unfreeze_epoch": 2})
+
+
+def train_frozen(rank: int, folder: Path) -> None:
+    """Train with the first layers frozen, sharded and not; keep the weights."""
+    for number, optim in enumerate(FROZEN):
+        for sharding in ("fsdp", "none"):
+            run = run_of(sharding)
+            run = dataclasses.replace(
+                run, optim=dataclasses.replace(run.optim, **optim)
+            )
+            state = build_state(run, num_classes=3, device=CPU, world_size=2)
+            trained(state, run, rank=rank, world_size=2, num_steps=NUM_STEPS)
+            keep(state, run, rank=rank, folder=folder / f"frozen{number}_{sharding}")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharding")
@@ -215,6 +235,21 @@ def test_workers_compile_together_or_not_at_all(folder: Path) -> None:
     (line,) = told[0]
     assert line.startswith("steps are not compiled, and slower: torch.compile needs a")
     assert line.endswith("worker 1 got: no g++")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_frozen_layers_stay_whether_sharded_or_not(folder: Path, number: int) -> None:
+    model = build_state(run_of("none"), num_classes=3, device=CPU).model
+    fresh = model.state_dict()
+    optim = dataclasses.replace(run_of("none").optim, **FROZEN[number])
+    frozen = freeze(model, optim=optim).names
+    sharded, whole = (
+        load_file(folder / f"frozen{number}_{sharding}" / MODEL_FILE)
+        for sharding in ("fsdp", "none")
+    )
+    for name, value in sharded.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-5, msg=name)
+        assert torch.equal(value, fresh[name]) == (name in frozen), name
 
 
 def test_it_goes_on_from_its_checkpoint_bit_for_bit(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -57,6 +58,14 @@ class Schedule:
         )
 
 
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optim:
     """Optimiser, its schedule and the regularisers of the loss."""
@@ -76,16 +85,25 @@ class Optim:
     layer_decay: float = 1.0
     """Factor of the learning rate from each layer to the one below it: 0.65 to 0.85 to
     fine-tune a transformer; 1 gives all layers the same rate."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    freeze_layers: int = 0
+    """Layers from the input on that are not trained, as timm's `group_matcher` counts
+    them; -1 is all but the classifier: a linear probe."""
+    freeze: str = ""
+    """Regular expression: parameters whose names it matches are not trained."""
+    unfreeze_epoch: int = 0
+    """Epochs after which what is frozen is trained too; 0 is never."""
+    optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
+    """muon: orthogonal steps for matrices and kernels of hidden layers, as long as
+    AdamW's; AdamW for the classifier and all else."""
     weight_decay: float = 0.05
     decay_all: bool = False
     """Also decay biases and other parameters of one dimension."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's."""
+    """AdamW's, beside Muon too."""
     eps: float = 1e-8
     """AdamW's."""
     momentum: float = 0.9
-    """SGD's."""
+    """SGD's and Muon's, whose authors have 0.95."""
     clip_grad_norm: float = 0.0
     """Maximum norm of the gradients; 0 does not clip them."""
     num_accumulation: int = 1
@@ -133,6 +151,15 @@ class Optim:
             betas=(min(self.betas) >= 0 and max(self.betas) < 1, "0 <= beta < 1"),
             eps=(self.eps > 0, "above 0"),
             momentum=(0 <= self.momentum < 1, "0 <= momentum < 1"),
+            freeze_layers=(self.freeze_layers >= -1, "at least -1"),
+            freeze=(_is_pattern(self.freeze), "a regular expression"),
+            unfreeze_epoch=(
+                0 <= self.unfreeze_epoch < self.total_epochs
+                and (
+                    bool(self.freeze_layers or self.freeze) or not self.unfreeze_epoch
+                ),
+                "an epoch before the last one, with freeze_layers or freeze",
+            ),
             layer_decay=(0 < self.layer_decay <= 1, "0 < decay <= 1"),
             classifier_lr_scale=(self.classifier_lr_scale > 0, "above 0"),
         )

@@ -237,6 +237,12 @@ class Run:
                 f"{self.augment.num_repeats} and {self.data.batch_size}; set "
                 "--augment.num-repeats or --data.batch-size"
             )
+        if self.optim.optimizer == "muon" and self.scale.sharding != "none":
+            raise ValueError(
+                "optim.optimizer: expected adamw or sgd for a sharded model, got muon, "
+                "which needs whole matrices; set --scale.sharding none or "
+                "--optim.optimizer adamw"
+            )
         if self.data.balance and self.augment.num_repeats > 1:
             raise ValueError(
                 "data.balance: expected 0 with repeated augmentation, whose images "

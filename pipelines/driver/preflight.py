@@ -46,6 +46,7 @@ from pipelines.evaluation.image_keys import read_keys, with_labels
 from pipelines.storage.filesystem import absolute
 from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary, without_credentials
+from pipelines.training.freezing import freeze
 from pipelines.training.model import build_model, title_of
 from pipelines.training.state import checkpoint_gradients
 from sovit.probes import find_stem
@@ -160,6 +161,7 @@ def _check_model(
     with torch.device("meta"):
         model = build_model(run.model, num_classes=len(classes), tell=few_tokens.append)
     _check_size(model, settings=run.model)
+    freeze(model, optim=run.optim)
     if run.scale.grad_checkpointing:
         checkpoint_gradients(model, name=run.model.name)
     if reads_start and run.model.init_from:

@@ -93,8 +93,11 @@ def _beside_tensors(run: Run) -> dict[str, int]:
 
 
 def optimizer_bytes(optim: Optim, *, parameters: Parameters) -> int:
-    """Count the optimiser state's bytes: AdamW's two moments, SGD's momentum."""
-    if optim.optimizer == "adamw":
+    """Count the optimiser state's bytes: AdamW's two moments, SGD's momentum.
+
+    Muon's are between the two, and counted as AdamW's.
+    """
+    if optim.optimizer != "sgd":
         return 2 * parameters.num_trained_bytes
     return parameters.num_trained_bytes if optim.momentum else 0
 

@@ -116,7 +116,7 @@ def _time_steps(run: Run, *, num_classes: int, batch: Batch, num: int) -> float:
         device=device,
     )
     sums, start_s = MetricSums(device), 0.0
-    state.forward.train()
+    state.train_mode()
     for index in range(_NUM_WARM_STEPS + num):
         if index == _NUM_WARM_STEPS:
             start_s = _now_s(device)

@@ -19,13 +19,12 @@ from pipelines.config import Optim
 from pipelines.data.batch import Batch
 from pipelines.errors import NonFiniteLossError, RewindError
 from pipelines.training.fsdp import is_sharded, local
+from pipelines.training.optimizer import FOUND_INF
 from pipelines.transforms.rows import DRAW_STRIDE
 
 _MAX_KEYS = 8
 # As torch.nn.utils.clip_grad_norm_ has it.
 _CLIP_EPS = 1e-6
-# What the fused optimisers take from a gradient scaler: 1 leaves the step out.
-_FLAG = "found_inf"
 KeysOf = Callable[[Sequence[int]], Mapping[int, str]]
 """Looks up the keys of images by their rows in the training set."""
 
@@ -147,7 +146,7 @@ class NonFiniteGuard:
         self._has_bad = torch.maximum(self._has_bad, self._flag)
         self._bad.append((step, self._flag))
         # What GradScaler sets, without its scaling: bfloat16 has float32's range.
-        setattr(self._optimizer, _FLAG, self._flag)
+        setattr(self._optimizer, FOUND_INF, self._flag)
 
     def end(self) -> None:
         """Restore the buffers if the step was skipped."""

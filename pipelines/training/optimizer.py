@@ -7,6 +7,7 @@ from bisect import bisect_right
 from typing import Any
 
 import torch
+from timm.optim import Muon as TimmMuon  # pyright: ignore
 from timm.optim import (  # pyright: ignore
     param_groups_layer_decay,  # pyright: ignore
     param_groups_weight_decay,  # pyright: ignore
@@ -15,18 +16,28 @@ from torch import nn
 
 from pipelines.config import Optim
 
+FOUND_INF = "found_inf"
+"""What the fused optimisers take from a gradient scaler: 1 leaves the step out."""
 # The key that timm's optimisers and schedulers give such a factor, too.
 _LR_SCALE = "lr_scale"
 
 
 def build_optimizer(model: nn.Module, *, optim: Optim) -> torch.optim.Optimizer:
-    """Build AdamW or SGD with the groups of parameters that the settings ask for.
+    """Build AdamW, SGD or Muon with the groups of parameters that the settings ask for.
 
     Without `decay_all`, biases and other one-dimensional parameters are not decayed.
     Layers have their own groups if the rate decays by layer, and the classifier has if
     its rate is scaled. Layers are those of timm's `group_matcher`.
     """
     groups = _groups(model, optim=optim)
+    if optim.optimizer == "muon":
+        return Muon(
+            groups,
+            lr=optim.lr,
+            momentum=optim.momentum,
+            betas=optim.betas,
+            eps=optim.eps,
+        )
     # Fused: one pass over the memory, and a step can be left out without asking the
     # device (pipelines.training.nonfinite).
     if optim.optimizer == "sgd":
@@ -41,6 +52,22 @@ def build_optimizer(model: nn.Module, *, optim: Optim) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
     )
+
+
+class Muon(TimmMuon):
+    """Muon (Jordan et al., 2024) with AdamW for what is no matrix, one optimizer.
+
+    timm's instead of PyTorch's, which takes two-dimensional parameters alone and would
+    need a second optimizer beside it. Its steps are as long as AdamW's (Liu et al.,
+    2025), so that one learning rate is right for both.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step, unless it is flagged as bad."""
+        # The fused optimisers read the flag on the device; here the host waits for it.
+        if not getattr(self, FOUND_INF, 0):
+            return super().step(closure)
+        return None
 
 
 def _groups(model: nn.Module, *, optim: Optim) -> list[dict[str, Any]]:
@@ -61,8 +88,8 @@ def _groups(model: nn.Module, *, optim: Optim) -> list[dict[str, Any]]:
         groups = param_groups_weight_decay(
             model, weight_decay=decay, no_weight_decay_list=tuple(free)
         )
-    scale = optim.classifier_lr_scale
-    if scale == 1:
+    scale, is_muon = optim.classifier_lr_scale, optim.optimizer == "muon"
+    if scale == 1 and not is_muon:
         return groups
     own = {id(p) for layer in classifiers(model) for p in layer.parameters()}
     split = []
@@ -70,7 +97,9 @@ def _groups(model: nn.Module, *, optim: Optim) -> list[dict[str, Any]]:
         for group in groups:
             params = [p for p in group["params"] if (id(p) in own) == inside]
             factor_of_both = factor * group.get(_LR_SCALE, 1.0)
-            split.append({**group, "params": params, _LR_SCALE: factor_of_both})
+            made = {**group, "params": params, _LR_SCALE: factor_of_both}
+            # A classifier's matrix has rows of classes: for it Muon's AdamW.
+            split.append(made | {"use_fallback": True} if inside and is_muon else made)
     return [group for group in split if group["params"]]
 
 

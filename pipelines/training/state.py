@@ -18,6 +18,7 @@ from pipelines.data.position import Position
 from pipelines.hardware.device import is_gpu, set_numerics
 from pipelines.hardware.row_limit import RowLimit
 from pipelines.training.compiling import decide
+from pipelines.training.freezing import Frozen, freeze
 from pipelines.training.fsdp import shard
 from pipelines.training.model import build_model
 from pipelines.training.nonfinite import KeysOf, NonFiniteGuard
@@ -36,9 +37,15 @@ class TrainState:
     ema: ModelEmaV3 | None
     guard: NonFiniteGuard
     """Guard of the model and the optimizer above, which skips bad steps."""
+    frozen: Frozen = field(default_factory=Frozen)
     position: Position = field(default_factory=Position)
     limit: RowLimit = field(default_factory=RowLimit)
     """Limit of the rows that one forward and backward pass takes."""
+
+    def train_mode(self) -> None:
+        """Set the model to training, and what is frozen in this epoch to evaluation."""
+        self.forward.train()
+        self.frozen.set_modes(self.model, epoch=self.position.epoch)
 
 
 def build_state(
@@ -78,6 +85,8 @@ def build_state(
     model = build_model(run.model, num_classes=num_classes)
     if scale.grad_checkpointing:
         checkpoint_gradients(model, name=run.model.name)
+    # Before the average is copied, and before data parallelism sees what has gradients.
+    frozen = freeze(model, optim=run.optim)
     is_sharded = scale.sharding == "fsdp" and world_size > 1
     if not is_sharded:  # else no device has to hold the whole
         # Convolutions are faster so, on CPUs too, and decoders give their images so;
@@ -105,6 +114,7 @@ def build_state(
             accumulates=limit.max_rows > 0,
         ),
         limit=limit,
+        frozen=frozen,
         optimizer=optimizer,
         ema=ema,
         # After sharding, since it looks at the parameters that gradients will have.

@@ -230,6 +230,7 @@ def _forward_backward(
 
 def _end_step(state: TrainState, batch: Batch) -> None:
     position = state.position
+    state.frozen.drop_gradients(state.model, epoch=position.epoch)
     # Before the optimiser, which skips a bad step by what this leaves on the device.
     state.guard.mask_bad_step(step=position.step)
     state.optimizer.step()

@@ -58,7 +58,7 @@ class TrainingLoop:
         run, state, settings = self.settings.run, self.state, self.settings
         sums, clock, num_bad = MetricSums(settings.device), Throughput(), 0
         batches = clock.waiting(self.watchdog.watching(self.batches, doing="training"))
-        state.forward.train()
+        state.train_mode()
         # A worker may have died between the last evaluation and the run's end.
         if state.position.batch == 0 and self._is_over():
             return
@@ -92,7 +92,7 @@ class TrainingLoop:
                 is_last = is_last or self._is_over()
                 # Evaluation left the model in its own mode; bad images, the rate and
                 # the time of the last checkpoint count anew from here.
-                state.forward.train()
+                state.train_mode()
                 clock.restart(kept=True)
                 num_bad = 0
             elif is_due:
