@@ -22,9 +22,10 @@ _LINE = re.compile(r"│ {7}(.*?) *│")
 _HIDDEN = "--recipe"
 COMMON = (
     *("data.train", "data.val", "data.val-share"),
-    *("data.batch-size", "data.num-decode-threads"),
+    *("data.batch-size", "data.balance", "data.num-decode-threads"),
     *("model.name", "model.img-size", "model.init-from"),
     *("optim.lr", "optim.num-epochs", "optim.warmup-epochs", "optim.ema-decay"),
+    "optim.freeze-layers",
     *("scale.num-workers", "scale.use-gpu", "scale.compile", "scale.min-workers"),
     *("validation.every-epochs", "validation.also", "seed", "experiment"),
     *("log-every-steps", "checkpoint-every-minutes", "num-checkpoints-to-keep"),

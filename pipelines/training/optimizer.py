@@ -109,7 +109,8 @@ def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
     if find is None:
         raise ValueError(
             f"{type(model).__name__}: expected a timm model with get_classifier, got "
-            "one without; leave --optim.classifier-lr-scale and --model.init-from"
+            "one without; leave --optim.classifier-lr-scale, --optim.freeze-layers -1, "
+            "--optim.optimizer muon and --model.init-from"
         )
     found = find()
     return tuple(found) if isinstance(found, tuple | list) else (found,)
