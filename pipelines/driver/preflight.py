@@ -46,9 +46,8 @@ from pipelines.evaluation.image_keys import read_keys, with_labels
 from pipelines.storage.filesystem import absolute
 from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary, without_credentials
-from pipelines.training.freezing import freeze
 from pipelines.training.model import build_model, title_of
-from pipelines.training.state import checkpoint_gradients
+from pipelines.training.state import checkpoint_gradients, freeze
 from sovit.probes import find_stem
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipelines.config import Run
-from pipelines.training.freezing import freeze
 from pipelines.training.mixup import soft_cross_entropy
 from pipelines.training.model_cost import shapes_of
 
@@ -44,12 +43,11 @@ def measure_step(
         run.model,
         num_classes=num_classes,
         grad_checkpointing=run.scale.grad_checkpointing,
+        optim=run.optim,
     )
-    frozen = freeze(model, optim=run.optim)
-    frozen.set_modes(model.train(), epoch=0)
     is_mixed = run.optim.mixup > 0 or run.optim.cutmix > 0
     with FakeTensorMode():
-        _make_fake(model)
+        _make_fake(model.train())
         size = (batch_size, 3, run.model.img_size, run.model.img_size)
         images = torch.empty(size).to(memory_format=torch.channels_last)
         targets = torch.empty(batch_size, num_classes)

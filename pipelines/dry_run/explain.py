@@ -22,7 +22,6 @@ from pipelines.dry_run.timing import Timed, time_here
 from pipelines.hardware.device import autocast_dtype, device_of, free_memory, has_gpu
 from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary, without_credentials
-from pipelines.training.freezing import freeze
 from pipelines.training.model_cost import (
     Parameters,
     count_macs,
@@ -173,8 +172,8 @@ def _count(run: Run, *, num_classes: int) -> tuple[Parameters, int, int]:
         run.model,
         num_classes=num_classes,
         grad_checkpointing=run.scale.grad_checkpointing,
+        optim=run.optim,
     )
-    freeze(model, optim=run.optim)
     size = run.model.img_size
     return (
         count_parameters(model),

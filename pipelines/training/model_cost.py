@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from pipelines.config import Model
+from pipelines.config import Model, Optim
+from pipelines.training.freezing import freeze
 from pipelines.training.model import build_model, without_weights
 from pipelines.training.state import checkpoint_gradients
 
@@ -37,9 +38,16 @@ class Parameters:
 
 
 def shapes_of(
-    settings: Model, *, num_classes: int, grad_checkpointing: bool = False
+    settings: Model,
+    *,
+    num_classes: int,
+    grad_checkpointing: bool = False,
+    optim: Optim | None = None,
 ) -> nn.Module:
     """Build a model on the meta device; no weights are loaded.
+
+    Args:
+        optim: Says what is frozen; by default nothing is.
 
     Raises ValueError where it can't be built, or can't checkpoint its activations.
     """
@@ -47,6 +55,8 @@ def shapes_of(
         model = build_model(without_weights(settings), num_classes=num_classes)
     if grad_checkpointing:
         checkpoint_gradients(model, name=settings.name)
+    if optim is not None:
+        freeze(model, optim=optim)
     return model
 
 

@@ -18,7 +18,8 @@ from pipelines.data.position import Position
 from pipelines.hardware.device import is_gpu, set_numerics
 from pipelines.hardware.row_limit import RowLimit
 from pipelines.training.compiling import decide
-from pipelines.training.freezing import Frozen, freeze
+from pipelines.training.freezing import Frozen
+from pipelines.training.freezing import freeze as freeze
 from pipelines.training.fsdp import shard
 from pipelines.training.model import build_model
 from pipelines.training.nonfinite import KeysOf, NonFiniteGuard
