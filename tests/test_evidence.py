@@ -24,11 +24,13 @@ from benchmarks.evidence.intervals import (
     ONE_SEED,
     of_differences,
     paired,
+    rank_text,
 )
 from benchmarks.evidence.page import write_page
 from benchmarks.evidence.plan import Arm, Cell, Images, Plan
 from benchmarks.evidence.plans import PLANS
 from benchmarks.evidence.results import (
+    Entry,
     next_cells,
     read_entries,
     write_entries,
@@ -102,7 +104,7 @@ def test_a_plan_that_was_stopped_goes_on_and_becomes_a_page(
     trained: list[str] = []
     train_cell = command.train_cell
 
-    def stopping(cell: Cell, **settings: Any) -> dict[str, Any]:
+    def stopping(cell: Cell, **settings: Any) -> Entry:
         if len(trained) == 3:
             raise KeyboardInterrupt
         trained.append(cell.key)
@@ -125,12 +127,12 @@ def test_a_plan_that_was_stopped_goes_on_and_becomes_a_page(
     first, second, bad = rows_of(TINY, entries)
     assert first.seeds_text == second.seeds_text == "2 of 2"
     assert first.entries[1]["curves"]["val/top1"][0][0] == 2
-    assert (bad.rate, bad.num_bad_rates) == (None, 2)
+    assert (bad.rate, list(bad.tried)) == (None, [1e-3, 2e-3])
 
     write_page([TINY], entries, docs=tmp_path)
     page = (tmp_path / "evidence.md").read_text()
     (line,) = (line for line in page.splitlines() if line.startswith("| no number"))
-    assert "2 candidates diverged or failed" in line
+    assert "- (0.001: diverged, 0.002: diverged)" in line
     pictures = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
     assert set(pictures) == {
         "evidence.png",
@@ -249,6 +251,24 @@ def test_corruption_errors_are_in_percent_of_the_baselines_seed() -> None:
     mce = rows_of(TINY, entries)[1].mce
     assert mce is not None
     assert mce.mean == pytest.approx((110 + 90) / 2 - 100)
+
+
+def test_heads_are_ranked_against_full_training(tmp_path: Path) -> None:
+    plan = dataclasses.replace(TINY, tokens_of=("so_vit", "sum"))
+    entries = finished(plan, class_token=[60.0, 62.0], sum=[61.0, 63.0])
+    for arm, heads in {"class token": (50.0, 58.0), "sum": (56.0, 54.0)}.items():
+        for seed, head in enumerate(heads, start=1):
+            (cell,) = plan.cells(arm, seed=seed, rates=[1e-3])
+            entries[cell.key]["head_top1"] = head
+    write_page([plan], entries, docs=tmp_path)
+    page = (tmp_path / "evidence.md").read_text()
+    # Ranks 1 4 3 2 against 1 3 2 4: 1 - 6 * (0 + 1 + 1 + 4) / (4 * 15).
+    assert "of 4 settings: Spearman 0.40, Kendall 0.33" in page
+    assert "heads alone 50.00 to 58.00 %, in full 60.00 to 63.00 %" in page
+    assert (
+        rank_text([1.0, 2.0], [1.0, 2.0])
+        == "2 settings: too few, or too alike, to rank."
+    )
 
 
 def test_a_part_has_as_many_photographs_of_each_class() -> None:

@@ -15,10 +15,17 @@ import functools
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -80,35 +87,54 @@ def measure(plan: Plan, *, options: Options) -> None:
     train = functools.partial(train_cell, data=options.data, work=options.work)
     end_s = time.monotonic() + options.max_hours * 3600
     tried: set[str] = set()
-    while True:
-        entries = read_entries(options.results)
-        todo = [it for it in next_cells(plan, entries) if it.key not in tried]
-        if not todo or (options.max_hours and time.monotonic() > end_s):
-            return
-        # One round at a time: other processes may add to the file meanwhile.
-        todo = todo[: options.num_concurrent]
-        for cell, entry in _trained(todo, train=train):
-            tried.add(cell.key)
-            write_entries(
-                options.results, {**read_entries(options.results), cell.key: entry}
-            )
-            reached = f"{entry['top1']:.2f} %" if "top1" in entry else entry["status"]
-            print(f"{cell.key}: {reached}, {entry['seconds']:.0f} s", flush=True)
+
+    def todo() -> list[Cell]:
+        if options.max_hours and time.monotonic() > end_s:
+            return []
+        cells = next_cells(plan, read_entries(options.results))
+        return [cell for cell in cells if cell.key not in tried]
+
+    with _trainer(options.num_concurrent) as trainer:
+        running: dict[Future[Entry], Cell] = {}
+        while True:
+            for cell in todo()[: options.num_concurrent - len(running)]:
+                tried.add(cell.key)
+                running[trainer.submit(train, cell)] = cell
+            if not running:
+                return
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                _keep(running.pop(future), future.result(), path=options.results)
 
 
-def _trained(
-    cells: Sequence[Cell], *, train: Callable[[Cell], Entry]
-) -> Iterator[tuple[Cell, Entry]]:
-    """Train cells at once, each in a process, or a single one here."""
-    if len(cells) == 1:
-        yield cells[0], train(cells[0])
-        return
+def _keep(cell: Cell, entry: Entry, *, path: Path) -> None:
+    """Add an entry to the file, which others may have written to meanwhile."""
+    write_entries(path, {**read_entries(path), cell.key: entry})
+    reached = f"{entry['top1']:.2f} %" if "top1" in entry else entry["status"]
+    print(f"{cell.key}: {reached}, {entry['seconds']:.0f} s", flush=True)
+
+
+class _Here(Executor):
+    """Train in this process: signals reach it, and nothing is imported again."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **_: Any) -> Future[Any]:
+        """Call at once; what it raises is raised here."""
+        future: Future[Any] = Future()
+        future.set_result(fn(*args))
+        return future
+
+
+def _trainer(num_concurrent: int) -> Executor:
+    """Return what trains so many cells at a time, one process each, or one here.
+
+    A process trains one cell after another: its start takes some 20 CPU seconds, of
+    Python's imports and MLflow.
+    """
+    if num_concurrent == 1:
+        return _Here()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(cells), mp_context=context) as pool:
-        futures = {pool.submit(train, cell): cell for cell in cells}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+    return ProcessPoolExecutor(num_concurrent, mp_context=context)
 
 
 def _main(arguments: Sequence[str]) -> None:

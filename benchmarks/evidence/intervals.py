@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from scipy import stats
 
+from tuning.report.statistics import rank_correlation
+
 CONFIDENCE = 0.95
 NO_DIFFERENCE = "no difference shown"
 ONE_SEED = "one seed, no interval"
@@ -48,6 +50,18 @@ def paired(
     """Compare the seeds that both have; None where there is none."""
     both = sorted(set(values) & set(baseline))
     return of_differences([values[seed] - baseline[seed] for seed in both])
+
+
+def rank_text(cheap: Sequence[float], full: Sequence[float]) -> str:
+    """Format the rank correlations of pairs, and how far they are spread."""
+    spearman, kendall = rank_correlation(cheap, full)
+    if math.isnan(spearman):
+        return f"{len(cheap)} settings: too few, or too alike, to rank."
+    return (
+        f"Rank correlation of {len(cheap)} settings: Spearman {spearman:.2f}, Kendall "
+        f"{kendall:.2f}; heads alone {min(cheap):.2f} to {max(cheap):.2f} %, in full "
+        f"{min(full):.2f} to {max(full):.2f} %."
+    )
 
 
 def of_differences(differences: Sequence[float]) -> Difference | None:

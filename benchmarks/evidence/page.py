@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.evidence.figures import draw_claims, draw_curves, draw_differences
-from benchmarks.evidence.intervals import NO_PAIR, Difference
+from benchmarks.evidence.intervals import NO_PAIR, Difference, rank_text
 from benchmarks.evidence.plan import RATE_SEED, Plan
-from benchmarks.evidence.results import Entries, entry_of
+from benchmarks.evidence.results import Entries
 from benchmarks.evidence.rows import Row, rows_of
 
 PAGE = "evidence.md"
@@ -31,8 +31,8 @@ weights, in percent of the held-out photographs: mean and sample deviation over 
 seeds. A difference is the mean over the seeds that both have, in points. Its interval
 is the 95 % one by Student's t, for that difference alone: of twenty such intervals one
 is expected to miss. An interval that holds 0 is called "no difference shown". Learning
-rates are chosen among the candidates by seed {seed}, which is not counted. Runs that
-diverged or failed are in the tables.
+rates are chosen among the candidates by seed {seed}, which is not counted: what each
+reached stands in brackets. Runs that diverged or failed are in the tables.
 """
 
 
@@ -41,10 +41,10 @@ def write_page(plans: Iterable[Plan], entries: Entries, *, docs: Path) -> None:
     sections, claims = [_INTRODUCTION.format(seed=RATE_SEED)], []
     for plan in plans:
         rows = rows_of(plan, entries)
-        if not any(row.entries for row in rows):
+        if not any(row.entries or row.tried for row in rows):
             sections.append(f"## {plan.title}\n\nNot measured yet (`{plan.name}`).\n")
             continue
-        sections.append(_section(plan, rows, entries=entries, docs=docs))
+        sections.append(_section(plan, rows, docs=docs))
         claims += [
             (plan, row) for row in rows if row.difference and _is_main(plan, row)
         ]
@@ -60,7 +60,7 @@ def _is_main(plan: Plan, row: Row) -> bool:
     return row.num_wanted == most
 
 
-def _section(plan: Plan, rows: Sequence[Row], *, entries: Entries, docs: Path) -> str:
+def _section(plan: Plan, rows: Sequence[Row], *, docs: Path) -> str:
     parts = [f"## {plan.title}", plan.about, _settings(plan)]
     parts.append(_table(rows, has_mce=bool(plan.num_corrupted)))
     file = f"evidence_{plan.name}.png"
@@ -70,7 +70,15 @@ def _section(plan: Plan, rows: Sequence[Row], *, entries: Entries, docs: Path) -
     file = f"evidence_{plan.name}_curves.png"
     if plan.curves and draw_curves(docs / file, rows, metrics=plan.curves):
         parts.append(f"![{plan.title}: the course of the training]({file})")
-    parts.append(_cost(plan, rows, entries=entries))
+    if plan.tokens_of:
+        ranked = [
+            (it["head_top1"], it["top1"])
+            for row in rows
+            for it in row.entries.values()
+            if "head_top1" in it
+        ]
+        parts.append(rank_text([one for one, _ in ranked], [it for _, it in ranked]))
+    parts.append(_cost(rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -118,8 +126,11 @@ def _table(rows: Sequence[Row], *, has_mce: bool) -> str:
 
 def _rate(row: Row) -> str:
     rate = "-" if row.rate is None else f"{row.rate:g}"
-    bad = row.num_bad_rates
-    return f"{rate} ({bad} candidates diverged or failed)" if bad else rate
+    tried = [
+        f"{rate:g}: " + (f"{it['top1']:.2f}" if "top1" in it else it["status"])
+        for rate, it in row.tried.items()
+    ]
+    return f"{rate} ({', '.join(tried)})" if tried else rate
 
 
 def _compared(found: Difference | None, *, row: Row) -> list[str]:
@@ -130,14 +141,9 @@ def _compared(found: Difference | None, *, row: Row) -> list[str]:
     return [f"{found.mean:+.2f}", found.interval, found.verdict]
 
 
-def _cost(plan: Plan, rows: Sequence[Row], *, entries: Entries) -> str:
+def _cost(rows: Sequence[Row]) -> str:
     found = [it for row in rows for it in row.entries.values()]
-    tried = [
-        entry
-        for arm in plan.arms
-        for cell in plan.cells(arm, seed=RATE_SEED, rates=plan.rates)
-        if (entry := entry_of(cell, entries))
-    ]
+    tried = [it for row in rows for it in row.tried.values()]
     seconds = statistics.median(it["cpu_seconds"] for it in (*found, *tried))
     dates = sorted({it["date"] for it in (*found, *tried)})
     cpus = ", ".join(sorted({it["cpu"] for it in (*found, *tried)}))

@@ -72,7 +72,9 @@ class Plan:
     curves: tuple[str, ...] = ()
     """Metrics whose course is kept."""
     num_corrupted: int = 0
-    """Whether held-out images are corrupted, and how many."""
+    """Held-out images that are corrupted too; 0 is none."""
+    tokens_of: tuple[str, str] | None = None
+    """Plan and arm whose tokens every arm's head is trained on as well, alone."""
 
     def cells(self, arm: str, *, seed: int, rates: Sequence[float]) -> list[Cell]:
         """Return an arm's cells of one seed, one for each rate."""
@@ -120,6 +122,7 @@ class Cell:
             plan.num_corrupted,
             arm.init_from,
         ]
+        parts += [plan.tokens_of] if plan.tokens_of else []
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 

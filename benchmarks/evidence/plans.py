@@ -299,6 +299,39 @@ TOKENS = Plan(
         for head, fusion in (("class token", _CLASS), ("sum", _SVPN))
     },
 )
+
+
+def _pooled(dims: tuple[int, int], **changes: Any) -> Arm:
+    """Return a setting of the head, for ranks."""
+    fields = {"reduced_dim": dims, **changes}
+    changed = {f"pooling.{name}": value for name, value in fields.items()}
+    return Arm(changes={**_SVPN, **changed}, num_seeds=1)
+
+
+HEADS = Plan(
+    name="heads",
+    title="Heads on tokens, and full training",
+    about=(
+        "Settings of svPN's head, each trained in full by the So-ViT of above, and its "
+        "head alone for 10 epochs on the tokens of a trained one, whose head has 48 x "
+        "24. The question is whether the cheap ranking is that of full training."
+    ),
+    images=_CIFAR,
+    changes=_SO_VIT,
+    rates=(1e-3,),
+    arms={
+        **{
+            f"{dims[0]} x {dims[1]}, exponent {power:g}": _pooled(dims, power=power)
+            for dims in ((4, 2), (12, 6), (24, 12), (48, 24))
+            for power in (0.3, 0.5, 1.0)
+        },
+        "48 x 24, not normalised": _pooled((48, 24), normalizer="none"),
+        "48 x 24, signed root": _pooled((48, 24), normalizer="signed_sqrt"),
+        "48 x 24, LayerNorm": _pooled((48, 24), normalizer="layer_norm"),
+        "64 x 48, exponent 0.5": _pooled((64, 48)),
+    },
+    tokens_of=("so_vit", "sum"),
+)
 PLANS: Mapping[str, Plan] = MappingProxyType(
     {
         plan.name: plan
@@ -310,6 +343,7 @@ PLANS: Mapping[str, Plan] = MappingProxyType(
             SCHEDULES,
             ROBUSTNESS,
             TOKENS,
+            HEADS,
             FLOWERS,
         )
     }

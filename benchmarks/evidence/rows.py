@@ -35,8 +35,8 @@ class Row:
     """Of top-1 to the baseline's, in points."""
     mce: Difference | None
     """Mean corruption error less the baseline's 100 %."""
-    num_bad_rates: int
-    """Candidates of the rate that ended badly."""
+    tried: Mapping[float, Entry]
+    """By the candidates of the rate; empty where another arm's is taken."""
 
     @property
     def top1s(self) -> list[float]:
@@ -70,10 +70,11 @@ def rows_of(plan: Plan, entries: Entries) -> list[Row]:
     rows = []
     for name, arm in plan.arms.items():
         of_baseline = found.get(arm.against, {})
-        tried = [
-            entry_of(cell, entries)
+        tried = {
+            cell.rate: entry
             for cell in plan.cells(name, seed=RATE_SEED, rates=plan.rates)
-        ]
+            if (entry := entry_of(cell, entries))
+        }
         rows.append(
             Row(
                 arm=name,
@@ -83,7 +84,7 @@ def rows_of(plan: Plan, entries: Entries) -> list[Row]:
                 entries=found[name],
                 difference=paired(_top1s(found[name]), _top1s(of_baseline)),
                 mce=_mce(found[name], of_baseline),
-                num_bad_rates=sum(bool(it) and "top1" not in it for it in tried),
+                tried=tried,
             )
         )
     return rows

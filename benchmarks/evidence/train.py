@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.evidence import plans
-from benchmarks.evidence.plan import Cell, Images
-from benchmarks.evidence.results import DIVERGED, FAILED, FINISHED
+from benchmarks.evidence.plan import RATE_SEED, Cell, Images
+from benchmarks.evidence.results import DIVERGED, FAILED, FINISHED, Entry
 from benchmarks.machine import cpu_name
 from pipelines import tracking
 from pipelines.checkpoints.run_record import find_record
+from pipelines.config import Run
 from pipelines.config.overrides import change_fields
 from pipelines.driver.fit import fit
 from pipelines.errors import NonFiniteLossError, RunFailedError
@@ -31,10 +32,13 @@ from pipelines.storage.redaction import error_summary
 from pipelines.tracking.query import RunStore
 from pipelines.tracking.sweeps import NUM_PARAMS
 from pipelines.worker.job import Trained
+from tuning.heads.extract import write_tokens
+from tuning.heads.train import train_head
 
 logger = logging.getLogger(__name__)
 _SEED = 0
 _DIGITS = 4
+_HEAD_EPOCHS = 10
 
 
 def make_sets(images: Images, *, data: Path, work: Path) -> tuple[Path, Path]:
@@ -78,7 +82,7 @@ def cut(table: pa.Table, *, num: int) -> pa.Table:
     return table.take(np.sort(np.concatenate(rows)))
 
 
-def train_cell(cell: Cell, *, data: Path, work: Path) -> dict[str, Any]:
+def train_cell(cell: Cell, *, data: Path, work: Path) -> Entry:
     """Train and evaluate a cell; one that ends badly is an entry too."""
     start_s, cpu_s = time.perf_counter(), time.process_time()
     entry: dict[str, Any] = {"settings": cell.settings()}
@@ -151,7 +155,22 @@ def _measured(
         }
     if cell.plan.num_corrupted:
         found["errors"] = _errors(cell, trained, data=data, work=work)
+    if cell.plan.tokens_of:
+        found["head_top1"] = _head_top1(cell, run=record.run, data=data, work=work)
     return {**found, "num_params": num_params}
+
+
+def _head_top1(cell: Cell, *, run: Run, data: Path, work: Path) -> float:
+    """Train the cell's head alone, on tokens that one Ray job computes for all."""
+    plan = cell.plan
+    assert plan.tokens_of is not None
+    backbone = _checkpoint(*plan.tokens_of, seed=RATE_SEED + 1, data=data, work=work)
+    out = str(work / "tokens" / plan.name)
+    sets = write_tokens(run, checkpoint=backbone, out=out)
+    found = train_head(
+        run, tokens=sets.train, val=sets.val, num_epochs=_HEAD_EPOCHS, seed=cell.seed
+    )
+    return round(found["head/top1"], _DIGITS)
 
 
 def _errors(
