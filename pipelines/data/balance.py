@@ -51,36 +51,23 @@ class Balance:
         return ranks
 
     def showings(self, epoch: int) -> np.ndarray:
-        """Count how often an epoch shows each row: int64 (N,)."""
-        rows = slice(None)
-        return self._shown(rows, epoch + 1, 0) - self._shown(rows, epoch, 0)
+        """Count how often an epoch shows each row: int32 (N,)."""
+        return self.before_rounds(epoch)[-1]
 
-    def group_sizes(self, num_rows: np.ndarray, *, epoch: int) -> np.ndarray:
-        """Count the showings of each row group in each round: int64 (rounds, groups).
+    def before_rounds(self, epoch: int) -> np.ndarray:
+        """Count an epoch's showings of each row before each round, and in all.
 
-        Args:
-            num_rows: Rows of each group.
+        Returns int32 (num_rounds + 1, N).
         """
-        rows, ends = slice(None), np.cumsum(num_rows, dtype=np.int64)
-        before = [
-            np.concatenate([[0], np.cumsum(self._shown(rows, epoch, part))])
-            for part in range(self.num_rounds + 1)
+        sizes = self.sizes[self.labels]
+        bounds = range(self.num_rounds + 1)
+        turns = [
+            epoch * self.quotas + self.quotas * r // self.num_rounds for r in bounds
         ]
-        return np.diff([sums[ends] - sums[ends - num_rows] for sums in before], axis=0)
-
-    def taken(self, rows: slice, *, epoch: int, part: int) -> np.ndarray:
-        """List what a round takes of some rows: int32 (2, n), row and showing of each.
-
-        Rows are counted from the slice's start, their showings from the epoch's.
-        """
-        first = self._shown(rows, epoch, part)
-        counts = self._shown(rows, epoch, part + 1) - first
-        firsts = first - self._shown(rows, epoch, 0)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        showings = np.repeat(firsts, counts) + within
-        return np.stack([np.repeat(np.arange(len(counts)), counts), showings]).astype(
-            np.int32
-        )
+        shown = [
+            (turn[self.labels] + sizes - 1 - self._ranks) // sizes for turn in turns
+        ]
+        return np.stack([now - shown[0] for now in shown]).astype(np.int32)
 
     def line(self, classes: Sequence[str]) -> str:
         """Describe in one line what epochs are made of."""
@@ -97,12 +84,30 @@ class Balance:
             f"{' and of '.join(said)} each{reads if self.num_rounds > 1 else ''}"
         )
 
-    def _shown(self, rows: slice, epoch: int, part: int) -> np.ndarray:
-        """Count the showings of some rows before a round: int64 (n,)."""
-        turn = epoch * self.quotas + self.quotas * part // self.num_rounds
-        labels = self.labels[rows]
-        sizes = self.sizes[labels]
-        return (turn[labels] + sizes - 1 - self._ranks[rows]) // sizes
+
+def group_sizes(shown: np.ndarray, num_rows: np.ndarray) -> np.ndarray:
+    """Count the showings of each row group in each round: int64 (rounds, groups).
+
+    Args:
+        shown: As of `Balance.before_rounds`.
+        num_rows: Rows of each group.
+    """
+    ends = np.cumsum(num_rows, dtype=np.int64)
+    before = [np.concatenate([[0], np.cumsum(of, dtype=np.int64)]) for of in shown]
+    return np.diff([sums[ends] - sums[ends - num_rows] for sums in before], axis=0)
+
+
+def taken(shown: np.ndarray) -> np.ndarray:
+    """List what a round takes of some rows: int32 (2, n), row and showing of each.
+
+    Args:
+        shown: Showings of the rows before the round and after it, (2, num_rows).
+    """
+    counts = shown[1] - shown[0]
+    rows = np.repeat(np.arange(len(counts)), counts)
+    firsts = np.cumsum(counts) - counts
+    showings = np.arange(len(rows)) + (shown[0] - firsts)[rows]
+    return np.stack([rows, showings]).astype(np.int32)
 
 
 def _quotas(sizes: np.ndarray, *, exponent: float) -> np.ndarray:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipelines.data.balance import Balance
+from pipelines.data.balance import Balance, group_sizes, taken
 from pipelines.rng import Purpose, key, seeded_order
 
 
@@ -218,7 +218,8 @@ class EpochPlan:
     """int64, of like shape: rows up to and including each group, in reading order."""
     row_key: int | None
     """Key for shuffling within units; None keeps the order of the files."""
-    balance: Balance | None = None
+    shown: np.ndarray | None = None
+    """Of a balanced plan: see `Balance.before_rounds`."""
 
     def unit(self, index: int, *, start_batch: int = 0) -> Unit:
         """Build one read unit."""
@@ -259,11 +260,11 @@ class EpochPlan:
     def _slice(self, item: int, start: int, stop: int) -> Slice:
         part, group = divmod(item, len(self.groups.num_rows))
         found = self.groups.slice_of(group, start=start, stop=stop)
-        if self.balance is None:
+        if self.shown is None:
             return found
         rows = slice(found.first_id, found.first_id + int(self.groups.num_rows[group]))
-        taken = self.balance.taken(rows, epoch=self.shape.epoch, part=part)
-        return replace(found, shown=taken[:, start:stop].tobytes())
+        taken_rows = taken(self.shown[part : part + 2, rows])
+        return replace(found, shown=taken_rows[:, start:stop].tobytes())
 
 
 def plan_epoch(
@@ -297,8 +298,10 @@ def plan_epoch(
     )
     num_groups = len(groups.num_rows)
     group_key = key(seed, epoch // num_repeats, Purpose.GROUPS)
+    shown = None
     if balance is not None:
-        sizes = balance.group_sizes(groups.num_rows, epoch=epoch).ravel()
+        shown = balance.before_rounds(epoch)
+        sizes = group_sizes(shown, groups.num_rows).ravel()
         order = np.concatenate(
             [
                 seeded_order(num_groups, key=key(group_key, part)) + part * num_groups
@@ -317,7 +320,7 @@ def plan_epoch(
         order=order,
         ends=np.cumsum(sizes[order], dtype=np.int64),
         row_key=key(seed, epoch, Purpose.ROWS) if shuffle else None,
-        balance=balance,
+        shown=shown,
     )
 
 
