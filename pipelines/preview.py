@@ -1,6 +1,7 @@
 """Show the images that training sees: `python -m pipelines.preview RECIPE`.
 
     python -m pipelines.preview demo
+    python -m pipelines.preview finetune.folder --data.train ~/photos
     python -m pipelines.preview imagenet.so_vit_14 --data.train /shards/train
 
 A row an image, first as evaluation sees it, then as training does in the first epochs,
@@ -26,7 +27,7 @@ from pipelines.config.recipes import load_recipe
 from pipelines.data.loader import pixel_settings, reading_of
 from pipelines.data.shard_set import read_shard_set
 from pipelines.data.stream import LocalOpener, Plans
-from pipelines.driver.preflight import with_absolute_paths
+from pipelines.driver.preflight import with_absolute_paths, with_shards
 from pipelines.evaluation.image_keys import with_labels
 from pipelines.hardware.device import find_device
 from pipelines.transforms.color_ops import Op
@@ -169,9 +170,12 @@ def _main(arguments: Sequence[str]) -> None:
             f"{chosen.num_epochs}; set --num-images and --num-epochs"
         )
     check_plot(chosen.out, option="out")
-    run = parse(
-        Run, default=load_recipe(recipe), arguments=rest, prog=_PROG, text=__doc__
-    )
+
+    def parse_on(default: Run) -> Run:
+        return parse(Run, default=default, arguments=rest, prog=_PROG, text=__doc__)
+
+    run = parse_on(load_recipe(recipe))
+    run = with_shards(run, recipe=recipe, typed=rest, parse_on=parse_on) or run
     run = with_absolute_paths(run)
     preview(
         run,

@@ -31,14 +31,13 @@ from pipelines.driver.fit import fit
 from pipelines.driver.preflight import (
     check_one_name,
     check_same,
-    describe_fit,
     load_recorded,
     record_to_resume,
     recorded_facts,
     recorded_shards,
     run_and_storage,
-    shards_of_folders,
     with_absolute_paths,
+    with_shards,
 )
 from pipelines.dry_run.command import show_dry_run
 from pipelines.evaluation.figures import (
@@ -111,7 +110,13 @@ def _main(arguments: Sequence[str]) -> None:
         run = recorded_shards(run, record=record)
         check_same(record.run, run)
     else:
-        run = _with_shards(run, recipe, rest=rest, makes=not chosen.dry_run)
+        run = with_shards(
+            run,
+            recipe=recipe,
+            typed=rest,
+            parse_on=lambda run: parse(Run, default=run, arguments=rest, prog=_PROG),
+            makes=not chosen.dry_run,
+        )
         if run is None:
             return
     if record is not None and recipe:
@@ -130,31 +135,6 @@ def _main(arguments: Sequence[str]) -> None:
     start_s = time.monotonic()
     trained = fit(run, name=name, record=record, code=code)
     print_summary(trained, run=run, name=name, seconds=time.monotonic() - start_s)
-
-
-def _with_shards(
-    run: Run, recipe: str, *, rest: Sequence[str], makes: bool
-) -> Run | None:
-    """Put shards in the place of folders of images, and fit the recipe to these.
-
-    None where nothing is to be made and nothing is there: what would be is printed.
-    """
-    found = shards_of_folders(run, typed=rest, makes=makes)
-    if found is None:
-        return run
-    fitted = load_recipe(recipe, facts=found.facts(run))
-    is_fitted = fitted != load_recipe(recipe)
-    if is_fitted:
-        run = parse(Run, default=fitted, arguments=rest, prog=_PROG)
-    run = found.put_in(run)
-    for line in found.lines:
-        print(line)
-    if is_fitted:
-        print(describe_fit(run, num_images=found.sets.num_train))
-    if found.lines:
-        print("the rest is shown once they are made, by the same command")
-        return None
-    return run
 
 
 def _new_name(run: Run) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import predict
+from pipelines import predict, preview
 from pipelines.checkpoints.run_record import find_record, write_record
 from pipelines.config import Data, Facts, Run
 from pipelines.config.recipes import load_recipe
@@ -22,6 +22,7 @@ from pipelines.training.model import build_model
 from recipes.finetune import folder
 from tests.mlflow_stores import prepare_store
 from tests.small_sets import jpeg
+from tuning import search
 
 SMALL = ["--scale.num-workers", "0", "--data.decoder", "torch", "--scale.amp", "off"]
 QUICK = [*SMALL, "--optim.num-epochs", "1", "--data.num-prefetch-batches", "1"]
@@ -39,6 +40,23 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             content = jpeg(100 * at + number, size=(40, 34))
             (root / name / f"{number:02d}.jpg").write_bytes(content)
     return root
+
+
+def test_a_folder_is_previewed_and_searched_on_too(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--data.train", str(source), "--model.img-size", "32", *SMALL]
+    preview._main(["finetune.folder", *small, "--num-images", "2"])
+    assert "picked    32 pixels, batches of 4" in capsys.readouterr().out
+    chosen, rest = search._split(["finetune.folder", "optim", *small])
+    sweep, _ = search._begun(chosen, rest)
+    assert "picked    32 pixels, batches of 4" in capsys.readouterr().out
+    data = sweep.run.data
+    assert data.batch_size == 4
+    assert {str(Path(place).parent.parent) for place in (data.train, data.val)} == {
+        str(Path.cwd() / "runs" / "shards")
+    }
+    assert sweep.run.num_checkpoints_to_keep == 1
 
 
 def facts(**changes: object) -> Facts:

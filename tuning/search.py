@@ -3,6 +3,7 @@
     sovit-tune demo pooling --num-trials 12 --scale.num-workers 1
     sovit-tune imagenet.so_vit_14 pooling,optim --method optuna --max-gpu-hours 500
     sovit-tune demo my/space.py:narrow --head-from runs/demo-1/epoch_0008
+    sovit-tune finetune.folder optim --data.train ~/photos --scale.num-workers 1
     sovit-tune --resume NAME
 
 Each trial is a run like any other, below the sweep's in MLflow. Trials that are behind
@@ -30,6 +31,7 @@ from pipelines.driver.preflight import (
     load_recorded,
     run_and_storage,
     with_absolute_paths,
+    with_shards,
 )
 from pipelines.storage.filesystem import absolute
 from tuning.checks import check_sweep_name
@@ -118,16 +120,26 @@ def _begun(chosen: argparse.Namespace, rest: list[str]) -> tuple[Sweep, Space]:
     default = load_recipe(recipe)
     if chosen.storage:
         rest += ["--storage", chosen.storage]
-    # A trial keeps what goes on with it; the best one can be evaluated and exported.
-    default = dataclasses.replace(default, num_checkpoints_to_keep=1)
-    options = parse(
-        Options,
-        default=Options(run=default),
-        arguments=rest,
-        prog=_PROG,
-        text=__doc__,
+
+    def parse_on(default: Run) -> Options:
+        # A trial keeps what goes on with it; the best can be evaluated and exported.
+        default = dataclasses.replace(default, num_checkpoints_to_keep=1)
+        return parse(
+            Options,
+            default=Options(run=default),
+            arguments=rest,
+            prog=_PROG,
+            text=__doc__,
+        )
+
+    options = parse_on(default)
+    run = with_shards(
+        options.run,
+        recipe=recipe,
+        typed=rest,
+        parse_on=lambda default: parse_on(default).run,
     )
-    run = with_absolute_paths(options.run)
+    run = with_absolute_paths(run or options.run)
     name = chosen.name or f"{run.recipe}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     check_sweep_name(run.storage, name=name)
     space_name = _absolute(space_name)

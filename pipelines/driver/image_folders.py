@@ -6,11 +6,12 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipelines.checkpoints.run_record import Record
 from pipelines.config import Facts, Run
+from pipelines.config.recipes import load_recipe
 from pipelines.data.shard_set import read_shard_set
 from pipelines.hardware.device import gpus_here
 from pipelines.shards.folder import (
@@ -132,6 +133,40 @@ def _plan(run: Run) -> FolderPlan | None:
         classes=classes,
         storage=run.storage,
     )
+
+
+def with_shards(
+    run: Run,
+    *,
+    recipe: str,
+    typed: Sequence[str],
+    parse_on: Callable[[Run], Run],
+    makes: bool = True,
+) -> Run | None:
+    """Put shards in the place of folders of images, and fit the recipe to these.
+
+    Prints what was picked. None where nothing is to be made and nothing is there: what
+    would be is printed.
+
+    Args:
+        parse_on: Parses the command's arguments with another recipe's run as default.
+    """
+    found = shards_of_folders(run, typed=typed, makes=makes)
+    if found is None:
+        return run
+    fitted = load_recipe(recipe, facts=found.facts(run))
+    is_fitted = fitted != load_recipe(recipe)
+    if is_fitted:
+        run = parse_on(fitted)
+    run = found.put_in(run)
+    for line in found.lines:
+        print(line)
+    if is_fitted:
+        print(describe_fit(run, num_images=found.sets.num_train))
+    if found.lines:
+        print("the rest is shown once they are made, by the same command")
+        return None
+    return run
 
 
 def recorded_shards(run: Run, *, record: Record) -> Run:

@@ -37,10 +37,9 @@ from pipelines.config.serialization import flat_params
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.data.spot_check import spot_check
 from pipelines.data.stream import Plans
-from pipelines.driver.image_folders import describe_fit as describe_fit
 from pipelines.driver.image_folders import recorded_facts as recorded_facts
 from pipelines.driver.image_folders import recorded_shards as recorded_shards
-from pipelines.driver.image_folders import shards_of_folders as shards_of_folders
+from pipelines.driver.image_folders import with_shards as with_shards
 from pipelines.evaluation.held_out import HeldOut, held_out_of
 from pipelines.evaluation.image_keys import read_keys, with_labels
 from pipelines.storage.filesystem import absolute
