@@ -7,13 +7,14 @@
 The straightforward version is the same mathematics in PyTorch's operations with its
 autograd (`benchmarks/straightforward.py`). Both are checked against each other first.
 The rounds of both take turns. Kept memory is what the backward pass needs, in multiples
-of the input. Then a head's share of a whole training step of its network.
+of the input.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,15 +23,108 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.head_cases import Case, cases, curves
-from benchmarks.head_rounds import Result, case_name, compare, kept, step_ms
 from benchmarks.machine import machine
 from benchmarks.result_file import write_result
-from benchmarks.step_share import Share, measure_share
+from benchmarks.timing import Spread, call_ms, ratios, spread
 from pipelines.cli.command import parse, run_command
 from pipelines.cli.outputs import check_file, check_plot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A case's result: milliseconds, speedup and kept memory."""
+
+    name: str
+    ours_ms: Spread
+    straightforward_ms: Spread
+    speedup: Spread
+    ours_kept: float
+    """Bytes kept for the backward pass, in multiples of the input's."""
+    straightforward_kept: float
+
+
+def compare(
+    case: Case, *, num_rounds: int, round_s: float, compiled: bool, device: str
+) -> Result:
+    """Time both versions of a case in turns.
+
+    Raises AssertionError if they do not agree, or ours is further off what both
+    approximate.
+    """
+    x = case.input(device)
+    ours, other = case.ours, case.straightforward
+    _check(case, x)
+    kept_ours, kept_other = kept(ours, x), kept(other, x)
+    if compiled:
+        ours, other = torch.compile(ours), torch.compile(other)
+    weight = torch.randn_like(case.ours(x))
+    mine, theirs = [], []
+    for seen in range(num_rounds + 1):
+        times = [
+            step_ms(function, x, weight, round_s=round_s) for function in (ours, other)
+        ]
+        # The first round warms up, and compiles.
+        if seen:
+            mine.append(times[0])
+            theirs.append(times[1])
+    return Result(
+        name=case_name(case, compiled=compiled),
+        ours_ms=spread(mine),
+        straightforward_ms=spread(theirs),
+        speedup=ratios(theirs, mine),
+        ours_kept=kept_ours,
+        straightforward_kept=kept_other,
+    )
+
+
+def _check(case: Case, x: Tensor) -> None:
+    ours, other = case.ours(x), case.straightforward(x)
+    if case.exact is None:
+        torch.testing.assert_close(ours, other, rtol=1e-2, atol=1e-2)
+        return
+    exact = case.exact(x)
+    assert torch.dist(ours, exact) <= torch.dist(other, exact), case.name
+
+
+def case_name(case: Case, *, compiled: bool) -> str:
+    """Return a case's name in the results."""
+    return f"{case.name}{', compiled' if compiled else ''}"
+
+
+def step_ms(
+    function: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, *, round_s: float
+) -> float:
+    """Measure the median time of forward and backward, over `round_s` or one call."""
+    times: list[float] = []
+    while not times or sum(times) < 1000 * round_s:
+        leaf = x.clone().requires_grad_()
+
+        def both(leaf: Tensor = leaf) -> None:
+            function(leaf).backward(weight)
+
+        times.append(call_ms(both, device=x.device.type))
+    return statistics.median(times)
+
+
+def kept(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Count the bytes kept for the backward pass, in multiples of the input's."""
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(x.clone().requires_grad_())
+    return sum(sizes.values()) / x.nbytes
+
 
 _PROG = "benchmarks.heads"
 _CURVE_DIMS = (32, 64, 128, 192, 256, 384, 512)
@@ -48,9 +142,6 @@ class Options:
     num_threads: int = 2
     compile: bool = False
     """Also compile the straightforward version and ours."""
-    steps: tuple[str, ...] = ("so_vit_14", "isqrt_resnet50")
-    """Models of whose training step the head's share is measured."""
-    step_batch_size: int = 8
     json: Path | None = None
     """File for all figures."""
     plot: Path | None = None
@@ -70,15 +161,6 @@ def table(results: Sequence[Result]) -> str:
         for found in results
     }
     return pd.DataFrame(rows).T.to_string()
-
-
-def share_text(share: Share) -> str:
-    """Format the head's share of a step."""
-    return (
-        f"{share.model}, batch {share.batch_size}, {share.dtype}: "
-        f"a step {share.step_ms:,.0f} ms, "
-        f"its head {share.head_ms:,.1f} ms: {share.head_ms / share.step_ms:.2%}"
-    )
 
 
 def plot(path: Path, *, options: Options, device: str) -> None:
@@ -128,10 +210,10 @@ def _main(arguments: Sequence[str]) -> None:
 
 
 def _measure(options: Options, *, device: str) -> None:
-    """Time all cases and steps; write and print the results after each."""
+    """Time all cases; write and print the results after each."""
     shown = str(dataclasses.replace(options, json=None, plot=None))
     content: dict[str, Any] = {"machine": machine(), "options": shown}
-    work: dict[str, Callable[[], Result | Share]] = {
+    work = {
         case_name(case, compiled=mode): functools.partial(
             compare,
             case,
@@ -143,25 +225,16 @@ def _measure(options: Options, *, device: str) -> None:
         for mode in ((False, True) if options.compile else (False,))
         for case in cases(options.batch_size, device=device)
     }
-    for name in options.steps:
-        work[name] = functools.partial(
-            measure_share, name, batch_size=options.step_batch_size, device=device
-        )
-    found: dict[str, Result | Share] = {}
+    found: list[Result] = []
     missing = list(work)
     try:
         for name, measure in tqdm(work.items(), unit="case", disable=None):
-            found[name] = measure()
+            found.append(measure())
             missing.remove(name)
-            for part, kind in (("heads", Result), ("steps", Share)):
-                of_part = [asdict(it) for it in found.values() if isinstance(it, kind)]
-                content[part] = of_part
+            content["heads"] = [asdict(result) for result in found]
             write_result(options.json, content, missing=missing)
     finally:
-        print(table([one for one in found.values() if isinstance(one, Result)]))
-        for one in found.values():
-            if isinstance(one, Share):
-                print(share_text(one))
+        print(table(found))
         if missing:
             print(f"not measured: {'; '.join(missing)}", file=sys.stderr)
 

@@ -17,30 +17,80 @@ import importlib.util
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
-from benchmarks import report
-from benchmarks.checks import reference_moments
-from benchmarks.frame import Entry, run_rounds
-from benchmarks.machine import machine
-from benchmarks.ours import ours
-from benchmarks.result_file import write_result
-from benchmarks.rivals import (
+from benchmarks.frame import Entry, reference_moments, run_rounds
+from benchmarks.loaders import (
     dali_files,
     mosaic_streaming,
+    ours,
     ray_data,
     torchvision_files,
     webdataset_tars,
 )
+from benchmarks.machine import busy_text, machine
+from benchmarks.result_file import write_result
 from benchmarks.sets import Sets, labelled_images, make_sets
+from benchmarks.timing import Round, Spread, ratios, spread
 from benchmarks.work import Loader, Work
 from pipelines.cli.command import parse, run_command
 from pipelines.cli.outputs import check_file
+
+OURS = "ours"
+Rounds = Mapping[str, Sequence[Round]]
+
+
+def ours_to_others(rounds: Rounds) -> dict[str, Spread]:
+    """Return our rate as a multiple of every other's; empty if ours did not run."""
+    ours = [found.images_per_s for found in rounds.get(OURS, [])]
+    return {
+        name: ratios(ours, [found.images_per_s for found in of_loader])
+        for name, of_loader in rounds.items()
+        if ours and name != OURS
+    }
+
+
+def as_json(rounds: Rounds) -> dict[str, Any]:
+    """Return all rounds, and the table's figures."""
+    compared = ours_to_others(rounds)
+    return {
+        name: {
+            **{
+                figure: asdict(spread([getattr(found, figure) for found in of_loader]))
+                for figure in ("images_per_s", "images_per_cpu_s", "first_batch_s")
+            },
+            "ours_to_this": asdict(compared[name]) if name in compared else None,
+            "rounds": [asdict(found) for found in of_loader],
+        }
+        for name, of_loader in rounds.items()
+    }
+
+
+def table(rounds: Rounds) -> str:
+    """Format a line per loader, the fastest first."""
+    shown = {}
+    for name, of in as_json(rounds).items():
+        ours = of["ours_to_this"]
+        shown[name] = {
+            "images/s": Spread(**of["images_per_s"]).shown(".0f"),
+            "images/CPU-s": f"{of['images_per_cpu_s']['median']:.0f}",
+            "first batch": f"{of['first_batch_s']['median']:.1f} s",
+            "ours is": f"{Spread(**ours).shown('.2f')} x" if ours else "",
+        }
+    order = sorted(
+        rounds,
+        key=lambda name: -spread([it.images_per_s for it in rounds[name]]).median,
+    )
+    lines = pd.DataFrame(shown).T.loc[order].to_string()
+    others = [found.other_cores for of_loader in rounds.values() for found in of_loader]
+    return f"{lines}\n{busy_text(others)}"
+
 
 _PROG = "benchmarks.ingest"
 
@@ -81,7 +131,7 @@ def line_up(*, rand_augment: bool) -> list[Loader]:
     """List all loaders, installed or not."""
     tensor = functools.partial(ray_data, policy="torchvision")
     loaders = [
-        Loader(name=report.OURS, batches=ours, libraries=("ray.data",), on_ray=True),
+        Loader(name=OURS, batches=ours, libraries=("ray.data",), on_ray=True),
         Loader(name="dali-files", batches=dali_files, libraries=("nvidia.dali.fn",)),
         Loader(
             name="ray-data-tensor", batches=tensor, libraries=("ray.data",), on_ray=True
@@ -141,7 +191,7 @@ def entries_of(
     entries = []
     for loader in loaders:
         # Ours reads the set that is made for it.
-        is_ours = loader.name == report.OURS
+        is_ours = loader.name == OURS
         for suffix in list(works)[-1:] if is_ours else works:
             entries.append(
                 Entry(
@@ -197,8 +247,8 @@ def _compare(
     """Time the loaders; write the results after each round."""
     entries = entries_of(loaders, sets=sets, options=options)
 
-    def save(rounds: report.Rounds) -> None:
-        result["loaders"] = report.as_json(rounds)
+    def save(rounds: Rounds) -> None:
+        result["loaders"] = as_json(rounds)
         missing = [entry.name for entry in entries if entry.name not in rounds]
         write_result(options.json, result, missing=missing)
 
@@ -210,7 +260,7 @@ def _compare(
         on_round=save,
     )
     print(f"{options.num_threads} threads, {options.num_images} photographs")
-    print(report.table(rounds))
+    print(table(rounds))
 
 
 if __name__ == "__main__":

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
+import functools
 import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 from benchmarks.machine import cpu_seconds, machine_cpu_seconds
-from benchmarks.model_cases import Case
-from benchmarks.model_steps import Steps, build_steps
+from benchmarks.model_cases import Case, Steps, build_steps
 from benchmarks.timing import call_ms
 
+T = TypeVar("T")
 _MIB = 1 << 20
 _MAX_STEPS = 1000
 _NUM_WARM_STEPS = {"cpu": 1, "cuda": 3}
@@ -40,6 +41,7 @@ class Begun:
 
     first_step_s: float
     """Includes compilation."""
+    warm_step_ms: float
     at_rest_mb: float
     """MiB between the steps, of tensors on a GPU, of the whole process on a CPU:
     weights, their average, the optimiser's state; on a CPU libraries too."""
@@ -86,15 +88,18 @@ def time_cases(
     Raises ValueError, naming the case, if its process fails.
     """
     with contextlib.ExitStack() as stack:
-        made = {case: stack.enter_context(process_of(case, round_s)) for case in cases}
-        for ask in made.values():
-            ask()  # it is ready: importing takes CPUs from those that are timed
+        pools = {case: stack.enter_context(_pool(case)) for case in cases}
+        for case in cases:
+            # Importing takes CPUs from those that are timed.
+            _ask(pools[case], case, has_imported)
         found: dict[Case, Rounds] = {}
         for number in range(num_rounds):
             between()
-            for case, ask in made.items():
-                before = found.get(case) or Rounds(begun=ask(), rounds=())
-                last = _round(ask)
+            for case, pool in pools.items():
+                before = found.get(case)
+                if before is None:
+                    before = Rounds(begun=_ask(pool, case, begin), rounds=())
+                last = _round(pool, case, begun=before.begun, round_s=round_s)
                 found[case] = replace(before, rounds=(*before.rounds, last))
                 print(
                     f"round {number + 1} of {num_rounds}  {case.label:<26}"
@@ -106,10 +111,38 @@ def time_cases(
                 on_round(found)
 
 
-def _round(ask: Callable[[], Any]) -> StepRound:
-    """Request a round, and measure the machine's other load meanwhile."""
+def _pool(case: Case) -> ProcessPoolExecutor:
+    """Make the process that a case keeps for all its rounds."""
+    # torch takes seconds to import: one process does, and the others fork off it,
+    # which CUDA does not allow.
+    context = multiprocessing.get_context(
+        "spawn" if case.device == "cuda" else "forkserver"
+    )
+    context.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(max_workers=1, mp_context=context)
+
+
+def _ask(pool: ProcessPoolExecutor, case: Case, function: Callable[[Case], T]) -> T:
+    """Call a function of this module in a case's process."""
+    try:
+        return pool.submit(function, case).result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"{case.label}, {case.stage}: expected a process that times steps, got one "
+            "that died; where the system killed it memory was short: lower --batch-size"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{case.label}, {case.stage}: {error}") from error
+
+
+def _round(
+    pool: ProcessPoolExecutor, case: Case, *, begun: Begun, round_s: float
+) -> StepRound:
+    """Time a round, and measure the machine's other load meanwhile."""
+    num_steps = math.ceil(1000 * round_s / begun.warm_step_ms)
+    num_steps = min(max(num_steps, 1), _MAX_STEPS)
     start_s, machine_s, ours_s = time.monotonic(), machine_cpu_seconds(), cpu_seconds()
-    step_ms, num_steps = ask()
+    step_ms = _ask(pool, case, functools.partial(time_steps, num_steps=num_steps))
     others_s = machine_cpu_seconds() - machine_s - (cpu_seconds() - ours_s)
     return StepRound(
         step_ms=step_ms,
@@ -118,79 +151,41 @@ def _round(ask: Callable[[], Any]) -> StepRound:
     )
 
 
-@contextlib.contextmanager
-def process_of(case: Case, round_s: float) -> Iterator[Callable[[], Any]]:
-    """Run a case's process, and yield the function that asks it.
-
-    The first call waits until it has imported all it needs; each after it gives the
-    next thing of `tell`.
-    """
-    # torch takes seconds to import: one process does, and the others fork off it,
-    # which CUDA does not allow.
-    context = (
-        multiprocessing.get_context("spawn")
-        if case.device == "cuda"
-        else multiprocessing.get_context("forkserver")
-    )
-    context.set_forkserver_preload([__name__])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(case, round_s, theirs))
-    process.start()
-    theirs.close()
-
-    def ask() -> Any:
-        try:
-            ours.send(None)
-            told = ours.recv()
-        except (EOFError, ConnectionError) as error:
-            process.join()
-            raise ValueError(
-                f"{case.label}, {case.stage}: expected a process that times steps, got "
-                f"one that ended with {process.exitcode}; where that is -9 memory was "
-                "short: lower --batch-size"
-            ) from error
-        if isinstance(told, Exception):
-            raise ValueError(f"{case.label}, {case.stage}: {told}") from told
-        return told
-
-    try:
-        yield ask
-    finally:
-        ours.close()
-        process.join()
+@functools.cache
+def _steps_of(case: Case) -> Steps:
+    """Build a case's steps once: its process trains one model in all rounds."""
+    return build_steps(case)
 
 
-def _serve(case: Case, round_s: float, connection: Connection) -> None:
-    """Answer each request with the next result, until the connection closes."""
-    told = itertools.chain([None], tell(case, round_s=round_s))
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            connection.recv()
-            try:
-                connection.send(next(told))
-            except (ValueError, RuntimeError) as error:
-                connection.send(ValueError(str(error)))
+def has_imported(case: Case) -> bool:
+    """Answer once this module is there, with all that steps need."""
+    return bool(case)
 
 
-def tell(case: Case, *, round_s: float) -> Iterator[Any]:
-    """Yield the results of a case's first steps, then rounds indefinitely.
-
-    A round is the milliseconds per step, and the number of steps.
-    """
-    steps, device = build_steps(case), torch.device(case.device)
+def begin(case: Case) -> Begun:
+    """Take a case's first steps: compile, warm up, and measure the memory."""
+    steps, device = _steps_of(case), torch.device(case.device)
     first_ms = call_ms(lambda: steps(1), device=device.type)
     num_warm = _NUM_WARM_STEPS[device.type]
-    warm_ms = call_ms(lambda: steps(num_warm), device=device.type) / num_warm
+    warm_ms = call_ms(lambda: steps(num_warm), device=device.type)
     at_rest_mb, peak_mb = _memory_mb(steps, device=device)
     give_memory_back(device)
-    yield Begun(first_step_s=first_ms / 1000, at_rest_mb=at_rest_mb, peak_mb=peak_mb)
-    num_steps = min(max(math.ceil(1000 * round_s / warm_ms), 1), _MAX_STEPS)
-    while True:
-        # Takes the memory again that was given back to the other processes.
-        steps(1)
-        spent_ms = call_ms(lambda: steps(num_steps), device=device.type)
-        give_memory_back(device)
-        yield spent_ms / num_steps, num_steps
+    return Begun(
+        first_step_s=first_ms / 1000,
+        warm_step_ms=warm_ms / num_warm,
+        at_rest_mb=at_rest_mb,
+        peak_mb=peak_mb,
+    )
+
+
+def time_steps(case: Case, *, num_steps: int) -> float:
+    """Measure the milliseconds a step, over some of them."""
+    steps, device = _steps_of(case), torch.device(case.device)
+    # Takes the memory again that was given back to the other processes.
+    steps(1)
+    spent_ms = call_ms(lambda: steps(num_steps), device=device.type)
+    give_memory_back(device)
+    return spent_ms / num_steps
 
 
 def _memory_mb(steps: Steps, *, device: torch.device) -> tuple[float, float]:

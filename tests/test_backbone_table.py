@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 import sovit
-from benchmarks.backbone_checks import enliven, judge
-from benchmarks.backbones import architectures, table, try_architecture
+from benchmarks.backbones import architectures, enliven, judge, table, try_architecture
 
 PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"
 QUICK = ("test_mambaout", "test_resnet", "test_vit", "test_vit2")

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import report
+from benchmarks import ingest
 from benchmarks.machine import cpu_name, cpu_seconds, machine, machine_cpu_seconds
 from benchmarks.timing import Clock, Round, ratios, spread, time_batches
 from benchmarks.work import Loaded
@@ -129,16 +129,16 @@ ROUNDS = {
 
 
 def test_the_table_compares_round_by_round() -> None:
-    _, first, second, last = report.table(ROUNDS).splitlines()
+    _, first, second, last = ingest.table(ROUNDS).splitlines()
     assert first.split() == ["ours", "360", "[300..400]", "180", "1.5", "s"]
     assert second.split()[:3] == ["slow", "90", "[80..100]"]
     assert second.split()[-3:] == ["4.00", "[3.75..4.00]", "x"]
     assert "0.25 cores" in last
-    assert report.ours_to_others({"slow": ROUNDS["slow"]}) == {}
+    assert ingest.ours_to_others({"slow": ROUNDS["slow"]}) == {}
 
 
 def test_json_holds_every_round() -> None:
-    written = json.loads(json.dumps(report.as_json(ROUNDS)))
+    written = json.loads(json.dumps(ingest.as_json(ROUNDS)))
     assert written["slow"]["ours_to_this"] == {"median": 4.0, "low": 3.75, "high": 4.0}
     assert written["ours"]["ours_to_this"] is None
     assert [found["num_images"] for found in written["ours"]["rounds"]] == [

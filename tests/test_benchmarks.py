@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from benchmarks import frame, ingest, report
-from benchmarks.checks import Moments, check_batches, reference_moments
-from benchmarks.ours import ours
+from benchmarks import frame, ingest
+from benchmarks.frame import Moments, check_batches, reference_moments
+from benchmarks.loaders import ours
 from benchmarks.sets import (
     Sets,
     labelled_images,
@@ -34,8 +34,7 @@ from benchmarks.sets import (
     write_tars,
 )
 from benchmarks.timing import Round
-from benchmarks.transforms import Pixels, Policy, Transform
-from benchmarks.work import Loaded, Loader, Work
+from benchmarks.work import Loaded, Loader, Pixels, Policy, Transform, Work
 from pipelines.config import IMAGENET_MEAN, IMAGENET_STD
 from tests.test_benchmark_rounds import a_round
 
@@ -151,7 +150,7 @@ def test_loaders_do_the_same_work(name: str, work: Work) -> None:
 )
 def test_loaders_on_ray_do_the_same_work(name: str, work: Work) -> None:
     loader = LOADERS[name]
-    if name == report.OURS:
+    if name == ingest.OURS:
         # As many epochs as are looked at: Ray takes seconds to list a thousand.
         few = functools.partial(ours, num_epochs=NUM_BATCHES * BATCH_SIZE // NUM_IMAGES)
         loader = replace(loader, batches=few)
@@ -307,7 +306,7 @@ def test_names_are_unique_and_ours_is_first() -> None:
     for rand_augment in (False, True):
         names = [loader.name for loader in ingest.line_up(rand_augment=rand_augment)]
         assert set(Counter(names).values()) == {1}
-        assert names[0] == report.OURS
+        assert names[0] == ingest.OURS
 
 
 def test_the_command_compares_and_writes(

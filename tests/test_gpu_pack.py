@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_pack import __main__ as command
-from benchmarks.gpu_pack.fatbin import zero_other_images
 from benchmarks.gpu_pack.packages import read_present, split
-from benchmarks.gpu_pack.slimming import slim, unused_files
+from benchmarks.gpu_pack.slimming import slim, unused_files, zero_other_images
 from pipelines.cli.command import run_command
 
 PTX, CUBIN = 1, 2

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 
-from benchmarks import heads, step_share
+from benchmarks import heads
 from benchmarks.head_cases import Case, cases, curves
 from benchmarks.heads import kept
 
@@ -58,7 +56,7 @@ def test_the_command_prints_a_table_and_keeps_figures_and_a_picture(
 ) -> None:
     monkeypatch.setattr(heads, "_CURVE_DIMS", (8, 16))
     out, picture = tmp_path / "result.json", tmp_path / "costs.png"
-    short = ["--rounds", "1", "--round-s", "0", "--batch-size", "1", "--steps"]
+    short = ["--rounds", "1", "--round-s", "0", "--batch-size", "1"]
     heads._main([*short, "--json", str(out), "--plot", str(picture)])
     printed = capsys.readouterr().out
     content = json.loads(out.read_text())
@@ -80,48 +78,13 @@ def test_what_was_measured_is_there_when_a_case_fails(
 
     monkeypatch.setattr(heads, "compare", compare)
     out = tmp_path / "result.json"
-    short = "--rounds 1 --round-s 0 --batch-size 1 --steps so_vit_7 --json"
+    short = "--rounds 1 --round-s 0 --batch-size 1 --json"
     with pytest.raises(ValueError, match="stopped here"):
         heads._main([*short.split(), str(out)])
     content = json.loads(out.read_text())
     assert [found["name"] for found in content["heads"]] == names[:2]
-    assert content["missing"] == [*names[2:], "so_vit_7"]
+    assert content["missing"] == names[2:]
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     said = capsys.readouterr()
     assert names[1] in said.out
     assert f"not measured: {names[2]}" in said.err
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_share_is_of_the_step_that_a_run_makes(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_half = dtype == torch.bfloat16
-    monkeypatch.setattr(step_share, "has_bfloat16", lambda device: in_half)
-    monkeypatch.setattr(step_share, "_NUM_ROUNDS", 1)
-    products: set[torch.dtype] = set()
-    layouts: set[bool] = set()
-
-    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            products.add(output.dtype)
-        if isinstance(module, nn.Conv2d):
-            formats = {"memory_format": torch.channels_last}
-            layouts.add(given[0].is_contiguous(**formats))
-            layouts.add(module.weight.is_contiguous(**formats))
-
-    hook = register_module_forward_hook(note)
-    try:
-        share = step_share.measure_share(
-            "so_vit_7",
-            batch_size=2,
-            device="cpu",
-            img_size=32,
-            settings={"img_size": 32},
-        )
-    finally:
-        hook.remove()
-    assert products == {dtype}
-    assert layouts == {True}
-    assert share.dtype == str(dtype).removeprefix("torch.")
-    assert share.step_ms > share.head_ms > 0

@@ -12,11 +12,25 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 
 from benchmarks import model, model_rounds
-from benchmarks.model import Options, cases_of
-from benchmarks.model_cases import RIVALS, STAGES, Case, Size, run_of, size_of
-from benchmarks.model_report import Measured, as_json, mfu, table
-from benchmarks.model_rounds import Begun, Rounds, StepRound, matrix_rates, tell
-from benchmarks.model_steps import build_steps, make_contiguous
+from benchmarks.model import Measured, Options, as_json, cases_of, mfu, table
+from benchmarks.model_cases import (
+    RIVALS,
+    STAGES,
+    Case,
+    Size,
+    build_steps,
+    make_contiguous,
+    run_of,
+    size_of,
+)
+from benchmarks.model_rounds import (
+    Begun,
+    Rounds,
+    StepRound,
+    begin,
+    matrix_rates,
+    time_steps,
+)
 from pipelines.hardware.device import has_bfloat16
 from pipelines.training import step
 from pipelines.training.state import build_state
@@ -110,15 +124,11 @@ def test_memory_is_measured_before_and_during_a_step() -> None:
     assert at_rest_mb > 100  # Python with torch
 
 
-def test_a_case_tells_of_its_beginning_and_then_of_rounds() -> None:
-    told = tell(CASE, round_s=0.0)
-    begun = next(told)
-    assert begun.first_step_s > 0
+def test_a_case_begins_and_then_takes_rounds() -> None:
+    begun = begin(CASE)
+    assert begun.first_step_s > 0 < begun.warm_step_ms
     assert begun.peak_mb >= begun.at_rest_mb > 0
-    for _ in range(2):
-        step_ms, num_steps = next(told)
-        assert step_ms > 0
-        assert num_steps == 1
+    assert time_steps(CASE, num_steps=1) > 0
 
 
 def test_mfu_counts_three_forward_passes_against_the_measured_rate() -> None:
@@ -139,7 +149,9 @@ def test_matrix_rates_are_by_type_and_side(monkeypatch: pytest.MonkeyPatch) -> N
 
 def rounds_of(*times_ms: float) -> Rounds:
     return Rounds(
-        begun=Begun(first_step_s=1.0, at_rest_mb=300.0, peak_mb=420.0),
+        begun=Begun(
+            first_step_s=1.0, warm_step_ms=1.0, at_rest_mb=300.0, peak_mb=420.0
+        ),
         rounds=tuple(
             StepRound(step_ms=time_ms, num_steps=1, other_cores=0.0)
             for time_ms in times_ms
@@ -204,12 +216,12 @@ def test_what_was_measured_is_there_when_a_case_fails(
     monkeypatch.setattr(model_rounds, "_SIDES", {"cpu": (64,)})
     real, num_rounds = model_rounds._round, 0
 
-    def round_of(ask: Any) -> StepRound:
+    def round_of(*args: Any, **settings: Any) -> StepRound:
         nonlocal num_rounds
         num_rounds += 1
         if num_rounds == 2:
             raise ValueError("stopped here")
-        return real(ask)
+        return real(*args, **settings)
 
     monkeypatch.setattr(model_rounds, "_round", round_of)
     out = tmp_path / "result.json"

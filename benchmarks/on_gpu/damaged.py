@@ -8,11 +8,9 @@ import io
 import numpy as np
 from PIL import Image
 
-from benchmarks.on_gpu.dali_graphs import BareDecoder
 from benchmarks.on_gpu.images import rows_of
-from benchmarks.on_gpu.pixels import distance, settings_of
-from benchmarks.on_gpu.rates import device_of
-from benchmarks.on_gpu.stages import Figures, Setting, Tasks
+from benchmarks.on_gpu.pixels import BareDecoder, distance, settings_of
+from benchmarks.on_gpu.setting import Figures, Setting, Tasks
 from pipelines.transforms.byte_checks import screen
 from pipelines.transforms.decoder import BatchDecoder
 from tests.odd_images import SIZE, bad_images, odd_images
@@ -61,16 +59,12 @@ class Judge:
     def _whole(self) -> BatchDecoder:
         # Evaluation's window is most of the image.
         settings = settings_of(self._setting, train=False)
-        return BatchDecoder(settings, num_rows=1, device=device_of(self._setting))
+        return BatchDecoder(settings, num_rows=1, device=self._setting.device)
 
     def _ask(self, image: bytes, hardware: float) -> str:
         # One that refused an image is not used again.
         decode = self._bare.pop(hardware, None) or BareDecoder(
-            self._setting,
-            device=device_of(self._setting),
-            batch_size=1,
-            hardware=hardware,
-            fancy=True,
+            self._setting, batch_size=1, hardware=hardware
         )
         try:
             (pixels,) = decode.arrays([image])

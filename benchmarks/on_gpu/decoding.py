@@ -9,13 +9,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from benchmarks.on_gpu.dali_graphs import BareDecoder
-from benchmarks.on_gpu.end_to_end import on_shards
+from benchmarks.on_gpu.end_to_end import case_of, on_shards
 from benchmarks.on_gpu.images import batches_of, encoded_images, rows_of
-from benchmarks.on_gpu.pixels import POLICY, settings_of
-from benchmarks.on_gpu.rates import device_of, times_ms
-from benchmarks.on_gpu.stages import Figures, Setting, Tasks
-from benchmarks.on_gpu.steps import case_of
+from benchmarks.on_gpu.pixels import POLICY, BareDecoder, settings_of
+from benchmarks.on_gpu.setting import Figures, Setting, Tasks, times_ms
 from pipelines.data.batch import Batch
 from pipelines.data.loader import opened_here
 from pipelines.data.shard_set import read_shard_set
@@ -66,13 +63,7 @@ def _measure(
 def _bare(
     setting: Setting, *, batch_size: int, hardware: float
 ) -> Callable[[], object]:
-    decode = BareDecoder(
-        setting,
-        device=device_of(setting),
-        batch_size=batch_size,
-        hardware=hardware,
-        fancy=True,
-    )
+    decode = BareDecoder(setting, batch_size=batch_size, hardware=hardware)
     batches = batches_of(encoded_images(setting), batch_size=batch_size)
     views = ([np.frombuffer(image, np.uint8) for image in of] for of in batches)
     decode.start(next(views))
@@ -87,7 +78,7 @@ def _bare(
 def _ours(setting: Setting, *, batch_size: int, policy: str) -> Callable[[], object]:
     """Build a GPU's decoder with crop, resize, flip and operations, a batch ahead."""
     settings = settings_of(setting, train=True, policy=policy)
-    decode = DaliDecoder(settings, batch_size=batch_size, device=device_of(setting))
+    decode = DaliDecoder(settings, batch_size=batch_size, device=setting.device)
     batches = batches_of(encoded_images(setting), batch_size=batch_size)
     rows = [rows_of(next(batches)) for _ in range(_NUM_BATCHES)]
     drawn = itertools.cycle(
@@ -105,13 +96,12 @@ def _ours(setting: Setting, *, batch_size: int, policy: str) -> Callable[[], obj
 
 def _supply(setting: Setting, *, batch_size: int) -> Callable[[], object]:
     """Supply a training's batches from shards, without any work on them."""
-    batches = _batches(setting, batch_size=batch_size)
-    return lambda: next(batches)
 
+    def batches() -> Iterator[Batch]:
+        case = case_of(setting, "channels_last", batch_size=batch_size)
+        run = on_shards(setting, case, num_epochs=_NUM_EPOCHS)
+        shards = read_shard_set(run.data.train)
+        with opened_here(shards, run=run, device=setting.device, train=True) as loader:
+            yield from loader
 
-def _batches(setting: Setting, *, batch_size: int) -> Iterator[Batch]:
-    case = case_of(setting, "ours", "channels_last", batch_size=batch_size)
-    run = on_shards(setting, case, num_epochs=_NUM_EPOCHS)
-    shards, device = read_shard_set(run.data.train), device_of(setting)
-    with opened_here(shards, run=run, device=device, train=True) as batches:
-        yield from batches
+    return functools.partial(next, batches())

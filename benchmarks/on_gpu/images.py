@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from benchmarks.on_gpu.stages import Figures, Setting, Tasks
+from benchmarks.on_gpu.setting import Setting
 from benchmarks.photographs import cut_photographs, photographs_here
 from pipelines.data.shard_format import CLASSES_FILE, SCHEMA, shard_name, write_shard
 from pipelines.transforms.rows import Rows
@@ -24,22 +24,6 @@ _NUM_MADE_UP = 3
 _NUM_SHARDS = 4
 _NUM_CLASSES = 10
 _ROWS_PER_GROUP = 64
-
-
-def tasks(setting: Setting) -> Tasks:
-    """Cut the images, and write them as shards."""
-    return {"photographs": lambda: _measure(setting)}
-
-
-def _measure(setting: Setting) -> Figures:
-    images = encoded_images(setting)
-    found = len(photographs_here())
-    return {
-        "num_images": len(images),
-        "mean_bytes": float(np.mean([len(image) for image in images])),
-        "cut_from": f"{found} photographs" if found else "made-up pictures",
-        "shards": str(shards_of(setting).name),
-    }
 
 
 def encoded_images(setting: Setting) -> list[bytes]:

@@ -1,1 +1,0 @@
-"""Stages for `tests/test_on_gpu.py` that end badly in different ways."""
