@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import family, heads, ingest, model
+from benchmarks import heads, ingest, model
 from benchmarks.scale import __main__ as scale
 from pipelines import evaluate, predict, preview
 from pipelines.cli import outputs
@@ -24,7 +24,7 @@ FILES: list[tuple[Command, list[str]]] = [
     (compare._main, ["no_run", "--csv"]),
     (compare._main, ["no_run", "--plot"]),
     (preview._main, ["demo", "--data.train", "no_shards", "--out"]),
-    *((module._main, ["--json"]) for module in (family, heads, ingest, model, scale)),
+    *((module._main, ["--json"]) for module in (heads, ingest, model, scale)),
     (heads._main, ["--plot"]),
 ]
 
