@@ -6,28 +6,21 @@ The source is laid out as `ruff format` does it, so that it can be kept as it is
 from __future__ import annotations
 
 import dataclasses
+import math
+import textwrap
+from collections.abc import Mapping
 from typing import Any
 
-from pipelines.config.overrides import change_fields
+from pipelines.config.overrides import change_fields, differing
 from pipelines.config.own_code import OwnCode
 from pipelines.config.recipes import load_recipe, own_run
-from tuning.report.source import (
-    INDENT,
-    Group,
-    Imports,
-    Node,
-    dict_items,
-    docstring,
-    import_lines,
-    laid_out,
-    literal,
-    multi_line,
-    string,
-)
+from sovit import Pooling
 from tuning.report.table import value_of
 from tuning.trials.ledger import Sweep, TrialRecord
 
 FUNCTION = "best"
+_LEFT = "    "
+_LINE_LENGTH = 88
 # Said by whoever trains, not by what was found; unless it was searched.
 _LEFT_OUT = ("storage", "experiment", "num_checkpoints_to_keep", "seed")
 
@@ -55,39 +48,61 @@ def winner_recipe(sweep: Sweep, winner: TrialRecord) -> str:
         recipe=f"{sweep.name}-{FUNCTION}",
         **kept,
     )
-    imports: Imports = {("pipelines.config", "Run")}
+    names = {"pipelines.config": "Run", "pipelines.config.overrides": "change_fields"}
     if sweep.code:
-        imports.add(("pipelines.config.own_code", "OwnCode"))
-        imports |= {
-            ("pipelines.config.recipes", name) for name in ("load_code", "own_run")
-        }
+        names["pipelines.config.own_code"] = "OwnCode"
+        names["pipelines.config.recipes"] = "load_code, own_run"
         start = f"own_run(CODE, function={string(function)})"
     else:
-        start = _start(sweep.recipe, imports=imports)
+        names["pipelines.config.recipes"] = "load_recipe"
+        start = f"load_recipe({string(sweep.recipe)})"
     body = [f"run = {start}"]
-    poolings = before.model.pooling, now.model.pooling
-    if None not in poolings and poolings[0] != poolings[1]:
-        body.append("assert run.model.pooling is not None")
-    changed = _replaced(before, now, name="run", imports=imports)
-    body.append("return " + _body_part(changed, used=len("return ")))
+    if before.model.pooling is None and now.model.pooling is not None:
+        names["sovit"] = "Pooling"
+        before = change_fields(before, {"model.pooling": Pooling()})
+        body.append('run = change_fields(run, {"model.pooling": Pooling()})')
+    imports = [f"from {module} import {names[module]}" for module in sorted(names)]
     return "\n".join(
         [
             *_header(sweep, winner),
             "",
             "from __future__ import annotations",
             "",
-            "import dataclasses",
-            "",
-            *import_lines(imports),
+            *imports,
             *(_code_lines(sweep.code) if sweep.code else []),
             "",
             "",
             f"def {FUNCTION}() -> Run:",
             *_says(sweep, winner),
-            *(" " * INDENT + line for line in body),
+            *(_LEFT + line for line in [*body, *_changed(differing(before, now))]),
             "",
         ]
     )
+
+
+def _changed(fields: Mapping[str, Any]) -> list[str]:
+    """Write how a function returns its run with other fields, one a line."""
+    lines = [f"{_LEFT * 2}{string(name)}: {literal(fields[name])}," for name in fields]
+    return [
+        "return change_fields(",
+        f"{_LEFT}run,",
+        f"{_LEFT}{{",
+        *(line + _pragma(_LEFT + line[:-1]) for line in lines),
+        f"{_LEFT}}},",
+        ")",
+    ]
+
+
+def literal(value: Any) -> str:
+    """Write a field's value as ruff does."""
+    if isinstance(value, str):
+        return string(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    if isinstance(value, tuple):
+        items = ", ".join(map(literal, value))
+        return f"({items},)" if len(value) == 1 else f"({items})"
+    return repr(value)
 
 
 def _header(sweep: Sweep, winner: TrialRecord) -> list[str]:
@@ -108,17 +123,8 @@ def _says(sweep: Sweep, winner: TrialRecord) -> list[str]:
     return docstring(
         f"Train {sweep.recipe} as the sweep {sweep.name} found best.",
         f"{metric} was {came} in epoch {winner.epoch}.",
-        indent=INDENT,
+        left=_LEFT,
     )
-
-
-def _start(recipe: str, *, imports: Imports) -> str:
-    """Return the call of our recipe that the sweep began with."""
-    module, _, function = recipe.partition(".")
-    function = function or module
-    is_taken = function in (FUNCTION, "run")  # names that `best` uses itself
-    imports.add((f"recipes.{module}", f"{function} as start" if is_taken else function))
-    return "start()" if is_taken else f"{function}()"
 
 
 def _code_lines(code: OwnCode) -> list[str]:
@@ -136,38 +142,57 @@ def _code_lines(code: OwnCode) -> list[str]:
     ]
 
 
-def _body_part(node: Node, *, used: int) -> str:
-    return laid_out(node, indent=INDENT, used=INDENT + used)
+def string(value: str) -> str:
+    """Quote a string as ruff does: double quotes unless that needs more escapes.
+
+    The result is ASCII.
+    """
+    quoted = ascii(value)
+    body = quoted[1:-1]
+    if quoted[0] == "'":
+        body = body.replace("\\'", "'")
+    mark = "'" if value.count('"') > value.count("'") else '"'
+    return mark + body.replace(mark, "\\" + mark) + mark
 
 
-def _replaced(before: Any, now: Any, *, name: str, imports: Imports) -> Group:
-    """Write `dataclasses.replace` with the fields that differ."""
-    items: list[tuple[str, Node]] = [("", name)]
-    for one in dataclasses.fields(before):
-        was, new = getattr(before, one.name), getattr(now, one.name)
-        if was == new:
+def multi_line(text: str) -> str:
+    """Write a text and a comma, one source line per line of it. ASCII alone."""
+    lines = []
+    for line in text.split("\n"):
+        # What ruff would find fault with at a line's end is no blank any more.
+        kept = line.rstrip(" ")
+        escaped = kept.encode("unicode_escape").decode()
+        lines.append(escaped + "\\x20" * (len(line) - len(kept)))
+    body = "\n".join(lines).replace('"""', '\\"\\"\\"')
+    if body.endswith('"'):
+        body = body[:-1] + '\\"'
+    return f'"""\\\n{body}""",' + next(filter(None, map(_pragma, lines)), "")
+
+
+def docstring(*paragraphs: str, left: str = "") -> list[str]:
+    """Lay out a docstring; an indented paragraph is left as it is."""
+    lines: list[str] = []
+    for words in paragraphs:
+        # A path may hold what ends a docstring, or begins an escape.
+        words = ascii(words)[1:-1].replace('"', "'")
+        if words.startswith(" "):
+            lines += ["", left + words]
             continue
-        path = f"{name}.{one.name}"
-        if dataclasses.is_dataclass(was) and type(was) is type(new):
-            node: Node = _replaced(was, new, name=path, imports=imports)
-        elif isinstance(was, dict) and set(was) <= set(new):
-            node = _extended(was, new, name=path, imports=imports)
-        else:
-            node = literal(new, imports=imports)
-        items.append((f"{one.name}=", node))
-    return Group(opening="dataclasses.replace(", items=items)
+        lines += [
+            "",
+            *textwrap.wrap(
+                words if lines else '"""' + words,
+                width=_LINE_LENGTH,
+                initial_indent=left,
+                subsequent_indent=left,
+                break_long_words=False,
+                break_on_hyphens=False,
+            ),
+        ]
+    return [*lines[1:], left + '"""']
 
 
-def _extended(
-    was: dict[str, Any], new: dict[str, Any], *, name: str, imports: Imports
-) -> Group:
-    """Write a dict as another one with some items changed or added."""
-    items = {
-        key: value for key, value in new.items() if key not in was or was[key] != value
-    }
-    start = [("**", name)] if was else []
-    return Group(
-        opening="{",
-        items=[*start, *dict_items(items, imports=imports)],
-        closing="}",
-    )
+def _pragma(line: str) -> str:
+    """Return the noqa of a line that is too long; a single word needs none."""
+    is_long = "\n" not in line and len(line) + 1 > _LINE_LENGTH
+    return "  # noqa: E501" if is_long and len(line.split()) > 1 else ""
