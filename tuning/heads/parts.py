@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 
 from pipelines.data.epoch_plan import Unit
 from pipelines.data.reading import Reading, read_rows
-from pipelines.transforms.rows import REPEAT, nested
+from pipelines.transforms.rows import nested
 
 SPLIT, VIEW, INDEX = "split", "view", "index"
 
@@ -31,8 +30,6 @@ def read_part(part: Part, *, reading: Reading) -> Iterator[pa.Table]:
     Ray never splits a row. Raises as `read_rows`.
     """
     rows = read_rows(part.unit, reading=reading)
-    repeats = pa.array(np.zeros(len(rows), np.int64))
-    rows = rows.append_column(REPEAT, repeats)
     columns = {
         name: nested(pa.concat_arrays(rows[name].chunks)) for name in rows.column_names
     }

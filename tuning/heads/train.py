@@ -41,6 +41,7 @@ def train_head(
     num_epochs: int,
     seed: int,
     on_epoch: Callable[[dict[str, float]], None] = lambda metrics: None,
+    on_end: Callable[[nn.Module], None] = lambda model: None,
     lr: float | None = None,
     batch_size: int = 256,
 ) -> dict[str, float]:
@@ -53,6 +54,7 @@ def train_head(
 
     Args:
         on_epoch: Called with the metrics of each epoch.
+        on_end: Called with the model, of which only the head is in memory.
         lr: Peak learning rate; None takes the run's.
         batch_size: Largest number of images per step.
 
@@ -81,6 +83,7 @@ def train_head(
         for epoch in range(num_epochs):
             metrics = trainer.epoch(epoch)
             on_epoch(metrics)
+        on_end(trainer.head)
     return metrics
 
 
@@ -105,10 +108,10 @@ class _Trainer:
         self._batch_size = math.ceil(tokens.num_images / self._num_batches)
         self._num_images = tokens.num_images
         self._tokens, self._val = TokenReader(tokens), TokenReader(val)
-        self._head: Any = build_head(
+        self.head: Any = build_head(
             run, num_classes=self._num_classes, shape=tokens.shape, device=device
         )
-        self._optimizer = build_optimizer(self._head, optim=optim)
+        self._optimizer = build_optimizer(self.head, optim=optim)
         self._amp = run.scale.amp
         self._step = 0
 
@@ -142,7 +145,7 @@ class _Trainer:
 
     def _train(self, epoch: int) -> float:
         sums = MetricSums(self._device)
-        self._head.train()
+        self.head.train()
         batches = self._tokens.epoch(
             epoch, batch_size=self._batch_size, seed=self._seed
         )
@@ -162,7 +165,7 @@ class _Trainer:
             losses.mean().backward()
             if self._optim.clip_grad_norm:
                 nn.utils.clip_grad_norm_(
-                    self._head.parameters(), self._optim.clip_grad_norm
+                    self.head.parameters(), self._optim.clip_grad_norm
                 )
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
@@ -173,7 +176,7 @@ class _Trainer:
     @torch.inference_mode()
     def _evaluate(self) -> dict[str, float]:
         sums = MetricSums(self._device)
-        self._head.eval()
+        self.head.eval()
         batches = self._val.epoch(0, batch_size=_EVAL_BATCH_SIZE, shuffle=False)
         for tokens, labels in batches:
             labels = upload(labels, self._device)
@@ -186,7 +189,7 @@ class _Trainer:
 
     def _logits(self, tokens: Tensor) -> Tensor:
         with autocast(self._device, amp=self._amp):
-            return self._head.forward_head(upload(tokens, self._device).float())
+            return self.head.forward_head(upload(tokens, self._device).float())
 
 
 def build_head(
@@ -204,10 +207,11 @@ def build_head(
             "set --model.name, --model.img-size and --model.kwargs as the backbone has "
             "them"
         )
-    model.to(device).eval()
+    model.to(device).train()  # some weights count in training alone
     params = dict(model.named_parameters())
     trained = [name for name, param in params.items() if param.requires_grad]
-    with torch.enable_grad():
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.enable_grad(), forked_rng(device):
         out = model.forward_head(torch.zeros(2, *shape, device=device))
         grads = torch.autograd.grad(
             out.sum(), [params[name] for name in trained], allow_unused=True
@@ -215,7 +219,9 @@ def build_head(
     for name, grad in zip(trained, grads, strict=True):
         if grad is None:
             _forget(model, name)
-    return model
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before[name])
+    return model.eval()
 
 
 def _forget(model: nn.Module, name: str) -> None:
