@@ -27,6 +27,29 @@ from pipelines.cli.command import parse, run_command
 # Numbers below these, of the largest, are rounding.
 _TINY = 1e-6
 _SAME = 1e-4
+_PROG = "benchmarks.backbones"
+SIZES = (96, 128, 160, 192, 224, 240, 256)
+MIN_POSITIONS = 4
+_POOLING = sovit.Pooling(type="cross_cov", reduced_dim=(6, 4))
+_HEADER = """\
+# Backbones
+
+How `sovit.second_order` reads timm's architectures: at least one of every module of
+timm {version}. Written by `python -m benchmarks.backbones --table docs/backbones.md`,
+held by `tests/test_backbone_table.py`.
+
+*Right* is decided without asking the code that reads: with fresh weights, at that image
+size, every position answers to the image, logits differ between images, a loss through
+the pooled positions trains more than half of the trunk, its first layer too; and where
+timm has them, positions are those of its last map (`forward_intermediates`: "timm's
+map"), class token and positions those that its own head classifies by ("timm's head").
+
+{count}
+
+| module | architecture | image | features | positions | prefix | class | seen |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+_NAMES = Path(__file__).with_name("backbone_names.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,31 +163,6 @@ def _answers(
     if not alive[first]:
         faults.append("the first layer gets no gradient")
     return faults
-
-
-_PROG = "benchmarks.backbones"
-SIZES = (96, 128, 160, 192, 224, 240, 256)
-MIN_POSITIONS = 4
-_POOLING = sovit.Pooling(type="cross_cov", reduced_dim=(6, 4))
-_HEADER = """\
-# Backbones
-
-How `sovit.second_order` reads timm's architectures: at least one of every module of
-timm {version}. Written by `python -m benchmarks.backbones --table docs/backbones.md`,
-held by `tests/test_backbone_table.py`.
-
-*Right* is decided without asking the code that reads: with fresh weights, at that image
-size, every position answers to the image, logits differ between images, a loss through
-the pooled positions trains more than half of the trunk, its first layer too; and where
-timm has them, positions are those of its last map (`forward_intermediates`: "timm's
-map"), class token and positions those that its own head classifies by ("timm's head").
-
-{count}
-
-| module | architecture | image | features | positions | prefix | class | seen |
-| --- | --- | --- | --- | --- | --- | --- | --- |
-"""
-_NAMES = Path(__file__).with_name("backbone_names.txt")
 
 
 def architectures() -> dict[str, dict[str, Any]]:

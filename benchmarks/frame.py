@@ -25,6 +25,11 @@ _NUM_IMAGES = 256
 # Crops are random and policies of RandAugment differ; pixels that are not normalised,
 # or are by other numbers, are further off than this.
 _TOLERANCE = 0.4
+T = TypeVar("T")
+_NUM_LOOKED_AT = 4
+# Readers need CPUs beside the decoders'; they mostly wait, so these do not exist.
+_NUM_READER_CPUS = 2
+_THREAD_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +75,6 @@ def check_batches(batches: Sequence[Loaded], *, work: Work, reference: Moments) 
     means = torch.cat([images.mean(dim=(2, 3)) for images, _ in batches])
     if len(means.unique(dim=0)) < len(means):
         raise ValueError("expected images that all differ, got some twice")
-
-
-T = TypeVar("T")
-_NUM_LOOKED_AT = 4
-# Readers need CPUs beside the decoders'; they mostly wait, so these do not exist.
-_NUM_READER_CPUS = 2
-_THREAD_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,9 @@ from benchmarks.timing import Spread, call_ms, ratios, spread
 from pipelines.cli.command import parse, run_command
 from pipelines.cli.outputs import check_file, check_plot
 
+_PROG = "benchmarks.heads"
+_CURVE_DIMS = (32, 64, 128, 192, 256, 384, 512)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -124,10 +127,6 @@ def kept(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function(x.clone().requires_grad_())
     return sum(sizes.values()) / x.nbytes
-
-
-_PROG = "benchmarks.heads"
-_CURVE_DIMS = (32, 64, 128, 192, 256, 384, 512)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,7 @@ from pipelines.cli.outputs import check_file
 
 OURS = "ours"
 Rounds = Mapping[str, Sequence[Round]]
+_PROG = "benchmarks.ingest"
 
 
 def ours_to_others(rounds: Rounds) -> dict[str, Spread]:
@@ -90,9 +91,6 @@ def table(rounds: Rounds) -> str:
     lines = pd.DataFrame(shown).T.loc[order].to_string()
     others = [found.other_cores for of_loader in rounds.values() for found in of_loader]
     return f"{lines}\n{busy_text(others)}"
-
-
-_PROG = "benchmarks.ingest"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,16 +31,18 @@ from pipelines.config import (
     Run,
     Scale,
 )
+from pipelines.data.batch import Position
 from pipelines.data.epoch_plan import Unit
 from pipelines.data.loader import Loader, reading_of
-from pipelines.data.position import Position
-from pipelines.data.ray_source import shares, split_units
 from pipelines.data.reading import Reading
 from pipelines.data.shard_set import read_shard_set
+from pipelines.worker.ray_source import shares, split_units
 
 # More epochs than a round can see; datasets are opened a thousand units at a time.
 _NUM_EPOCHS = 100_000
 _POLICY = "rand-m9-mstd0.5-inc1"
+# Samples that a loader without random access shuffles among each other.
+_BUFFER = 1024
 
 
 class LocalSplit:
@@ -114,10 +116,6 @@ def describe_run(work: Work, *, num_epochs: int) -> Run:
         # All loaders give float32; a training on a GPU may take bfloat16.
         scale=Scale(amp="off"),
     )
-
-
-# Samples that a loader without random access shuffles among each other.
-_BUFFER = 1024
 
 
 def dali_files(work: Work) -> Batches:

@@ -44,6 +44,9 @@ from pipelines.cli.command import parse, run_command
 from pipelines.cli.outputs import check_file
 from pipelines.hardware.device import has_bfloat16
 
+_PROG = "benchmarks.model"
+_BATCH_SIZES = {"cpu": 8, "cuda": 128}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
@@ -159,10 +162,6 @@ def _row(stage: Mapping[str, Any]) -> dict[str, str]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-_PROG = "benchmarks.model"
-_BATCH_SIZES = {"cpu": 8, "cuda": 128}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from pipelines.config.recipes import load_recipe
 from pipelines.data.batch import Batch
 from pipelines.hardware.device import has_bfloat16, is_gpu
 from pipelines.training.metrics import MetricSums
-from pipelines.training.model_cost import count_macs, count_parameters, shapes_of
+from pipelines.training.model import count_macs, count_parameters, shapes_of
 from pipelines.training.state import build_state
 from pipelines.training.step import TrainSettings, train_step
 
@@ -45,6 +45,9 @@ Subject = Literal["ours", "class", "timm"]
 SUBJECTS: tuple[Subject, ...] = ("ours", "class", "timm")
 # No step of a round is one that metrics are logged at: to ask for them waits.
 _NEVER = 10**9
+_STEPS_PER_EPOCH = 1000
+Steps = Callable[[int], None]
+"""Trains for so many steps, and gives a device work without waiting for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +164,6 @@ def size_of(case: Case) -> Size:
         num_params=count_parameters(model).num,
         macs=count_macs(model, img_size=case.img_size),
     )
-
-
-_STEPS_PER_EPOCH = 1000
-Steps = Callable[[int], None]
-"""Trains for so many steps, and gives a device work without waiting for it."""
 
 
 def build_steps(case: Case) -> Steps:

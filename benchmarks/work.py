@@ -24,6 +24,9 @@ Loaded = tuple[Tensor, Tensor]
 Batches = Generator[Loaded, None, None]
 # Rounds of some seconds must not meet an epoch's end; see `Work.num_repeats`.
 _IMAGES_PER_THREAD = 8192
+Pixels = Literal["tensor", "pil"]
+Policy = Literal["timm", "torchvision"]
+TIMM_POLICY = "rand-m9-mstd0.5-inc1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +85,6 @@ def to_device(images: Tensor, labels: Tensor, *, work: Work) -> Loaded:
         images.to(device, non_blocking=True),
         labels.to(device, torch.int64, non_blocking=True),
     )
-
-
-Pixels = Literal["tensor", "pil"]
-Policy = Literal["timm", "torchvision"]
-TIMM_POLICY = "rand-m9-mstd0.5-inc1"
 
 
 class Transform:

@@ -29,8 +29,7 @@ import torch
 import tyro
 from torch import nn
 
-from pipelines.checkpoints.manifest import Manifest, load_model, opened
-from pipelines.checkpoints.model_code import load_model_code
+from pipelines.checkpoints.manifest import Manifest, load_model, load_model_code, opened
 from pipelines.cli.command import parse, run_command
 from pipelines.cli.outputs import check_file, check_folder
 from pipelines.config import Run, named_addresses

@@ -22,7 +22,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from pipelines.checkpoints.model_code import load_model_code
+from pipelines.checkpoints.manifest import load_model_code
 from pipelines.checkpoints.snapshot import MANIFEST
 from pipelines.cli.command import fail, parse, run_command
 from pipelines.cli.outputs import check_file
@@ -30,7 +30,7 @@ from pipelines.export.images import Encoded, decode, read_images
 from pipelines.export.subject import Subject, Weights, from_checkpoint
 from pipelines.export.timm_folder import CONFIG, read_timm
 from pipelines.hardware.device import Wanted, find_device, upload
-from pipelines.training.forward import Forward
+from pipelines.training.step import Forward
 from pipelines.transforms.headers import BadImageError
 
 logger = logging.getLogger(__name__)

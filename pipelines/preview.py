@@ -24,11 +24,10 @@ from pipelines.cli.command import parse, run_command
 from pipelines.cli.outputs import check_plot
 from pipelines.config import Run
 from pipelines.config.recipes import load_recipe
-from pipelines.data.loader import pixel_settings, reading_of
+from pipelines.data.loader import LocalOpener, Plans, pixel_settings, reading_of
 from pipelines.data.shard_set import read_shard_set
-from pipelines.data.stream import LocalOpener, Plans
 from pipelines.driver.preflight import with_absolute_paths, with_shards
-from pipelines.evaluation.image_keys import with_labels
+from pipelines.evaluation.held_out import with_labels
 from pipelines.hardware.device import find_device
 from pipelines.transforms.color_ops import Op
 from pipelines.transforms.decoder import BatchDecoder

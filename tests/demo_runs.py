@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import Run, Scale
-from pipelines.data.shard_format import CLASSES_FILE, shard_name, write_shard
+from pipelines.data.shard_set import CLASSES_FILE, shard_name, write_shard
 from recipes.demo import demo
 
 RECIPE = """

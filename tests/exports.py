@@ -16,7 +16,7 @@ from torch import Tensor
 from pipelines.checkpoints.manifest import load_model
 from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Data, Model, Run
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.export.command import Options, export_checkpoint
 from pipelines.training.model import build_model
 from pipelines.transforms.eval_transform import decode_eval

@@ -10,7 +10,7 @@ import torch
 
 from pipelines.checkpoints.snapshot import Snapshot
 from pipelines.checkpoints.store import CheckpointStore
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.storage.path import StoragePath
 from tests.small_runs import small_run
 

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from pipelines.config import Data, Validation
-from pipelines.data.batch import Batch
-from pipelines.data.position import Position
+from pipelines.data.batch import Batch, Position
+from pipelines.data.loader import LocalOpener, ShardOpener
 from pipelines.data.reading import Reading
-from pipelines.data.stream import LocalOpener, ShardOpener
 from pipelines.evaluation.in_training import InTrainingEvaluator
 from pipelines.events.channel import Event, Message
 from pipelines.storage.path import StoragePath

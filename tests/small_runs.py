@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 import sovit
 from pipelines.config import Augment, Data, Model, Optim, Run, Scale
-from pipelines.data.batch import Batch
-from pipelines.data.loader import Loader, pixel_settings
-from pipelines.data.position import Position
+from pipelines.data.batch import Batch, Position
+from pipelines.data.loader import Loader, Plans, pixel_settings
 from pipelines.data.shard_set import ShardSet, read_shard_set
-from pipelines.data.stream import Plans
 from pipelines.evaluation.measure import validate
 from pipelines.training.freezing import freeze
 from pipelines.training.model import build_model

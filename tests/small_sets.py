@@ -16,8 +16,7 @@ from PIL import Image
 
 from pipelines.data.epoch_plan import Unit
 from pipelines.data.reading import Reading, share_tables
-from pipelines.data.shard_format import CLASSES_FILE, SCHEMA
-from pipelines.data.shard_set import ShardSet
+from pipelines.data.shard_set import CLASSES_FILE, SCHEMA, ShardSet
 from pipelines.transforms.sampling import PixelSettings
 
 

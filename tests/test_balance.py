@@ -17,7 +17,7 @@ from pipelines.data.epoch_plan import plan_epoch
 from pipelines.data.shard_set import read_shard_set
 from pipelines.driver.preflight import check_run
 from pipelines.dry_run.command import show_dry_run
-from pipelines.evaluation.image_keys import with_labels
+from pipelines.evaluation.held_out import with_labels
 from pipelines.preview import preview
 from tests.fault_runs import brief_run
 from tests.test_plan import batches_of, table

@@ -19,7 +19,7 @@ from pipelines.checkpoints.run_record import (
 )
 from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Run
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.storage.path import StoragePath
 from pipelines.training.model import build_model
 from tests.bucket_sets import ROOT, content, upload

@@ -27,7 +27,7 @@ from pipelines.checkpoints.snapshot import (
     save_checkpoint,
 )
 from pipelines.config import Model
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.training.model import build_model
 from tests.small_runs import SO_VIT, plain, small_run, state_of
 

@@ -19,14 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import Augment, Data, Model, Optim, Run
-from pipelines.data import stream as stream_module
-from pipelines.data.batch import Batch
+from pipelines.data import loader as loading
+from pipelines.data.batch import Batch, Position
 from pipelines.data.batching import Shape, batches
 from pipelines.data.epoch_plan import GroupTable, Unit
-from pipelines.data.position import Position
+from pipelines.data.loader import EpochStream, Plans
 from pipelines.data.reading import Cutter
 from pipelines.data.shard_set import ShardSet
-from pipelines.data.stream import EpochStream, Plans
 from pipelines.transforms.decoder import Decoded
 from pipelines.transforms.rows import REPEAT, ROW_ID, BadImage, Rows
 from tests.small_sets import uneven_labels
@@ -264,7 +263,7 @@ def test_the_surviving_weights_saw_every_good_image_as_planned(
     repeats = history.run.augment.num_repeats
     total = history.shards.groups.total_rows
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream_module, "_UNITS_PER_SEGMENT", history.units_per_segment)
+        patch.setattr(loading, "_UNITS_PER_SEGMENT", history.units_per_segment)
         if total < repeats:
             return
         kept, num_bad = live(history)

@@ -20,11 +20,11 @@ from pipelines.config import Scale, Validation
 from pipelines.config.overrides import change_fields
 from pipelines.config.recipes import load_recipe
 from pipelines.config.serialization import to_json
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.dry_run import explain
 from pipelines.dry_run.report import as_text, hours_text, size_text
 from pipelines.dry_run.timing import Timed
-from pipelines.training.model_cost import (
+from pipelines.training.model import (
     count_parameters,
     shapes_of,
 )

@@ -15,9 +15,9 @@ from pipelines.config import Run, Scale
 from pipelines.config.recipes import load_recipe
 from pipelines.dry_run.activation_memory import StepMemory, measure_step
 from pipelines.dry_run.memory import Memory, checkpoint_bytes, estimate_memory
-from pipelines.training.mixup import soft_cross_entropy
-from pipelines.training.model import build_model
-from pipelines.training.model_cost import (
+from pipelines.training.metrics import soft_cross_entropy
+from pipelines.training.model import (
+    build_model,
     count_macs,
     count_parameters,
     count_training_macs,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipelines.config import Optim, Run, Scale, Schedule
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.data.shard_set import read_shard_set
 from pipelines.dry_run import timing
 from pipelines.dry_run.lr_plot import NUM_COLUMNS, NUM_ROWS, draw_text

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.data.shard_format import SCHEMA
+from pipelines.data.shard_set import SCHEMA
 from pipelines.shards.fashion_mnist import (
     CLASS_NAMES,
     SPLITS,

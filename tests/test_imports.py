@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = ("sovit", "pipelines", "tuning", "recipes")
 HOMES = {
     "ray.data": {
-        "pipelines/data/ray_source.py",
+        "pipelines/worker/ray_source.py",
         "pipelines/shards/command.py",
         "tuning/heads/ray_extract.py",
     },
@@ -109,7 +109,9 @@ def test_the_sources_are_found() -> None:
     files = {path.relative_to(ROOT).as_posix() for path in sources()}
     assert {"sovit/vit.py", "pipelines/training/step.py", "recipes/demo.py"} <= files
     assert {file for homes in HOMES.values() for file in homes} <= files
-    names = {found.name for found in imports_of(ROOT / "pipelines/data/ray_source.py")}
+    names = {
+        found.name for found in imports_of(ROOT / "pipelines/worker/ray_source.py")
+    }
     assert {"functools", "pyarrow", "ray.data.DataContext"} <= names
 
 
@@ -187,7 +189,7 @@ def reached_from(start: str, *, when_called: bool) -> set[str]:
         "pipelines/worker/group.py",
         "pipelines/data/epoch_plan.py",
         "pipelines/data/batching.py",
-        "pipelines/data/stream.py",
+        "pipelines/data/loader.py",
         "pipelines/config/recipes.py",
         "recipes/demo.py",
     ],
@@ -216,7 +218,7 @@ def test_workers_do_not_know_mlflow() -> None:
 STARTED_OFTEN = (
     "pipelines.data.reading",
     "pipelines.driver.run_channel",
-    "pipelines.training.probe_figure",
+    "pipelines.worker.probe_figure",
     "pipelines.evaluation.figures",
     "pipelines.driver.failures",
     "tuning.trials.trial",

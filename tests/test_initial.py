@@ -14,7 +14,7 @@ import sovit
 from pipelines.checkpoints.pretrained import load_initial
 from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Data, Model, Optim, Probe, Run
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.driver.preflight import check_run
 from pipelines.training.model import build_model
 from sovit.positions import sinusoid_table

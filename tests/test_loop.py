@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.config import Run
-from pipelines.data.batch import Batch
-from pipelines.data.position import Position
+from pipelines.data.batch import Batch, Position
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.hardware import device
-from pipelines.training.forward import Forward
-from pipelines.training.mixup import smooth_targets, soft_cross_entropy
+from pipelines.training.metrics import smooth_targets, soft_cross_entropy
 from pipelines.training.optimizer import learning_rate
 from pipelines.training.state import TrainState
+from pipelines.training.step import Forward
 from tests.small_loops import NotingLoop, small_loop
 from tests.small_runs import (
     CPU,

@@ -12,13 +12,8 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.loss import SoftTargetCrossEntropy  # pyright: ignore
 
 from pipelines.config import Optim
-from pipelines.training.mixup import (
-    Draw,
-    draw_mix,
-    mix,
-    smooth_targets,
-    soft_cross_entropy,
-)
+from pipelines.training.metrics import smooth_targets, soft_cross_entropy
+from pipelines.training.mixup import Draw, draw_mix, mix
 
 OPTIM = Optim(lr=1e-3, num_epochs=5)
 BOTH = dataclasses.replace(OPTIM, mixup=0.8, cutmix=1.0)

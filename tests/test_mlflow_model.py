@@ -27,7 +27,7 @@ from pipelines.checkpoints.snapshot import (
     save_checkpoint,
 )
 from pipelines.config import Data, Model, Optim, Run
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.tracking.model import NUM_TOP, requirements, write_model
 from pipelines.training.model import build_model
 from pipelines.transforms.eval_transform import decode_eval

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sovit
-from pipelines.training.model_cost import count_macs
+from pipelines.training.model import count_macs
 from sovit.attention import stages_of
 from tests.paper_networks import ECA_KERNELS, ECA_MEBI, MILLIONS, on_meta, usual
 

@@ -13,7 +13,7 @@ import pytest
 import timm
 from timm.models import _registry
 
-from pipelines.checkpoints.model_code import is_trusted, load_model_code
+from pipelines.checkpoints.manifest import is_trusted, load_model_code
 from pipelines.checkpoints.run_record import find_record
 from pipelines.config import Run, Validation
 from pipelines.config.own_code import read_code

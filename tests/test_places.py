@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.data.shard_format import SCHEMA, write_shard
+from pipelines.data.shard_set import SCHEMA, write_shard
 from pipelines.storage.filesystem import open_filesystem
 from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import is_remote, retrying

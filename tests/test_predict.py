@@ -16,7 +16,7 @@ from PIL import Image
 from pipelines.checkpoints.manifest import load_model
 from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Data, Model, Run
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.export.command import Options, export_checkpoint
 from pipelines.export.images import Encoded, read_images
 from pipelines.predict import _main, load_subject, predict

@@ -16,10 +16,10 @@ from torch import Tensor
 from pipelines.config import Model, Probe, Run
 from pipelines.data.batch import Batch
 from pipelines.events.channel import Metrics
-from pipelines.training.gradient_probe import Prober
-from pipelines.training.mixup import smooth_targets, soft_cross_entropy
-from pipelines.training.probe_figure import Band, draw_bands
+from pipelines.training.metrics import smooth_targets, soft_cross_entropy
 from pipelines.training.state import TrainState
+from pipelines.worker.gradient_probe import Prober
+from pipelines.worker.probe_figure import Band, draw_bands
 from sovit.probes import probe
 from tests.small_loops import small_loop
 from tests.small_runs import PLAIN_VIT, plain, settings_of, small_run, state_of

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from pipelines import tracking
 from pipelines.checkpoints.manifest import load_model
 from pipelines.checkpoints.snapshot import save_checkpoint
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.data.shard_set import read_shard_set
 from pipelines.driver.mlflow_run import log_model
 from pipelines.storage.path import StoragePath

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from pipelines.checkpoints.manifest import load_optimizer, load_weights, read_manifest
 from pipelines.config import Augment
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from tests.small_runs import (
     PLAIN_VIT,

@@ -17,7 +17,7 @@ from torchvision.models import AlexNet_Weights
 from pipelines import evaluate
 from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Augment, Data, Model, Run
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.evaluate import Options, evaluate_checkpoint
 from pipelines.robustness.corruptions import CORRUPTIONS, Corruption, corrupt
 from pipelines.robustness.levels import Levels

@@ -42,7 +42,7 @@ from pipelines.checkpoints.snapshot import (
     save_checkpoint,
 )
 from pipelines.config import Model
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.data.shard_set import read_shard_set
 from pipelines.evaluate import Options, evaluate_checkpoint
 from pipelines.training.model import build_model

@@ -25,7 +25,7 @@ from pipelines.checkpoints.run_record import new_record, read_record
 from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.cli.command import refuse_secrets
 from pipelines.config.serialization import flat_params
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.storage.redaction import without_credentials
 from pipelines.training.model import build_model
 from tests.small_runs import SO_VIT, small_run

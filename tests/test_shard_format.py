@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.shard_format import SCHEMA, group_bounds, write_shard
+from pipelines.data.shard_set import SCHEMA, group_bounds, write_shard
 from pipelines.rng import seeded_order
 
 

@@ -25,9 +25,13 @@ from pipelines.data.batch import Batch
 from pipelines.storage.path import StoragePath
 from pipelines.training import compiling
 from pipelines.training.freezing import freeze
-from pipelines.training.fsdp import shard_state, update_average
 from pipelines.training.metrics import MetricSums
-from pipelines.training.state import TrainState, build_state
+from pipelines.training.state import (
+    TrainState,
+    build_state,
+    shard_state,
+    update_average,
+)
 from pipelines.training.step import train_step
 from pipelines.worker.checkpointing import Checkpointer
 from tests.small_runs import CPU, evaluated, meeting, settings_of, small_run

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.data.shard_format import SCHEMA
+from pipelines.data.shard_set import SCHEMA
 from pipelines.shards.command import Arguments, main, make_shards, on_ray
 from pipelines.shards.making import Summary, in_process
 from pipelines.shards.planning import Done

@@ -12,9 +12,9 @@ import pytest
 
 from pipelines.config import Augment, Data
 from pipelines.data.epoch_plan import Unit, plan_epoch
-from pipelines.data.ray_source import begun, shares, split_units
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.transforms.sampling import PixelSettings
+from pipelines.worker.ray_source import begun, shares, split_units
 from tests.small_sets import reading_of, worker_tables, write_set
 
 DATA = Data(train="t", val="v", batch_size=10, num_readers=2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.shard_set import read_shard_set
-from pipelines.data.spot_check import spot_check
+from pipelines.driver.spot_check import spot_check
 from tests.small_sets import write_set
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.data import stream as stream_module
-from pipelines.data.position import Position
+from pipelines.data import loader as loading
+from pipelines.data.batch import Position
+from pipelines.data.loader import EpochStream, LocalOpener, Plans
 from pipelines.data.shard_set import ShardSet, read_shard_set
-from pipelines.data.stream import EpochStream, LocalOpener, Plans
 from pipelines.transforms.rows import rows_of
 from tests.small_runs import small_run
 from tests.small_sets import WorkerOpener, reading_of, write_set
@@ -53,7 +53,7 @@ def read_all(stream: EpochStream) -> dict[int, list[int]]:
 def test_every_epoch_is_whole_wherever_segments_end(
     shards: ShardSet, monkeypatch: pytest.MonkeyPatch, num_units: int
 ) -> None:
-    monkeypatch.setattr(stream_module, "_UNITS_PER_SEGMENT", num_units)
+    monkeypatch.setattr(loading, "_UNITS_PER_SEGMENT", num_units)
     opener = WorkerOpener(shards)
     found = read_all(stream_of(opener, shards))
     assert list(found) == list(range(NUM_EPOCHS))
@@ -68,7 +68,7 @@ def test_every_epoch_is_whole_wherever_segments_end(
 def test_the_next_segment_is_opened_in_the_last_tenth_of_one(
     shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_module, "_UNITS_PER_SEGMENT", 4)  # two epochs
+    monkeypatch.setattr(loading, "_UNITS_PER_SEGMENT", 4)  # two epochs
     opener = WorkerOpener(shards)
     stream = stream_of(opener, shards)
     # The last of four units begins with batch 2 of epoch 1.
@@ -92,7 +92,7 @@ def test_the_next_segment_is_opened_in_the_last_tenth_of_one(
 def test_workers_that_do_not_plan_open_as_often(
     shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_module, "_UNITS_PER_SEGMENT", 3)
+    monkeypatch.setattr(loading, "_UNITS_PER_SEGMENT", 3)
     openers = WorkerOpener(shards), WorkerOpener(shards)
     streams = [
         stream_of(opener, shards, is_planner=at == 0)
@@ -111,7 +111,7 @@ def test_workers_that_do_not_plan_open_as_often(
 def test_a_stream_goes_on_where_the_position_points(
     shards: ShardSet, monkeypatch: pytest.MonkeyPatch, batch: int, num_units: int
 ) -> None:
-    monkeypatch.setattr(stream_module, "_UNITS_PER_SEGMENT", num_units)
+    monkeypatch.setattr(loading, "_UNITS_PER_SEGMENT", num_units)
     whole = read_all(stream_of(WorkerOpener(shards), shards))
     start = Position(epoch=2, batch=batch)
     rest = read_all(stream_of(WorkerOpener(shards), shards, start=start))

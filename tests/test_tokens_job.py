@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Run, Scale
+from pipelines.data.batch import Position
 from pipelines.data.loader import opened_here, reading_of
-from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.storage.path import StoragePath
 from pipelines.training.model import build_model

@@ -15,9 +15,8 @@ import torch
 
 from pipelines.checkpoints.snapshot import save_checkpoint
 from pipelines.config import Scale, Validation
-from pipelines.data.position import Position
-from pipelines.data.shard_format import CLASSES_FILE
-from pipelines.data.shard_set import read_shard_set
+from pipelines.data.batch import Position
+from pipelines.data.shard_set import CLASSES_FILE, read_shard_set
 from pipelines.evaluate import Options, _main, evaluate_checkpoint
 from pipelines.evaluation.checkpoint import measure_checkpoint, named
 from pipelines.evaluation.held_out import held_out, held_out_of

@@ -13,15 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import Validation
-from pipelines.data.shard_format import SCHEMA
-from pipelines.data.shard_set import ShardSet, read_shard_set
+from pipelines.data.shard_set import SCHEMA, ShardSet, read_shard_set
 from pipelines.evaluation.held_out import (
     held_out,
     held_out_of,
+    keys_of,
     match_classes,
+    read_keys,
     read_real,
 )
-from pipelines.evaluation.image_keys import keys_of, read_keys
 from tests.small_sets import write_set
 
 GROUPS = [[5, 9], [7], [1, 11, 4]]

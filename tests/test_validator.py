@@ -10,7 +10,7 @@ import pytest
 from pipelines.checkpoints.snapshot import MODEL_FILE, save_checkpoint
 from pipelines.checkpoints.store import CheckpointStore
 from pipelines.config import Run, Validation
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.data.shard_set import read_shard_set
 from pipelines.driver.async_evaluation import Validator
 from pipelines.evaluation.held_out import held_out_of

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.data.batch import Batch
-from pipelines.data.position import Position
+from pipelines.data.batch import Batch, Position
 from pipelines.errors import BadImagesError
 from pipelines.worker import throughput as timing
 from pipelines.worker.audit_log import AuditLog, trained

@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.checkpoints import async_writer
-from pipelines.checkpoints.async_writer import CheckpointWriter
+from pipelines.checkpoints import store as stores
 from pipelines.checkpoints.snapshot import MODEL_FILE, Snapshot, take_snapshot
-from pipelines.checkpoints.store import CheckpointStore
-from pipelines.data.position import Position
+from pipelines.checkpoints.store import CheckpointStore, CheckpointWriter
+from pipelines.data.batch import Position
 from pipelines.events.channel import (
     CheckpointFailed,
     CheckpointSaved,
@@ -62,7 +61,7 @@ def told() -> list[Event]:
 def writing(
     store: Store, told: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> CheckpointWriter:
-    monkeypatch.setattr(async_writer, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(stores, "_PATIENCE_S", 0.01)
     return CheckpointWriter(store, tell=told.append, max_failures=1)
 
 

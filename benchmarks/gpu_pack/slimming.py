@@ -22,6 +22,29 @@ _ALIGNMENT = 8
 # An image's kind, version, header size and payload size, and its architecture.
 _IMAGE = struct.Struct("<HHIQ12xI")
 _PTX, _CUBIN = 1, 2
+_UNUSED = (
+    # Scripts name the Python of the machine that packed them; what compilers read.
+    *("bin", "**/tests", "**/*.pyi", "**/*.pyx", "**/*.pxd", "**/*.h", "**/*.hpp"),
+    "*.dist-info/RECORD",
+    # Ray: reinforcement learning, language models, serving, Java. Its dashboard
+    # does not start without its pages, whose source maps are most of them.
+    *("ray/rllib", "ray/llm", "ray/serve", "ray/jars", "ray/cpp"),
+    "ray/dashboard/client/**/*.map",
+    # MLflow's web pages.
+    "mlflow/server/js",
+    # DALI: extensions of nvImageCodec whose libraries are left out too.
+    "nvidia/nvimgcodec/extensions/libnvjpeg2k_ext*",
+    "nvidia/nvimgcodec/extensions/libnvtiff_ext*",
+    *("nvidia/dali/include", "nvidia/nvimgcodec/include", "nvidia/nvimgcodec/tools"),
+)
+_EXTENSION = re.compile(r"\.cpython-(\w+)-")
+# Else the first folder `nvidia` with an __init__.py hides CUDA's, which are elsewhere.
+_NAMESPACE = '''"""Parts of this package lie in several folders of the path."""
+
+from pkgutil import extend_path
+
+__path__ = extend_path(__path__, __name__)
+'''
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,31 +143,6 @@ def _fatbin_sections(library: bytearray) -> Iterator[tuple[int, int]]:
         begin = names + name
         if library[begin : library.index(0, begin)] in _SECTIONS and kind != _NOBITS:
             yield start, start + size
-
-
-_UNUSED = (
-    # Scripts name the Python of the machine that packed them; what compilers read.
-    *("bin", "**/tests", "**/*.pyi", "**/*.pyx", "**/*.pxd", "**/*.h", "**/*.hpp"),
-    "*.dist-info/RECORD",
-    # Ray: reinforcement learning, language models, serving, Java. Its dashboard
-    # does not start without its pages, whose source maps are most of them.
-    *("ray/rllib", "ray/llm", "ray/serve", "ray/jars", "ray/cpp"),
-    "ray/dashboard/client/**/*.map",
-    # MLflow's web pages.
-    "mlflow/server/js",
-    # DALI: extensions of nvImageCodec whose libraries are left out too.
-    "nvidia/nvimgcodec/extensions/libnvjpeg2k_ext*",
-    "nvidia/nvimgcodec/extensions/libnvtiff_ext*",
-    *("nvidia/dali/include", "nvidia/nvimgcodec/include", "nvidia/nvimgcodec/tools"),
-)
-_EXTENSION = re.compile(r"\.cpython-(\w+)-")
-# Else the first folder `nvidia` with an __init__.py hides CUDA's, which are elsewhere.
-_NAMESPACE = '''"""Parts of this package lie in several folders of the path."""
-
-from pkgutil import extend_path
-
-__path__ = extend_path(__path__, __name__)
-'''
 
 
 def slim(folder: Path, *, python: str, arch: int) -> None:

@@ -18,9 +18,8 @@ from benchmarks.on_gpu.setting import Figures, Setting, Tasks
 from pipelines.checkpoints.snapshot import take_snapshot
 from pipelines.config import Run
 from pipelines.data.batch import Batch
-from pipelines.data.loader import opened_here
+from pipelines.data.loader import Plans, opened_here
 from pipelines.data.shard_set import read_shard_set
-from pipelines.data.stream import Plans
 from pipelines.hardware.device import PeakMemory, is_gpu, synchronize
 from pipelines.training.metrics import MetricSums
 from pipelines.training.state import TrainState, build_state

@@ -16,7 +16,7 @@ from PIL import Image
 
 from benchmarks.on_gpu.setting import Setting
 from benchmarks.photographs import cut_photographs, photographs_here
-from pipelines.data.shard_format import CLASSES_FILE, SCHEMA, shard_name, write_shard
+from pipelines.data.shard_set import CLASSES_FILE, SCHEMA, shard_name, write_shard
 from pipelines.transforms.rows import Rows
 
 _SIZE = (1000, 750)

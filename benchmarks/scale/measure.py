@@ -20,8 +20,13 @@ from pipelines.checkpoints.snapshot import Snapshot, take_snapshot, write_snapsh
 from pipelines.config.recipes import load_recipe
 from pipelines.data.epoch_plan import plan_epoch
 from pipelines.data.reading import Reading, read_rows, share_tables
-from pipelines.data.shard_format import CLASSES_FILE, SCHEMA, shard_name, write_shard
-from pipelines.data.shard_set import read_shard_set
+from pipelines.data.shard_set import (
+    CLASSES_FILE,
+    SCHEMA,
+    read_shard_set,
+    shard_name,
+    write_shard,
+)
 from pipelines.storage.path import StoragePath
 from pipelines.training.state import build_state
 
@@ -161,7 +166,7 @@ def measure_blocks(folder: Path, *, num_workers: int, num_blocks: int = 1000) ->
     The start of the split is left out. If the coordinator is faster than one process
     can read, that process's speed is measured.
     """
-    from pipelines.data.ray_source import shares, split_units
+    from pipelines.worker.ray_source import shares, split_units
 
     write_copies(folder, num_shards=32, num_rows=1024, image_bytes=2000)
     shards = read_shard_set(str(folder))

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipelines.data.epoch_plan import EpochShape, epoch_shape
 from pipelines.data.reading import FILES_AT_ONCE, MAX_SHARE_BYTES
-from pipelines.data.shard_format import group_bounds
+from pipelines.data.shard_set import group_bounds
 from pipelines.shards.planning import BYTES_PER_SHARD, MIN_SHARDS
 
 REQUESTS_PER_FILE = 2  # of a bucket, beside one for each row group

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import os
 import pickle
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipelines.checkpoints.run_record import find_record
 from pipelines.checkpoints.snapshot import (
     EMA_FILE,
     MANIFEST,
@@ -31,11 +35,19 @@ from pipelines.checkpoints.snapshot import (
     fingerprint,
 )
 from pipelines.config import Run
+from pipelines.config.own_code import OwnCode, read_code
+from pipelines.config.recipes import load_code
 from pipelines.config.serialization import from_json
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
+from pipelines.storage.filesystem import parent_address
 from pipelines.storage.path import StoragePath
+from pipelines.storage.redaction import error_summary
 from pipelines.storage.retry import answering
 from pipelines.training.model import build_model, without_weights
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin")
+logger = logging.getLogger(__name__)
+_NOTES = "sovit/trusted_code"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,3 +221,89 @@ def load_model(folder: Path, *, ema: bool | None = None) -> tuple[nn.Module, Man
     use_ema = EMA_FILE in manifest.files if ema is None else ema
     load_weights(model, folder, ema=use_ema)
     return model.eval(), manifest
+
+
+def find_manifest(place: StoragePath) -> Manifest | None:
+    """Read the manifest of a checkpoint of ours; None where weights of others are.
+
+    Raises ValueError where it is damaged, or the store does not answer.
+    """
+    if not is_weight_file(place):
+        with contextlib.suppress(NotADirectoryError):
+            return peek(place)
+    return None
+
+
+def is_weight_file(place: StoragePath) -> bool:
+    """Check whether an address names one file of weights, by its ending."""
+    return place.name.endswith(WEIGHT_SUFFIXES)
+
+
+# A run's record holds its recipe file. Who trains with it trusts it: its digest is
+# noted in the user's own state folder, and for such code nothing more is asked.
+def load_model_code(checkpoint: str, *, given: str = "") -> OwnCode | None:
+    """Register a checkpoint's model with timm, where it is one of the user's own.
+
+    Args:
+        given: Recipe file that the user names; it is run whatever the record says.
+
+    Raises ValueError where the file fails, and where the record holds code that the
+    user never trained with.
+    """
+    if given:
+        code = read_code(Path(given))
+        load_code(code)
+        return code
+    manifest = find_manifest(StoragePath(checkpoint))
+    if manifest is None or timm.is_model(manifest.run.model.name):
+        return None
+    folder = parent_address(checkpoint)
+    name = StoragePath(folder).name
+    record = find_record(parent_address(folder), name=name)
+    if record is None or record.code is None:
+        return None
+    if not is_trusted(record.code):
+        raise ValueError(
+            f"expected a checkpoint of a model that timm knows, got "
+            f"{manifest.run.model.name!r} of {record.code.file}, code that was not "
+            "trained with by this user on this machine and is not run by itself; read "
+            f"it in {StoragePath(folder).within('run.json')}, "
+            "and name its file: --code FILE"
+        )
+    load_code(record.code)
+    return record.code
+
+
+def trust(code: OwnCode) -> None:
+    """Record that the user trains with this code; an unwritable home records nothing.
+
+    Then `sovit-eval` asks for `--code`.
+    """
+    if is_trusted(code):
+        return
+    file = _notes()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with file.open("a") as notes:
+            notes.write(f"{code.digest}\n")
+    except OSError as error:
+        logger.warning(
+            "%s is not noted as yours in %s (%s): sovit-eval, sovit-predict and "
+            "sovit-export will ask for --code",
+            code.file,
+            file,
+            error_summary(error),
+        )
+
+
+def is_trusted(code: OwnCode) -> bool:
+    """Check whether the user has trained with this very code."""
+    try:
+        return code.digest in _notes().read_text().split()
+    except OSError:
+        return False
+
+
+def _notes() -> Path:
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(home, _NOTES)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from pipelines.config import Run
 from pipelines.config.serialization import to_json
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.hardware.device import download, wait_for_stream
 from pipelines.storage.path import flush
 from pipelines.storage.redaction import without_credentials
-from pipelines.training.fsdp import whole
+from pipelines.training.state import whole
 
 MANIFEST = "checkpoint.json"
 MODEL_FILE = "model.safetensors"

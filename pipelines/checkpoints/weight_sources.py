@@ -16,7 +16,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipelines.checkpoints.manifest import Manifest, peek
+from pipelines.checkpoints.manifest import (
+    WEIGHT_SUFFIXES,
+    Manifest,
+    find_manifest,
+    is_weight_file,
+)
 from pipelines.checkpoints.snapshot import EMA_FILE, MANIFEST, MODEL_FILE, fingerprint
 from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering
@@ -24,8 +29,6 @@ from sovit.weight_files import average_keys, find_weights, read_tensors
 
 _CONFIG = "config.json"
 _IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
-_SAFETENSORS = ".safetensors"
-_SUFFIXES = (_SAFETENSORS, ".pth", ".pt", ".tar", ".bin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,33 +54,18 @@ def read_start(address: str) -> Start:
             manifest = find_manifest(place)
             if manifest is not None:
                 return _of_checkpoint(place, manifest=manifest)
-            return _of_file(place) if _is_file(place) else _of_folder(place)
+            return _of_file(place) if is_weight_file(place) else _of_folder(place)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise ValueError(
             f"model.init_from: expected a checkpoint folder with {MANIFEST}, a folder "
             f"with {_CONFIG} and {_IN_FOLDERS[0]}, or a file that ends in "
-            f"{', '.join(_SUFFIXES)}, got {str(place)!r}; name one that is there"
+            f"{', '.join(WEIGHT_SUFFIXES)}, got {str(place)!r}; name one that is there"
         ) from error
     except PermissionError as error:
         raise ValueError(
             f"model.init_from: expected weights that can be read, got {str(place)!r} "
             f"({error.strerror}); see what is allowed there"
         ) from error
-
-
-def find_manifest(place: StoragePath) -> Manifest | None:
-    """Read the manifest of a checkpoint of ours; None where weights of others are.
-
-    Raises ValueError where it is damaged, or the store does not answer.
-    """
-    if not _is_file(place):
-        with contextlib.suppress(NotADirectoryError):
-            return peek(place)
-    return None
-
-
-def _is_file(place: StoragePath) -> bool:
-    return place.name.endswith(_SUFFIXES)
 
 
 def _of_checkpoint(place: StoragePath, *, manifest: Manifest) -> Start:

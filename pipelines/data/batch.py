@@ -1,4 +1,4 @@
-"""Micro-batches, which the data side passes to the loop."""
+"""Micro-batches, which the data side passes to the loop, and its position."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ import torch
 from torch import Tensor
 
 from pipelines.hardware.device import upload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Next global batch to train on."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Batches of this epoch already trained on."""
+    step: int = 0
+    """Batches of all epochs already trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipelines.data.epoch_plan import Slice, Unit, share
-from pipelines.data.shard_format import SCHEMA
-from pipelines.data.shard_set import check_labels
+from pipelines.data.shard_set import SCHEMA, check_labels
 from pipelines.storage.filesystem import open_filesystem
 from pipelines.storage.retry import is_remote, retrying
 from pipelines.transforms.rows import REPEAT, ROW_ID, image_views, nested

@@ -12,7 +12,7 @@ from typing import Literal
 from ray.train import UserCallback
 
 from pipelines import tracking
-from pipelines.checkpoints.model_code import trust
+from pipelines.checkpoints.manifest import trust
 from pipelines.checkpoints.run_record import (
     Record,
     delete_record,
@@ -21,7 +21,7 @@ from pipelines.checkpoints.run_record import (
 )
 from pipelines.config import Run
 from pipelines.config.own_code import OwnCode
-from pipelines.data.stream import Plans
+from pipelines.data.loader import Plans
 from pipelines.driver.cluster import ray_session
 from pipelines.driver.launch_local import train_alone
 from pipelines.driver.launch_ray import train_on_ray

@@ -16,8 +16,8 @@ import torch
 from ray.train import UserCallback
 
 from pipelines.config import Data
+from pipelines.data.loader import LocalOpener, ShardOpener
 from pipelines.data.reading import Reading
-from pipelines.data.stream import LocalOpener, ShardOpener
 from pipelines.driver.failures import Rewinds
 from pipelines.errors import RewindError, RunFailedError
 from pipelines.events.channel import (

@@ -34,19 +34,23 @@ from pipelines.config import (
 from pipelines.config.own_code import OwnCode, read_code
 from pipelines.config.recipes import load_code, load_recipe
 from pipelines.config.serialization import flat_params
+from pipelines.data.loader import Plans
 from pipelines.data.shard_set import ShardSet, read_shard_set
-from pipelines.data.spot_check import spot_check
-from pipelines.data.stream import Plans
 from pipelines.driver.image_folders import recorded_facts as recorded_facts
 from pipelines.driver.image_folders import recorded_shards as recorded_shards
 from pipelines.driver.image_folders import with_shards as with_shards
-from pipelines.evaluation.held_out import HeldOut, held_out_of
-from pipelines.evaluation.image_keys import read_keys, with_labels
+from pipelines.driver.spot_check import spot_check
+from pipelines.evaluation.held_out import (
+    HeldOut,
+    held_out_of,
+    read_keys,
+    with_labels,
+)
 from pipelines.storage.filesystem import absolute
 from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary, without_credentials
-from pipelines.training.model import build_model, title_of
-from pipelines.training.state import checkpoint_gradients, freeze
+from pipelines.training.model import build_model, checkpoint_gradients, title_of
+from pipelines.training.state import freeze
 from sovit.probes import find_stem
 
 logger = logging.getLogger(__name__)

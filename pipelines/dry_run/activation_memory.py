@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipelines.config import Run
-from pipelines.training.mixup import soft_cross_entropy
-from pipelines.training.model_cost import shapes_of
+from pipelines.training.metrics import soft_cross_entropy
+from pipelines.training.model import shapes_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from pipelines.checkpoints.manifest import peek
 from pipelines.checkpoints.run_record import Record
 from pipelines.checkpoints.store import CheckpointStore
 from pipelines.config import Run
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.driver.preflight import check_start, with_absolute_paths
 from pipelines.dry_run.activation_memory import StepMemory, measure_step
 from pipelines.dry_run.machine import this_machine, warnings_of
@@ -22,7 +22,7 @@ from pipelines.dry_run.timing import Timed, time_here
 from pipelines.hardware.device import autocast_dtype, device_of, free_memory, has_gpu
 from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary, without_credentials
-from pipelines.training.model_cost import (
+from pipelines.training.model import (
     Parameters,
     count_macs,
     count_parameters,

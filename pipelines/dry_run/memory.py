@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pipelines.config import Optim, Run
 from pipelines.dry_run.activation_memory import StepMemory
-from pipelines.training.model_cost import Parameters
+from pipelines.training.model import Parameters
 
 _BYTES_PER_VALUE = 4
 # Beside those that wait: one that the model has, two on the decoder's way.

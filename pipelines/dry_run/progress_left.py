@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipelines.config import Run
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
+from pipelines.data.loader import Plans
 from pipelines.data.shard_set import ShardSet
-from pipelines.data.stream import Plans
 from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering
 

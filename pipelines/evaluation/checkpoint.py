@@ -18,12 +18,10 @@ from tqdm import tqdm
 from pipelines.checkpoints.manifest import Manifest, load_model, load_weights
 from pipelines.checkpoints.snapshot import EMA_FILE
 from pipelines.config import Run
-from pipelines.data.batch import Batch
+from pipelines.data.batch import Batch, Position
 from pipelines.data.loader import OnBad, ignore_bad, opened_here
-from pipelines.data.position import Position
 from pipelines.data.shard_set import ShardSet
-from pipelines.evaluation.held_out import HeldOut
-from pipelines.evaluation.image_keys import keys_of
+from pipelines.evaluation.held_out import HeldOut, keys_of
 from pipelines.evaluation.measure import (
     EvaluationResult,
     check_counted,

@@ -23,8 +23,8 @@ from pipelines.evaluation.report import Confusions, Report
 from pipelines.evaluation.scores import ConfusionSums, RealSums, Seen, WorstSoFar
 from pipelines.hardware.device import upload
 from pipelines.hardware.row_limit import RowLimit
-from pipelines.training.forward import FittingForward, Forward
 from pipelines.training.metrics import MetricSums
+from pipelines.training.step import FittingForward, Forward
 
 logger = logging.getLogger(__name__)
 

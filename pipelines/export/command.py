@@ -21,7 +21,7 @@ from typing import Any, Literal
 import tyro
 from torch import Tensor
 
-from pipelines.checkpoints.model_code import load_model_code
+from pipelines.checkpoints.manifest import load_model_code
 from pipelines.cli.command import parse, run_command
 from pipelines.export import checks, onnx_file, program, timm_folder
 from pipelines.export.folder import mark, whole_folder

@@ -14,8 +14,7 @@ from torch import Tensor
 from pipelines.config import Data
 from pipelines.data.epoch_plan import plan_epoch
 from pipelines.data.reading import Reading, read_rows
-from pipelines.data.shard_format import CLASSES_FILE
-from pipelines.data.shard_set import read_shard_set
+from pipelines.data.shard_set import CLASSES_FILE, read_shard_set
 from pipelines.shards.suffixes import is_picture_name
 from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering

@@ -13,10 +13,14 @@ from types import FunctionType, MappingProxyType
 
 from pipelines.config import Model, Run
 from pipelines.config.recipes import load_recipe, recipes_of
-from pipelines.data.shard_format import CLASSES_FILE
+from pipelines.data.shard_set import CLASSES_FILE
 from pipelines.results.best_runs import Best
-from pipelines.training.model import without_weights
-from pipelines.training.model_cost import count_macs, count_parameters, shapes_of
+from pipelines.training.model import (
+    count_macs,
+    count_parameters,
+    shapes_of,
+    without_weights,
+)
 
 # Of sets that are not here, by the name that their address holds.
 _NUM_CLASSES = MappingProxyType(

@@ -31,7 +31,7 @@ from pipelines.robustness.perturbations import (
     num_frames_of,
 )
 from pipelines.robustness.scores import corruption_scores, flip_scores
-from pipelines.training.forward import Forward
+from pipelines.training.step import Forward
 from pipelines.transforms.cpu import Threads
 
 OpenBatches = Callable[[Run], contextlib.AbstractContextManager[Iterable[Batch]]]

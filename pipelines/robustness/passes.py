@@ -14,8 +14,8 @@ from pipelines.robustness.corruptions import Corruption, corrupt
 from pipelines.robustness.digital import through_jpeg
 from pipelines.robustness.levels import Levels
 from pipelines.robustness.perturbations import NOISES, Perturbation, frames
-from pipelines.training.forward import Forward
 from pipelines.training.metrics import correct
+from pipelines.training.step import Forward
 from pipelines.transforms.cpu import Threads
 
 Condition = tuple[Corruption, int]

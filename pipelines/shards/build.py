@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.shard_format import ROWS_PER_GROUP, SCHEMA, write_shard
+from pipelines.data.shard_set import ROWS_PER_GROUP, SCHEMA, write_shard
 from pipelines.shards.hf_parquet import unpack
 from pipelines.shards.images import BadImageError, check_image
 from pipelines.shards.planning import Done, Plan

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from pipelines.data.shard_format import CLASSES_FILE
+from pipelines.data.shard_set import CLASSES_FILE
 from pipelines.shards.stored import child, read_text
 from pipelines.storage.path import StoragePath
 

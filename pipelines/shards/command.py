@@ -31,7 +31,7 @@ from typing import Literal
 import tyro
 
 from pipelines.cli.command import fail, parse, run_command
-from pipelines.data.shard_format import ROWS_PER_GROUP
+from pipelines.data.shard_set import ROWS_PER_GROUP
 from pipelines.shards.listing import Fields
 from pipelines.shards.making import Executor, Summary, Task, make_set
 from pipelines.shards.planning import Done, Recipe

@@ -21,7 +21,7 @@ import pyarrow as pa
 import tyro
 from PIL import Image
 
-from pipelines.data.shard_format import (
+from pipelines.data.shard_set import (
     CLASSES_FILE,
     cut_evenly,
     shard_name,

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow.fs as pafs
 
-from pipelines.data.shard_format import CLASSES_FILE, write_json
+from pipelines.data.shard_set import CLASSES_FILE, write_json
 from pipelines.shards.listing import Listing
 from pipelines.shards.making import in_threads, make_set
 from pipelines.shards.names import is_litter, is_split, split_of

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines.data.shard_format import CLASSES_FILE
+from pipelines.data.shard_set import CLASSES_FILE
 from pipelines.shards.classes import (
     MAX_OWN_LABELS,
     Numbering,

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipelines.data.shard_format import ROWS_PER_GROUP, shard_name
+from pipelines.data.shard_set import ROWS_PER_GROUP, shard_name
 from pipelines.shards.listing import USUAL_FIELDS, Fields, Listing
 from pipelines.storage.path import StoragePath
 

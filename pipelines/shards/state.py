@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 
-from pipelines.data.shard_format import CLASSES_FILE, cut_evenly, write_json
+from pipelines.data.shard_set import CLASSES_FILE, cut_evenly, write_json
 from pipelines.rng import seeded_order
 from pipelines.shards.listing import RECORD_SCHEMA, Listing, Skipped, printable
 from pipelines.shards.planning import UNPACKED_FOLDER, Done, Plan

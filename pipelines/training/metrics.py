@@ -1,4 +1,4 @@
-"""Accumulate metrics on the device, and copy them to the host only on request."""
+"""The loss; metrics summed on the device, copied to the host only on request."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 NO_VOTES: Mapping[str, bool] = MappingProxyType({})
@@ -76,3 +77,17 @@ class MetricSums:
             "num_images": num_images,
             "num_bad": num_bad,
         } | dict(zip(votes, given, strict=True))
+
+
+def smooth_targets(labels: Tensor, *, num_classes: int, smoothing: float) -> Tensor:
+    """Convert labels (B,) to distributions (B, K): smoothing / K off the label."""
+    off = smoothing / num_classes
+    targets = torch.full(
+        (len(labels), num_classes), off, device=labels.device, dtype=torch.float32
+    )
+    return targets.scatter_(1, labels[:, None], 1 - smoothing + off)
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Compute each image's cross-entropy (B,) against a distribution (B, K)."""
+    return -(targets * F.log_softmax(logits.float(), dim=1)).sum(dim=1)

@@ -6,7 +6,6 @@ import random
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.config import Optim
@@ -37,15 +36,6 @@ def draw_mix(optim: Optim, *, key: int) -> Draw | None:
     lam = source.betavariate(alpha, alpha)
     box = (source.random(), source.random()) if use_cutmix else None
     return Draw(lam=lam, box=box)
-
-
-def smooth_targets(labels: Tensor, *, num_classes: int, smoothing: float) -> Tensor:
-    """Convert labels (B,) to distributions (B, K): smoothing / K off the label."""
-    off = smoothing / num_classes
-    targets = torch.full(
-        (len(labels), num_classes), off, device=labels.device, dtype=torch.float32
-    )
-    return targets.scatter_(1, labels[:, None], 1 - smoothing + off)
 
 
 def mix(images: Tensor, targets: Tensor, *, draw: Draw) -> tuple[Tensor, Tensor]:
@@ -81,8 +71,3 @@ def _box(
         middle = int(at * length)
         edges += [max(middle - cut // 2, 0), min(middle + (cut + 1) // 2, length)]
     return edges[0], edges[1], edges[2], edges[3]
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Compute each image's cross-entropy (B,) against a distribution (B, K)."""
-    return -(targets * F.log_softmax(logits.float(), dim=1)).sum(dim=1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipelines.config import Optim
 from pipelines.data.batch import Batch
 from pipelines.errors import NonFiniteLossError, RewindError
-from pipelines.training.fsdp import is_sharded, local
+from pipelines.training.model import is_sharded, local
 from pipelines.training.optimizer import FOUND_INF
 from pipelines.transforms.rows import DRAW_STRIDE
 

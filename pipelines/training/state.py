@@ -1,27 +1,34 @@
-"""Build a worker's training state: model, average, optimiser, guard, wrapping."""
+"""Build a worker's training state: model, average, optimiser, guard, FSDP2.
+
+A checkpoint holds whole tensors whatever their sharding was, so a run may resume on
+more or fewer workers, sharded or not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.utils.model_ema import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     bf16_compress_hook,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipelines.config import Run
-from pipelines.data.position import Position
+from pipelines.data.batch import Position
 from pipelines.hardware.device import is_gpu, set_numerics
 from pipelines.hardware.row_limit import RowLimit
 from pipelines.training.compiling import decide
 from pipelines.training.freezing import Frozen
 from pipelines.training.freezing import freeze as freeze
-from pipelines.training.fsdp import shard
-from pipelines.training.model import build_model
+from pipelines.training.model import build_model, checkpoint_gradients, local
 from pipelines.training.nonfinite import KeysOf, NonFiniteGuard
 from pipelines.training.optimizer import build_optimizer
 
@@ -168,22 +175,66 @@ def wrapped(
     return forward
 
 
-def checkpoint_gradients(model: nn.Module, *, name: str) -> None:
-    """Make a model recompute activations in its backward pass.
-
-    Raises ValueError where timm doesn't support it.
-    """
-    try:
-        model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
-    except (AttributeError, AssertionError) as error:  # timm asserts where it can't
-        raise ValueError(
-            "scale.grad_checkpointing: expected a model that timm can checkpoint, got "
-            f"{name}; set --scale.no-grad-checkpointing"
-        ) from error
-
-
 def share_buffers(module: nn.Module) -> None:
     """Copy rank 0's buffers to all workers: BatchNorm statistics differ by worker."""
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def shard(model: nn.Module, *, device: torch.device) -> None:
+    """Shard every parameter over the workers; a collective.
+
+    The elements of the model's sequences, such as a transformer's blocks, are gathered
+    one after the other as they are needed; the rest of it as one.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for child in model.children():
+        if isinstance(child, nn.Sequential | nn.ModuleList):
+            for part in child:
+                if any(True for _ in part.parameters()):
+                    fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    # Buffers are no parameters, and stay where they were.
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def shard_state(optimizer: torch.optim.Optimizer) -> None:
+    """Shard an optimiser's state, loaded whole, like its parameters; a collective."""
+    for parameter, state in optimizer.state.items():
+        if not isinstance(parameter, DTensor):
+            continue
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = distribute_tensor(
+                    value.to(parameter.device),
+                    parameter.device_mesh,
+                    parameter.placements,
+                )
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, *, decay: float) -> None:
+    """Update an exponential moving average of a model's weights and buffers.
+
+    Non-float tensors are copied. As timm's ModelEmaV3, whose own update fails on a
+    mixture of sharded parameters and whole buffers.
+    """
+    pairs = [
+        local(pair)
+        for pair in zip(
+            average.state_dict().values(), model.state_dict().values(), strict=True
+        )
+    ]
+    floats = [(old, new) for old, new in pairs if old.is_floating_point()]
+    olds, news = zip(*floats, strict=True)
+    torch._foreach_lerp_(olds, news, weight=1 - decay)  # pyright: ignore
+    for old, new in pairs:
+        if not old.is_floating_point():
+            old.copy_(new)
+
+
+def whole(value: Any) -> Any:
+    """Gather a sharded tensor on every worker; a collective if it is sharded."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -7,29 +7,34 @@ write a checkpoint or to stop is up to the caller.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines.config import Run
-from pipelines.data.batch import Batch
-from pipelines.data.position import Position
-from pipelines.hardware.device import is_out_of_memory, release_memory
+from pipelines.data.batch import Batch, Position
+from pipelines.hardware.device import (
+    autocast_dtype,
+    is_out_of_memory,
+    release_memory,
+)
 from pipelines.hardware.row_limit import RowLimit
 from pipelines.rng import Purpose, key
 from pipelines.training.class_weights import class_weights
-from pipelines.training.forward import autocast
-from pipelines.training.fsdp import update_average
-from pipelines.training.metrics import MetricSums
-from pipelines.training.mixup import draw_mix, mix, smooth_targets, soft_cross_entropy
+from pipelines.training.metrics import MetricSums, smooth_targets, soft_cross_entropy
+from pipelines.training.mixup import draw_mix, mix
+from pipelines.training.model import is_sharded
 from pipelines.training.optimizer import learning_rate, set_learning_rate
-from pipelines.training.state import TrainState
-from pipelines.training.step_errors import step_errors
+from pipelines.training.state import TrainState, update_average
 
+_NOT_DETERMINISTIC = " does not have a deterministic implementation"
+_COMPILERS = ("torch._dynamo", "torch._inductor")
 _MINUTES_WHILE_FEW = 5.0
 
 
@@ -246,3 +251,93 @@ def _end_step(state: TrainState, batch: Batch) -> None:
         state.position = Position(
             epoch=position.epoch, batch=batch.index + 1, step=step
         )
+
+
+@contextlib.contextmanager
+def step_errors() -> Iterator[None]:
+    """Convert PyTorch's errors that a setting of the run causes into ValueErrors.
+
+    They are not retryable: a restart would cause them again.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        if _NOT_DETERMINISTIC in first:
+            raise ValueError(
+                "scale.deterministic: expected a model of operations that this device "
+                "has deterministic kernels for, got one with "
+                f"{first.partition(_NOT_DETERMINISTIC)[0]}; set "
+                "--scale.no-deterministic, or take a model without it (of GSoP, the "
+                "attention channel in model.kwargs)"
+            ) from error
+        if type(error).__module__.startswith(_COMPILERS):
+            raise ValueError(
+                "scale.compile: expected a step that torch.compile can compile, got "
+                f"{type(error).__name__}: {first}; set --scale.no-compile"
+            ) from error
+        raise
+
+
+def autocast(
+    device: torch.device, *, amp: str
+) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to bfloat16 where `Scale.amp` asks for it and the device has it."""
+    enabled = autocast_dtype(device, amp=amp) != torch.float32
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """Forward pass of evaluation, with all it depends on beside the model."""
+
+    device: torch.device
+    amp: str
+    """As `Scale.amp`."""
+    mirror: bool = False
+    """Whether to average the logits of an image and of its mirror image."""
+
+    @classmethod
+    def of(cls, run: Run, *, device: torch.device) -> Forward:
+        """Build it from a run's precision and its `data.eval_mirror`."""
+        return cls(device=device, amp=run.scale.amp, mirror=run.data.eval_mirror)
+
+    def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Compute the logits (B, K) of images (B, 3, H, W)."""
+        with autocast(self.device, amp=self.amp):
+            logits = model(images)
+            if self.mirror:
+                logits = (logits + model(images.flip(-1))) / 2
+        return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittingForward:
+    """Forward pass of as many images at a time as fit into memory.
+
+    Each worker finds that for itself. A sharded model's error is raised as it is: the
+    other workers wait for its parts.
+    """
+
+    forward: Forward
+    limit: RowLimit
+
+    def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Compute the logits (B, K) of images (B, 3, H, W)."""
+        while (logits := self._try(model, images)) is None:
+            self.limit.lower(
+                len(images),
+                doing="evaluation",
+                advice="set a smaller --model.img-size",
+            )
+            release_memory(self.forward.device)
+        return logits
+
+    def _try(self, model: nn.Module, images: Tensor) -> Tensor | None:
+        size = math.ceil(len(images) / self.limit.num_parts(len(images)))
+        try:
+            return torch.cat([self.forward(model, part) for part in images.split(size)])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or is_sharded(model.parameters()):
+                raise
+            return None

@@ -12,17 +12,16 @@ import torch
 from torch import nn
 
 from pipelines.checkpoints import manifest as ckpt
-from pipelines.checkpoints.async_writer import CheckpointWriter
 from pipelines.checkpoints.pretrained import load_initial
 from pipelines.checkpoints.snapshot import Snapshot, assist_snapshot, take_snapshot
-from pipelines.checkpoints.store import CheckpointStore, score_of
-from pipelines.evaluation.image_keys import keys_of
+from pipelines.checkpoints.store import CheckpointStore, CheckpointWriter, score_of
+from pipelines.evaluation.held_out import keys_of
 from pipelines.events.channel import Message, Metrics
 from pipelines.hardware.row_limit import RowLimit
 from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary
-from pipelines.training.fsdp import is_sharded, shard_state
-from pipelines.training.state import TrainState, build_state
+from pipelines.training.model import is_sharded
+from pipelines.training.state import TrainState, build_state, shard_state
 from pipelines.worker.early_stopping import EarlyStopping
 from pipelines.worker.group import Group
 from pipelines.worker.job import Job

@@ -8,8 +8,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from pipelines.config import Data
+from pipelines.data.loader import ShardOpener
 from pipelines.data.reading import Reading
-from pipelines.data.stream import ShardOpener
 from pipelines.events.channel import Event
 from pipelines.storage.path import StoragePath
 

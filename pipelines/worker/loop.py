@@ -10,7 +10,6 @@ from pipelines.errors import check_bad_share
 from pipelines.evaluation.in_training import InTrainingEvaluator
 from pipelines.events.channel import Figure, Message, Metrics, Progress
 from pipelines.hardware.device import PeakMemory, is_gpu
-from pipelines.training.gradient_probe import Prober
 from pipelines.training.metrics import MetricSums
 from pipelines.training.optimizer import current_learning_rate
 from pipelines.training.state import TrainState, share_buffers
@@ -18,6 +17,7 @@ from pipelines.training.step import TrainSettings, step_from, train_step
 from pipelines.worker.audit_log import AuditLog
 from pipelines.worker.checkpointing import Checkpointer
 from pipelines.worker.early_stopping import EarlyStopping
+from pipelines.worker.gradient_probe import Prober
 from pipelines.worker.group import Group
 from pipelines.worker.throughput import Throughput
 from pipelines.worker.watchdog import Watchdog

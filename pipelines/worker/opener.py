@@ -11,8 +11,8 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from pipelines.config import Data
 from pipelines.data.epoch_plan import Unit
-from pipelines.data.ray_source import shares, split_units
 from pipelines.data.reading import Reading
+from pipelines.worker.ray_source import shares, split_units
 
 
 class RayOpener:

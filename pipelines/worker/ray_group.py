@@ -14,8 +14,8 @@ from ray.exceptions import GetTimeoutError
 from ray.train.collective import broadcast_from_rank_zero
 
 from pipelines.config import Data
+from pipelines.data.loader import ShardOpener
 from pipelines.data.reading import Reading
-from pipelines.data.stream import ShardOpener
 from pipelines.events.channel import Event, wait_until_handled
 from pipelines.storage.path import StoragePath
 from pipelines.worker.group import Small

@@ -9,19 +9,18 @@ from pathlib import Path
 import torch
 
 from pipelines.config.recipes import load_code
-from pipelines.data.loader import Loader, reading_of
+from pipelines.data.loader import Loader, Plans, reading_of
 from pipelines.data.shard_set import ShardSet
-from pipelines.data.stream import Plans
 from pipelines.evaluation.in_training import InTrainingEvaluator
 from pipelines.events.bad_images import BadImageTeller
 from pipelines.events.channel import Message, WorkerStarted
 from pipelines.hardware.device import autocast_dtype, is_gpu
 from pipelines.hardware.facts import worker_facts
 from pipelines.hardware.row_limit import RowLimit
-from pipelines.training.gradient_probe import Prober
 from pipelines.training.step import TrainSettings
 from pipelines.worker.audit_log import AuditLog
 from pipelines.worker.checkpointing import Checkpointer
+from pipelines.worker.gradient_probe import Prober
 from pipelines.worker.group import Group
 from pipelines.worker.job import Job
 from pipelines.worker.loop import TrainingLoop

@@ -18,15 +18,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from pipelines import predict
 from pipelines.config import Probe, Run
-from pipelines.data import prefetch, stream
+from pipelines.data import loader, prefetch
 from pipelines.data.loader import opened_here
 from pipelines.data.shard_set import read_shard_set
 from pipelines.evaluation import checkpoint
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.export.images import Encoded
 from pipelines.export.subject import Subject
-from pipelines.training.gradient_probe import Prober
 from pipelines.training.model import build_model
+from pipelines.worker.gradient_probe import Prober
 from tests.fake_gpu.device import GPU
 from tests.fake_gpu.steps import batch_of, fake_run, settings_of
 from tests.fake_gpu.watch import Watch
@@ -72,11 +72,11 @@ def _really(function: Callable[..., Any]) -> Callable[..., Any]:
 def _small_shards() -> Iterator[str]:
     """Write a shard set, and read and decode it on the host within the context."""
     threads = SimpleNamespace(Thread=_Now, Event=threading.Event)
-    tables = _really(stream.share_tables)
+    tables = _really(loader.share_tables)
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(prefetch, "threading", threads),
-        mock.patch.object(stream, "share_tables", tables),
+        mock.patch.object(loader, "share_tables", tables),
     ):
         yield write_set(Path(folder, "set"), groups=[[NUM_BATCHES * _ROWS]])
 

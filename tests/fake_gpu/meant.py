@@ -92,7 +92,7 @@ MEANT: Mapping[str, tuple[str, ...]] = {
         "copies to the device: pipelines/predict.py _answers",
         "reads a value: pipelines/predict.py _top",
     ),
-    "probe": ("reads a value: pipelines/training/gradient_probe.py _band",) * 5,
+    "probe": ("reads a value: pipelines/worker/gradient_probe.py _band",) * 5,
     "training of a head": _HEAD_TRAINED,
     # Called by nobody of ours.
     ENTERED: (

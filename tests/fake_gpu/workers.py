@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.parallel import DistributedDataParallel, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from pipelines.training import fsdp
+from pipelines.training import state
 
 NUM_WORKERS = 8
 
@@ -26,7 +26,7 @@ def among_workers() -> Iterator[None]:
     fake weights have no values.
     """
     dist.init_process_group("fake", rank=0, world_size=NUM_WORKERS, store=FakeStore())
-    find_mesh = fsdp.init_device_mesh
+    find_mesh = state.init_device_mesh
 
     def real_mesh(*args: Any, **kwargs: Any) -> Any:
         with unset_fake_temporarily():  # ranks are looked up in it
@@ -36,7 +36,7 @@ def among_workers() -> Iterator[None]:
     verify, share = "_verify_param_shape_across_processes", "_sync_module_states"
     try:
         with (
-            mock.patch.object(fsdp, "init_device_mesh", real_mesh),
+            mock.patch.object(state, "init_device_mesh", real_mesh),
             mock.patch.object(distributed, verify, nothing),
             mock.patch.object(distributed, share, nothing),
         ):

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.checkpoints.manifest import load_model, opened
-from pipelines.checkpoints.model_code import load_model_code
+from pipelines.checkpoints.manifest import (
+    find_manifest,
+    load_model,
+    load_model_code,
+    opened,
+)
 from pipelines.checkpoints.pretrained import load_initial
-from pipelines.checkpoints.weight_sources import find_manifest
 from pipelines.config import Model, Run
 from pipelines.storage.path import StoragePath
 from pipelines.training.model import PRETRAINED, build_model, without_weights

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from pipelines.data.epoch_plan import GroupTable, Slice, Unit, plan_epoch
-from pipelines.data.shard_format import write_json
+from pipelines.data.shard_set import write_json
 from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering, retrying
 from pipelines.transforms.rows import ROW_ID

@@ -19,7 +19,7 @@ from pipelines.data.loader import pixel_settings
 from pipelines.data.shard_set import ShardSet
 from pipelines.hardware.device import device_of
 from pipelines.storage.path import StoragePath
-from pipelines.training.forward import autocast
+from pipelines.training.step import autocast
 from pipelines.transforms.decoder import BatchDecoder
 from pipelines.transforms.rows import BadImage, Rows, rows_of
 from tuning.heads.backbone import Backbone

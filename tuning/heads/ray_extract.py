@@ -10,10 +10,10 @@ import ray
 from ray.data import ActorPoolStrategy, ReadTask, read_datasource
 
 from pipelines.config import CPUS_PER_READ
-from pipelines.data.ray_source import TaskSource, read_task, reader_labels
 from pipelines.data.reading import Reading
 from pipelines.driver.cluster import per_worker, ray_session
 from pipelines.driver.failures import causes, first_line
+from pipelines.worker.ray_source import TaskSource, read_task, reader_labels
 from tuning.heads.backbone import Backbone
 from tuning.heads.feature_writer import NUM_IMAGES, TokenJob, WriterActor
 from tuning.heads.parts import Part, read_part

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from pipelines.config import Optim, Run, Schedule
 from pipelines.errors import NonFiniteLossError
 from pipelines.hardware.device import find_device, forked_rng, upload
-from pipelines.training.forward import autocast
-from pipelines.training.metrics import MetricSums
-from pipelines.training.mixup import smooth_targets, soft_cross_entropy
+from pipelines.training.metrics import MetricSums, smooth_targets, soft_cross_entropy
 from pipelines.training.model import build_model
 from pipelines.training.optimizer import (
     build_optimizer,
     learning_rate,
     set_learning_rate,
 )
+from pipelines.training.step import autocast
 from tuning.heads.backbone import feature_shape, without_weights
 from tuning.heads.feature_set import TokenReader, TokenSet
 

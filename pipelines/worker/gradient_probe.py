@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.data.batch import Batch
-from pipelines.training.mixup import soft_cross_entropy
-from pipelines.training.probe_figure import Band, draw_bands
+from pipelines.training.metrics import soft_cross_entropy
 from pipelines.training.state import TrainState
-from pipelines.training.step import TrainSettings, mixed, seed_step
-from pipelines.training.step_errors import step_errors
+from pipelines.training.step import TrainSettings, mixed, seed_step, step_errors
+from pipelines.worker.probe_figure import Band, draw_bands
 from sovit.probes import Probed, find_stem, probe
 
 
