@@ -131,12 +131,25 @@ def losses(logs: list[dict[str, float]]) -> list[tuple[float, ...]]:
     return [tuple(log[name] for name in names) for log in logs]
 
 
-@pytest.mark.parametrize("model", [VIT, WITH_BATCH_NORM], ids=["plain", "batch_norm"])
-@pytest.mark.parametrize("in_backward", [False, True], ids=["forward", "backward"])
+# Each kind of network, of place and of cut with two of the others.
+CUTS = [(1, 6, 2), (1, 3, 4), (2, 4, 4)]
+CROSSED = [
+    (VIT, False, *CUTS[0]),
+    (VIT, True, *CUTS[1]),
+    (WITH_BATCH_NORM, True, *CUTS[0]),
+    (WITH_BATCH_NORM, False, *CUTS[2]),
+]
+REST = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for cut in CUTS
+    for model in (VIT, WITH_BATCH_NORM)
+    for in_backward in (False, True)
+    if (case := (model, in_backward, *cut)) not in CROSSED
+]
+
+
 @pytest.mark.parametrize(
-    ("planned", "max_rows", "told"),
-    [(1, 6, 2), (1, 3, 4), (2, 4, 4)],
-    ids=["halved", "halved twice", "of two micro-batches"],
+    ("model", "in_backward", "planned", "max_rows", "told"), [*CROSSED, *REST]
 )
 def test_a_run_that_finds_its_limit_is_the_run_that_was_told_it_bit_for_bit(
     shards: ShardSet,

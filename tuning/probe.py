@@ -29,7 +29,7 @@ from pipelines.checkpoints.snapshot import MANIFEST, save_checkpoint
 from pipelines.checkpoints.weight_sources import find_manifest
 from pipelines.cli.command import parse, run_command
 from pipelines.config import Data, Model, Optim, Run, Scale
-from pipelines.data.position import Position
+from pipelines.data.loader import Position
 from pipelines.driver.cluster import ray_session
 from pipelines.storage.path import StoragePath
 from pipelines.training.model import build_model, takes_pooling, without_weights
