@@ -147,7 +147,7 @@ class TokenWriter:
         ]
         metadata = {
             MADE_OF: json.dumps(job.made_of),
-            BAD: json.dumps([dataclasses.astuple(image) for image in bad]),
+            BAD: json.dumps([(one.row_id, one.key, one.reason) for one in bad]),
         }
         write_part(
             job.out.within(job.name(view=view, index=index)),
