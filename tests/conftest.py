@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 from tests.bare import BareProcesses
+
+# A busy machine is slow, and no test asserts a time.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # Before the package is imported: every annotated shape is then checked by beartype.
 install_import_hook("sovit", "beartype.beartype")

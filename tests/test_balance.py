@@ -35,7 +35,7 @@ def balance_of(sizes: list[int], *, exponent: float, seed: int = 0) -> Balance:
     exponent=st.floats(0, 1),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_rows_of_a_class_come_equally_often(
     sizes: list[int], exponent: float, seed: int
 ) -> None:

@@ -106,7 +106,7 @@ def test_erased_shares_are_timms(count: int) -> None:
     count=st.integers(1, 4),
     seed=st.integers(0, 2**40),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_boxes_lie_inside_their_images(img_size: int, count: int, seed: int) -> None:
     boxes = draw(np.arange(30), prob=0.9, count=count, img_size=img_size, seed=seed)
     for start, length in ((boxes.tops, boxes.heights), (boxes.lefts, boxes.widths)):
@@ -123,7 +123,7 @@ def test_boxes_lie_inside_their_images(img_size: int, count: int, seed: int) -> 
     mode=st.sampled_from(["const", "rand", "pixel"]),
     order=st.randoms(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_samples_boxes_and_noise_are_its_own(
     seed: int, ids: list[int], mode: Any, order: random.Random
 ) -> None:

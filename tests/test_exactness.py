@@ -256,7 +256,7 @@ def live(history: History) -> tuple[list[tuple[int, int, int]], int]:
 
 
 @given(history=histories())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_surviving_weights_saw_every_good_image_as_planned(
     history: History,
 ) -> None:
@@ -291,7 +291,7 @@ def test_the_histories_contain_what_they_should() -> None:
     found: list[History] = []
 
     @given(history=histories())
-    @settings(max_examples=100, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=100, database=None, derandomize=True)
     def look(history: History) -> None:
         found.append(history)
 

@@ -58,7 +58,7 @@ def draw(
     ratio=st.floats(0.2, 1),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_windows_lie_inside_their_images(
     height: int, width: int, low: float, ratio: float, seed: int
 ) -> None:

@@ -111,7 +111,7 @@ def test_magnitudes_are_normal_and_signs_fair() -> None:
 
 
 @given(magnitude=st.integers(0, 25), limit=st.integers(1, 25), increasing=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_arguments_are_timms_to_the_last_bit(
     magnitude: int, limit: int, increasing: bool
 ) -> None:
@@ -142,7 +142,7 @@ def both_arguments(augment: timm_ops.AugmentOp, level: int) -> set[float]:
     ids=st.lists(st.integers(0, 2**40), min_size=2, max_size=20, unique=True),
     order=st.randoms(),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_draws_depend_on_seed_epoch_and_id_alone(
     seed: int, epoch: int, ids: list[int], order: random.Random
 ) -> None:

@@ -235,7 +235,7 @@ def shard() -> bytes:
 
 
 @given(at=st.integers(0, 2**16), kind=st.sampled_from(["flip", "zero", "short"]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_damage_of_a_shard_is_taken_for_the_network(at: int, kind: str) -> None:
     content = bytearray(shard())
     place = at % len(content)

@@ -65,7 +65,7 @@ def batches_of(plan: EpochPlan, *, start_batch: int = 0) -> dict[int, list[int]]
 
 
 @given(files=SOME_ROWS, arguments=SETTINGS, exponent=EXPONENTS, resume=st.floats(0, 1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_row_comes_as_often_as_it_should_and_resuming_gives_the_rest(
     files: list[list[int]], arguments: dict, exponent: float, resume: float
 ) -> None:
@@ -87,7 +87,7 @@ def test_every_row_comes_as_often_as_it_should_and_resuming_gives_the_rest(
 
 
 @given(files=SOME_ROWS, arguments=SETTINGS, exponent=EXPONENTS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_units_are_whole_batches_of_rows_that_their_groups_have(
     files: list[list[int]], arguments: dict, exponent: float
 ) -> None:

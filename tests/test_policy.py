@@ -42,7 +42,7 @@ def timms(text: str) -> tuple[TimmRandAugment, RandAugment]:
 
 
 @given(text=texts())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_text_means_what_it_means_to_timm(text: str) -> None:
     transform, wanted = timms(text)
     assert parse_rand_augment(text) == wanted
