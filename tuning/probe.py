@@ -25,8 +25,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from pipelines.checkpoints.manifest import find_manifest
 from pipelines.checkpoints.snapshot import MANIFEST, save_checkpoint
-from pipelines.checkpoints.weight_sources import find_manifest
 from pipelines.cli.command import parse, run_command
 from pipelines.config import Data, Model, Optim, Run, Scale
 from pipelines.data.loader import Position
