@@ -86,11 +86,7 @@ def fit(
     with stop_requests(is_wanted=ends_on_sigterm) as stop:
         run = with_absolute_paths(run)
         checked = check_start(run, name=name, record=record)
-        logger.info("run %s: %s", name, checked.summary)
-        if checked.balance:
-            logger.info(checked.balance)
-        if checked.few_tokens:
-            logger.warning(checked.few_tokens)
+        _announce(checked, name=name)
         uri = tracking_uri or tracking.default_uri(run.storage)
         # A sweep has asked for MLflow: once its trials run, nothing of it stops them.
         if is_demanded := not sweep_id:
@@ -131,6 +127,15 @@ def fit(
                     log_model(trained, job=job)
             _finish(record, tracked=tracked, stop=stop)
     return trained
+
+
+def _announce(checked: CheckedRun, *, name: str) -> None:
+    """Log what was understood of a run before anything is started."""
+    logger.info("run %s: %s", name, checked.summary)
+    if checked.balance:
+        logger.info(checked.balance)
+    if checked.few_tokens:
+        logger.warning(checked.few_tokens)
 
 
 def _finish(record: Record, *, tracked: LateRun, stop: StopRequest) -> None:

@@ -56,6 +56,7 @@ class Result:
 
 
 def changed(run: Run, **fields: Any) -> Run:
+    """Return a run with other settings of its model."""
     return dataclasses.replace(run, model=dataclasses.replace(run.model, **fields))
 
 
