@@ -37,7 +37,7 @@ class Cluster:
         """The store's address."""
         return f"http://{self.hosts['laptop'].address}:{STORE_PORT}"
 
-    def type(self, text: str, *, timeout_s: float = 120) -> str:
+    def type(self, text: str, *, timeout_s: float = 600) -> str:
         """Run a command in the project's folder on the laptop."""
         return self.hosts["laptop"].run(
             f"cd {ROOT}; {text}", timeout_s=timeout_s, **self._environment

@@ -153,7 +153,7 @@ class Host:
         pairs = [f"{name}={value}" for name, value in settled.items()]
         return [*enter, "env", "-i", *pairs, "bash", "-c", f"cd; {text}"]
 
-    def run(self, text: str, *, timeout_s: float = 60, **variables: str) -> str:
+    def run(self, text: str, *, timeout_s: float = 300, **variables: str) -> str:
         """Run a shell command on it; return its output, or fail with it."""
         done = subprocess.run(
             self.command(text, **variables),

@@ -88,7 +88,6 @@ def slurm() -> Iterator[Path]:
             wait_for(
                 lambda: "idle" in asked(folder, "sinfo", "-h"),
                 what="a node that waits for jobs",
-                seconds=60,
                 every_s=0.5,
             )
             yield folder
@@ -106,7 +105,7 @@ def asked(folder: Path, *command: str, **settings: str) -> str:
         **settings,
     }
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=60
+        command, env=environment, capture_output=True, text=True, timeout=300
     ).stdout
 
 
@@ -145,7 +144,6 @@ def test_a_job_whose_time_is_over_is_queued_again_and_goes_on(
         wait_for(
             lambda: said(text) or has_ended(),
             what=text,
-            seconds=240,
             every_s=0.5,
             log=lambda: (log.read_text() if log.exists() else "") + state(),
         )
@@ -169,7 +167,6 @@ def test_a_job_whose_time_is_over_is_queued_again_and_goes_on(
     wait_for(
         has_ended,
         what="the end",
-        seconds=400,
         every_s=1,
         log=log.read_text,
     )

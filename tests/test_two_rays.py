@@ -51,7 +51,7 @@ def another_ray() -> Iterator[None]:
     try:
         yield
     finally:
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
 
 
 @pytest.mark.slow
@@ -70,7 +70,6 @@ def test_another_ray_with_a_dashboard_takes_no_worker_away(tmp_path: Path) -> No
             lambda: "epoch 1/" in log.read_text() or not process.is_alive(),
             what="the first epoch",
             log=log.read_text,
-            seconds=180,
         )
         with another_ray():
             time.sleep(_BESIDE_S)

@@ -10,7 +10,7 @@ def wait_for(
     condition: Callable[[], bool],
     *,
     what: str,
-    seconds: float = 120,
+    seconds: float = 600,
     every_s: float = 0.05,
     log: Callable[[], str] = lambda: "",
 ) -> None:
