@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ from sovit import Pooling
 
 _CIFAR = Images(name="cifar10", num_train=4000, num_val=2000)
 _SMALLER = Images(name="cifar10", num_train=2000, num_val=2000)
+_FLOWERS = Images(name="flowers", num_train=1000, num_val=500)
 _RATES = (1e-3, 3e-3)
 
 # A So-ViT that is narrower than the demo's, on 8x8 tokens of a photograph.
@@ -117,7 +119,8 @@ _RESNET: Mapping[str, Any] = {
     },
 }
 _AVG = {"model.pooling": Pooling.named("avg")}
-_ISQRT = {"model.pooling": Pooling.named("isqrt_cov", reduced_dim=48)}
+_ISQRT_POOLING = Pooling.named("isqrt_cov", reduced_dim=48)
+_ISQRT = {"model.pooling": _ISQRT_POOLING}
 POOLING = Plan(
     name="pooling",
     title="Covariance pooling on a small ResNet",
@@ -269,7 +272,7 @@ FLOWERS = Plan(
         "Photographs of flowers at 160 pixels, 100 tokens of 16 pixels a side, by the "
         "So-ViT of above; fine-tuned ones start from its training on CIFAR-10."
     ),
-    images=Images(name="flowers", num_train=1000, num_val=500),
+    images=_FLOWERS,
     changes={**_SO_VIT, "model.img_size": 160, "model.kwargs.token_stride": 16},
     rates=_RATES,
     arms={
@@ -332,6 +335,46 @@ HEADS = Plan(
     },
     tokens_of=("so_vit", "sum"),
 )
+
+
+def _root(**changes: Any) -> Arm:
+    """Return a way to the square root, at the rate of the papers' own."""
+    pooling = dataclasses.replace(_ISQRT_POOLING, **changes)
+    return Arm(
+        changes={"model.pooling": pooling},
+        against="Newton-Schulz, 5 steps" if changes else "",
+        rate_as="Newton-Schulz, 5 steps" if changes else "",
+        num_seeds=5,
+    )
+
+
+def _roots(images: Images, **changes: Any) -> Plan:
+    """Compare roots of one covariance, by photographs of a set."""
+    return Plan(
+        name=f"roots_{images.name}",
+        title=f"How true the root is: {images.name}",
+        about=(
+            "The small ResNet of above with iSQRT-COV, whose root alone differs. At "
+            "equal cost: minimax steps, as many as the papers'; at equal error: three "
+            "of them. The exact root is MPN-COV's, by eigenvalues; MPA's is a rational "
+            "function, as in sovit.approximants."
+        ),
+        images=images,
+        changes={**_RESNET, **changes},
+        rates=_RATES,
+        arms={
+            "Newton-Schulz, 5 steps": _root(),
+            "Newton-Schulz, 3 steps": _root(num_iterations=3),
+            "minimax, 5 steps": _root(coefficients="minimax"),
+            "minimax, 3 steps": _root(coefficients="minimax", num_iterations=3),
+            "MPA": _root(normalizer="mpa", num_iterations=1),
+            "exact": _root(normalizer="eigen", num_iterations=1),
+        },
+    )
+
+
+ROOTS = _roots(_CIFAR)
+ROOTS_FLOWERS = _roots(_FLOWERS, **{"model.img_size": 128, "optim.num_epochs": 6})
 PLANS: Mapping[str, Plan] = MappingProxyType(
     {
         plan.name: plan
@@ -345,6 +388,8 @@ PLANS: Mapping[str, Plan] = MappingProxyType(
             TOKENS,
             HEADS,
             FLOWERS,
+            ROOTS,
+            ROOTS_FLOWERS,
         )
     }
 )
