@@ -30,7 +30,8 @@ from tests.exports import ROOT, Trained, blocks
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    run = small_demo(tmp_path_factory.mktemp("run"), num_epochs=2, num_workers=0)
+    folder = tmp_path_factory.mktemp("run")
+    run = small_demo(folder, num_epochs=2, num_workers=0, token_embed="resnet")
     # Fast enough for both weights to tell classes apart after 20 steps.
     optim = dataclasses.replace(run.optim, lr=5e-3, warmup_epochs=0, ema_decay=0.5)
     optim = dataclasses.replace(optim, mixup=0.0, cutmix=0.0)

@@ -35,7 +35,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("start")
-    run = small_demo(folder, num_epochs=1, num_workers=0)
+    run = small_demo(folder, num_epochs=1, num_workers=0, token_embed="resnet")
     checkpoint = fit(run, name="start").checkpoint
     path = Path(str(checkpoint))
     return Trained(run=run, checkpoint=path, weights=load_file(path / EMA_FILE))
