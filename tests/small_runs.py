@@ -182,7 +182,7 @@ def meeting(folder: str | Path, *, rank: int, num_workers: int) -> Iterator[None
         init_method=f"file://{folder}/meet",
         rank=rank,
         world_size=num_workers,
-        timeout=datetime.timedelta(seconds=120),
+        timeout=datetime.timedelta(seconds=600),
     )
     try:
         yield

@@ -44,7 +44,7 @@ def test_all_that_was_posted_is_heard_in_order_the_last_after_the_end() -> None:
     for item in items[:4]:
         channel.post(item)
     with consumed(channel, sinks, should_stop=threading.Event(), every_s=0.02):
-        wait_for(channel.is_handled, what="the driver", seconds=10)
+        wait_for(channel.is_handled, what="the driver")
         assert [sink.events for sink in sinks] == 2 * [items[:4]]
         channel.post(items[4])
         assert not channel.is_handled()
@@ -55,7 +55,7 @@ def test_all_that_was_posted_is_heard_in_order_the_last_after_the_end() -> None:
 def test_each_look_is_a_tick_and_nothing_is_begun_after_the_end() -> None:
     channel, sink = Channel(), Collector()
     with consumed(channel, [sink], should_stop=threading.Event(), every_s=0.02):
-        wait_for(lambda: sink.num_ticks > 2, what="ticks", seconds=10)
+        wait_for(lambda: sink.num_ticks > 2, what="ticks")
     num_ticks = sink.num_ticks
     assert sink.events == []
     with consumed(channel, [sink], should_stop=threading.Event(), every_s=60):
@@ -79,7 +79,7 @@ def test_the_driver_s_word_to_end_reaches_the_workers() -> None:
     channel, should_stop = Channel(), threading.Event()
     with consumed(channel, [], should_stop=should_stop, every_s=0.02):
         should_stop.set()
-        wait_for(channel.should_stop, what="the driver's word", seconds=10)
+        wait_for(channel.should_stop, what="the driver's word")
 
 
 def test_hosts_are_named_when_all_workers_have_begun(

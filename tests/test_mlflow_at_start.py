@@ -344,4 +344,4 @@ def test_a_store_is_made_under_another_name_first(
     assert made[0].startswith(f"{uri}.")
     assert made[1:] == [uri]
     assert file_of(uri).read_bytes() == source.read_bytes()
-    wait_for(lambda: not list(tmp_path.glob("*.partial")), what="no rest", seconds=1)
+    wait_for(lambda: not list(tmp_path.glob("*.partial")), what="no rest")

@@ -89,7 +89,7 @@ def test_a_server_that_is_away_is_told_once_and_changes_nothing(
         return tries == "9" and "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
 
     # The writer's thread, left behind, may still be within its last try.
-    wait_for(is_as_before, what="MLflow's settings of before", seconds=60)
+    wait_for(is_as_before, what="MLflow's settings of before")
 
 
 def test_settings_of_threads_that_overlap_are_restored(

@@ -125,7 +125,7 @@ def test_in_a_bucket_who_lives_is_seen_by_what_it_writes(
 ) -> None:
     with claimed(bucket):
         before = lease._read(bucket)
-        wait_for(lambda: lease._read(bucket) != before, what="a beat", seconds=20)
+        wait_for(lambda: lease._read(bucket) != before, what="a beat")
         # As from another machine, whose processes can't be looked at.
         with monkeypatch.context() as there:
             there.setattr(lease, "_machine", lambda: "another")

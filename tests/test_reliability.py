@@ -124,7 +124,7 @@ def test_a_disk_that_is_full_for_a_while_costs_the_checkpoints_of_that_while(
     def free() -> None:
         seen.append(newest_of(run, "full"))
         # Its thread may come to the points of that while only now.
-        wait_for(lambda: "takes no metrics" in caplog.text, what="MLflow", seconds=60)
+        wait_for(lambda: "takes no metrics" in caplog.text, what="MLflow")
         disk.free()
 
     ended = trained(run, "full", {2: disk.fill, 4: free})

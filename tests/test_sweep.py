@@ -80,7 +80,7 @@ def killed_when(command: list[str], *, ledger_of: Path) -> None:
         return any('"finished"' in text for text in texts)
 
     try:
-        wait_for(one_has_finished, what="the first trial's end", seconds=240)
+        wait_for(one_has_finished, what="the first trial's end")
     finally:
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)

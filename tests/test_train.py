@@ -58,7 +58,7 @@ def signal_one_worker_when(
     """
 
     def send() -> int:
-        wait_for(condition, what=what, seconds=240)
+        wait_for(condition, what=what)
         workers = descendants_named("RayTrainWorker")
         assert workers, "no training process there"
         os.kill(workers[-1], number)
@@ -83,6 +83,8 @@ MOST_OBJECT_STORE_BYTES = 1 << 30
 
 def audited_run(folder: Path, **settings: Any) -> Run:
     """Make a run with bad images that keeps checkpoints in epochs and an audit log."""
+    # A step takes long enough for a signal to meet it.
+    settings = {"token_embed": "resnet", **settings}
     return dataclasses.replace(
         small_demo(folder, bad_rows=BAD_ROWS, **settings),
         augment=AUGMENT,
@@ -178,7 +180,7 @@ def test_a_run_with_a_worker_killed_and_another_stopped_that_goes_on(
     with pytest.raises(RunFailedError):
         fit(run, name="killed")
     stopped = [sender.result(timeout=0) for sender in senders][-1]
-    wait_for(lambda: not is_there(stopped), what="the stopped worker's end", seconds=30)
+    wait_for(lambda: not is_there(stopped), what="the stopped worker's end")
     # Whoever is first: the other worker's watchdog or Ray's look at the stopped one.
     said = r"no step for 20 s \(training\); ended|health check has been hanging"
     assert re.search(said, capsys.readouterr().out)

@@ -74,7 +74,7 @@ def finish(validator: Validator) -> None:
         validator.handle(Tick())
         return not validator.is_busy
 
-    wait_for(is_idle, what="the evaluations", seconds=240)
+    wait_for(is_idle, what="the evaluations")
 
 
 def test_checkpoints_are_measured_in_turn_and_by_the_next_driver(
