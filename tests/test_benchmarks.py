@@ -309,6 +309,7 @@ def test_names_are_unique_and_ours_is_first() -> None:
         assert names[0] == ingest.OURS
 
 
+@pytest.mark.slow
 def test_the_command_compares_and_writes(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

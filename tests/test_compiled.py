@@ -148,6 +148,7 @@ def distance(one: list[float], other: list[float]) -> float:
     return float(np.abs(np.divide(one, other) - 1).max())
 
 
+@pytest.mark.slow
 def test_compiled_and_eager_steps_give_the_same_loss_curve(
     compiled: dict[str, Any],
 ) -> None:
@@ -161,12 +162,14 @@ def test_compiled_and_eager_steps_give_the_same_loss_curve(
     assert distance(curves["slower"], eager) > 2 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_step_is_one_graph_and_compiled_once(compiled: dict[str, Any]) -> None:
     # And the one sum by which a worker finds out whether it can compile.
     assert compiled["num_graphs"] == 1 + 1
     assert compiled["breaks"] == []
 
 
+@pytest.mark.slow
 def test_without_a_compiler_steps_are_eager_and_that_is_one_line(
     compiled: dict[str, Any],
 ) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 from tests.fake_gpu.build import ROOT, build, what_lacks
-from tests.fake_gpu.cases import CASES, COMPILED, ENTERED
+from tests.fake_gpu.cases import CASES, COMPILED, ENTERED, SLOW
 from tests.fake_gpu.entered import ANSWERS, CALLS, offered
 from tests.fake_gpu.meant import MEANT
 from tests.fake_gpu.watch import Seen
@@ -23,14 +25,27 @@ Outcomes = Mapping[str, Mapping[str, Any]]
 _LIMIT_S = 1800
 
 
+def marked(names: Iterable[str]) -> list[ParameterSet]:
+    """Mark the slow ones of some cases."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in names
+    ]
+
+
 @pytest.fixture(scope="session")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """Do all in one process, which takes the stand-in of CUDA for the real one."""
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Outcomes:
+    """Do all that is asked for in one process, which takes a stand-in for CUDA."""
     if lacking := what_lacks():
         pytest.skip(lacking)
     env = build(tmp_path_factory.mktemp("fake_gpu"))
+    items = [item for item in request.session.items if item.path == Path(__file__)]
+    specs = [vars(item).get("callspec") for item in items]
+    names = [spec.params["name"] if spec else ENTERED for spec in specs]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.fake_gpu"],
+        [sys.executable, "-W", "ignore", "-m", "tests.fake_gpu", *names],
         env=env,
         cwd=ROOT,
         capture_output=True,
@@ -39,11 +54,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         check=False,
     )
     lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
-    assert len(lines) == len(CASES) + len(COMPILED), done.stderr[-2000:]
+    assert {line["case"] for line in lines} == set(names), done.stderr[-2000:]
     return {line["case"]: line for line in lines}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES))
 def test_the_host_waits_and_copies_where_it_is_meant(
     name: str, outcomes: Outcomes
 ) -> None:
@@ -54,7 +69,7 @@ def test_the_host_waits_and_copies_where_it_is_meant(
     assert [one.told for one in seen] == list(MEANT.get(name, ())), seen
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", marked(COMPILED))
 def test_a_compiled_step_is_one_graph_that_waits_for_nothing(
     name: str, outcomes: Outcomes
 ) -> None:

@@ -24,6 +24,8 @@ COMMANDS = [
     shlex.split(line) for line in PAGE.splitlines() if line.startswith("sovit-")
 ]
 HERE = ("--scale.num-workers", "0")
+# A fresh environment, with what a wheel needs, takes minutes.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")

@@ -112,6 +112,15 @@ CASES: Mapping[str, Case] = {
     "training of a head": answers.head,
     ENTERED: enter_all,
 }
+# Minutes of more layers, and of settings that others have together.
+SLOW = frozenset(
+    f"{what} of {name}"
+    for what in ("step", "compiled step")
+    for name in (
+        *("imagenet.sot_tiny", "deit_swin.swin_tiny_so", "gcp.mpncov_resnet50"),
+        *("attention.eca_resnet18", "attention.eca_mobilenetv2"),
+    )
+) | {"step of 8 workers, data parallel", "step of 8 workers, sharded"}
 COMPILED: Mapping[str, Case] = {
     f"compiled step of {name}": partial(_compiled, recipe=name, kwargs=kwargs)
     for name, kwargs in FAMILIES.items()
