@@ -345,13 +345,9 @@ HEADS = Plan(
 
 def _root(**changes: Any) -> Arm:
     """Return a way to the square root, at the rate of the papers' own."""
-    pooling = dataclasses.replace(_ISQRT_POOLING, **changes)
-    return Arm(
-        changes={"model.pooling": pooling},
-        against="Newton-Schulz, 5 steps" if changes else "",
-        rate_as="Newton-Schulz, 5 steps" if changes else "",
-        num_seeds=5,
-    )
+    changed = {"model.pooling": dataclasses.replace(_ISQRT_POOLING, **changes)}
+    against = "Newton-Schulz, 5 steps" if changes else ""
+    return Arm(changes=changed, against=against, rate_as=against, num_seeds=5)
 
 
 def _roots(images: Images, **changes: Any) -> Plan:
