@@ -19,7 +19,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from benchmarks.gpu_pack.packages import choose, fetch, read_present
 from benchmarks.gpu_pack.slimming import slim
@@ -46,39 +45,24 @@ class Options:
     """Packages that it has: what `pip freeze` prints there, or names, one a line."""
     out: Path = _OUT
     """The folder for the archives."""
-    packs: tuple[Literal["dali", "rest"], ...] = ("dali", "rest")
-    """Which to build."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"3\.(1[1-9]|[2-9]\d)", self.python):
+            raise ValueError(
+                f"--python: expected 3.11 or newer, such as 3.12, got {self.python}"
+            )
+        if not 50 <= self.arch < 1000:
+            raise ValueError(
+                "--arch: expected a compute capability times ten, such as 90 for "
+                f"sm_90, got {self.arch}"
+            )
 
 
-def check(options: Options) -> None:
-    """Raise ValueError if the options describe no machine."""
-    if not re.fullmatch(r"3\.(1[1-9]|[2-9]\d)", options.python):
-        raise ValueError(
-            f"--python: expected 3.11 or newer, such as 3.12, got {options.python}"
-        )
-    if not 50 <= options.arch < 1000:
-        raise ValueError(
-            "--arch: expected a compute capability times ten, such as 90 for sm_90, "
-            f"got {options.arch}"
-        )
+def write_archive(folder: Path, *, file: Path) -> tuple[int, int]:
+    """Write a folder as a .tar.xz that depends on its content alone.
 
-
-def check_sizes(sizes_mib: dict[str, float]) -> None:
-    """Raise ValueError if a pack is too large to be carried."""
-    large = [
-        f"{name} of {size:.1f} MiB (at most {_MAX_MIB[name]:.0f})"
-        for name, size in sizes_mib.items()
-        if size > _MAX_MIB[name]
-    ]
-    if large:
-        raise ValueError(
-            f"expected packs within their limits, got {', '.join(large)}; name in "
-            "--present what the machine has"
-        )
-
-
-def write_archive(folder: Path, *, file: Path) -> float:
-    """Write a folder as a .tar.xz that depends on its content alone; returns MiB."""
+    Returns the bytes of its files and of the archive.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     num_bytes = sum(path.stat().st_size for path in files)
     # Calls in machine code repeat once their targets are absolute.
@@ -98,7 +82,7 @@ def write_archive(folder: Path, *, file: Path) -> float:
     ):
         for path in files:
             archive.add(path, str(path.relative_to(folder)), filter=_anonymous)
-    return file.stat().st_size / _MIB
+    return num_bytes, file.stat().st_size
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -108,39 +92,42 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-def _build(
+def build(
     name: str, requirements: Sequence[str], *, options: Options, folder: Path
-) -> float:
+) -> None:
+    """Build a pack from pinned requirements; `folder` is for its content.
+
+    Raises ValueError where it is too large to be carried.
+    """
     start = time.monotonic()
+    print(f"{name}: {' '.join(requirements)}", flush=True)
     fetch(requirements, python=options.python, folder=folder)
     slim(folder, python=options.python, arch=options.arch)
-    unpacked = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / _MIB
     tag = f"py{options.python}" + (f"-sm_{options.arch}" if name == "dali" else "")
     file = options.out / f"{name}-{tag}.tar.xz"
-    size = write_archive(folder, file=file)
+    unpacked, packed = (of / _MIB for of in write_archive(folder, file=file))
     shutil.rmtree(folder)
     print(
-        f"{file}: {size:.1f} MiB (at most {_MAX_MIB[name]:.0f}), {unpacked:.0f} MiB "
+        f"{file}: {packed:.1f} MiB (at most {_MAX_MIB[name]:.0f}), {unpacked:.0f} MiB "
         f"unpacked, {len(requirements)} packages, {time.monotonic() - start:.0f} s"
     )
-    return size
+    if packed > _MAX_MIB[name]:
+        raise ValueError(
+            f"expected {name} within {_MAX_MIB[name]:.0f} MiB, got {packed:.1f}; name "
+            "in --present what the machine has"
+        )
 
 
 def _main(arguments: Sequence[str]) -> None:
     options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
-    check(options)
     present = read_present(options.present)
     work = options.out / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    choice = choose(python=options.python, present=present, folder=work)
-    sizes = {}
-    for name in dict.fromkeys(options.packs):
-        requirements = getattr(choice, name)
-        print(f"{name}: {' '.join(requirements)}", flush=True)
-        sizes[name] = _build(name, requirements, options=options, folder=work / name)
+    packs = choose(python=options.python, present=present, folder=work)
+    for name, requirements in packs.items():
+        build(name, requirements, options=options, folder=work / name)
     shutil.rmtree(work)
-    check_sizes(sizes)
 
 
 if __name__ == "__main__":

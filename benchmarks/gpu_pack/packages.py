@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
@@ -22,14 +21,6 @@ _UNUSED = frozenset(
 )
 _PLATFORM = "x86_64-manylinux_2_28"
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)\s*(==\s*(?P<version>[\w.!]+).*|@.*)?")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Pinned requirements of each pack: `name==version`."""
-
-    dali: Sequence[str]
-    rest: Sequence[str]
 
 
 def read_present(file: Path) -> dict[str, str | None]:
@@ -64,22 +55,21 @@ def normalized(name: str) -> str:
 
 def split(
     *, everything: Sequence[str], of_dali: Sequence[str], present: Mapping[str, object]
-) -> Choice:
-    """Split resolved requirements into the two packs, without installed ones."""
-    dali_names = {_name_of(line) for line in of_dali}
-    missing = [
-        line
-        for line in everything
-        if _name_of(line) not in present and _name_of(line) not in _UNUSED
-    ]
-    return Choice(
-        dali=[line for line in missing if _name_of(line) in dali_names],
-        rest=[line for line in missing if _name_of(line) not in dali_names],
-    )
+) -> dict[str, list[str]]:
+    """Split pinned requirements into the two packs, without installed ones."""
+    dali = {_name_of(line) for line in of_dali}
+    packs: dict[str, list[str]] = {"dali": [], "rest": []}
+    for line in everything:
+        name = _name_of(line)
+        if name not in present and name not in _UNUSED:
+            packs["dali" if name in dali else "rest"].append(line)
+    return packs
 
 
-def choose(*, python: str, present: Mapping[str, str | None], folder: Path) -> Choice:
-    """Resolve sovit's requirements beside the installed packages.
+def choose(
+    *, python: str, present: Mapping[str, str | None], folder: Path
+) -> dict[str, list[str]]:
+    """Resolve each pack's requirements beside the installed packages.
 
     Known versions stand; else the versions of requirements-dev.txt are preferred.
     `folder` keeps what was resolved. Raises ValueError where nothing fits.
