@@ -46,9 +46,11 @@ map"), class token and positions those that its own head classifies by ("timm's 
 
 {count}
 
-| module | architecture | image | features | positions | prefix | class | seen |
-| --- | --- | --- | --- | --- | --- | --- | --- |
 """
+_COLUMNS = (
+    *("module", "architecture", "image", "features"),
+    *("positions", "prefix", "class", "seen"),
+)
 _NAMES = Path(__file__).with_name("backbone_names.txt")
 
 
@@ -177,29 +179,20 @@ def architectures() -> dict[str, dict[str, Any]]:
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """How one architecture was read."""
+Row = Mapping[str, str]
+"""How one architecture was read: the table's cells by column."""
 
-    module: str
-    name: str
-    image: str
-    features: str
-    positions: str
-    prefix: str
-    class_token: str
-    seen: str
-    """"right" and what of timm's agrees, "refused: why", or "WRONG: why"."""
 
-    def line(self) -> str:
-        """Format the table's row in Markdown."""
-        cells = (self.module, f"`{self.name}`", self.image, self.features)
-        cells = (*cells, self.positions, self.prefix, self.class_token, self.seen)
-        return "| " + " | ".join(cells) + " |"
+def line_of(row: Row) -> str:
+    """Format the table's row in Markdown."""
+    return f"| {' | '.join(row.get(column, '') for column in _COLUMNS)} |"
 
 
 def try_architecture(name: str) -> Row:
-    """Build one architecture with a second-order head, and check how it was read."""
+    """Build one architecture with a second-order head, and check how it was read.
+
+    `seen` is "right" and what of timm's agrees, "refused: why", or "WRONG: why".
+    """
     settings = dict(architectures().get(name, {}))
     size, in_kwargs = _smallest_size(name, settings)
     if in_kwargs:
@@ -210,7 +203,12 @@ def try_architecture(name: str) -> Row:
     trunk = copy.deepcopy(enliven(plain, images=images))
     with torch.no_grad():
         given = plain.forward_features(images)
-    shape = _shape(given)
+    row = {
+        "module": timm.models.model_entrypoint(name).__module__.rpartition(".")[2],
+        "architecture": f"`{name}`",
+        "image": f"{size[0]}x{size[1]}",
+        "features": _shape(given),
+    }
     try:
         model = sovit.second_order(
             trunk,
@@ -221,29 +219,21 @@ def try_architecture(name: str) -> Row:
             img_size=size,
         )
     except ValueError as error:
-        return _row(name, size=size, features=shape, seen=f"refused: {_why(error)}")
+        return {**row, "seen": f"refused: {_why(error)}"}
     verdict = judge(model.eval(), plain, images=images)
     found = model.features
     kind = "map" if given.ndim == 4 else "tokens"
     last = "last" if found.channels_last else "first"
     agreed = " and ".join(f"timm's {name}" for name in verdict.evidence)
     right = f"right: {agreed} agrees" if agreed else "right"
-    return _row(
-        name,
-        size=size,
-        features=f"{kind} {shape}, channels {last}",
-        positions=str(found.num_tokens),
-        prefix=str(found.num_prefix_tokens),
-        class_token="yes" if found.has_class_token else "no",
-        seen=f"WRONG: {'; '.join(verdict.faults)}" if verdict.faults else right,
-    )
-
-
-def _row(name: str, *, size: tuple[int, int], **cells: str) -> Row:
-    module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
-    empty = {"positions": "", "prefix": "", "class_token": ""}
-    image = f"{size[0]}x{size[1]}"
-    return Row(module=module, name=name, image=image, **{**empty, **cells})  # pyright: ignore[reportArgumentType]
+    return {
+        **row,
+        "features": f"{kind} {row['features']}, channels {last}",
+        "positions": str(found.num_tokens),
+        "prefix": str(found.num_prefix_tokens),
+        "class": "yes" if found.has_class_token else "no",
+        "seen": f"WRONG: {'; '.join(verdict.faults)}" if verdict.faults else right,
+    }
 
 
 def _why(error: ValueError) -> str:
@@ -284,15 +274,18 @@ def _smallest_size(
 
 def table(rows: Iterable[Row]) -> str:
     """Format the page with the table of all rows."""
-    rows = sorted(rows, key=lambda row: (row.module, row.name))
-    right = sum(row.seen.startswith("right") for row in rows)
-    refused = sum(row.seen.startswith("refused") for row in rows)
+    rows = sorted(rows, key=lambda row: (row["module"], row["architecture"].strip("`")))
+    right, refused = (
+        sum(row["seen"].startswith(word) for row in rows)
+        for word in ("right", "refused")
+    )
     count = (
-        f"{len(rows)} architectures of {len({row.module for row in rows})} modules: "
+        f"{len(rows)} architectures of {len({row['module'] for row in rows})} modules: "
         f"{right} right, {refused} refused, {len(rows) - right - refused} wrong."
     )
-    lines = "\n".join(row.line() for row in rows)
-    return _HEADER.format(version=timm.__version__, count=count) + lines + "\n"
+    head = {column: column for column in _COLUMNS}, dict.fromkeys(_COLUMNS, "---")
+    lines = "".join(f"{line_of(row)}\n" for row in (*head, *rows))
+    return _HEADER.format(version=timm.__version__, count=count) + lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,20 +297,15 @@ class _Options:
     """Write the page with the table here."""
 
 
-def main() -> None:
-    """Run `python -m benchmarks.backbones`."""
-    run_command(_run, prog=_PROG)
-
-
-def _run(arguments: Sequence[str]) -> None:
+def _main(arguments: Sequence[str]) -> None:
     options = parse(_Options, arguments=arguments, prog=_PROG, text=__doc__)
     rows = []
     for name in options.only or architectures():
         rows.append(try_architecture(name))
-        print(rows[-1].line(), flush=True)
+        print(line_of(rows[-1]), flush=True)
     if options.table is not None:
         options.table.write_text(table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(_main, prog=_PROG)

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 import sovit
-from benchmarks.backbones import architectures, enliven, judge, table, try_architecture
+from benchmarks.backbones import (
+    architectures,
+    enliven,
+    judge,
+    line_of,
+    table,
+    try_architecture,
+)
 
 PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"
 QUICK = ("test_mambaout", "test_resnet", "test_vit", "test_vit2")
@@ -39,7 +46,7 @@ def test_the_table_has_every_module_and_nothing_wrong() -> None:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_small_backbones_are_read_as_the_table_says(name: str) -> None:
-    assert try_architecture(name).line() in rows()
+    assert line_of(try_architecture(name)) in rows()
 
 
 @pytest.mark.slow
