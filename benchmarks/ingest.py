@@ -6,7 +6,8 @@
 All read the same photographs, as many as `--num-images`, about 105 kB each, from the
 page cache, with the same number of threads or processes, and do the same work: decode,
 random resized crop to 224, flip, normalise, float32 batches of 64. Nobody works on the
-batches. For all loaders, install the extra `bench` into an environment of its own.
+batches. Each round has a process of its own. For all loaders, install the extra `bench`
+into an environment of its own.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import statistics
+import logging
+import multiprocessing
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TypeVar
 
-import pandas as pd
 import torch
 
-from benchmarks.frame import Entry, reference_moments, run_rounds
 from benchmarks.loaders import (
     dali_files,
     mosaic_streaming,
@@ -34,63 +38,41 @@ from benchmarks.loaders import (
     torchvision_files,
     webdataset_tars,
 )
-from benchmarks.machine import busy_text, machine
-from benchmarks.result_file import write_result
-from benchmarks.sets import Sets, labelled_images, make_sets
-from benchmarks.timing import Round, Spread, ratios, spread
-from benchmarks.work import Loader, Work
+from benchmarks.machine import cpu_seconds
+from benchmarks.rounds import Frame, Record, ratios, run_rounds, shown_spread
+from benchmarks.sets import make_set
+from benchmarks.work import Batches, Loaded, Work
 from pipelines.cli.command import parse, run_command
 from pipelines.cli.outputs import check_file
 
-OURS = "ours"
-Rounds = Mapping[str, Sequence[Round]]
+T = TypeVar("T")
 _PROG = "benchmarks.ingest"
+_OURS = "ours"
+ON_RAY = (_OURS, "ray-data")
+_EXTRA = ("streaming", "webdataset")
+_MIN_BATCHES = 2
+# Readers need CPUs beside the decoders'; they mostly wait, so these do not exist.
+_NUM_READER_CPUS = 2
+_THREAD_TIMEOUT_S = 2.0
 
 
-def ours_to_others(rounds: Rounds) -> dict[str, Spread]:
-    """Return our rate as a multiple of every other's; empty if ours did not run."""
-    ours = [found.images_per_s for found in rounds.get(OURS, [])]
-    return {
-        name: ratios(ours, [found.images_per_s for found in of_loader])
-        for name, of_loader in rounds.items()
-        if ours and name != OURS
+LOADERS: Mapping[str, Callable[[Work], Batches]] = MappingProxyType(
+    {
+        _OURS: ours,
+        "dali-files": dali_files,
+        "ray-data": ray_data,
+        "torchvision-tensor": functools.partial(torchvision_files, pixels="tensor"),
+        "torchvision-pil": functools.partial(torchvision_files, pixels="pil"),
+        "streaming": mosaic_streaming,
+        "webdataset": webdataset_tars,
     }
+)
+"""Each yields batches indefinitely; closing it ends all threads and processes."""
 
 
-def as_json(rounds: Rounds) -> dict[str, Any]:
-    """Return all rounds, and the table's figures."""
-    compared = ours_to_others(rounds)
-    return {
-        name: {
-            **{
-                figure: asdict(spread([getattr(found, figure) for found in of_loader]))
-                for figure in ("images_per_s", "images_per_cpu_s", "first_batch_s")
-            },
-            "ours_to_this": asdict(compared[name]) if name in compared else None,
-            "rounds": [asdict(found) for found in of_loader],
-        }
-        for name, of_loader in rounds.items()
-    }
-
-
-def table(rounds: Rounds) -> str:
-    """Format a line per loader, the fastest first."""
-    shown = {}
-    for name, of in as_json(rounds).items():
-        ours = of["ours_to_this"]
-        shown[name] = {
-            "images/s": Spread(**of["images_per_s"]).shown(".0f"),
-            "images/CPU-s": f"{of['images_per_cpu_s']['median']:.0f}",
-            "first batch": f"{of['first_batch_s']['median']:.1f} s",
-            "ours is": f"{Spread(**ours).shown('.2f')} x" if ours else "",
-        }
-    order = sorted(
-        rounds,
-        key=lambda name: -spread([it.images_per_s for it in rounds[name]]).median,
-    )
-    lines = pd.DataFrame(shown).T.loc[order].to_string()
-    others = [found.other_cores for of_loader in rounds.values() for found in of_loader]
-    return f"{lines}\n{busy_text(others)}"
+def is_installed(name: str) -> bool:
+    """Check whether a loader's library is there: those of the extra may be missing."""
+    return name not in _EXTRA or importlib.util.find_spec(name) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +90,7 @@ class Options:
     rand_augment: bool = False
     """With RandAugment: timm's where Pillow decodes, else the library's own."""
     short_side: int | None = None
-    """Ours reads shards of this short side; the others read both."""
+    """All read images of this short side instead of the originals."""
     loaders: tuple[str, ...] = ()
     """Names of those to time; all where none is given."""
     folder: Path | None = None
@@ -123,142 +105,152 @@ class Options:
                 "expected a multiple of 64 images, and a thread and a round at least, "
                 f"got {at_least_one}; set --num-images, --num-threads or --rounds"
             )
-
-
-def line_up(*, rand_augment: bool) -> list[Loader]:
-    """List all loaders, installed or not."""
-    tensor = functools.partial(ray_data, policy="torchvision")
-    loaders = [
-        Loader(name=OURS, batches=ours, libraries=("ray.data",), on_ray=True),
-        Loader(name="dali-files", batches=dali_files, libraries=("nvidia.dali.fn",)),
-        Loader(
-            name="ray-data-tensor", batches=tensor, libraries=("ray.data",), on_ray=True
-        ),
-    ]
-    rivals: list[tuple[str, Any, tuple[str, ...]]] = [
-        ("torchvision", torchvision_files, ()),
-        ("streaming", mosaic_streaming, ("streaming",)),
-        ("webdataset", webdataset_tars, ("webdataset",)),
-    ]
-    for name, function, libraries in rivals:
-        for pixels, policy in (("tensor", "torchvision"), ("pil", "timm")):
-            batches = functools.partial(function, pixels=pixels, policy=policy)
-            loaders.append(
-                Loader(name=f"{name}-{pixels}", batches=batches, libraries=libraries)
-            )
-    if rand_augment:
-        own = functools.partial(torchvision_files, pixels="pil", policy="torchvision")
-        loaders.append(Loader(name="torchvision-pil-own", batches=own))
-    return loaders
-
-
-def choose(loaders: Sequence[Loader], *, names: Sequence[str]) -> list[Loader]:
-    """Select loaders by name, or all that are installed.
-
-    Raises ValueError if a name is unknown or its library is missing.
-    """
-    known = {loader.name: loader for loader in loaders}
-    missing = [loader.name for loader in loaders if not _installed(loader)]
-    for name in names:
-        if name not in known or name in missing:
+        here = [name for name in LOADERS if is_installed(name)]
+        if not set(self.loaders) <= set(here):
             raise ValueError(
-                f"expected loaders out of {', '.join(known)}, those of other libraries "
-                f"installed with the extra 'bench', got {name!r}; set --loaders"
+                f"expected loaders of {here}, got {list(self.loaders)}; set --loaders, "
+                "or install the extra 'bench'"
             )
-    if names:
-        return [known[name] for name in names]
-    if missing:
-        print(f"left out, not installed: {', '.join(missing)}", file=sys.stderr)
-    return [loader for loader in loaders if loader.name not in missing]
 
 
-def _installed(loader: Loader) -> bool:
-    return all(
-        importlib.util.find_spec(name.partition(".")[0]) for name in loader.libraries
-    )
+def run_alone(function: Callable[[], T]) -> T:
+    """Call a function in a fresh process, which then ends.
+
+    Threads, readers that load ahead and memory are gone before the next one starts.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
+        return pool.submit(function).result()
 
 
-def entries_of(
-    loaders: Sequence[Loader], *, sets: Sets, options: Options
-) -> list[Entry]:
-    """Pair the loaders with their sets."""
-    works = {"": work_on(sets.original, options=options)}
-    if sets.small is not None:
-        works[f"@{options.short_side}"] = work_on(sets.small, options=options)
-    references = {suffix: reference_moments(work) for suffix, work in works.items()}
-    entries = []
-    for loader in loaders:
-        # Ours reads the set that is made for it.
-        is_ours = loader.name == OURS
-        for suffix in list(works)[-1:] if is_ours else works:
-            entries.append(
-                Entry(
-                    name=loader.name if is_ours else f"{loader.name}{suffix}",
-                    loader=loader,
-                    work=works[suffix],
-                    reference=references[suffix],
-                )
+def time_loader(name: str, *, work: Work, warm_s: float, measure_s: float) -> Record:
+    """Time one round of a loader in this process."""
+    torch.set_num_threads(work.num_threads)
+    with contextlib.ExitStack() as stack:
+        if name in ON_RAY:
+            stack.enter_context(ray_session(work.num_threads))
+        batches = delivered(LOADERS[name], work)
+        stack.enter_context(contextlib.closing(batches))
+        return time_batches(batches, warm_s=warm_s, measure_s=measure_s)
+
+
+def delivered(load: Callable[[Work], Batches], work: Work) -> Batches:
+    """Yield a loader's batches on the work's device, without waiting for the copies."""
+    device = torch.device(work.device)
+    with contextlib.closing(load(work)) as batches:
+        for images, labels in batches:
+            yield (
+                images.to(device, non_blocking=True),
+                labels.to(device, torch.int64, non_blocking=True),
             )
-    return entries
 
 
-def work_on(folder: Path, *, options: Options) -> Work:
-    """Build the work on a set's folder."""
-    return Work(
-        folder=folder,
-        num_images=options.num_images,
-        num_threads=options.num_threads,
-        rand_augment=options.rand_augment,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+@contextlib.contextmanager
+def ray_session(num_threads: int) -> Iterator[None]:
+    """Run a local Ray for the block's duration."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=num_threads + _NUM_READER_CPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
     )
+    threads = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        # Ray ends the process where a thread still asks for a block after this.
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(timeout=_THREAD_TIMEOUT_S)
+        ray.shutdown()
+
+
+def time_batches(
+    batches: Iterator[Loaded], *, warm_s: float, measure_s: float
+) -> Record:
+    """Time a loader without any work on its batches.
+
+    Args:
+        warm_s: Batches that come within this time after the first are not counted.
+        measure_s: The first batch after this time ends the round.
+    """
+    start_s = time.perf_counter()
+    next(batches)
+    first_batch_s = time.perf_counter() - start_s
+    _take(batches, seconds=warm_s)
+    start_cpu_s = cpu_seconds()
+    num_images, seconds = _take(batches, seconds=measure_s)
+    return {
+        "images_per_s": num_images / seconds,
+        "images_per_cpu_s": num_images / (cpu_seconds() - start_cpu_s),
+        "first_batch_s": first_batch_s,
+    }
+
+
+def _take(batches: Iterator[Loaded], *, seconds: float) -> tuple[int, float]:
+    """Take batches for some seconds; return their images and the time taken."""
+    start_s = time.perf_counter()
+    num_images = num_batches = 0
+    while num_batches < _MIN_BATCHES or time.perf_counter() - start_s < seconds:
+        num_images += len(next(batches)[1])
+        num_batches += 1
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return num_images, time.perf_counter() - start_s
+
+
+def table(records: Frame) -> str:
+    """Format a line per loader, the fastest first."""
+    by_case = records.groupby("case")
+    shown = by_case[["images_per_cpu_s", "first_batch_s"]].median()
+    shown.insert(0, "images/s", by_case["images_per_s"].apply(shown_spread, ".0f"))
+    if _OURS in shown.index:
+        times = ratios(records, "images_per_s", to=_OURS).rdiv(1.0)
+        shown["ours is, times"] = times.apply(shown_spread, form=".2f")
+    order = by_case["images_per_s"].median().sort_values(ascending=False).index
+    return shown.loc[order].to_string(float_format="{:.1f}".format)
 
 
 def _main(arguments: Sequence[str]) -> None:
     options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
     check_file(options.json, option="json")
-    loaders = choose(line_up(rand_augment=options.rand_augment), names=options.loaders)
-    result: dict[str, Any] = {"machine": machine(), "options": str(options)}
+    for name in LOADERS:
+        if not is_installed(name):
+            print(f"left out, not installed: {name}", file=sys.stderr)
+    names = options.loaders or tuple(filter(is_installed, LOADERS))
     with contextlib.ExitStack() as stack:
         folder = options.folder
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        sets = make_sets(
-            folder.absolute(),
-            num_images=options.num_images,
-            short_side=options.short_side,
+        num_images, short_side = options.num_images, options.short_side
+        work = Work(
+            folder=make_set(
+                folder.absolute(), num_images=num_images, short_side=short_side
+            ),
+            num_images=num_images,
+            num_threads=options.num_threads,
+            rand_augment=options.rand_augment,
+            device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        for name, path in (("original", sets.original), ("small", sets.small)):
-            if path is not None:
-                sizes = [
-                    it.stat().st_size for it, _ in labelled_images(path / "images")
-                ]
-                mean_bytes = statistics.mean(sizes)
-                about = {"num_images": len(sizes), "mean_bytes": mean_bytes}
-                result[f"{name}_images"] = about
-        _compare(loaders, sets=sets, options=options, result=result)
-    write_result(options.json, result, missing=[])
-
-
-def _compare(
-    loaders: Sequence[Loader], *, sets: Sets, options: Options, result: dict[str, Any]
-) -> None:
-    """Time the loaders; write the results after each round."""
-    entries = entries_of(loaders, sets=sets, options=options)
-
-    def save(rounds: Rounds) -> None:
-        result["loaders"] = as_json(rounds)
-        missing = [entry.name for entry in entries if entry.name not in rounds]
-        write_result(options.json, result, missing=missing)
-
-    rounds = run_rounds(
-        entries,
-        num_rounds=options.rounds,
-        warm_s=options.warm_s,
-        measure_s=options.round_s,
-        on_round=save,
-    )
-    print(f"{options.num_threads} threads, {options.num_images} photographs")
-    print(table(rounds))
+        measure = functools.partial(
+            time_loader,
+            work=work,
+            warm_s=options.warm_s,
+            measure_s=options.round_s,
+        )
+        cases = {
+            name: functools.partial(run_alone, functools.partial(measure, name))
+            for name in names
+        }
+        run_rounds(
+            cases,
+            num_rounds=options.rounds,
+            options=options,
+            path=options.json,
+            table=table,
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ None of them shuffles less than its documentation advises, and none caches pixel
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import itertools
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision.datasets import ImageFolder
 
 from benchmarks.sets import labelled_images
-from benchmarks.work import Batches, Loaded, Pixels, Policy, Transform, Work, to_device
+from benchmarks.work import TIMM_POLICY, Batches, Loaded, Pixels, Transform, Work
 from pipelines.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -40,7 +41,6 @@ from pipelines.worker.ray_source import shares, split_units
 
 # More epochs than a round can see; datasets are opened a thousand units at a time.
 _NUM_EPOCHS = 100_000
-_POLICY = "rand-m9-mstd0.5-inc1"
 # Samples that a loader without random access shuffles among each other.
 _BUFFER = 1024
 
@@ -77,7 +77,7 @@ def ours(work: Work, *, num_epochs: int = _NUM_EPOCHS) -> Batches:
     run = describe_run(work, num_epochs=num_epochs)
     shards = read_shard_set(run.data.train)
     reading = reading_of(shards, run=run, train=True)
-    supply = Loader(
+    loader = Loader(
         shards,
         run=run,
         train=True,
@@ -85,12 +85,10 @@ def ours(work: Work, *, num_epochs: int = _NUM_EPOCHS) -> Batches:
         opener=LocalSplit(reading, data=run.data),
         device=torch.device(work.device),
     )
-    supply.start()
-    try:
-        for batch in supply:
-            yield to_device(batch.images, batch.labels, work=work)
-    finally:
-        supply.close()
+    loader.start()
+    with contextlib.closing(loader):
+        for batch in loader:
+            yield batch.images, batch.labels
 
 
 def describe_run(work: Work, *, num_epochs: int) -> Run:
@@ -110,7 +108,7 @@ def describe_run(work: Work, *, num_epochs: int) -> Run:
             crop_ratio=work.ratio,
             hflip=work.hflip,
             interpolation="bilinear",
-            auto_augment=_POLICY if work.rand_augment else "",
+            auto_augment=TIMM_POLICY if work.rand_augment else "",
         ),
         optim=Optim(lr=1e-4, num_epochs=num_epochs, warmup_epochs=0),
         # All loaders give float32; a training on a GPU may take bfloat16.
@@ -130,17 +128,17 @@ def dali_files(work: Work) -> Batches:
     while True:
         # Positional only: by name DALI takes it for one more input of the graph.
         images, labels = pipeline.run(stream)
-        yield to_device(
+        yield (
             torch.from_dlpack(images.as_tensor()),
             torch.from_dlpack(labels.as_tensor()).view(-1),
-            work=work,
         )
 
 
 def _dali_pipeline(work: Work) -> Any:
-    fn: Any = importlib.import_module("nvidia.dali.fn")
-    types: Any = importlib.import_module("nvidia.dali.types")
-    dali: Any = importlib.import_module("nvidia.dali")
+    fn, types, dali, auto = (
+        importlib.import_module(f"nvidia.dali{module}")
+        for module in (".fn", ".types", "", ".auto_aug.rand_augment")
+    )
     on_gpu = work.device == "cuda"
     files, labels = zip(*labelled_images(work.folder / "images"), strict=True)
 
@@ -165,7 +163,6 @@ def _dali_pipeline(work: Work) -> Any:
             antialias=True,
         )
         if work.rand_augment:
-            auto: Any = importlib.import_module("nvidia.dali.auto_aug.rand_augment")
             images = auto.rand_augment(images, n=2, m=9)
         images = fn.crop_mirror_normalize(
             images,
@@ -187,24 +184,24 @@ def _dali_pipeline(work: Work) -> Any:
     return make()
 
 
-def torchvision_files(work: Work, *, pixels: Pixels, policy: Policy) -> Batches:
+def torchvision_files(work: Work, *, pixels: Pixels) -> Batches:
     """Load a folder of images with torchvision and a DataLoader's processes."""
     dataset = ImageFolder(
         str(work.folder / "images"),
-        transform=Transform(work, pixels=pixels, policy=policy),
+        transform=Transform(work, pixels=pixels),
         loader=_read_file,
     )
     num_samples = len(dataset) * work.num_repeats
     loader = _data_loader(
         dataset, work=work, sampler=RandomSampler(dataset, num_samples=num_samples)
     )
-    return _endless(loader, work=work)
+    return _endless(loader)
 
 
-def mosaic_streaming(work: Work, *, pixels: Pixels, policy: Policy) -> Batches:
+def mosaic_streaming(work: Work) -> Batches:
     """Load MosaicML Streaming's MDS from the local disk, decode with torchvision."""
     streaming: Any = importlib.import_module("streaming")
-    transform = Transform(work, pixels=pixels, policy=policy)
+    transform = Transform(work, pixels="tensor")
     dataset = streaming.StreamingDataset(
         local=str(work.folder / "mds"),
         shuffle=True,
@@ -212,13 +209,13 @@ def mosaic_streaming(work: Work, *, pixels: Pixels, policy: Policy) -> Batches:
         epoch_size=work.num_images * work.num_repeats,
     )
     loader = _data_loader(dataset, work=work, collate_fn=transform.collate)
-    return _endless(loader, work=work)
+    return _endless(loader)
 
 
-def webdataset_tars(work: Work, *, pixels: Pixels, policy: Policy) -> Batches:
+def webdataset_tars(work: Work) -> Batches:
     """Load WebDataset's tars, dealt out to processes, and decode with torchvision."""
     webdataset: Any = importlib.import_module("webdataset")
-    transform = Transform(work, pixels=pixels, policy=policy)
+    transform = Transform(work, pixels="tensor")
     tars = sorted(str(path) for path in (work.folder / "tars").glob("*.tar"))
     dataset = (
         webdataset.WebDataset(tars, shardshuffle=len(tars))
@@ -227,10 +224,10 @@ def webdataset_tars(work: Work, *, pixels: Pixels, policy: Policy) -> Batches:
         .rename(image="jpg", label="cls")
     )
     loader = _data_loader(dataset, work=work, collate_fn=transform.collate)
-    return _endless(loader, work=work)
+    return _endless(loader)
 
 
-def ray_data(work: Work, *, policy: Policy) -> Batches:
+def ray_data(work: Work) -> Batches:
     """Load Parquet with Ray Data as its guides show: decode in tasks, send tensors.
 
     With the settings of one who knows it: the reader that starts without actors of its
@@ -241,7 +238,7 @@ def ray_data(work: Work, *, policy: Policy) -> Batches:
     context.use_datasource_v2 = False
     context.enable_progress_bars = False
     paths = sorted(str(path) for path in (work.folder / "shards").glob("*.parquet"))
-    transform = Transform(work, pixels="tensor", policy=policy)
+    transform = Transform(work, pixels="tensor")
     while True:
         dataset = ray.data.read_parquet(
             paths * work.num_repeats, columns=["image", "label"], shuffle="files"
@@ -253,7 +250,7 @@ def ray_data(work: Work, *, policy: Policy) -> Batches:
         for batch in dataset.iter_torch_batches(
             batch_size=work.batch_size, prefetch_batches=2, drop_last=True, device="cpu"
         ):
-            yield to_device(batch["image"], batch["label"], work=work)
+            yield batch["image"], batch["label"]
 
 
 def _decode_block(
@@ -282,6 +279,5 @@ def _data_loader(dataset: Any, *, work: Work, **settings: Any) -> DataLoader[Any
     )
 
 
-def _endless(loader: Iterable[Loaded], *, work: Work) -> Batches:
-    for images, labels in itertools.chain.from_iterable(itertools.repeat(loader)):
-        yield to_device(images, labels, work=work)
+def _endless(loader: Iterable[Loaded]) -> Batches:
+    yield from itertools.chain.from_iterable(itertools.repeat(loader))

@@ -7,9 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
-import statistics
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +75,3 @@ def _is_ours(process: int, *, parents: dict[int, int]) -> bool:
             return True
         process = parents[process]
     return False
-
-
-def busy_text(other_cores: Iterable[float]) -> str:
-    """Format how busy other processes kept the machine: a disturbance."""
-    cores = list(other_cores)
-    return (
-        f"meanwhile the rest of the machine was busy on {statistics.median(cores):.2f}"
-        f" cores, at most {max(cores):.2f}"
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from pipelines.config.recipes import load_recipe
 from pipelines.data.batch import Batch
 from pipelines.hardware.device import has_bfloat16, is_gpu
 from pipelines.training.metrics import MetricSums
-from pipelines.training.model import count_macs, count_parameters, shapes_of
 from pipelines.training.state import build_state
 from pipelines.training.step import TrainSettings, train_step
 
@@ -42,47 +40,23 @@ RIVALS: Mapping[str, str] = MappingProxyType(
 )
 Subject = Literal["ours", "class", "timm"]
 """Ours; ours with the plain class-token head; timm's of equal size."""
-SUBJECTS: tuple[Subject, ...] = ("ours", "class", "timm")
+# What a stage sets of `Scale`, beside one worker, and whether it is channels last.
+_LAST = {"amp": "auto", "channels_last": True}
+STAGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "plain": {},
+        "eager": {},
+        "bfloat16": {"amp": "auto"},
+        "channels_last": _LAST,
+        "compile": {**_LAST, "compile": True},
+        "checkpointing": {**_LAST, "grad_checkpointing": True},
+    }
+)
 # No step of a round is one that metrics are logged at: to ask for them waits.
 _NEVER = 10**9
 _STEPS_PER_EPOCH = 1000
 Steps = Callable[[int], None]
 """Trains for so many steps, and gives a device work without waiting for it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A variant of the training step; each stage adds to an earlier one."""
-
-    adds: str
-    is_plain: bool = False
-    amp: bool = False
-    channels_last: bool = False
-    compile: bool = False
-    grad_checkpointing: bool = False
-
-
-STAGES: Mapping[str, Stage] = MappingProxyType(
-    {
-        "plain": Stage(
-            adds="as a script with timm: eager, float16 autocast on a GPU, float32 on "
-            "a CPU",
-            is_plain=True,
-        ),
-        "eager": Stage(adds="the loop's step, eager, float32"),
-        "bfloat16": Stage(adds="and bfloat16 autocast", amp=True),
-        "channels_last": Stage(adds="and channels last", amp=True, channels_last=True),
-        "compile": Stage(
-            adds="and torch.compile", amp=True, channels_last=True, compile=True
-        ),
-        "checkpointing": Stage(
-            adds="channels_last and gradient checkpointing",
-            amp=True,
-            channels_last=True,
-            grad_checkpointing=True,
-        ),
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,73 +84,48 @@ class Case:
     @property
     def dtype(self) -> torch.dtype:
         """The type that the step's products are computed in."""
-        stage, device = STAGES[self.stage], torch.device(self.device)
-        if stage.is_plain:
-            return torch.float16 if device.type == "cuda" else torch.float32
-        in_half = stage.amp and has_bfloat16(device)
-        return torch.bfloat16 if in_half else torch.float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """A network's parameters, and one image's multiply-adds in the forward pass."""
-
-    num_params: int
-    macs: int
+        if self.stage == "plain":
+            return torch.float16 if self.device == "cuda" else torch.float32
+        in_half = "amp" in STAGES[self.stage]
+        has_half = in_half and has_bfloat16(torch.device(self.device))
+        return torch.bfloat16 if has_half else torch.float32
 
 
 def run_of(case: Case) -> Run:
     """Build the run: the recipe's on one worker, with the stage's settings."""
-    run, stage = load_recipe(f"imagenet.{case.model}"), STAGES[case.stage]
+    run = load_recipe(f"imagenet.{case.model}")
+    scale = {"amp": "off", "compile": False, **STAGES[case.stage]}
+    scale.pop("channels_last", None)
     return dataclasses.replace(
         run,
         model=_model_of(case, model=run.model),
         data=dataclasses.replace(run.data, batch_size=case.batch_size),
-        scale=Scale(
-            num_workers=0,
-            amp="auto" if stage.amp else "off",
-            compile=stage.compile,
-            grad_checkpointing=stage.grad_checkpointing,
-        ),
+        scale=Scale(num_workers=0, **scale),
         log_every_steps=_NEVER,
         checkpoint_every_minutes=0.0,
     )
 
 
 def _model_of(case: Case, *, model: Model) -> Model:
+    kwargs: dict[str, int | float | str] = dict(case.sizes)
+    if case.subject == "class":
+        kwargs["fusion"] = "class"
     if case.subject == "timm":
-        return dataclasses.replace(
-            model,
-            name=RIVALS[case.model],
-            img_size=case.img_size,
-            pooling=None,
-            kwargs={"img_size": case.img_size, **dict(case.sizes)},
-        )
-    fusion = {"fusion": "class"} if case.subject == "class" else {}
-    kwargs: dict[str, int | float | str] = {**dict(case.sizes), **fusion}
+        kwargs["img_size"] = case.img_size
+        model = dataclasses.replace(model, name=RIVALS[case.model], pooling=None)
     return dataclasses.replace(model, img_size=case.img_size, kwargs=kwargs)
-
-
-def size_of(case: Case) -> Size:
-    """Count a network's size on the meta device."""
-    model = shapes_of(run_of(case).model, num_classes=NUM_CLASSES)
-    return Size(
-        num_params=count_parameters(model).num,
-        macs=count_macs(model, img_size=case.img_size),
-    )
 
 
 def build_steps(case: Case) -> Steps:
     """Build a case's model, and all else that its steps need, on its device."""
     torch.set_num_threads(case.num_threads)
-    return _plain_steps(case) if STAGES[case.stage].is_plain else _loop_steps(case)
+    return _plain_steps(case) if case.stage == "plain" else _loop_steps(case)
 
 
 def _loop_steps(case: Case) -> Steps:
     run, device = run_of(case), torch.device(case.device)
     state = build_state(run, num_classes=NUM_CLASSES, device=device)
-    is_channels_last = STAGES[case.stage].channels_last
-    if not is_channels_last:
+    if "channels_last" not in STAGES[case.stage]:
         assert state.ema is not None
         for module in (state.model, state.ema.module):
             make_contiguous(module)
@@ -187,9 +136,7 @@ def _loop_steps(case: Case) -> Steps:
         images_per_epoch=_STEPS_PER_EPOCH * case.batch_size,
         device=device,
     )
-    batch = _random_batch(case, is_channels_last=is_channels_last)
-
-    sums = MetricSums(device)
+    batch, sums = _random_batch(case), MetricSums(device)
 
     def steps(num: int) -> None:
         state.forward.train()
@@ -211,9 +158,9 @@ def make_contiguous(module: nn.Module) -> None:
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
-def _random_batch(case: Case, *, is_channels_last: bool) -> Batch:
+def _random_batch(case: Case) -> Batch:
     images, labels = _random_images(case)
-    if is_channels_last:
+    if "channels_last" in STAGES[case.stage]:
         images = images.to(memory_format=torch.channels_last)
     return Batch(
         images=images,
@@ -238,14 +185,21 @@ def _random_images(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def _plain_steps(case: Case) -> Steps:
+    """Build the steps of a script with timm."""
     run, device = run_of(case), torch.device(case.device)
-    optim, on_gpu = run.optim, device.type == "cuda"
+    optim, settings, on_gpu = run.optim, run.model, case.device == "cuda"
     torch.manual_seed(run.seed)
-    model = _plain_model(run.model).to(device).train()
+    model = timm.create_model(
+        settings.name,
+        num_classes=NUM_CLASSES,
+        drop_path_rate=settings.drop_path_rate,
+        **{"img_size": case.img_size, **settings.kwargs},  # pyright: ignore[reportArgumentType]
+    )
+    model.to(device).train()
     optimizer = create_optimizer_v2(
         model, opt="adamw", lr=optim.warmup_lr, weight_decay=optim.weight_decay
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=on_gpu)
+    scaler = torch.amp.GradScaler(case.device, enabled=on_gpu)
     average = ModelEmaV3(model, decay=optim.ema_decay)
     mixup = Mixup(
         mixup_alpha=optim.mixup,
@@ -257,14 +211,11 @@ def _plain_steps(case: Case) -> Steps:
     criterion = SoftTargetCrossEntropy()
     images, labels = _random_images(case)
 
-    def autocast() -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(device.type, torch.float16, enabled=on_gpu)
-
     def steps(num: int) -> None:
         for _ in range(num):
             # Mixes in place: again and again that only blurs images of noise.
             mixed, targets = mixup(images, labels)
-            with autocast():
+            with torch.autocast(case.device, torch.float16, enabled=on_gpu):
                 loss = criterion(model(mixed), targets)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -273,13 +224,3 @@ def _plain_steps(case: Case) -> Steps:
             average.update(model)
 
     return steps
-
-
-def _plain_model(model: Model) -> nn.Module:
-    kwargs: dict[str, Any] = {"img_size": model.img_size, **model.kwargs}
-    return timm.create_model(
-        model.name,
-        num_classes=NUM_CLASSES,
-        drop_path_rate=model.drop_path_rate,
-        **kwargs,
-    )

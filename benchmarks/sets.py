@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,23 @@ _SEED = 0
 _NUM_TARS = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sets:
-    """Folders of the sets; see `Work.folder` for their content."""
+def make_set(folder: Path, *, num_images: int, short_side: int | None) -> Path:
+    """Write what is missing of a set of photographs below `folder`; return its folder.
 
-    original: Path
-    small: Path | None
-    """The same photographs with a shorter short side."""
-
-
-def make_sets(folder: Path, *, num_images: int, short_side: int | None) -> Sets:
-    """Write the missing sets of `num_images` photographs below `folder`."""
-    original = folder / f"photographs-{num_images}"
+    Args:
+        short_side: Shrinks the images; the originals by default.
+    """
+    out = original = folder / f"photographs-{num_images}"
     _once(original / "images", lambda out: _cut_images(out, num_images=num_images))
-    write_shards(original)
-    _write_rivals(original)
-    if short_side is None:
-        return Sets(original=original, small=None)
-    small = folder / f"photographs-{num_images}-{short_side}"
-    shards = small / "shards"
-    _shards(original / "images", shards, short_side=short_side)
-    _once(small / "images", lambda out: unpack_shards(shards, out))
-    _write_rivals(small)
-    return Sets(original=original, small=small)
+    if short_side is not None:
+        out = folder / f"{original.name}-{short_side}"
+    write_shards(out, images=original / "images", short_side=short_side)
+    _once(out / "images", lambda images: unpack_shards(out / "shards", images))
+    if importlib.util.find_spec("streaming"):
+        _once(out / "mds", lambda mds: write_mds(out / "images", mds))
+    if importlib.util.find_spec("webdataset"):
+        _once(out / "tars", lambda tars: write_tars(out / "images", tars))
+    return out
 
 
 def _cut_images(out: Path, *, num_images: int) -> None:
@@ -53,12 +46,9 @@ def _cut_images(out: Path, *, num_images: int) -> None:
         path.rename(scene / path.name)
 
 
-def write_shards(folder: Path) -> None:
-    """Write the images of a set as the Parquet shards that training reads."""
-    _shards(folder / "images", folder / "shards", short_side=None)
-
-
-def _shards(images: Path, out: Path, *, short_side: int | None) -> None:
+def write_shards(folder: Path, *, images: Path, short_side: int | None = None) -> None:
+    """Write a folder of classes as the Parquet shards that training reads."""
+    out = folder / "shards"
     arguments = Arguments(images, out, seed=_SEED, short_side=short_side)
     make_shards(arguments, execute=in_process)
 
@@ -71,14 +61,6 @@ def unpack_shards(shards: Path, out: Path) -> None:
             place = out / key.as_py()
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(image.as_py())
-
-
-def _write_rivals(folder: Path) -> None:
-    """Write the sets of the loaders that are installed."""
-    if importlib.util.find_spec("streaming"):
-        _once(folder / "mds", lambda out: write_mds(folder / "images", out))
-    if importlib.util.find_spec("webdataset"):
-        _once(folder / "tars", lambda out: write_tars(folder / "images", out))
 
 
 def labelled_images(images: Path) -> Iterator[tuple[Path, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ Batches = Generator[Loaded, None, None]
 # Rounds of some seconds must not meet an epoch's end; see `Work.num_repeats`.
 _IMAGES_PER_THREAD = 8192
 Pixels = Literal["tensor", "pil"]
-Policy = Literal["timm", "torchvision"]
+"""What decodes and resizes: torchvision, or Pillow."""
 TIMM_POLICY = "rand-m9-mstd0.5-inc1"
 
 
@@ -64,39 +64,13 @@ class Work:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loader:
-    """A way of loading, and its requirements.
-
-    `batches` yields batches indefinitely; closing it ends all threads and processes.
-    """
-
-    name: str
-    batches: Callable[[Work], Batches]
-    libraries: tuple[str, ...] = ()
-    """Modules imported before the clock starts."""
-    on_ray: bool = False
-
-
-def to_device(images: Tensor, labels: Tensor, *, work: Work) -> Loaded:
-    """Copy a batch to the work's device, without waiting for the copy."""
-    device = torch.device(work.device)
-    return (
-        images.to(device, non_blocking=True),
-        labels.to(device, torch.int64, non_blocking=True),
-    )
-
-
 class Transform:
     """Transform of a JPEG's bytes into a normalised float32 tensor (3, H, W).
 
-    Args:
-        pixels: tensor decodes and resizes with torchvision, pil with Pillow.
-        policy: Where the work has RandAugment: timm's, which needs Pillow's images, or
-            torchvision's own of two operations at magnitude 9.
+    RandAugment is torchvision's own, or for Pillow's images timm's, which needs those.
     """
 
-    def __init__(self, work: Work, *, pixels: Pixels, policy: Policy) -> None:
+    def __init__(self, work: Work, *, pixels: Pixels) -> None:
         self._pixels = pixels
         steps: list[Any] = [
             v2.RandomResizedCrop(
@@ -109,7 +83,8 @@ class Transform:
             v2.RandomHorizontalFlip(work.hflip),
         ]
         if work.rand_augment:
-            steps.append(_rand_augment(work, policy=policy))
+            own = v2.RandAugment(num_ops=2, magnitude=9)
+            steps.append(own if pixels == "tensor" else _timm_policy(work))
         if pixels == "pil":
             steps.append(v2.PILToTensor())
         steps += [
@@ -135,9 +110,7 @@ class Transform:
         return self.stack([sample["image"] for sample in samples]), labels
 
 
-def _rand_augment(work: Work, *, policy: Policy) -> Any:
-    if policy == "torchvision":
-        return v2.RandAugment(num_ops=2, magnitude=9)
+def _timm_policy(work: Work) -> Any:
     # As timm's own loader sets it up.
     settings = {
         "translate_const": int(work.img_size * 0.45),

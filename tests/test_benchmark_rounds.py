@@ -1,78 +1,64 @@
-"""Benchmarks: time adds up, rounds are compared in pairs, and are shown."""
+"""Benchmarks: time adds up, rounds are compared in pairs, kept and shown."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import ingest
-from benchmarks.machine import cpu_name, cpu_seconds, machine, machine_cpu_seconds
-from benchmarks.timing import Clock, Round, ratios, spread, time_batches
+from benchmarks import ingest, machine, rounds
+from benchmarks.machine import cpu_name, cpu_seconds, machine_cpu_seconds
+from benchmarks.rounds import ratios, run_rounds
 from benchmarks.work import Loaded
-
-
-class FakeTime:
-    """Tell a time that goes on when batches are waited for."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def batches(self, waits_s: Iterator[float], *, num_rows: int) -> Iterator[Loaded]:
-        for wait_s in waits_s:
-            self.now_s += wait_s
-            yield torch.empty(0), torch.empty(num_rows)
-
-    def clock(self) -> Clock:
-        return Clock(
-            now_s=lambda: self.now_s,
-            cpu_s=lambda: 2 * self.now_s,
-            machine_cpu_s=lambda: 2.5 * self.now_s,
-        )
 
 
 @given(
     first_s=st.integers(0, 50),
     step_s=st.sampled_from([0.125, 0.25, 0.5, 1.0]),
-    num_looked_at=st.integers(1, 5),
     warm_s=st.integers(0, 4),
     measure_s=st.integers(1, 9),
 )
 def test_a_round_counts_the_steady_stretch_alone(
-    first_s: int, step_s: float, num_looked_at: int, warm_s: int, measure_s: int
+    first_s: int, step_s: float, warm_s: int, measure_s: int
 ) -> None:
-    time = FakeTime()
+    now_s = 0.0
 
-    def waits_s() -> Iterator[float]:
-        yield first_s
-        while True:
-            yield step_s
+    def batches() -> Iterator[Loaded]:
+        nonlocal now_s
+        for wait_s in itertools.chain([first_s], itertools.repeat(step_s)):
+            now_s += wait_s
+            yield torch.empty(0), torch.empty(64)
 
-    looked_at: list[int] = []
-    found = time_batches(
-        time.batches(waits_s(), num_rows=64),
-        look=lambda batches: looked_at.append(len(batches)),
-        num_looked_at=num_looked_at,
-        warm_s=warm_s,
-        measure_s=measure_s,
-        clock=time.clock(),
-    )
-    assert looked_at == [num_looked_at]
-    assert found.first_batch_s == first_s
-    assert found.images_per_s == 64 / step_s
-    assert found.images_per_cpu_s == 32 / step_s
-    assert found.other_cores == 0.5
-    assert found.seconds == max(measure_s, 2 * step_s)
-    num_warm = max(warm_s, 2 * step_s) / step_s
-    after = (time.now_s - first_s) / step_s
-    assert after == num_looked_at - 1 + num_warm + found.seconds / step_s
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest.time, "perf_counter", lambda: now_s)
+        patch.setattr(ingest, "cpu_seconds", lambda: 2 * now_s)
+        found = ingest.time_batches(batches(), warm_s=warm_s, measure_s=measure_s)
+    assert found == {
+        "images_per_s": 64 / step_s,
+        "images_per_cpu_s": 32 / step_s,
+        "first_batch_s": first_s,
+    }
+    num_timed = (max(warm_s, 2 * step_s) + max(measure_s, 2 * step_s)) / step_s
+    assert (now_s - first_s) / step_s == num_timed
+
+
+def records_of(**rates: Sequence[float]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"round": number, "case": case, "images_per_s": rate}
+        for case, of in rates.items()
+        for number, rate in enumerate(of)
+    ).assign(images_per_cpu_s=50.0, first_batch_s=1.5)
 
 
 @given(
@@ -80,10 +66,9 @@ def test_a_round_counts_the_steady_stretch_alone(
     factor=st.floats(0.01, 100),
 )
 def test_a_drift_of_the_machine_cancels_out(drift: list[float], factor: float) -> None:
-    found = ratios([factor * rate for rate in drift], drift)
-    assert found.low == pytest.approx(factor)
-    assert found.high == pytest.approx(factor)
-    assert min(drift) <= spread(drift).median <= max(drift)
+    records = records_of(ours=[factor * rate for rate in drift], other=drift)
+    found = ratios(records, "images_per_s", to="other")
+    assert found["ours"].tolist() == pytest.approx([factor] * len(drift))
 
 
 BURN = "import time\nwhile time.process_time() < 0.3: pass\n"
@@ -112,46 +97,84 @@ def test_cpu_seconds_of_children_count_while_they_run_and_after() -> None:
     assert machine_cpu_seconds() - machine_s > 0.25
 
 
-def a_round(images_per_s: float) -> Round:
-    return Round(
-        first_batch_s=1.5,
-        num_images=round(images_per_s),
-        seconds=1.0,
-        cpu_s=2.0,
-        other_cpu_s=0.25,
-    )
-
-
-ROUNDS = {
-    "slow": [a_round(100), a_round(80), a_round(90)],
-    "ours": [a_round(400), a_round(300), a_round(360)],
-}
-
-
 def test_the_table_compares_round_by_round() -> None:
-    _, first, second, last = ingest.table(ROUNDS).splitlines()
-    assert first.split() == ["ours", "360", "[300..400]", "180", "1.5", "s"]
-    assert second.split()[:3] == ["slow", "90", "[80..100]"]
-    assert second.split()[-3:] == ["4.00", "[3.75..4.00]", "x"]
-    assert "0.25 cores" in last
-    assert ingest.ours_to_others({"slow": ROUNDS["slow"]}) == {}
-
-
-def test_json_holds_every_round() -> None:
-    written = json.loads(json.dumps(ingest.as_json(ROUNDS)))
-    assert written["slow"]["ours_to_this"] == {"median": 4.0, "low": 3.75, "high": 4.0}
-    assert written["ours"]["ours_to_this"] is None
-    assert [found["num_images"] for found in written["ours"]["rounds"]] == [
-        400,
-        300,
-        360,
+    records = records_of(slow=[100, 80, 90], ours=[400, 300, 360])
+    first, second = ingest.table(records).splitlines()[-2:]
+    assert first.split() == [
+        "ours",
+        "360",
+        "[300..400]",
+        "50.0",
+        "1.5",
+        "1.00",
+        "[1.00..1.00]",
     ]
+    assert second.split() == [
+        "slow",
+        "90",
+        "[80..100]",
+        "50.0",
+        "1.5",
+        "4.00",
+        "[3.75..4.00]",
+    ]
+    assert "ours is" not in ingest.table(records_of(slow=[100]))
+
+
+def test_cases_take_turns_and_what_was_measured_is_there_when_one_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks = iter(range(100))  # machine's seconds, ours, and those on the wall
+    monkeypatch.setattr(rounds, "machine_cpu_seconds", lambda: 3.0 * next(clocks))
+    monkeypatch.setattr(rounds, "cpu_seconds", lambda: 0.0)
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: 4.0 * next(clocks))
+    seen: list[str] = []
+
+    def measure(name: str) -> dict[str, float]:
+        seen.append(name)
+        if seen == ["one", "two", "three", "one"]:
+            raise ValueError("stopped here")
+        if name == "three":
+            assert json.loads(out.read_text())["missing"] == ["three"]
+        return {"figure": 1.0 * len(seen)}
+
+    out = tmp_path / "result.json"
+    cases = ("one", "two", "three")
+    with pytest.raises(ValueError, match="stopped here"):
+        run_rounds(
+            {name: functools.partial(measure, name) for name in cases},
+            num_rounds=2,
+            options="as asked",
+            path=out,
+            table=lambda frame: " ".join(frame["case"]),
+        )
+    content = json.loads(out.read_text())
+    assert [found["case"] for found in content["rounds"]] == ["one", "two", "three"]
+    assert [found["figure"] for found in content["rounds"]] == [1, 2, 3]
+    assert {found["other_cores"] for found in content["rounds"]} == {0.75}
+    assert (content["options"], content["missing"]) == ("as asked", [])
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    said = capsys.readouterr()
+    assert said.out.splitlines()[0] == "one two three"
+    assert "0.75 [0.75..0.75] cores" in said.out
+
+
+def test_what_was_not_measured_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_rounds(
+            {"one": lambda: {"of": 1.0}, "two": lambda: {"of": 1 / 0}, "three": dict},
+            num_rounds=1,
+            options=None,
+            path=None,
+            table=str,
+        )
+    assert "not measured: two; three" in capsys.readouterr().err
 
 
 def test_the_machine_is_described() -> None:
     text = "processor\t: 0\nmodel name\t: A CPU @ 2 GHz\nmodel name\t: another\n"
     assert cpu_name(text) == "A CPU @ 2 GHz"
     assert cpu_name("Processor: ARM") == os.uname().machine
-    versions = machine()["versions"]
+    versions = machine.machine()["versions"]
     assert versions["torch"] in torch.__version__
-    json.dumps(machine())
+    json.dumps(machine.machine())

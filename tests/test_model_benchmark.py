@@ -7,30 +7,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from timm.utils.model_ema import ModelEmaV3
 
-from benchmarks import model, model_rounds
-from benchmarks.model import Measured, Options, as_json, cases_of, mfu, table
+from benchmarks import model, model_steps
+from benchmarks.model import Options, cases_of, mfu, table
 from benchmarks.model_cases import (
     RIVALS,
     STAGES,
     Case,
-    Size,
     build_steps,
     make_contiguous,
     run_of,
-    size_of,
 )
-from benchmarks.model_rounds import (
-    Begun,
-    Rounds,
-    StepRound,
-    begin,
-    matrix_rates,
-    time_steps,
-)
+from benchmarks.model_steps import matrix_rate, size_of, time_steps
 from pipelines.hardware.device import has_bfloat16
 from pipelines.training import step
 from pipelines.training.state import build_state
@@ -56,16 +48,16 @@ def test_what_stands_beside_is_of_equal_size(name: str) -> None:
         size_of(changed(model=name, subject=subject, img_size=224))
         for subject in ("ours", "class", "timm")
     )
-    assert 0.8 < other.num_params / ours.num_params < 1.2
-    assert class_token.num_params < ours.num_params
+    assert 0.8 < other["num_params"] / ours["num_params"] < 1.2
+    assert class_token["num_params"] < ours["num_params"]
     # The head costs parameters, and next to no products.
-    assert 0.97 < class_token.macs / ours.macs < 1
+    assert 0.97 < class_token["macs"] / ours["macs"] < 1
 
 
 def test_each_stage_is_what_it_says() -> None:
-    for name, stage in STAGES.items():
+    for name in STAGES:
         scale = run_of(changed(stage=name)).scale
-        assert scale.compile == stage.compile == (name == "compile")
+        assert scale.compile == (name == "compile")
         assert scale.grad_checkpointing == (name == "checkpointing")
         assert (scale.amp == "off") == (name in ("plain", "eager"))
     half = torch.bfloat16 if has_bfloat16(torch.device("cpu")) else torch.float32
@@ -119,16 +111,18 @@ def test_memory_is_measured_before_and_during_a_step() -> None:
         kept.append(torch.ones(size // 4))
         kept.clear()
 
-    at_rest_mb, peak_mb = model_rounds._memory_mb(steps, device=torch.device("cpu"))
-    assert 60 < peak_mb - at_rest_mb < 80
-    assert at_rest_mb > 100  # Python with torch
+    found = model_steps.memory_mb(steps, device="cpu")
+    assert 60 < found["peak_mb"] - found["at_rest_mb"] < 80
+    assert found["at_rest_mb"] > 100  # Python with torch
 
 
-def test_a_case_begins_and_then_takes_rounds() -> None:
-    begun = begin(CASE)
-    assert begun.first_step_s > 0 < begun.warm_step_ms
-    assert begun.peak_mb >= begun.at_rest_mb > 0
-    assert time_steps(CASE, num_steps=1) > 0
+def test_a_case_begins_once_and_then_takes_rounds() -> None:
+    first, second = (time_steps(CASE, round_s=0) for _ in range(2))
+    assert first["first_step_s"] == second["first_step_s"] > 0
+    assert first["peak_mb"] >= first["at_rest_mb"] > 0
+    assert first["num_steps"] == 1
+    for found in (first, second):
+        assert found["images_per_s"] == 1000 * CASE.batch_size / found["step_ms"] > 0
 
 
 def test_mfu_counts_three_forward_passes_against_the_measured_rate() -> None:
@@ -136,130 +130,84 @@ def test_mfu_counts_three_forward_passes_against_the_measured_rate() -> None:
     assert mfu(10, macs=5 * 10**9, rate=1e12) == pytest.approx(0.3)
 
 
-def test_matrix_rates_are_by_type_and_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_rounds, "_SIDES", {"cpu": (16, 32)})
-    monkeypatch.setattr(model_rounds, "_MATRIX_S", 0.0)
-    rates = matrix_rates([torch.float32, torch.bfloat16], device="cpu")
-    assert {dtype: set(of) for dtype, of in rates.items()} == {
-        torch.float32: {16, 32},
-        torch.bfloat16: {16, 32},
-    }
-    assert all(rate > 0 for of in rates.values() for rate in of.values())
+def test_the_best_rate_of_matrix_products_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spent_ms = iter([2.0, 1.0, 4.0])
+    monkeypatch.setattr(model_steps, "_SIDES", {"cpu": (16, 32)})
+    monkeypatch.setattr(model_steps, "_MATRIX_S", 0.003)
+    monkeypatch.setattr(model_steps, "call_ms", lambda of, device: next(spent_ms))
+    rate = matrix_rate(torch.bfloat16, device="cpu")["flops_per_s"]
+    assert rate == 2 * 32**3 / 0.004
 
 
-def rounds_of(*times_ms: float) -> Rounds:
-    return Rounds(
-        begun=Begun(
-            first_step_s=1.0, warm_step_ms=1.0, at_rest_mb=300.0, peak_mb=420.0
-        ),
-        rounds=tuple(
-            StepRound(step_ms=time_ms, num_steps=1, other_cores=0.0)
-            for time_ms in times_ms
-        ),
-    )
+def rounds_of(case: str, *times_ms: float) -> list[dict[str, Any]]:
+    memory = {"at_rest_mb": 300.0, "peak_mb": 420.0, "first_step_s": 1.0}
+    times = [{"step_ms": ms, "images_per_s": 2000 / ms} for ms in times_ms]
+    return [{"round": n, "case": case, **of, **memory} for n, of in enumerate(times)]
 
 
-def test_cases_are_compared_round_by_round() -> None:
+def test_cases_are_compared_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = {"num_params": 6 * 10**6, "macs": 10**9}
+    monkeypatch.setattr(model, "size_of", lambda case: size)
     plain, other = changed(stage="plain"), changed(subject="timm")
-    measured = Measured(
-        found={
-            plain: rounds_of(100, 300, 200),
-            CASE: rounds_of(50, 100, 200),
-            other: rounds_of(25, 50, 400),
-        },
-        sizes={
-            ("so_vit_7", "ours"): Size(num_params=5 * 10**6, macs=10**9),
-            ("so_vit_7", "timm"): Size(num_params=6 * 10**6, macs=10**9),
-        },
-        rates={torch.float32: {512: 0.5e12, 1024: 1e12}},
-    )
-    models = json.loads(json.dumps(as_json(measured)))["models"]["so_vit_7"]
-    ours = models["ours"]["stages"]["eager"]
-    assert ours["to"]["plain"] == {"median": 2, "low": 1, "high": 3}
-    assert ours["to"]["timm"]["median"] == 0.5
-    assert set(ours["to"]) == {"plain", "timm"}
-    assert models["timm"]["stages"]["eager"]["to"] == {}
-    assert ours["images_per_s"]["median"] == 20
-    assert ours["mfu"] == pytest.approx(6 * 20 * 1e9 / 1e12)
-    assert (ours["peak_mb"], ours["step_mb"]) == (420, 120)
-    assert [one["step_ms"] for one in ours["rounds"]] == [50, 100, 200]
-    shown = table(measured)
-    assert "deit_tiny_patch16_224: 6.00 M parameters, 1.00 G multiply-adds" in shown
-    assert "100.0 [50.0..200.0]" in shown
+    cases = {"plain": plain, "eager": CASE, "other": other}
+    rates = [{"case": "products of matrices, float32", "flops_per_s": 1e12}]
+    records = [
+        *rates,
+        *rounds_of("plain", 100, 300, 200),
+        *rounds_of("eager", 50, 100, 200),
+        *rounds_of("other", 25, 50),
+    ]
+    head, *lines, rate = table(pd.DataFrame(records), cases=cases).splitlines()
+    shown = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    assert head.split()[-4:] == ["x", "plain", "x", "timm"]
+    # 20 images/s of 1 G multiply-adds are 120 GFLOP/s.
+    times = "6.00 1.00 100.0 [50.0..200.0] 20.0 12.0% 420 120 1.0"
+    assert shown["eager"] == f"{times} 2.00 0.50"
+    assert shown["other"].endswith("1.0")
+    assert "1000000000000.0" in rate
 
 
 def test_the_command_prints_a_table_and_keeps_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_rounds, "_SIDES", {"cpu": (64,)})
-    out = tmp_path / "result.json"
+    monkeypatch.setattr(model_steps, "_SIDES", {"cpu": (64,)})
+    out, profile = tmp_path / "result.json", tmp_path / "profile.txt"
     model._main(
-        "--models so_vit_7 --subjects ours timm --stages plain eager --rounds 1 "
-        f"--batch-size 2 --img-size 32 --round-s 0 --num-threads 1 --json {out}".split()
+        "--model so_vit_7 --subjects ours timm --stages plain eager --rounds 1 "
+        f"--batch-size 2 --img-size 32 --round-s 0 --num-threads 1 --json {out} "
+        f"--profile {profile}".split()
     )
+    assert profile.read_text().count("aten::") > 10
     printed = capsys.readouterr().out
-    content = json.loads(out.read_text())
-    found = content["models"]["so_vit_7"]
-    assert list(found) == ["ours", "timm"]
-    for network in found.values():
-        assert network["name"] in printed
-        assert list(network["stages"]) == ["plain", "eager"]
-        for stage in network["stages"].values():
-            assert stage["dtype"] == "float32"
-            assert stage["peak_mb"] > stage["begun"]["at_rest_mb"] > 0
-    assert found["ours"]["stages"]["eager"]["to"].keys() == {"plain", "timm"}
-
-
-def test_what_was_measured_is_there_when_a_case_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model_rounds, "_SIDES", {"cpu": (64,)})
-    real, num_rounds = model_rounds._round, 0
-
-    def round_of(*args: Any, **settings: Any) -> StepRound:
-        nonlocal num_rounds
-        num_rounds += 1
-        if num_rounds == 2:
-            raise ValueError("stopped here")
-        return real(*args, **settings)
-
-    monkeypatch.setattr(model_rounds, "_round", round_of)
-    out = tmp_path / "result.json"
-    with pytest.raises(ValueError, match="stopped here"):
-        model._main(
-            "--models so_vit_7 --subjects ours --stages plain eager --rounds 2 "
-            "--batch-size 2 --img-size 32 --round-s 0 --num-threads 1 "
-            f"--json {out}".split()
-        )
-    content = json.loads(out.read_text())
-    stages = content["models"]["so_vit_7"]["ours"]["stages"]
-    assert list(stages) == ["plain"]
-    assert len(stages["plain"]["rounds"]) == 1
-    assert content["missing"] == ["so_vit_7, eager"]
-    said = capsys.readouterr()
-    assert "so_vit_7: " in said.out
-    assert "not measured: so_vit_7, eager" in said.err
+    rates, *found = json.loads(out.read_text())["rounds"]
+    assert rates["flops_per_s"] > 0
+    assert [one["case"] for one in found] == [
+        f"{name}, {stage}"
+        for name in ("so_vit_7", "deit_tiny_patch16_224")
+        for stage in ("plain", "eager")
+    ]
+    for one in found:
+        assert one["case"] in printed
+        assert one["peak_mb"] > one["at_rest_mb"] > 0
 
 
 def test_a_process_that_fails_is_named() -> None:
     wrong = changed(img_size=40)  # no multiple of 16
-    with pytest.raises(ValueError, match=r"so_vit_7, eager: img_size: expected"):
-        model_rounds.time_cases(
-            [wrong],
-            num_rounds=1,
-            round_s=0,
-            between=lambda: None,
-            on_round=lambda rounds: None,
-        )
+    with (
+        model_steps.open_process("cpu") as pool,
+        pytest.raises(ValueError, match=r"so_vit_7, eager: img_size: expected"),
+    ):
+        model_steps.time_case(pool, wrong, round_s=0)
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"models": ("resnet50",)}, r"expected models of .* got \['resnet50'\]"),
+        ({"model": "resnet50"}, r"expected model of .* got \['resnet50'\]"),
         ({"stages": ()}, r"expected stages of .* got \[\]; set --stages"),
         ({"batch_size": 3}, "an even batch size, got 3 and 3; set --rounds"),
-        ({"device": "tpu"}, r"expected device of .*'cpu'.*, got \['tpu'\]"),
         ({"rounds": 0}, "a round at least"),
     ],
 )
@@ -273,7 +221,7 @@ def test_a_device_without_bfloat16_has_no_such_stage(
 ) -> None:
     monkeypatch.setattr(model, "has_bfloat16", lambda device: False)
     options = Options(device="cpu", stages=("eager", "bfloat16"), subjects=("ours",))
-    assert [case.stage for case in cases_of("so_vit_7", options=options)] == ["eager"]
+    assert [case.stage for case in cases_of(options).values()] == ["eager"]
     only = dataclasses.replace(options, stages=("bfloat16",))
     with pytest.raises(ValueError, match=r"a stage that cpu can do, got bfloat16"):
-        cases_of("so_vit_7", options=only)
+        cases_of(only)

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 
 from benchmarks.scale import __main__ as scale
-from benchmarks.scale import measure
+from benchmarks.scale import blocks
 from benchmarks.scale.model import (
     HEARD_S,
-    REQUESTS_PER_FILE,
     Case,
-    Cluster,
     Costs,
     loads_of,
 )
@@ -29,8 +27,7 @@ from pipelines.shards.command import Arguments
 from recipes.imagenet import so_vit_14
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "scale_epyc-2-cores_2026-11-27.json"
-COSTS = scale.costs_of(scale.read_costs(RESULT))
+COSTS = scale.read_costs(scale.RESULT)
 
 
 def case_of(num_gpus: int, *, num_images: int = 14_197_122, **fields: float) -> Case:
@@ -39,12 +36,12 @@ def case_of(num_gpus: int, *, num_images: int = 14_197_122, **fields: float) -> 
 
 
 def loads(case: Case, costs: Costs = COSTS) -> dict[str, float]:
-    return loads_of(case, costs=costs, cluster=Cluster())
+    return loads_of(case, costs=costs)
 
 
 def test_the_published_loads_follow_from_the_published_costs() -> None:
     """Those of the recipe and of the advised settings, of all 27 trainings."""
-    for training in json.loads(RESULT.read_text())["trainings"]:
+    for training in json.loads(scale.RESULT.read_text())["trainings"]:
         for name in ("recipe", "advised"):
             of = training[name]
             case = case_of(
@@ -84,7 +81,7 @@ def test_blocks_are_counted_as_units_are_cut(
     batch_size = 64 * num_workers
     num_rows = batch_size * num_batches
     folder = tmp_path / "set"
-    measure.write_copies(
+    blocks.write_copies(
         folder, num_shards=1, num_rows=num_rows, image_bytes=image_bytes
     )
     groups = read_shard_set(str(folder)).groups
@@ -134,7 +131,6 @@ def test_loads_grow_with_images_a_second_and_fall_with_what_is_set() -> None:
 def test_flags_that_the_page_names_exist() -> None:
     fields = {name.name for name in dataclasses.fields(Arguments)}
     fields |= {of.name for of in dataclasses.fields(scale.Options)}
-    fields |= {f"cluster.{of.name}" for of in dataclasses.fields(Cluster)}
     fields |= set(flat_params(so_vit_14())) | {"help", "resume"}
     known = {f"--{name.replace('_', '-')}" for name in fields}
     page = (ROOT / "docs" / "scale.md").read_text()
@@ -143,37 +139,27 @@ def test_flags_that_the_page_names_exist() -> None:
     assert named <= known
 
 
-def test_the_command_measures_prints_and_writes(
+def test_the_command_prints_and_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, again = tmp_path / "result.json", tmp_path / "again.json"
-    tiny = ["--tiny", "--num-gpus", "2", "--num-images", "5000"]
-    tiny += ["--cluster.store-latency-ms", "1"]
-    scale._main([*tiny, "--json", str(out)])
-    content = json.loads(out.read_text())
-    unit = content["costs"]["bucket_unit"]
-    files, slices = unit["num_files"], unit["num_slices"]
-    assert unit["num_requests"] == REQUESTS_PER_FILE * files + slices
+    out = tmp_path / "result.json"
+    asked = ["--num-gpus", "8", "--num-images", "14197122", "--images-per-gpu-s"]
+    scale._main([*asked, "1500", "--json", str(out)])
+    (training,) = json.loads(out.read_text())["trainings"]
+    assert training["loads"] == loads(case_of(8))
     assert "handing out blocks" in capsys.readouterr().out
-    scale._main([*tiny, "--costs", str(out), "--json", str(again)])
-    assert json.loads(again.read_text())["trainings"] == content["trainings"]
-    scale._main([*tiny, "--costs", str(out), "--json", str(again), "--block-ms", "900"])
-    assert json.loads(again.read_text())["costs"]["block_ms"] == 900
+    scale._main([*asked, "1500", "--block-ms", "900", "--json", str(out)])
+    assert json.loads(out.read_text())["costs"]["block_ms"] == 900
 
 
-def test_wrong_options_and_results_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrong", [{"num_gpus": ()}, {"num_images": (0,)}])
+def test_numbers_that_can_not_be_are_refused(wrong: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match="set --num-gpus"):
-        scale.Options(num_gpus=())
-    with pytest.raises(ValueError, match="set --num-gpus"):
-        scale.Options(num_images=(0,))
-    (tmp_path / "result.json").write_text("{}")
-    for name in ("result.json", "none.json"):
-        with pytest.raises(ValueError, match=f"{name}.*leave out --costs"):
-            scale.read_costs(tmp_path / name)
+        scale.Options(**wrong)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_blocks_are_timed_on_the_ray_that_is_there(tmp_path: Path) -> None:
-    block_ms = measure.measure_blocks(tmp_path / "set", num_workers=2, num_blocks=20)
+    block_ms = blocks.measure_blocks(tmp_path / "set", num_workers=2, num_blocks=20)
     assert block_ms > 0

@@ -8,9 +8,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from benchmarks.on_gpu.images import rows_of
 from benchmarks.on_gpu.pixels import BareDecoder, distance, settings_of
-from benchmarks.on_gpu.setting import Figures, Setting, Tasks
+from benchmarks.on_gpu.setting import Figures, Setting, Tasks, rows_of
 from pipelines.transforms.byte_checks import screen
 from pipelines.transforms.decoder import BatchDecoder
 from tests.odd_images import SIZE, bad_images, odd_images

@@ -16,8 +16,13 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
-from benchmarks.on_gpu.images import encoded_images, rows_of
-from benchmarks.on_gpu.setting import Figures, Setting, Tasks
+from benchmarks.on_gpu.setting import (
+    Figures,
+    Setting,
+    Tasks,
+    encoded_images,
+    rows_of,
+)
 from pipelines.config import Augment, Data
 from pipelines.hardware.device import CPU, current_stream, is_gpu
 from pipelines.transforms.dali import DaliDecoder

@@ -1,38 +1,45 @@
-"""Device, sizes and folders that all stages share, and their clock."""
+"""Device, sizes and images that all stages share, and their clock."""
 
 from __future__ import annotations
 
+import functools
+import io
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import pyarrow as pa
 import torch
+from PIL import Image
+from torch.utils.benchmark import Timer
 
-from benchmarks.timing import Spread, spread
+from benchmarks.photographs import cut_photographs, photographs_here
 from pipelines.hardware.device import synchronize
+from pipelines.transforms.rows import Rows
 
 T = TypeVar("T")
 Figures = Mapping[str, Any]
 Tasks = Mapping[str, Callable[[], Figures]]
 """The cases of a stage by name, each measured when its turn comes."""
 _MAX_CALLS = 10_000
+_SIZE = (1000, 750)
+_NUM_MADE_UP = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Device, sizes and folders of one run of the script."""
+    """Device, sizes and folder of one run of the script."""
 
     device: torch.device
     tiny: bool
     """Use minimal sizes and durations, to try the script itself."""
     work: Path
-    """For what later stages read: images, shards, compiled kernels."""
-    out: Path
-    """For what a person wants."""
+    """For what later stages read."""
 
     def pick(self, full: T, *, tiny: T) -> T:
         """Return `tiny` in a tiny run, else `full`."""
@@ -40,35 +47,88 @@ class Setting:
 
     @property
     def num_threads(self) -> int:
-        """Threads for decoding, and for a CPU's steps."""
+        """Threads for decoding."""
         return self.pick(len(os.sched_getaffinity(0)), tiny=1)
-
-    @property
-    def num_rounds(self) -> int:
-        """Number of rounds, whose median counts."""
-        return self.pick(3, tiny=1)
 
 
 def times_ms(
     function: Callable[[], object], *, setting: Setting, round_s: float = 0.7
-) -> Spread:
-    """Measure the milliseconds of a call in rounds of many, after two calls' warm-up.
+) -> list[float]:
+    """Measure the milliseconds of a call in three rounds of many.
 
     The device is synchronised at a round's end alone, as a training does not wait
     either. The number of calls is fixed before: a host runs so far ahead of its device
     that the clock would end a round long before the device has.
     """
-
-    def seconds(num_calls: int) -> float:
-        synchronize(setting.device)
-        start_s = time.perf_counter()
-        for _ in range(num_calls):
-            function()
-        synchronize(setting.device)
-        return time.perf_counter() - start_s
-
-    function()
+    timer = Timer(
+        "function()",
+        timer=functools.partial(_finished_s, setting.device),
+        globals={"function": function},
+        num_threads=torch.get_num_threads(),
+    )
     wanted_s = setting.pick(round_s, tiny=0.0)
-    num_calls = min(max(math.ceil(wanted_s / seconds(1)), 1), _MAX_CALLS)
-    spent_s = [seconds(num_calls) for _ in range(setting.num_rounds)]
-    return spread([1000 * of / num_calls for of in spent_s])
+    num_calls = math.ceil(wanted_s / timer.timeit(1).mean)
+    num_calls = min(max(num_calls, 1), _MAX_CALLS)
+    num_rounds = setting.pick(3, tiny=1)
+    return [1000 * timer.timeit(num_calls).mean for _ in range(num_rounds)]
+
+
+def _finished_s(device: torch.device) -> float:
+    synchronize(device)
+    return time.perf_counter()
+
+
+def encoded_images(setting: Setting) -> list[bytes]:
+    """Cut JPEGs like ImageNet's, or read those that an earlier stage cut.
+
+    Of pictures that are made up where the packages with the photographs are missing.
+    """
+    folder = setting.work / "photographs"
+    if not folder.exists():
+        partial = folder.with_name("photographs.partial")
+        sources = photographs_here() or _made_up(setting.work / "made-up")
+        num_images = setting.pick(512, tiny=8)
+        cut_photographs(partial, num_images=num_images, seed=0, sources=sources)
+        partial.rename(folder)
+    return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+
+def _made_up(folder: Path) -> list[Path]:
+    """Draw pictures with large shapes and fine grain: about a photograph's bytes."""
+    folder.mkdir(exist_ok=True)
+    rng, paths = np.random.default_rng(0), []
+    for number in range(_NUM_MADE_UP):
+        coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        shapes = Image.fromarray(coarse).resize(_SIZE, Image.Resampling.BICUBIC)
+        grain = rng.normal(0, 12, (_SIZE[1], _SIZE[0], 3))
+        pixels = np.clip(np.asarray(shapes) + grain, 0, 255).astype(np.uint8)
+        paths.append(folder / f"made_up_{number}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+def rows_of(
+    images: Sequence[bytes],
+    *,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    first: int = 0,
+) -> Rows:
+    """Build rows like a reader's.
+
+    Args:
+        sizes: (width, height) of each image; read from their headers by default.
+        first: Place of the first in its set.
+    """
+    if sizes is None:
+        sizes = [Image.open(io.BytesIO(image)).size for image in images]
+    widths, heights = np.array(sizes).reshape(-1, 2).T
+    ids = first + np.arange(len(images))
+    return Rows(
+        views=[np.frombuffer(image, np.uint8) for image in images],
+        labels=np.zeros_like(ids),
+        ids=ids,
+        repeats=np.zeros_like(ids),
+        heights=heights,
+        widths=widths,
+        keys=pa.array([f"image {number}" for number in ids]),
+    )

@@ -1,11 +1,11 @@
-"""Measure what a large run's control plane costs, and say what runs out first.
+"""Estimate what runs out first in a large run, from costs that were measured.
 
     python -m benchmarks.scale
-    python -m benchmarks.scale --costs result.json --images-per-gpu-s 2500
+    python -m benchmarks.scale --images-per-gpu-s 2500 --num-gpus 16
 
-No GPU is needed. Reading from a bucket and keeping checkpoints are the code that
-trains, timed on this machine; with RAY_ADDRESS, blocks too, on that Ray. docs/scale.md
-has the tables, and what is assumed.
+The costs are those of docs/scale.md, which has the tables, and what is assumed. A
+block's, on which most of it hangs, is measured on the Ray of RAY_ADDRESS with
+`--measure-blocks FOLDER`.
 """
 
 from __future__ import annotations
@@ -13,24 +13,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from benchmarks.machine import machine
-from benchmarks.result_file import write_result
-from benchmarks.scale import measure
-from benchmarks.scale.model import Case, Cluster, Costs, Settings, loads_of
+from benchmarks.rounds import write_result
+from benchmarks.scale.blocks import measure_blocks
+from benchmarks.scale.model import Case, Costs, Settings, loads_of
 from pipelines.cli.command import parse, run_command
 from pipelines.cli.outputs import check_file
 
 _PROG = "benchmarks.scale"
-_BLOCK_MS = 4.8  # of blocks of 68 kB, on two cores: docs/scale.md
+_RESULTS = Path(__file__).parents[1] / "results"
+RESULT = _RESULTS / "scale_epyc-2-cores_2026-11-27.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +42,9 @@ class Options(Settings):
     """What a GPU trains on: not measured here, so several."""
     block_ms: float | None = None
     """Ray's cost of a block, whatever was measured."""
-    cluster: Cluster = field(default_factory=Cluster)
-    costs: Path | None = None
-    """A result file, whose costs are taken: nothing is measured."""
-    folder: Path | None = None
+    measure_blocks: Path | None = None
+    """A new folder that all machines of the Ray see: a block is measured there."""
     json: Path | None = None
-    tiny: bool = False
-    """Measure the least, to try the command itself."""
 
     def __post_init__(self) -> None:
         asked = (self.num_gpus, self.num_images, self.images_per_gpu_s)
@@ -59,6 +53,13 @@ class Options(Settings):
                 f"expected GPUs, sets and rates, got {asked}; set --num-gpus, "
                 "--num-images or --images-per-gpu-s"
             )
+
+
+def read_costs(path: Path) -> Costs:
+    """Read the costs of a result file."""
+    found = json.loads(path.read_text())["costs"]
+    found |= found["kept"]  # a checkpoint's
+    return Costs(**{of.name: found[of.name] for of in dataclasses.fields(Costs)})
 
 
 def trainings_of(options: Options, *, costs: Costs) -> list[dict[str, Any]]:
@@ -70,8 +71,7 @@ def trainings_of(options: Options, *, costs: Costs) -> list[dict[str, Any]]:
         case = Case(
             num_gpus=num_gpus, num_images=num_images, images_per_gpu_s=rate, **same
         )
-        loads = loads_of(case, costs=costs, cluster=options.cluster)
-        trainings.append({**asdict(case), "loads": loads})
+        trainings.append({**asdict(case), "loads": loads_of(case, costs=costs)})
     return trainings
 
 
@@ -83,53 +83,21 @@ def table(trainings: Sequence[dict[str, Any]]) -> str:
     return shown.to_string(index=False, float_format="{:.2g}".format)
 
 
-def costs_of(found: Mapping[str, Any]) -> Costs:
-    """Extract the model's constants from the measurements."""
-    return Costs(**{of.name: found[of.name] for of in dataclasses.fields(Costs)})
-
-
-def read_costs(path: Path) -> dict[str, Any]:
-    """Read the costs of a result file; raise ValueError if there are none."""
-    try:
-        found = json.loads(path.read_text())["costs"]
-        found |= found.get("kept", {})  # a checkpoint's, as of 2026-11
-        costs_of(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"expected a result that python -m {_PROG} --json wrote, got {path} "
-            f"({error!r}); leave out --costs to measure"
-        ) from error
-    return found
-
-
-def measure_costs(options: Options) -> dict[str, Any]:
-    """Measure all constants; blocks only with RAY_ADDRESS."""
-    if options.folder is not None:
-        options.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder, recipe = Path(name), "demo" if options.tiny else "imagenet.so_vit_14"
-        found = measure.measure_bucket(
-            folder, latency_ms=options.cluster.store_latency_ms, tiny=options.tiny
-        )
-        found |= measure.measure_checkpoint(recipe, folder=folder)
-        found["block_ms"] = _BLOCK_MS
-        if os.environ.get("RAY_ADDRESS"):
-            found["block_ms"] = measure.measure_blocks(
-                folder / "blocks", num_workers=options.num_gpus[0]
-            )
-    return found
-
-
 def _main(arguments: Sequence[str]) -> None:
     options = parse(Options, arguments=arguments, prog=_PROG, text=__doc__)
     check_file(options.json, option="json")
-    costs = read_costs(options.costs) if options.costs else measure_costs(options)
-    costs["block_ms"] = options.block_ms or costs["block_ms"]
-    trainings = trainings_of(options, costs=costs_of(costs))
-    print("\n".join(f"{name} {value}" for name, value in costs.items()))
+    costs, block_ms = read_costs(RESULT), options.block_ms
+    if options.measure_blocks:
+        block_ms = measure_blocks(
+            options.measure_blocks, num_workers=options.num_gpus[0]
+        )
+    if block_ms:
+        costs = dataclasses.replace(costs, block_ms=block_ms)
+    trainings = trainings_of(options, costs=costs)
+    print("\n".join(f"{name} {value}" for name, value in asdict(costs).items()))
     print(table(trainings))
-    content = {"machine": machine(), "options": str(options), "costs": costs}
-    write_result(options.json, {**content, "trainings": trainings}, missing=[])
+    content = {"options": str(options), "costs": asdict(costs), "trainings": trainings}
+    write_result(options.json, content, missing=[])
 
 
 if __name__ == "__main__":

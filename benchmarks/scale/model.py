@@ -29,16 +29,6 @@ _FILES_PER_LISTING = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """A bucket as Amazon's guide to S3 describes it: an assumption."""
-
-    store_requests_per_s: float = 5500.0
-    store_latency_ms: float = 100.0
-    stream_mb_s: float = 90.0
-    """What one connection carries."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Costs:
     """The constants of the model, all measured; the last three are of a checkpoint."""
 
@@ -68,6 +58,11 @@ class Settings:
     read_ahead_mb: int = 64
     every_epochs: int = 1
     """Epochs from one evaluation to the next."""
+    store_requests_per_s: float = 5500.0
+    """As Amazon's guide to S3 describes a bucket, like the next two: assumptions."""
+    store_latency_ms: float = 100.0
+    stream_mb_s: float = 90.0
+    """What one connection carries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +127,7 @@ class Case(Settings):
         per_block = min(max(MAX_SHARE_BYTES // share_bytes, 1), num_batches)
         return self.unit_rows / (math.ceil(num_batches / per_block) * self.num_gpus)
 
-    def unit_s(self, costs: Costs, cluster: Cluster) -> float:
+    def unit_s(self, costs: Costs) -> float:
         """Compute one reader's seconds for a unit: its waits and its bytes.
 
         Files are opened in parallel; row groups are fetched by Arrow's threads, which
@@ -142,30 +137,30 @@ class Case(Settings):
         fetched_at_once = min(at_once, pa.io_thread_count())
         waits = REQUESTS_PER_FILE * self.unit_files / at_once
         waits += self.unit_slices / fetched_at_once
-        mb_s = min(cluster.stream_mb_s * fetched_at_once, costs.bucket_mb_s)
+        mb_s = min(self.stream_mb_s * fetched_at_once, costs.bucket_mb_s)
         unit_mb = self.unit_rows * self.image_kb / 1000
         reading_s = unit_mb / mb_s + unit_mb / costs.read_mb_s
-        return waits * cluster.store_latency_ms / 1000 + reading_s
+        return waits * self.store_latency_ms / 1000 + reading_s
 
 
-def loads_of(case: Case, *, costs: Costs, cluster: Cluster) -> dict[str, float]:
+def loads_of(case: Case, *, costs: Costs) -> dict[str, float]:
     """Compute each resource's load."""
     epoch_s = case.num_images / case.images_per_s
     blocks_per_s = case.images_per_s / case.images_per_block
     block_mb = case.images_per_block * case.image_kb / 1000
     ahead_mb = case.num_gpus * case.read_ahead_mb * 2**20 / _MB
-    readers_needed = case.images_per_s * case.unit_s(costs, cluster) / case.unit_rows
+    readers_needed = case.images_per_s * case.unit_s(costs) / case.unit_rows
     per_unit = REQUESTS_PER_FILE * case.unit_files + case.unit_slices
     requests_per_s = case.images_per_s * per_unit / case.unit_rows
     # As fast as training: two passes forward are less than one forward and back.
     evaluation_s = _NUM_HELD_OUT / case.images_per_s / case.every_epochs
     pause_s = costs.copy_s + HEARD_S + evaluation_s
-    transfer_s = costs.num_mb / cluster.stream_mb_s
-    delay_s = cluster.store_latency_ms / 1000
+    transfer_s = costs.num_mb / case.stream_mb_s
+    delay_s = case.store_latency_ms / 1000
     listed_s = delay_s * math.ceil(case.num_shards / _FILES_PER_LISTING)
-    slower = cluster.store_latency_ms / costs.bucket_latency_ms
+    slower = case.store_latency_ms / costs.bucket_latency_ms
     footers_s = case.num_shards * costs.bucket_footer_ms * slower / 1000
-    start_s = listed_s + footers_s + case.unit_s(costs, cluster) + transfer_s
+    start_s = listed_s + footers_s + case.unit_s(costs) + transfer_s
     return {
         "handing out blocks": blocks_per_s * costs.block_ms / 1000,
         "reading": readers_needed / case.num_readers,
@@ -173,7 +168,7 @@ def loads_of(case: Case, *, costs: Costs, cluster: Cluster) -> dict[str, float]:
         * _BLOCKS_PER_READER
         * block_mb
         / ahead_mb,
-        "requests to the store": requests_per_s / cluster.store_requests_per_s,
+        "requests to the store": requests_per_s / case.store_requests_per_s,
         "an epoch's end": pause_s / epoch_s / _PAUSE_SHARE,
         # At an epoch's end training waits for the one before.
         "writing checkpoints": (costs.write_s + transfer_s) / epoch_s,
