@@ -7,7 +7,6 @@ never committed: the photographs belong to scikit-image, scikit-learn and Matplo
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,18 +29,7 @@ PHOTOGRAPHS = (
 QUALITY = 98
 
 
-def photographs_here() -> list[Path]:
-    """List the photographs on this machine, without importing their packages."""
-    specs = [(importlib.util.find_spec(package), path) for package, path in PHOTOGRAPHS]
-    found = [
-        Path(spec.origin).parent / path for spec, path in specs if spec and spec.origin
-    ]
-    return [path for path in found if path.exists()]
-
-
-def cut_photographs(
-    folder: Path, *, num_images: int, seed: int, sources: Sequence[Path] = ()
-) -> list[Path]:
+def cut_photographs(folder: Path, *, num_images: int, seed: int) -> list[Path]:
     """Cut `num_images` JPEGs into `folder`, named SCENE-00000.jpg, scenes in turn.
 
     Each is a random window of a photograph, scaled to 500x375 give or take 15 % a
@@ -51,7 +39,6 @@ def cut_photographs(
         folder: Made where it is missing.
         num_images: How many to cut.
         seed: The same seed gives the same files with the same Pillow and NumPy.
-        sources: Images to cut them from; all photographs by default.
 
     Returns:
         The files' paths, in the order of their numbers.
@@ -61,13 +48,7 @@ def cut_photographs(
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    if not sources:
-        sources = photographs_here()
-        if len(sources) < len(PHOTOGRAPHS):  # of fewer scenes it is another set
-            raise FileNotFoundError(
-                "expected those of scikit-image, scikit-learn and Matplotlib, got "
-                "fewer; install the requirements for development"
-            )
+    sources = [_path(package, path) for package, path in PHOTOGRAPHS]
     photographs = [Image.open(path).convert("RGB") for path in sources]
     paths = []
     for number in range(num_images):
@@ -76,6 +57,17 @@ def cut_photographs(
         _cut(photographs[scene], rng=rng).save(path, quality=QUALITY)
         paths.append(path)
     return paths
+
+
+def _path(package: str, path: str) -> Path:
+    """Find a photograph without importing its package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            f"expected the photographs of {package}, got no such package; install the "
+            "requirements for development"
+        )
+    return Path(spec.origin).parent / path
 
 
 def _cut(photograph: Image.Image, *, rng: np.random.Generator) -> Image.Image:

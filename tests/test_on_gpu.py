@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks.on_gpu import __main__ as on_gpu
 from benchmarks.on_gpu import setting
-from benchmarks.on_gpu.setting import Setting, encoded_images
+from benchmarks.on_gpu.setting import Setting
 from benchmarks.rounds import write_result
 
 ROOT = Path(__file__).parents[1]
@@ -108,16 +108,6 @@ def test_the_stages_asked_for_run_and_their_failures_are_named(
     assert on_gpu.main(settings) == 1
     assert begun[2:] == list(on_gpu.STAGES)
     assert "benchmarks.on_gpu: failed: damaged of it" in capsys.readouterr().err
-
-
-def test_pictures_are_made_up_where_photographs_are_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(setting, "photographs_here", list)
-    tiny = Setting(device=CPU, tiny=True, work=tmp_path)
-    found = encoded_images(tiny)
-    assert len(found) == 8
-    assert 50_000 < np.mean([len(image) for image in found]) < 200_000
 
 
 def test_a_round_ends_though_the_host_is_far_ahead(

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.benchmark import Timer
 
-from benchmarks.photographs import cut_photographs, photographs_here
+from benchmarks.photographs import cut_photographs
 from pipelines.hardware.device import synchronize
 from pipelines.transforms.rows import Rows
 
@@ -27,8 +27,6 @@ Figures = Mapping[str, Any]
 Tasks = Mapping[str, Callable[[], Figures]]
 """The cases of a stage by name, each measured when its turn comes."""
 _MAX_CALLS = 10_000
-_SIZE = (1000, 750)
-_NUM_MADE_UP = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,32 +77,12 @@ def _finished_s(device: torch.device) -> float:
 
 
 def encoded_images(setting: Setting) -> list[bytes]:
-    """Cut JPEGs like ImageNet's, or read those that an earlier stage cut.
-
-    Of pictures that are made up where the packages with the photographs are missing.
-    """
+    """Cut JPEGs like ImageNet's, or read those that an earlier stage cut."""
     folder = setting.work / "photographs"
     if not folder.exists():
-        partial = folder.with_name("photographs.partial")
-        sources = photographs_here() or _made_up(setting.work / "made-up")
         num_images = setting.pick(512, tiny=8)
-        cut_photographs(partial, num_images=num_images, seed=0, sources=sources)
-        partial.rename(folder)
+        cut_photographs(folder, num_images=num_images, seed=0)
     return [path.read_bytes() for path in sorted(folder.iterdir())]
-
-
-def _made_up(folder: Path) -> list[Path]:
-    """Draw pictures with large shapes and fine grain: about a photograph's bytes."""
-    folder.mkdir(exist_ok=True)
-    rng, paths = np.random.default_rng(0), []
-    for number in range(_NUM_MADE_UP):
-        coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        shapes = Image.fromarray(coarse).resize(_SIZE, Image.Resampling.BICUBIC)
-        grain = rng.normal(0, 12, (_SIZE[1], _SIZE[0], 3))
-        pixels = np.clip(np.asarray(shapes) + grain, 0, 255).astype(np.uint8)
-        paths.append(folder / f"made_up_{number}.png")
-        Image.fromarray(pixels).save(paths[-1])
-    return paths
 
 
 def rows_of(

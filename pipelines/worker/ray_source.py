@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import TypeVar, cast
 
 import pyarrow as pa
@@ -117,21 +117,18 @@ def shares(iterator: DataIterator, *, data: Data) -> Iterator[pa.Table]:
 
 def begun(items: Iterator[T]) -> Iterator[T]:
     """Request the first item on a thread at once: Ray starts reading on request."""
-    first: queue.Queue[tuple[list[T], BaseException | None]] = queue.Queue()
+    first: Future[list[T]] = Future()
 
     def take() -> None:
         try:
-            first.put((list(itertools.islice(items, 1)), None))
+            first.set_result(list(itertools.islice(items, 1)))
         except BaseException as error:
-            first.put(([], error))
+            first.set_exception(error)
 
     threading.Thread(target=take, name="first share", daemon=True).start()
 
     def rest() -> Iterator[T]:
-        taken, error = first.get()
-        if error is not None:
-            raise error
-        yield from taken
+        yield from first.result()
         yield from items
 
     return rest()
