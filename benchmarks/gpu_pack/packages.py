@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -44,26 +45,8 @@ def read_present(file: Path) -> dict[str, str | None]:
                 f"expected NAME or NAME==VERSION, got {text!r} in line {number} of "
                 f"{file}; write it with `pip freeze` on the machine"
             )
-        present[normalized(found["name"])] = found["version"]
+        present[found["name"]] = found["version"]
     return present
-
-
-def normalized(name: str) -> str:
-    """Normalise a package's name as indexes do."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def split(
-    *, everything: Sequence[str], of_dali: Sequence[str], present: Mapping[str, object]
-) -> dict[str, list[str]]:
-    """Split pinned requirements into the two packs, without installed ones."""
-    dali = {_name_of(line) for line in of_dali}
-    packs: dict[str, list[str]] = {"dali": [], "rest": []}
-    for line in everything:
-        name = _name_of(line)
-        if name not in present and name not in _UNUSED:
-            packs["dali" if name in dali else "rest"].append(line)
-    return packs
 
 
 def choose(
@@ -80,20 +63,17 @@ def choose(
     )
     tests = folder / "tests.in"
     tests.write_text("\n".join(_TEST_REQUIREMENTS) + "\n")
-    everything = folder / "everything.txt"
+    resolved, of_dali = folder / "everything.txt", folder / "dali.txt"
     # uv prefers the versions in the file that it is to write.
-    shutil.copy(_ROOT / "requirements-dev.txt", everything)
+    shutil.copy(_ROOT / "requirements-dev.txt", resolved)
     project = [str(_ROOT / "pyproject.toml"), "--extra", "train", str(tests)]
-    _compile(project, python=python, constraints=known, out=everything)
+    omitted = [f"--no-emit-package={name}" for name in (*present, *_UNUSED)]
+    resolve = functools.partial(_compile, python=python, omitted=omitted)
+    everything = resolve(project, constraints=[known], out=resolved)
     dali = folder / "dali.in"
     dali.write_text(_DALI + "\n")
-    of_dali = folder / "dali.txt"
-    _compile([str(dali)], python=python, constraints=everything, out=of_dali)
-    return split(
-        everything=everything.read_text().splitlines(),
-        of_dali=of_dali.read_text().splitlines(),
-        present=present,
-    )
+    packed = resolve([str(dali)], constraints=[known, resolved], out=of_dali)
+    return {"dali": packed, "rest": [of for of in everything if of not in packed]}
 
 
 def fetch(requirements: Sequence[str], *, python: str, folder: Path) -> None:
@@ -106,11 +86,17 @@ def fetch(requirements: Sequence[str], *, python: str, folder: Path) -> None:
 
 
 def _compile(
-    sources: Sequence[str], *, python: str, constraints: Path, out: Path
-) -> None:
-    plain = ("--no-header", "--no-annotate", "--no-strip-extras")
-    files = ("-c", str(constraints), "-o", str(out))
-    _uv("compile", *plain, *files, *sources, python=python)
+    sources: Sequence[str],
+    *,
+    python: str,
+    omitted: Sequence[str],
+    constraints: Sequence[Path],
+    out: Path,
+) -> list[str]:
+    plain = ("--no-header", "--no-annotate", "--strip-extras", *omitted)
+    files = [f"--constraints={path}" for path in constraints]
+    _uv("compile", *plain, *files, "-o", str(out), *sources, python=python)
+    return out.read_text().splitlines()
 
 
 def _uv(command: str, *arguments: str, python: str) -> None:
@@ -137,7 +123,3 @@ def run_tool(name: str, arguments: Sequence[str], *, hint: str) -> None:
     )
     if done.returncode:
         raise ValueError(f"{name} failed: {' '.join(done.stderr.split())}; {hint}")
-
-
-def _name_of(requirement: str) -> str:
-    return normalized(re.split(r"[=\[ ;]", requirement, maxsplit=1)[0])
