@@ -1,4 +1,7 @@
-"""Check which damaged images are detected, and which decode to grey blocks."""
+"""Check which damaged images a bare decoder refuses, and which come out as grey blocks.
+
+What a training makes of them `pytest -m gpu` checks.
+"""
 
 from __future__ import annotations
 
@@ -8,69 +11,45 @@ import io
 import numpy as np
 from PIL import Image
 
-from benchmarks.on_gpu.pixels import BareDecoder, distance, settings_of
-from benchmarks.on_gpu.setting import Figures, Setting, Tasks, rows_of
-from pipelines.transforms.byte_checks import screen
-from pipelines.transforms.decoder import BatchDecoder
-from tests.odd_images import SIZE, bad_images, odd_images
+from benchmarks.on_gpu.pixels import BareDecoder, distance
+from benchmarks.on_gpu.setting import Figures, Setting, Tasks
+from tests.odd_images import bad_images, odd_images
 
 # Too many pixels to ask a decoder for where nothing screens them.
-_TOO_LARGE = frozenset({"bad: JPEG of 65500x65500"})
+_TOO_LARGE = "JPEG of 65500x65500"
 _ENGINES = (1.0, 0.0)
 
 
 def tasks(setting: Setting) -> Tasks:
     """Try each bad image, then each odd one that must decode."""
-    named = [
-        (f"{kind}: {name}", image)
+    decoders: dict[float, BareDecoder] = {}
+    named = {
+        f"{kind}: {name}": functools.partial(_ask, setting, image, decoders=decoders)
         for kind, images in (("bad", bad_images()), ("odd", odd_images()))
         for name, image in images.items()
-    ]
-    chosen = named[:: setting.pick(1, tiny=8)]
-    judge = Judge(setting)
-    return {
-        name: functools.partial(judge, number, name, image)
-        for number, (name, image) in enumerate(chosen)
+        if name != _TOO_LARGE
     }
+    return dict(list(named.items())[:: setting.pick(1, tiny=8)])
 
 
-class Judge:
-    """Try an image on the whole decoding path, and on bare decoders."""
-
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
-        self._bare: dict[float, BareDecoder] = {}
-
-    def __call__(self, number: int, name: str, image: bytes) -> Figures:
-        """Report whether the bytes' screen, training and bare decoders refuse it."""
-        rows = rows_of([image], sizes=[SIZE], first=number)
-        bad = self._whole(rows, 0).bad
-        found = {
-            "screen": screen(rows.views[0], height=SIZE[1], width=SIZE[0]) or "passes",
-            "training": f"left out: {bad[0].reason}" if bad else "takes it",
-        }
-        if name not in _TOO_LARGE:
-            for hardware in _ENGINES:
-                found[f"engine_{hardware:.0f}"] = self._ask(image, hardware)
-        return found
-
-    @functools.cached_property
-    def _whole(self) -> BatchDecoder:
-        # Evaluation's window is most of the image.
-        settings = settings_of(self._setting, train=False)
-        return BatchDecoder(settings, num_rows=1, device=self._setting.device)
-
-    def _ask(self, image: bytes, hardware: float) -> str:
+def _ask(
+    setting: Setting, image: bytes, *, decoders: dict[float, BareDecoder]
+) -> Figures:
+    """Report by engine whether an image is refused, or how far from Pillow's it is."""
+    found = {}
+    for hardware in _ENGINES:
         # One that refused an image is not used again.
-        decode = self._bare.pop(hardware, None) or BareDecoder(
-            self._setting, batch_size=1, hardware=hardware
+        decode = decoders.pop(hardware, None) or BareDecoder(
+            setting, batch_size=1, hardware=hardware
         )
         try:
             (pixels,) = decode.arrays([image])
+            decoders[hardware] = decode
+            said = f"passes, {_flat_share(pixels):.0%} flat, {_apart(pixels, image)}"
         except RuntimeError:
-            return "refuses it"
-        self._bare[hardware] = decode
-        return f"passes, {_flat_share(pixels):.0%} flat, {_apart(pixels, image)}"
+            said = "refuses it"
+        found[f"engine_{hardware:.0f}"] = said
+    return found
 
 
 def _flat_share(pixels: np.ndarray) -> float:

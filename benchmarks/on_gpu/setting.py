@@ -85,22 +85,11 @@ def encoded_images(setting: Setting) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
-def rows_of(
-    images: Sequence[bytes],
-    *,
-    sizes: Sequence[tuple[int, int]] | None = None,
-    first: int = 0,
-) -> Rows:
-    """Build rows like a reader's.
-
-    Args:
-        sizes: (width, height) of each image; read from their headers by default.
-        first: Place of the first in its set.
-    """
-    if sizes is None:
-        sizes = [Image.open(io.BytesIO(image)).size for image in images]
-    widths, heights = np.array(sizes).reshape(-1, 2).T
-    ids = first + np.arange(len(images))
+def rows_of(images: Sequence[bytes]) -> Rows:
+    """Build rows like a reader's."""
+    sizes = [Image.open(io.BytesIO(image)).size for image in images]
+    widths, heights = np.array(sizes).T
+    ids = np.arange(len(images))
     return Rows(
         views=[np.frombuffer(image, np.uint8) for image in images],
         labels=np.zeros_like(ids),
