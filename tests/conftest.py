@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.ray)
         if item.path in fast:
             item.add_marker(pytest.mark.fast)
+
+
+def pytest_runtest_setup() -> None:
+    """Compute on one thread, whatever a command of an earlier test has set.
+
+    Threads that wait for each other spin: on a busy machine a test takes ten times the
+    CPU seconds.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
