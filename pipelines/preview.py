@@ -24,15 +24,13 @@ from pipelines.cli.command import parse, run_command
 from pipelines.cli.outputs import check_plot
 from pipelines.config import Run
 from pipelines.config.recipes import load_recipe
-from pipelines.data.loader import LocalOpener, Plans, pixel_settings, reading_of
+from pipelines.data.loader import LocalOpener, Plans, reading_of
 from pipelines.data.shard_set import read_shard_set
 from pipelines.driver.preflight import with_absolute_paths, with_shards
 from pipelines.evaluation.held_out import with_labels
 from pipelines.hardware.device import find_device
-from pipelines.transforms.color_ops import Op
 from pipelines.transforms.decoder import BatchDecoder
 from pipelines.transforms.rows import Rows, rows_of
-from pipelines.transforms.sampling import PixelSettings, draw
 
 _PROG = "pipelines.preview"
 _INCHES_PER_IMAGE = 2.0
@@ -71,9 +69,9 @@ class _Viewer:
 
     def __init__(self, run: Run, rows: Rows, *, train: bool) -> None:
         self._run, self._rows = run, rows
-        self._settings = pixel_settings(run, train=train)
-        device = find_device("auto")
-        self._decode = BatchDecoder(self._settings, num_rows=len(rows), device=device)
+        self._decode = BatchDecoder(
+            run.pixels(train=train), num_rows=len(rows), device=find_device("auto")
+        )
 
     def __call__(self, epoch: int) -> tuple[np.ndarray, list[str]]:
         """Return float images (n, H, W, 3) from 0 to 1, and the operations on each."""
@@ -84,27 +82,13 @@ class _Viewer:
                 f"{found.bad[0].reason}; set another --seed"
             )
         images = _denormalized(found.images, run=self._run)
-        return images, _texts(self._rows, settings=self._settings, epoch=epoch)
+        return images, self._decode.describe(self._rows, epoch)
 
 
 def _denormalized(images: Tensor, *, run: Run) -> np.ndarray:
     mean, std = (torch.tensor(value) for value in (run.data.mean, run.data.std))
     pixels = images.cpu().permute(0, 2, 3, 1) * std + mean
     return pixels.clamp(0, 1).numpy()
-
-
-def _texts(rows: Rows, *, settings: PixelSettings, epoch: int) -> list[str]:
-    ops = draw(rows, settings=settings, epoch=epoch).ops
-    if ops is None:
-        return [""] * len(rows)
-    return [
-        "\n".join(
-            f"{Op(op).name.lower()} {arg:.2g}" if arg else Op(op).name.lower()
-            for op, arg in zip(ids, args, strict=True)
-            if op
-        )
-        for ids, args in zip(ops.ids.tolist(), ops.args.tolist(), strict=True)
-    ]
 
 
 def _draw(

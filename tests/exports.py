@@ -19,7 +19,7 @@ from pipelines.config import Data, Model, Run
 from pipelines.data.batch import Position
 from pipelines.export.command import Options, export_checkpoint
 from pipelines.training.model import build_model
-from pipelines.transforms.eval_transform import decode_eval
+from pipelines.transforms.decoder import decode_eval
 from tests.small_runs import OPTIM
 
 ROOT = Path(__file__).parents[1]

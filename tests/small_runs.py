@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import sovit
 from pipelines.config import Augment, Data, Model, Optim, Run, Scale
 from pipelines.data.batch import Batch, Position
-from pipelines.data.loader import Loader, Plans, pixel_settings
+from pipelines.data.loader import Loader, Plans
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.evaluation.measure import validate
 from pipelines.training.freezing import freeze
@@ -85,7 +85,7 @@ def supply_of(
         shards,
         num_workers=num_workers,
         worker=worker,
-        decode=pixel_settings(run, train=train) if decodes else None,
+        decode=run.pixels(train=train) if decodes else None,
     )
     supply = Loader(
         shards,

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipelines.config import PixelSettings
 from pipelines.data.epoch_plan import Unit
 from pipelines.data.reading import Reading, share_tables
 from pipelines.data.shard_set import CLASSES_FILE, SCHEMA, ShardSet
-from pipelines.transforms.sampling import PixelSettings
 
 
 @functools.cache

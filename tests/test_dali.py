@@ -15,13 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.photographs import cut_photographs
-from pipelines.config import Augment, Data, Interpolation
+from pipelines.config import Augment, Data, Interpolation, PixelSettings
 from pipelines.transforms.cpu import HostDecoder
 from pipelines.transforms.crops import center_crop, random_resized_crop
-from pipelines.transforms.decoder import make_decoder
-from pipelines.transforms.eval_transform import decode_eval
-from pipelines.transforms.pillow_decode import PillowWindows
-from pipelines.transforms.sampling import Draws, PixelSettings
+from pipelines.transforms.decoder import decode_eval, make_decoder
+from pipelines.transforms.pillow_decode import pillow_windows
+from pipelines.transforms.sampling import Draws
 from tests.small_sets import jpeg
 
 HAS_DALI = (
@@ -282,7 +281,7 @@ def test_normalisation_is_by_the_settings() -> None:
 
 
 def test_decode_eval_is_the_evaluation_of_the_run(photographs: list[bytes]) -> None:
-    decode = HostDecoder(PillowWindows(), img_size=64, fill=(0, 0, 0), num_threads=1)
+    decode = HostDecoder(pillow_windows, img_size=64, fill=(0, 0, 0), num_threads=1)
     views = [np.frombuffer(data, np.uint8) for data in photographs]
     pixels = decode(views, draws_for(photographs, train=False, img_size=64))
     mean, std = (torch.tensor(value) for value in (DATA.mean, DATA.std))

@@ -29,7 +29,7 @@ import nvidia.dali.fn as fn
 from nvidia.dali.pipeline import Pipeline
 
 from pipelines.transforms import dali
-from pipelines.transforms.dali import DaliDecoder, define_pixels
+from pipelines.transforms.dali import DaliDecoder, DaliWindows, define_pixels
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SETTINGS = settings_of("dali", augment=Augment(auto_augment="rand-m9-n1"))
@@ -134,6 +134,17 @@ def test_a_bad_image_costs_that_image_of_its_own_batch(
         assert one.pixels is not None
         assert other.pixels is not None
         assert torch.equal(one.pixels, other.pixels)
+
+
+def test_windows_come_of_a_new_pipeline_after_an_error() -> None:
+    windows = DaliWindows(batch_size=NUM_ROWS, num_threads=1)
+    rows, draws = batch_of(0, bad=(1,))
+    before = windows._pipeline
+    with pytest.raises(RuntimeError):
+        windows(rows.views, draws.geometry)
+    assert windows._pipeline is not before
+    rows, draws = batch_of(1)
+    assert len(windows(rows.views, draws.geometry)) == NUM_ROWS
 
 
 def test_what_dali_does_not_even_take_is_the_batchs_own_error() -> None:

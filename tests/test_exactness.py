@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pipelines.config import Augment, Data, Model, Optim, Run
 from pipelines.data import loader as loading
 from pipelines.data.batch import Batch, Position
-from pipelines.data.batching import Shape, batches
+from pipelines.data.batching import batches
 from pipelines.data.epoch_plan import GroupTable, Unit
 from pipelines.data.loader import EpochStream, Plans
 from pipelines.data.reading import Cutter
@@ -191,12 +191,17 @@ def batches_of(
         start=start,
         num_epochs=run.optim.total_epochs,
     )
-    shape = Shape(
-        share_rows=-(-run.data.batch_size // num_workers),
-        num_micro=run.optim.num_accumulation,
-    )
-    decode = ShowRows(num_rows=shape.micro_rows, history=history)
-    for batch in batches(stream.tables(), shape=shape, decode=decode, device=CPU):
+    share_rows = -(-run.data.batch_size // num_workers)
+    num_micro = run.optim.num_accumulation
+    decode = ShowRows(num_rows=-(-share_rows // num_micro), history=history)
+    for batch in batches(
+        stream.tables(),
+        num_micro=num_micro,
+        micro_rows=decode.num_rows,
+        decode=decode.start,
+        num_ahead=decode.num_ahead,
+        device=CPU,
+    ):
         stream.reached(batch.epoch, batch.index)
         yield batch
 

@@ -15,15 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.config import Augment, Data
+from pipelines.config import Augment, Data, PixelSettings
 from pipelines.data.balance import Balance
 from pipelines.data.batch import Batch
-from pipelines.data.batching import Shape, batches
+from pipelines.data.batching import batches
 from pipelines.data.epoch_plan import EpochPlan, plan_epoch
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.transforms.decoder import BatchDecoder, Decoded
 from pipelines.transforms.rows import Rows, rows_of
-from pipelines.transforms.sampling import PixelSettings
 from tests.small_sets import uneven_labels, worker_tables, write_set
 
 CPU = torch.device("cpu")
@@ -48,7 +47,6 @@ class ShowIds:
     """Decode each row to its id, so that batches can be told apart; no id is -1."""
 
     num_rows: int
-    num_ahead: int = 0
     last: int = -1
 
     def start(self, rows: Rows, epoch: int) -> Callable[[], Decoded]:
@@ -75,7 +73,7 @@ def fed(
     num_ahead: int = 0,
 ) -> list[list[Batch]]:
     """Give every worker's batches of an epoch."""
-    shape = Shape(share_rows=math.ceil(BATCH_SIZE / num_workers), num_micro=num_micro)
+    micro_rows = math.ceil(math.ceil(BATCH_SIZE / num_workers) / num_micro)
     units = list(plan_of(shards).units(start_batch=start_batch))
     return [
         list(
@@ -83,8 +81,10 @@ def fed(
                 worker_tables(
                     units, shards=shards, num_workers=num_workers, worker=worker
                 ),
-                shape=shape,
-                decode=ShowIds(shape.micro_rows, num_ahead),
+                num_micro=num_micro,
+                micro_rows=micro_rows,
+                decode=ShowIds(micro_rows).start,
+                num_ahead=num_ahead,
                 device=CPU,
             )
         )
@@ -248,9 +248,14 @@ def test_tables_are_let_go_of_when_they_are_fed(
             alive.append(pa.total_allocated_bytes())
             yield table
 
-    shape = Shape(share_rows=12)
-    decode = ShowIds(12, num_ahead)
-    for _ in batches(counted(), shape=shape, decode=decode, device=CPU):
+    for _ in batches(
+        counted(),
+        num_micro=1,
+        micro_rows=12,
+        decode=ShowIds(12).start,
+        num_ahead=num_ahead,
+        device=CPU,
+    ):
         pass
     assert len(alive) == 16
     assert max(alive) < 1.5 * max(alive[:4])

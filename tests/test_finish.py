@@ -55,7 +55,7 @@ def test_a_gpus_images_are_the_cpus_and_bfloat16_is_these_rounded(
         monkeypatch.setattr(normalize, "is_gpu", lambda device, on_gpu=on_gpu: on_gpu)
         for dtype in (torch.float32, BFLOAT16):
             finisher = Finisher(settings, device=CPU, num_threads=1, dtype=dtype)
-            images = found[on_gpu, dtype] = finisher(pixels, draws).clone()
+            images = found[on_gpu, dtype] = finisher(pixels, boxes=draws.boxes).clone()
             assert images.dtype == dtype
             assert images.is_contiguous(memory_format=torch.channels_last)
     wanted = found[False, torch.float32]

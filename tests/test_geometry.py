@@ -19,7 +19,7 @@ from torchvision.transforms import functional as tv
 from benchmarks.photographs import cut_photographs
 from pipelines.config import Data
 from pipelines.transforms.crops import Geometry, center_crop, random_resized_crop
-from pipelines.transforms.eval_transform import decode_eval
+from pipelines.transforms.decoder import decode_eval
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 NUM_DRAWS = 20_000

@@ -14,21 +14,27 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pipelines.config import Exif
-from pipelines.data.reader_decode import ReaderDecoder
+from pipelines.config import Exif, PixelSettings
 from pipelines.export.images import Encoded, decode
 from pipelines.shards.images import check_image
-from pipelines.transforms.byte_checks import screen
 from pipelines.transforms.cpu import HostDecoder
 from pipelines.transforms.crops import Geometry, center_crop
-from pipelines.transforms.decoder import BatchDecoder, make_decoder
-from pipelines.transforms.eval_transform import decode_eval
-from pipelines.transforms.fault_isolation import SafeDecoder
+from pipelines.transforms.decoder import (
+    BatchDecoder,
+    ReaderDecoder,
+    decode_eval,
+    make_decoder,
+)
+from pipelines.transforms.fault_isolation import SafeDecoder, screen
 from pipelines.transforms.headers import BadImageError, read_header
-from pipelines.transforms.orientation import orientation_of
-from pipelines.transforms.pillow_decode import PillowWindows, decode_image, stored_size
+from pipelines.transforms.pillow_decode import (
+    decode_image,
+    orientation_of,
+    pillow_windows,
+    stored_size,
+)
 from pipelines.transforms.rows import Rows, nested
-from pipelines.transforms.sampling import Draws, PixelSettings, draw
+from pipelines.transforms.sampling import Draws, draw
 from tests.image_kinds import (
     HEIGHT,
     WIDTH,
@@ -94,7 +100,7 @@ def test_dalis_windows_are_the_judges_bit_for_bit() -> None:
     part = dataclasses.replace(
         geometry, start=geometry.start + shift, window=geometry.window - narrower
     )
-    decodes = DaliWindows(batch_size=len(views), num_threads=2), PillowWindows()
+    decodes = DaliWindows(batch_size=len(views), num_threads=2), pillow_windows
     for cut in (geometry, part):
         pairs = zip(*(decode(views, cut) for decode in decodes), strict=True)
         for name, (found, wanted) in zip(DECODED, pairs, strict=True):
@@ -303,7 +309,7 @@ def test_a_thread_of_pixels_costs_no_memory(size: tuple[int, int]) -> None:
         **given,
     )
     assert geometry.resized.prod() < 1 << 21
-    decoded = HostDecoder(PillowWindows(), img_size=224, fill=(0, 0, 0), num_threads=1)
+    decoded = HostDecoder(pillow_windows, img_size=224, fill=(0, 0, 0), num_threads=1)
     draws = Draws(geometry=geometry, ops=None, boxes=None)
     found = decoded([np.frombuffer(encode(pixels, "PNG"), np.uint8)], draws)[0]
     # What lies 112 pixels of the crop around the middle, of 256 a short side.

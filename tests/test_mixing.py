@@ -13,7 +13,7 @@ from timm.loss import SoftTargetCrossEntropy  # pyright: ignore
 
 from pipelines.config import Optim
 from pipelines.training.metrics import smooth_targets, soft_cross_entropy
-from pipelines.training.mixup import Draw, draw_mix, mix
+from pipelines.training.mixup import draw_mix, mix
 
 OPTIM = Optim(lr=1e-3, num_epochs=5)
 BOTH = dataclasses.replace(OPTIM, mixup=0.8, cutmix=1.0)
@@ -45,7 +45,7 @@ def test_mixing_is_timms(
     wanted_targets = mixup_target(LABELS, NUM_CLASSES, share, 0.1)
     targets = smooth_targets(LABELS, num_classes=NUM_CLASSES, smoothing=0.1)
     before = images()
-    mixed, mixed_targets = mix(before, targets, draw=Draw(lam=lam, box=center))
+    mixed, mixed_targets = mix(before, targets, draw=(lam, center))
     assert torch.equal(before, images())
     torch.testing.assert_close(mixed, wanted, rtol=0, atol=1e-6)
     torch.testing.assert_close(mixed_targets, wanted_targets, rtol=0, atol=1e-6)
@@ -83,17 +83,17 @@ def test_draws_follow_the_settings(mixup: float, cutmix: float) -> None:
     optim = dataclasses.replace(OPTIM, mixup=mixup, cutmix=cutmix, mix_switch=0.3)
     draws = [draw for key in range(num) if (draw := draw_mix(optim, key=key))]
     assert len(draws) == num
-    share = sum(draw.box is not None for draw in draws) / num
+    share = sum(box is not None for _, box in draws) / num
     wanted = 0.3 if mixup and cutmix else float(cutmix > 0)
     assert abs(share - wanted) <= 4 * (wanted * (1 - wanted) / num) ** 0.5
     for kind, alpha in ((False, mixup), (True, cutmix)):
-        lams = np.array([d.lam for d in draws if (d.box is not None) == kind])
+        lams = np.array([lam for lam, box in draws if (box is not None) == kind])
         if len(lams):
             # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)).
             variance = 1 / (4 * (2 * alpha + 1))
             assert abs(lams.mean() - 0.5) < 4 * (variance / len(lams)) ** 0.5
             assert lams.var() == pytest.approx(variance, rel=0.15)
-    boxes = np.array([draw.box for draw in draws if draw.box is not None])
+    boxes = np.array([box for _, box in draws if box is not None])
     if len(boxes):
         assert boxes.min() >= 0
         assert boxes.max() < 1

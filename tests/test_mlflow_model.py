@@ -30,7 +30,7 @@ from pipelines.config import Data, Model, Optim, Run
 from pipelines.data.batch import Position
 from pipelines.tracking.model import NUM_TOP, requirements, write_model
 from pipelines.training.model import build_model
-from pipelines.transforms.eval_transform import decode_eval
+from pipelines.transforms.decoder import decode_eval
 
 CLASSES = tuple("abcdefg")
 # The model's own copy of the code must do: nothing of this checkout may be found.

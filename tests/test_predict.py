@@ -21,7 +21,7 @@ from pipelines.export.command import Options, export_checkpoint
 from pipelines.export.images import Encoded, read_images
 from pipelines.predict import _main, load_subject, predict
 from pipelines.training.model import build_model
-from pipelines.transforms.eval_transform import decode_eval
+from pipelines.transforms.decoder import decode_eval
 from tests.image_kinds import encode
 from tests.small_runs import OPTIM
 from tests.small_sets import jpeg, write_set

@@ -22,7 +22,7 @@ from pipelines.storage.path import StoragePath
 from pipelines.tracking import registry
 from pipelines.tracking.registry import BEST, register_model, registered_name
 from pipelines.training.model import build_model
-from pipelines.transforms.eval_transform import decode_eval
+from pipelines.transforms.decoder import decode_eval
 from pipelines.worker.job import Job, Trained
 from tests.small_runs import SO_VIT, small_run
 from tests.small_sets import jpeg, write_set

@@ -16,11 +16,10 @@ from torchvision.models import AlexNet_Weights
 
 from pipelines import evaluate
 from pipelines.checkpoints.snapshot import save_checkpoint
-from pipelines.config import Augment, Data, Model, Run
+from pipelines.config import Augment, Data, Model, PixelSettings, Run
 from pipelines.data.batch import Position
 from pipelines.evaluate import Options, evaluate_checkpoint
 from pipelines.robustness.corruptions import CORRUPTIONS, Corruption, corrupt
-from pipelines.robustness.levels import Levels
 from pipelines.robustness.options import Robustness
 from pipelines.robustness.perturbations import NOISES, Perturbation, frames
 from pipelines.robustness.scores import (
@@ -30,8 +29,8 @@ from pipelines.robustness.scores import (
     flip_scores,
 )
 from pipelines.training.model import build_model
-from pipelines.transforms.eval_transform import decode_eval
-from pipelines.transforms.sampling import PixelSettings
+from pipelines.transforms.decoder import decode_eval
+from pipelines.transforms.normalize import Levels
 from tests.small_runs import small_run
 from tests.small_sets import jpeg, write_set
 

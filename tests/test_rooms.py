@@ -46,7 +46,7 @@ RANKS = {
 FACES = {"sovit": 2, "recipes.__main__": 12}
 MOST_FLAT, MOST_ROOMS, MOST_DOORS = 8, 28, 5
 # Rooms that have more doors than that, and may not get another.
-DOORS = {"pipelines.transforms": 12, "sovit": 12}
+DOORS = {"sovit": 12}
 
 
 def module_of(path: Path) -> str:

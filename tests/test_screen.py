@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.transforms.byte_checks import screen
+from pipelines.transforms.fault_isolation import screen
 from tests.odd_images import GOOD, SIZE, bad_images, odd_images
 
 # These look whole: the decoder has to find them.

@@ -30,7 +30,7 @@ from pipelines.shards.images import BadImageError, check_image
 from pipelines.shards.making import in_process
 from pipelines.shards.sources import list_source
 from pipelines.shards.state import RECORDS_FILE
-from pipelines.transforms.eval_transform import decode_eval
+from pipelines.transforms.decoder import decode_eval
 from pipelines.transforms.pillow_decode import is_whole, stored_size
 from tests.bucket_sets import write_images
 from tests.small_sets import jpeg, reading_of

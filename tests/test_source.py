@@ -10,10 +10,9 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pytest
 
-from pipelines.config import Augment, Data
+from pipelines.config import Augment, Data, PixelSettings
 from pipelines.data.epoch_plan import Unit, plan_epoch
 from pipelines.data.shard_set import ShardSet, read_shard_set
-from pipelines.transforms.sampling import PixelSettings
 from pipelines.worker.ray_source import begun, shares, split_units
 from tests.small_sets import reading_of, worker_tables, write_set
 

@@ -23,11 +23,11 @@ from benchmarks.on_gpu.setting import (
     encoded_images,
     rows_of,
 )
-from pipelines.config import Augment, Data
+from pipelines.config import Augment, Data, PixelSettings
 from pipelines.hardware.device import CPU, current_stream, is_gpu
 from pipelines.transforms.dali import DaliDecoder
 from pipelines.transforms.decoder import make_decoder
-from pipelines.transforms.sampling import PixelSettings, draw
+from pipelines.transforms.sampling import draw
 
 POLICY = "rand-m9-mstd0.5-inc1"
 # Of DALI's default share of the hardware's, none and all.

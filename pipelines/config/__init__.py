@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Data,
         Exif,
         Interpolation,
+        PixelSettings,
     )
     from pipelines.config.evaluation import Validation, named_addresses
     from pipelines.config.facts import Facts
@@ -50,6 +51,7 @@ _MODULES = {
         "IMAGENET_MEAN",
         "IMAGENET_STD",
         "Interpolation",
+        "PixelSettings",
     ),
     "evaluation": ("Validation", "named_addresses"),
     "facts": ("Facts",),
@@ -75,6 +77,7 @@ __all__ = [
     "Interpolation",
     "Model",
     "Optim",
+    "PixelSettings",
     "Probe",
     "RandAugment",
     "Run",

@@ -151,3 +151,30 @@ class Data:
                 "a Ray node label, name=value",
             ),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSettings:
+    """Settings that decide a sample's pixels."""
+
+    data: Data
+    augment: Augment
+    img_size: int
+    seed: int
+    train: bool
+
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """Fill colour where an operation moved the image away."""
+        red, green, blue = (min(round(255 * value), 255) for value in self.data.mean)
+        return red, green, blue
+
+    @property
+    def num_ops(self) -> int:
+        """Number of operations that an image may go through one after another."""
+        policy = self.augment.rand_augment
+        if not self.train:
+            return 0
+        if policy is not None:
+            return policy.num_layers
+        return 3 if self.augment.color_jitter else 0

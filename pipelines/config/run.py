@@ -13,6 +13,7 @@ from pipelines.config.data import (
     Augment,
     Data,
     Interpolation,
+    PixelSettings,
 )
 from pipelines.config.evaluation import Validation
 from pipelines.config.optim import Optim, Schedule
@@ -285,6 +286,16 @@ class Run:
         """Number of images of one forward pass of one worker."""
         share = math.ceil(self.data.batch_size / self.scale.world_size)
         return math.ceil(share / self.optim.num_accumulation)
+
+    def pixels(self, *, train: bool) -> PixelSettings:
+        """Extract what decides the pixels of a split."""
+        return PixelSettings(
+            data=self.data,
+            augment=self.augment,
+            img_size=self.model.img_size,
+            seed=self.seed,
+            train=train,
+        )
 
     def num_micro(self, num_workers: int) -> int:
         """Count a step's micro-batches on so many workers.

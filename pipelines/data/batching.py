@@ -8,10 +8,8 @@ the same shape: what is missing at an epoch's end is filled with rows of weight 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -25,47 +23,32 @@ from pipelines.transforms.rows import Rows, rows_of
 _CELLS = ("epoch", "first_batch", "share_rows", "batch_rows", "ends_epoch")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Shape of a worker's share of a global batch."""
-
-    share_rows: int
-    """Maximum rows of a share: the batch over the workers, rounded up."""
-    num_micro: int = 1
-
-    @property
-    def micro_rows(self) -> int:
-        """Number of rows of every micro-batch."""
-        return math.ceil(self.share_rows / self.num_micro)
-
-
-class RowsDecoder(Protocol):
-    """Protocol for decoders of an epoch's rows, all batches of one shape."""
-
-    @property
-    def num_ahead(self) -> int:
-        """Batches worth starting before the first one is asked for."""
-        ...
-
-    def start(self, rows: Rows, epoch: int) -> Callable[[], Decoded]:
-        """Start decoding; return a function that waits for the images."""
-        ...
-
-
 def batches(
     tables: Iterable[pa.Table],
     *,
-    shape: Shape,
-    decode: RowsDecoder,
+    num_micro: int,
+    micro_rows: int,
+    decode: Callable[[Rows, int], Callable[[], Decoded]],
+    num_ahead: int = 0,
     device: torch.device,
 ) -> Iterator[Batch]:
     """Decode share tables into micro-batches of one shape.
 
     Args:
-        decode: makes `shape.micro_rows` images of at most as many rows of an epoch.
+        num_micro: Micro-batches of a worker's share of a global batch.
+        micro_rows: Rows of each.
+        decode: Starts decoding at most that many rows of an epoch; what it returns
+            waits for the images, `micro_rows` of them.
+        num_ahead: Batches worth starting before the first one is asked for.
     """
-    started = _started(tables, shape=shape, decode=decode)
-    for decoded, place in taken_ahead(started, num_ahead=decode.num_ahead):
+    started = (
+        (decode(rows, place["epoch"]), place)
+        for table in tables
+        for rows, place in _micro_batches(
+            table, num_micro=num_micro, micro_rows=micro_rows
+        )
+    )
+    for decoded, place in taken_ahead(started, num_ahead=num_ahead):
         found = decoded()
         yield Batch(
             images=found.images,
@@ -77,24 +60,16 @@ def batches(
         )
 
 
-def _started(
-    tables: Iterable[pa.Table], *, shape: Shape, decode: RowsDecoder
-) -> Iterator[tuple[Callable[[], Decoded], dict[str, Any]]]:
-    for table in tables:
-        cells: dict[str, Any] = {name: table[name][0].as_py() for name in _CELLS}
-        for rows, place in _micro_batches(rows_of(table), shape=shape, cells=cells):
-            yield decode.start(rows, cells["epoch"]), place
-
-
 def _micro_batches(
-    rows: Rows, *, shape: Shape, cells: dict[str, Any]
+    table: pa.Table, *, num_micro: int, micro_rows: int
 ) -> Iterator[tuple[Rows, dict[str, Any]]]:
-    """Cut a share table's rows, each with its position in the epoch."""
-    first = 0
+    """Cut a share table into rows, each with their position in the epoch."""
+    rows, first = rows_of(table), 0
+    cells: dict[str, Any] = {name: table[name][0].as_py() for name in _CELLS}
     for at, num_rows in enumerate(cells["share_rows"]):
-        for micro in range(shape.num_micro):
-            start = min(micro * shape.micro_rows, num_rows)
-            stop = min(start + shape.micro_rows, num_rows)
+        for micro in range(num_micro):
+            start = min(micro * micro_rows, num_rows)
+            stop = min(start + micro_rows, num_rows)
             yield (
                 rows.cut(first + start, first + stop),
                 {
@@ -102,7 +77,7 @@ def _micro_batches(
                     "index": cells["first_batch"] + at,
                     "micro": micro,
                     "global_rows": cells["batch_rows"][at],
-                    "ends_step": micro == shape.num_micro - 1,
+                    "ends_step": micro == num_micro - 1,
                     "ends_epoch": cells["ends_epoch"]
                     and at == len(cells["share_rows"]) - 1,
                 },

@@ -21,7 +21,7 @@ import torch
 from pipelines.config import Run
 from pipelines.data.balance import Balance
 from pipelines.data.batch import Batch, Position
-from pipelines.data.batching import Shape, batches
+from pipelines.data.batching import batches
 from pipelines.data.epoch_plan import (
     EpochPlan,
     EpochShape,
@@ -35,7 +35,6 @@ from pipelines.data.shard_set import ShardSet
 from pipelines.hardware.device import autocast_dtype, is_gpu
 from pipelines.transforms.decoder import BatchDecoder
 from pipelines.transforms.rows import BadImage
-from pipelines.transforms.sampling import PixelSettings
 
 # A thousand read tasks are a few megabytes in memory.
 _UNITS_PER_SEGMENT = 1000
@@ -45,15 +44,8 @@ _OPEN_AT_SHARE = 0.9
 OnBad = Callable[[tuple[BadImage, ...]], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class EpochUnits:
-    """Consecutive units of one epoch."""
-
-    epoch: int
-    places: range
-
-
-Segment = tuple[EpochUnits, ...]
+Segment = tuple[tuple[int, range], ...]
+"""Epochs, and the places of consecutive units in each."""
 
 
 class ShardOpener(Protocol):
@@ -148,14 +140,14 @@ def cut_segments(
     Args:
         shape: Counts an epoch.
     """
-    parts: list[EpochUnits] = []
+    parts: list[tuple[int, range]] = []
     room = num_units
     for epoch in range(start.epoch, num_epochs):
         counts = shape(epoch)
         first = start.batch // counts.batches_per_unit if epoch == start.epoch else 0
         while first < counts.num_units:
             stop = min(first + room, counts.num_units)
-            parts.append(EpochUnits(epoch=epoch, places=range(first, stop)))
+            parts.append((epoch, range(first, stop)))
             room -= stop - first
             first = stop
             if not room:
@@ -224,41 +216,30 @@ class EpochStream:
 
     def _planned_units(self, segment: Segment) -> list[Unit]:
         """Plan a segment: seconds for a thousand units of many slices."""
-        return [unit for part in segment for unit in self._units(part)]
+        return [unit for part in segment for unit in self._units(*part)]
 
-    def _units(self, part: EpochUnits) -> Iterator[Unit]:
+    def _units(self, epoch: int, places: range) -> Iterator[Unit]:
         # A segment may end within an epoch, whose plan then serves the next one too.
-        if self._planned is None or self._planned.shape.epoch != part.epoch:
+        if self._planned is None or self._planned.shape.epoch != epoch:
             self._planned = None  # a large plan's memory goes first
-            self._planned = self._plans.plan(part.epoch)
-        start = self._start.batch if part.epoch == self._start.epoch else 0
-        return self._planned.units(start_batch=start, places=part.places)
+            self._planned = self._plans.plan(epoch)
+        start = self._start.batch if epoch == self._start.epoch else 0
+        return self._planned.units(start_batch=start, places=places)
 
     def _late_batch(self, segment: Segment) -> tuple[int, int]:
         """Return the first batch of a segment's last tenth."""
-        num_units = sum(len(part.places) for part in segment)
+        num_units = sum(len(places) for _, places in segment)
         skip = int(num_units * _OPEN_AT_SHARE)
-        for part in segment:
-            if skip < len(part.places):
-                per_unit = self._plans.shape(part.epoch).batches_per_unit
-                return part.epoch, part.places[skip] * per_unit
-            skip -= len(part.places)
+        for epoch, places in segment:
+            if skip < len(places):
+                per_unit = self._plans.shape(epoch).batches_per_unit
+                return epoch, places[skip] * per_unit
+            skip -= len(places)
         raise AssertionError("a segment holds its last tenth")
 
 
 def ignore_bad(bad: tuple[BadImage, ...]) -> None:
     """Ignore bad images; they are counted all the same."""
-
-
-def pixel_settings(run: Run, *, train: bool) -> PixelSettings:
-    """Extract from a run what decides the pixels of a split."""
-    return PixelSettings(
-        data=run.data,
-        augment=run.augment,
-        img_size=run.model.img_size,
-        seed=run.seed,
-        train=train,
-    )
 
 
 def image_dtype(run: Run, *, train: bool, device: torch.device) -> torch.dtype:
@@ -284,7 +265,7 @@ def reading_of(
         address=shards.address,
         num_classes=len(shards.classes),
         num_workers=num_workers,
-        decode=pixel_settings(run, train=train) if decodes else None,
+        decode=run.pixels(train=train) if decodes else None,
     )
 
 
@@ -332,19 +313,23 @@ class Loader:
         """Start to read and decode ahead."""
         run, data = self._run, self._run.data
         batch_size = data.batch_size if self._train else data.eval_batch_size
-        shape = Shape(
-            share_rows=-(-batch_size // self._world_size),
-            num_micro=run.num_micro(self._world_size) if self._train else 1,
-        )
+        num_micro = run.num_micro(self._world_size) if self._train else 1
+        share_rows = -(-batch_size // self._world_size)
+        micro_rows = -(-share_rows // num_micro)
         decode = BatchDecoder(
-            pixel_settings(run, train=self._train),
-            num_rows=shape.micro_rows,
+            run.pixels(train=self._train),
+            num_rows=micro_rows,
             device=self._device,
             dtype=image_dtype(run, train=self._train, device=self._device),
             on_bad=self._on_bad,
         )
         items = batches(
-            self._stream.tables(), shape=shape, decode=decode, device=self._device
+            self._stream.tables(),
+            num_micro=num_micro,
+            micro_rows=micro_rows,
+            decode=decode.start,
+            num_ahead=decode.num_ahead,
+            device=self._device,
         )
         self._prefetcher = Prefetcher(
             items, num_items=data.num_prefetch_batches, device=self._device

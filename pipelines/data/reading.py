@@ -30,7 +30,7 @@ from pipelines.storage.retry import is_remote, retrying
 from pipelines.transforms.rows import REPEAT, ROW_ID, image_views, nested
 
 if TYPE_CHECKING:  # read tasks start without torch
-    from pipelines.transforms.sampling import PixelSettings
+    from pipelines.config import PixelSettings
 
 T = TypeVar("T")
 # Large enough that Ray's cost for an object vanishes, small enough to wait a little
@@ -138,7 +138,7 @@ def share_tables(unit: Unit, *, reading: Reading) -> Iterator[pa.Table]:
     num_bytes = sum(view.nbytes for view in images)
     make_pixels = None
     if reading.decode is not None:
-        from pipelines.data.reader_decode import ReaderDecoder
+        from pipelines.transforms.decoder import ReaderDecoder
 
         share_rows = -(-unit.batch_size * unit.num_repeats // reading.num_workers)
         make_pixels = ReaderDecoder(reading.decode, batch_size=share_rows)

@@ -7,6 +7,7 @@ file's footer says how many rows each of its row groups holds; there is no other
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -163,12 +164,14 @@ def _read_shard_set(place: StoragePath) -> ShardSet:
     paths = tuple(item.path for item in files)
     _check_whole(paths, place=place)
     classes = _read_classes(place.within(CLASSES_FILE))
-    reader = _Reader(place=place, num_files=len(files), num_classes=len(classes))
+    read = functools.partial(
+        _rows_of_groups, place=place, num_files=len(files), num_classes=len(classes)
+    )
     rows: list[list[int]] = []
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         # In parts: what waits in a pool takes 2 kB each, and there may be 10^5.
         for start in range(0, len(files), _MAX_WAITING):
-            rows += pool.map(reader.read, files[start : start + _MAX_WAITING])
+            rows += pool.map(read, files[start : start + _MAX_WAITING])
     groups = _group_table(paths, rows=rows)
     if groups.total_rows == 0:
         raise ValueError(
@@ -243,52 +246,45 @@ def _read_classes(file: StoragePath) -> tuple[str, ...]:
     return tuple(classes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Reader:
-    """Reader of a shard's footer, and of its labels where that is cheap."""
+def _rows_of_groups(
+    info: pafs.FileInfo, *, place: StoragePath, num_files: int, num_classes: int
+) -> list[int]:
+    """Read a shard's footer, and check its labels where that is cheap.
 
-    place: StoragePath
-    num_files: int
-    num_classes: int
+    Returns the rows of each row group; raises ValueError as `read_shard_set`.
+    """
+    name = str(place.within(info.base_name))
+    filesystem, _ = place.open()
+    # Told the size, a fragment needs one request: the file's end.
+    fragment = ds.ParquetFileFormat().make_fragment(
+        info.path, filesystem=filesystem, file_size=info.size
+    )
+    footer = _fetched(lambda: _metadata(fragment), name=name, part="footer")
+    _check_columns(footer, name=name)
+    # On a path the labels themselves are read, which shows damage too.
+    labels = _known_labels(footer) if place.is_remote else None
+    # A bucket is asked for each row group's labels, a path for each file's.
+    num_requests = num_files * (footer.num_row_groups if place.is_remote else 1)
+    if labels is None and num_requests <= _MAX_LABEL_REQUESTS:
+        labels = _fetched(lambda: _labels(fragment), name=name, part="labels")
+    if labels is not None:
+        check_labels(labels, num_classes=num_classes, path=name)
+    return [footer.row_group(at).num_rows for at in range(footer.num_row_groups)]
 
-    def read(self, info: pafs.FileInfo) -> list[int]:
-        """Return the rows of each row group; ValueError as `read_shard_set`."""
-        name = str(self.place.within(info.base_name))
-        filesystem, _ = self.place.open()
-        # Told the size, a fragment needs one request: the file's end.
-        fragment = ds.ParquetFileFormat().make_fragment(
-            info.path, filesystem=filesystem, file_size=info.size
-        )
-        footer = _fetched(lambda: _metadata(fragment), name=name, part="footer")
-        _check_columns(footer, name=name)
-        labels = self._known_labels(footer)
-        if labels is None and self._may_read_labels(footer):
-            labels = _fetched(lambda: _labels(fragment), name=name, part="labels")
-        if labels is not None:
-            check_labels(labels, num_classes=self.num_classes, path=name)
-        return [footer.row_group(at).num_rows for at in range(footer.num_row_groups)]
 
-    def _may_read_labels(self, footer: pq.FileMetaData) -> bool:
-        # A bucket is asked for each row group's labels, a path for each file's.
-        num_requests = footer.num_row_groups if self.place.is_remote else 1
-        return num_requests * self.num_files <= _MAX_LABEL_REQUESTS
+def _known_labels(footer: pq.FileMetaData) -> pa.ChunkedArray | None:
+    """Return the minimum and maximum label of each row group from its statistics.
 
-    def _known_labels(self, footer: pq.FileMetaData) -> pa.ChunkedArray | None:
-        """Return the minimum and maximum label of each row group from its statistics.
-
-        None where one has none, and on a path: there the labels themselves are read,
-        which shows damage too.
-        """
-        if not self.place.is_remote:
+    None where one has none.
+    """
+    column = footer.schema.names.index("label")
+    found: list[int | None] = []
+    for at in range(footer.num_row_groups):
+        known = footer.row_group(at).column(column).statistics
+        if known is None or not known.has_min_max or not known.has_null_count:
             return None
-        column = footer.schema.names.index("label")
-        found: list[int | None] = []
-        for at in range(footer.num_row_groups):
-            known = footer.row_group(at).column(column).statistics
-            if known is None or not known.has_min_max or not known.has_null_count:
-                return None
-            found += [known.min, known.max, *[None] * known.null_count]
-        return pa.chunked_array([found], pa.int64())
+        found += [known.min, known.max, *[None] * known.null_count]
+    return pa.chunked_array([found], pa.int64())
 
 
 def _fetched(function: Callable[[], T], *, name: str, part: str) -> T:

@@ -18,7 +18,7 @@ from pipelines.data.shard_set import CLASSES_FILE, read_shard_set
 from pipelines.shards.suffixes import is_picture_name
 from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering
-from pipelines.transforms.eval_transform import decode_eval
+from pipelines.transforms.decoder import decode_eval
 from pipelines.transforms.headers import BadImageError
 
 logger = logging.getLogger(__name__)

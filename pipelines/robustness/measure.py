@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,7 @@ from tqdm import tqdm
 
 from pipelines.config import Run
 from pipelines.data.batch import Batch
-from pipelines.data.loader import pixel_settings
 from pipelines.robustness.corruptions import CORRUPTIONS, Corruption
-from pipelines.robustness.levels import Levels
 from pipelines.robustness.options import Robustness
 from pipelines.robustness.passes import (
     Condition,
@@ -32,7 +31,7 @@ from pipelines.robustness.perturbations import (
 )
 from pipelines.robustness.scores import corruption_scores, flip_scores
 from pipelines.training.step import Forward
-from pipelines.transforms.cpu import Threads
+from pipelines.transforms.normalize import Levels
 
 OpenBatches = Callable[[Run], contextlib.AbstractContextManager[Iterable[Batch]]]
 """Callable that opens one epoch of evaluation batches, as a run describes them."""
@@ -144,20 +143,23 @@ def _pass(
     subject: Subject, *, options: Robustness, total: int, text: str
 ) -> Iterator[Pass]:
     """Open a pass with a progress bar of its rate and time left."""
-    with tqdm(total=total, unit="image", desc=text, disable=None) as bar:
+    with (
+        tqdm(total=total, unit="image", desc=text, disable=None) as bar,
+        ThreadPoolExecutor(subject.run.data.num_decode_threads) as threads,
+    ):
         yield Pass(
             model=subject.model,
             forward=Forward.of(subject.run, device=subject.device),
             levels=_levels(subject.run, device=subject.device),
             seed=options.corruption_seed,
-            threads=Threads(subject.run.data.num_decode_threads),
+            threads=threads,
             on_images=bar.update,
         )
 
 
 def _levels(run: Run, *, device: torch.device) -> Levels:
     return Levels(
-        pixel_settings(run, train=False),
+        run.pixels(train=False),
         device=device,
         num_threads=run.data.num_decode_threads,
     )

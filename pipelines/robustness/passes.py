@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +13,10 @@ from torch import Tensor, nn
 from pipelines.data.batch import Batch
 from pipelines.robustness.corruptions import Corruption, corrupt
 from pipelines.robustness.digital import through_jpeg
-from pipelines.robustness.levels import Levels
 from pipelines.robustness.perturbations import NOISES, Perturbation, frames
 from pipelines.training.metrics import correct
 from pipelines.training.step import Forward
-from pipelines.transforms.cpu import Threads
+from pipelines.transforms.normalize import Levels
 
 Condition = tuple[Corruption, int]
 """A corruption and its severity."""
@@ -31,7 +31,7 @@ class Pass:
     levels: Levels
     """Of the model's images."""
     seed: int
-    threads: Threads
+    threads: ThreadPoolExecutor
     on_images: Callable[[int], object] = lambda num: None
     """Callback with how many more images the model has seen."""
 
@@ -106,7 +106,7 @@ def _corrupted(
             pixels = through_jpeg(pixels, quality=jpeg_quality)
         shown[row] = pixels
 
-    using.threads.each(change, num=len(rows))
+    list(using.threads.map(change, range(len(rows))))
     return shown
 
 
@@ -179,7 +179,7 @@ def _frames_of(
         def advance(place: int, *, shown: np.ndarray = shown) -> None:
             shown[place] = next(sequences[place])
 
-        using.threads.each(advance, num=len(pixels))
+        list(using.threads.map(advance, range(len(pixels))))
         yield shown
 
 

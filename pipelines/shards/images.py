@@ -10,8 +10,7 @@ from PIL import Image
 
 from pipelines.shards.jpeg_scans import check_scans
 from pipelines.transforms.headers import BadImageError, read_header
-from pipelines.transforms.orientation import orientation_of
-from pipelines.transforms.pillow_decode import load_image, to_rgb
+from pipelines.transforms.pillow_decode import load_image, orientation_of, to_rgb
 
 __all__ = ["BadImageError", "Checked", "check_image"]
 _ORIENTATION = 0x0112

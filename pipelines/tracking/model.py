@@ -35,7 +35,7 @@ from pipelines.config.own_code import OwnCode
 from pipelines.config.recipes import load_code
 from pipelines.hardware.device import find_device
 from pipelines.storage.redaction import without_credentials
-from pipelines.transforms.eval_transform import decode_eval
+from pipelines.transforms.decoder import decode_eval
 from pipelines.transforms.headers import BadImageError
 from pipelines.transforms.pillow_decode import is_whole
 

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipelines.config import Optim
 
-
-@dataclass(frozen=True, kw_only=True)
-class Draw:
-    """Random draw of how one batch is mixed; the same for all workers of a step."""
-
-    lam: float
-    """Share of the image itself in the mix."""
-    box: tuple[float, float] | None
-    """Centre of cutmix's box as shares of height and width; None for mixup."""
+Draw = tuple[float, tuple[float, float] | None]
+"""Share of the image itself in the mix, and the centre of cutmix's box as shares of
+height and width; None for mixup."""
 
 
 def draw_mix(optim: Optim, *, key: int) -> Draw | None:
     """Draw how to mix a batch, from a key; None where mixup and cutmix are off.
 
-    Follows timm's batch mode, mixing every batch: one share and one box per batch.
+    Follows timm's batch mode, mixing every batch: one share and one box per batch, the
+    same for all workers of a step.
     """
     if not optim.mixup and not optim.cutmix:
         return None
@@ -35,7 +29,7 @@ def draw_mix(optim: Optim, *, key: int) -> Draw | None:
     alpha = optim.cutmix if use_cutmix else optim.mixup
     lam = source.betavariate(alpha, alpha)
     box = (source.random(), source.random()) if use_cutmix else None
-    return Draw(lam=lam, box=box)
+    return lam, box
 
 
 def mix(images: Tensor, targets: Tensor, *, draw: Draw) -> tuple[Tensor, Tensor]:
@@ -47,11 +41,11 @@ def mix(images: Tensor, targets: Tensor, *, draw: Draw) -> tuple[Tensor, Tensor]
         images: (B, C, H, W).
         targets: (B, K), rows of distributions.
     """
-    lam = draw.lam
-    if draw.box is None:
+    lam, center = draw
+    if center is None:
         mixed = torch.lerp(images.flip(0), images, lam)
     else:
-        top, bottom, left, right = _box(images.shape[2:], lam=lam, center=draw.box)
+        top, bottom, left, right = _box(images.shape[2:], lam=lam, center=center)
         mixed = images.clone()
         mixed[:, :, top:bottom, left:right] = images.flip(0)[
             :, :, top:bottom, left:right

@@ -58,6 +58,17 @@ class Ops:
     bicubic: np.ndarray
     """bool: whether moved pixels are interpolated bicubically, else bilinearly."""
 
+    def texts(self) -> list[str]:
+        """Name each image's operations with their arguments, a line each."""
+        return [
+            "\n".join(
+                f"{Op(op).name.lower()} {arg:.2g}" if arg else Op(op).name.lower()
+                for op, arg in zip(ids, args, strict=True)
+                if op
+            )
+            for ids, args in zip(self.ids.tolist(), self.args.tolist(), strict=True)
+        ]
+
 
 _ENHANCE = (Op.COLOR, Op.CONTRAST, Op.BRIGHTNESS, Op.SHARPNESS)
 _JITTER = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,18 +24,8 @@ from pipelines.transforms.sampling import Draws
 
 # Small enough for threads to end together, large enough not to be felt.
 _PARTS_PER_THREAD = 4
-
-
-class Windows(Protocol):
-    """Protocol for decoders of a window of each image: uint8 (height, width, 3)."""
-
-    def __call__(
-        self, encoded: Sequence[np.ndarray], geometry: Geometry
-    ) -> list[Tensor]: ...
-
-    def reset(self) -> None:
-        """Reset to a fresh state after an error."""
-        ...
+Windows = Callable[[Sequence[np.ndarray], Geometry], list[Tensor]]
+"""Decodes a window of each image: uint8 (height, width, 3)."""
 
 
 class HostDecoder:
@@ -75,10 +64,6 @@ class HostDecoder:
         """Return a deferred decode: on the CPU there is nothing to overlap it with."""
         return functools.partial(self, encoded, draws)
 
-    def reset(self) -> None:
-        """Reset to a fresh state after an error."""
-        self._windows.reset()
-
     def _pixels(self, window: Tensor, draws: Draws, at: int) -> np.ndarray:
         geometry, size = draws.geometry, self._img_size
         # The unusual order keeps the strides of channels last, which resize fastest.
@@ -103,28 +88,6 @@ class HostDecoder:
         )
 
 
-class PlainViews:
-    """Filter before DALI: images it decodes differently become the judge's pixels."""
-
-    def __init__(self, *, exif: Exif, num_threads: int) -> None:
-        self._exif: Exif = exif
-        self._threads = Threads(num_threads)
-
-    def __call__(self, encoded: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Replace some images; raises BadImageError where one of those is bad."""
-        views = list(encoded)
-        odd = [
-            at for at in range(len(views)) if not is_plain(views[at], exif=self._exif)
-        ]
-
-        def replace(place: int) -> None:
-            at = odd[place]
-            views[at] = as_ppm(decode_image(views[at].tobytes(), exif=self._exif))
-
-        self._threads.each(replace, num=len(odd))
-        return views
-
-
 class Threads:
     """Thread pool that calls a function for every place of a batch."""
 
@@ -145,3 +108,21 @@ class Threads:
                 function(at)
 
         list(self._pool.map(do_part, range(num_parts)))
+
+
+def plain_views(
+    encoded: Sequence[np.ndarray], *, exif: Exif, threads: Threads
+) -> list[np.ndarray]:
+    """Exchange images that DALI decodes differently for the judge's pixels.
+
+    Raises BadImageError where one of those is bad.
+    """
+    views = list(encoded)
+    odd = [at for at in range(len(views)) if not is_plain(views[at], exif=exif)]
+
+    def replace(place: int) -> None:
+        at = odd[place]
+        views[at] = as_ppm(decode_image(views[at].tobytes(), exif=exif))
+
+    threads.each(replace, num=len(odd))
+    return views

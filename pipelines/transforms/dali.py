@@ -19,13 +19,13 @@ import torch
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch import Tensor
 
-from pipelines.config import Exif
+from pipelines.config import Exif, PixelSettings
 from pipelines.hardware.device import current_stream, is_gpu
-from pipelines.transforms.cpu import PlainViews
+from pipelines.transforms.cpu import Threads, plain_views
 from pipelines.transforms.crops import Geometry
 from pipelines.transforms.dali_ops import apply_ops, op_inputs
 from pipelines.transforms.headers import BadImageError
-from pipelines.transforms.sampling import Draws, PixelSettings
+from pipelines.transforms.sampling import Draws
 
 _INT32, _FLOAT = types.DALIDataType.INT32, types.DALIDataType.FLOAT
 
@@ -38,30 +38,37 @@ class DaliWindows:
     ) -> None:
         self._batch_size = batch_size
         self._num_threads = num_threads
-        self._plain = PlainViews(exif=exif, num_threads=num_threads)
-        self.reset()
+        self._exif: Exif = exif
+        self._threads = Threads(num_threads)
+        self._pipeline = self._build()
 
     def __call__(
         self, encoded: Sequence[np.ndarray], geometry: Geometry
     ) -> list[Tensor]:
         """Decode windows; raises RuntimeError where one image of the batch is bad."""
-        _feed(self._pipeline, self._plain(encoded), geometry)
-        (output,) = self._pipeline.run()
+        views = plain_views(encoded, exif=self._exif, threads=self._threads)
+        try:
+            _feed(self._pipeline, views, geometry)
+            (output,) = self._pipeline.run()
+        except Exception:  # DALI may not go on after one
+            self._pipeline = self._build()
+            raise
         # With DALI's dynamic executor a tensor owns its memory: no copy is needed.
         return [torch.from_dlpack(output[at]) for at in range(len(encoded))]
 
-    def reset(self) -> None:
-        """Rebuild the pipeline: 20 to 45 ms."""
-        self._pipeline = Pipeline(
+    def _build(self) -> Pipeline:
+        """Build the pipeline: 20 to 45 ms."""
+        pipeline = Pipeline(
             batch_size=self._batch_size,
             num_threads=self._num_threads,
             device_id=None,
             prefetch_queue_depth=1,
             exec_dynamic=True,
         )
-        with self._pipeline:
-            self._pipeline.set_outputs(_decoded_windows(device="cpu"))
-        self._pipeline.build()
+        with pipeline:
+            pipeline.set_outputs(_decoded_windows(device="cpu"))
+        pipeline.build()
+        return pipeline
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,8 +102,7 @@ class DaliDecoder:
         self._settings = settings
         self._batch_size = batch_size
         self._device = device
-        data = settings.data
-        self._plain = PlainViews(exif=data.exif, num_threads=data.num_decode_threads)
+        self._threads = Threads(settings.data.num_decode_threads)
         self._in_flight: deque[_Batch] = deque()
         self._pipeline: Pipeline | None = self._build()
 
@@ -108,8 +114,10 @@ class DaliDecoder:
         self, encoded: Sequence[np.ndarray], draws: Draws
     ) -> Callable[[], Tensor]:
         """Start decoding a batch; return a function that waits for its pixels."""
+        exif = self._settings.data.exif
         try:
-            batch = _Batch(encoded=self._plain(encoded), draws=draws)
+            views = plain_views(encoded, exif=exif, threads=self._threads)
+            batch = _Batch(encoded=views, draws=draws)
         except BadImageError as error:  # nothing was fed: what is on its way goes on
             batch = _Batch(encoded=encoded, draws=draws)
             batch.pixels.set_exception(error)
@@ -256,7 +264,7 @@ def _decoded_windows(*, device: str, hw_decoder_load: float = 0.0) -> Any:
         shape=_input("window", dtype=_INT32),
         axes=[0, 1],
         output_type=types.DALIImageType.RGB,
-        # What is to be turned comes turned, see PlainViews.
+        # What is to be turned comes turned, see plain_views.
         adjust_orientation=False,
         **(only_gpu if device == "mixed" else {}),
     )

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipelines.config import Augment, Data, PixelSettings
 from pipelines.hardware.device import is_gpu, upload
 from pipelines.transforms.cpu import HostDecoder
+from pipelines.transforms.crops import center_crop
 from pipelines.transforms.fault_isolation import PixelDecoder, SafeDecoder, Salvaged
 from pipelines.transforms.normalize import Finisher
-from pipelines.transforms.pillow_decode import PillowWindows
-from pipelines.transforms.rows import BadImage, Rows
-from pipelines.transforms.sampling import Draws, PixelSettings, draw, draw_ids_of
+from pipelines.transforms.pillow_decode import pillow_windows, stored_size
+from pipelines.transforms.rows import PIXELS, REASON, BadImage, Rows, nested, rows_of
+from pipelines.transforms.sampling import Draws, draw, draw_ids_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,7 @@ def make_decoder(
             "'train' on Linux or set --data.decoder torch"
         )
     if data.decoder == "torch" or not has_dali:
-        windows = PillowWindows(exif=data.exif)
+        windows = functools.partial(pillow_windows, exif=data.exif)
     else:
         from pipelines.transforms.dali import DaliDecoder, DaliWindows
 
@@ -129,6 +133,11 @@ class BatchDecoder:
         salvaged = self._decode.start(rows, draws)
         return lambda: self._decoded(rows, draws, salvaged())
 
+    def describe(self, rows: Rows, epoch: int) -> list[str]:
+        """Name the operations that the images of some rows go through in an epoch."""
+        ops = draw(rows, settings=self._settings, epoch=epoch).ops
+        return [""] * len(rows) if ops is None else ops.texts()
+
     def _decoded(self, rows: Rows, draws: Draws, found: Salvaged) -> Decoded:
         bad = tuple(
             BadImage(
@@ -147,12 +156,11 @@ class BatchDecoder:
         weights[found.good] = 1
         draw_ids = np.full(self._num_rows, -1, np.int64)
         draw_ids[found.good] = draw_ids_of(rows)[found.good]
-        if not found.good:
-            draws = replace(draws, boxes=None)
-        elif draws.boxes is not None:
-            draws = draws.take(sources)
+        # Without a good image there is none to erase from.
+        has_boxes = draws.boxes is not None and found.good
+        boxes = draws.take(sources).boxes if has_boxes else None
         return Decoded(
-            images=self._finish(pixels, draws),
+            images=self._finish(pixels, boxes=boxes),
             labels=labels,
             weights=weights,
             draw_ids=draw_ids,
@@ -186,3 +194,86 @@ def pixels_of(rows: Rows, *, img_size: int) -> Salvaged:
         good=good,
         reasons={at: reason for at, reason in enumerate(said) if reason},
     )
+
+
+class ReaderDecoder:
+    """Decoder of share tables: images become pixels, or a reason why there are none.
+
+    For clusters whose GPU machines have few cores: it runs where the shards are read.
+    Pixels travel then instead of encoded bytes: 150 kB an image of 224x224 where a JPEG
+    of ImageNet is about 110 kB. They are those that the workers' CPUs would make.
+
+    Args:
+        batch_size: Rows that one worker has of a batch, at most.
+    """
+
+    def __init__(self, settings: PixelSettings, *, batch_size: int) -> None:
+        self._settings = settings
+        self._batch_size = batch_size
+        self._decode = SafeDecoder(
+            make_decoder(settings, batch_size=batch_size, device=torch.device("cpu")),
+            exif=settings.data.exif,
+        )
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Number of bytes of an image's pixels."""
+        return 3 * self._settings.img_size**2
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Decode one share table."""
+        rows, epoch = rows_of(table), table["epoch"][0].as_py()
+        size = self.bytes_per_image
+        pixels = np.zeros((len(rows), size), np.uint8)
+        reasons = [""] * len(rows)
+        for start in range(0, len(rows), self._batch_size):
+            part = rows.cut(start, start + self._batch_size)
+            self._fill(part, epoch, pixels=pixels[start:], reasons=reasons, start=start)
+        offsets = np.arange(len(rows) + 1, dtype=np.int64) * size
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(pixels)]
+        values = pa.Array.from_buffers(pa.large_binary(), len(rows), buffers)
+        table = table.drop_columns("image").append_column(PIXELS, nested(values))
+        return table.append_column(REASON, nested(pa.array(reasons, pa.string())))
+
+    def _fill(
+        self,
+        rows: Rows,
+        epoch: int,
+        *,
+        pixels: np.ndarray,
+        reasons: list[str],
+        start: int,
+    ) -> None:
+        draws = draw(rows, settings=self._settings, epoch=epoch)
+        found = self._decode(rows, draws)
+        if found.pixels is not None:
+            pixels[found.good] = found.pixels.flatten(1).numpy()
+        for at, reason in found.reasons.items():
+            reasons[start + at] = reason
+
+
+def decode_eval(encoded: Sequence[bytes], *, data: Data, img_size: int) -> Tensor:
+    """Decode images as evaluation does, without Ray, DALI or shards.
+
+    They are float32 (B, 3, img_size, img_size), on the CPU.
+
+    Raises BadImageError where one of them is bad.
+    """
+    settings = PixelSettings(
+        data=data, augment=Augment(), img_size=img_size, seed=0, train=False
+    )
+    exif = data.exif
+    sizes = np.array([stored_size(item, exif=exif) for item in encoded])
+    geometry = center_crop(
+        heights=sizes[:, 0],
+        widths=sizes[:, 1],
+        img_size=img_size,
+        crop_pct=data.crop_pct,
+        interpolation=data.eval_interpolation,
+    )
+    windows = functools.partial(pillow_windows, exif=exif)
+    decoder = HostDecoder(windows, img_size=img_size, fill=settings.fill, num_threads=1)
+    draws = Draws(geometry=geometry, ops=None, boxes=None)
+    views = [np.frombuffer(item, np.uint8) for item in encoded]
+    finisher = Finisher(settings, device=torch.device("cpu"), num_threads=1)
+    return finisher(decoder(views, draws))

@@ -1,7 +1,8 @@
 """Decode whatever is decodable of a batch: a bad image costs that image alone.
 
-Bytes are screened first. Where a decoder still refuses a batch, DALI often does not
-say for which image, so each is tried alone and the rest goes on.
+Bytes are screened first: most damage shows without decoding, and a JPEG that was cut
+off passes a decoder where the crop misses the hole. Where one still refuses a batch,
+DALI often does not say for which image, so each is tried alone and the rest goes on.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from pipelines.config import Exif
-from pipelines.transforms.byte_checks import screen
-from pipelines.transforms.headers import BadImageError
+from pipelines.transforms.headers import BadImageError, read_header
 from pipelines.transforms.pillow_decode import as_ppm, decode_image, is_whole
 from pipelines.transforms.rows import Rows
 from pipelines.transforms.sampling import Draws
@@ -36,10 +36,6 @@ class PixelDecoder(Protocol):
 
         Each batch gives its own, or its own error, whatever becomes of the others.
         """
-        ...
-
-    def reset(self) -> None:
-        """Reset to a fresh state after an error."""
         ...
 
 
@@ -113,7 +109,6 @@ class SafeDecoder:
         error: Exception,
     ) -> Salvaged:
         """Decode without the bad images; raises the error where none is to blame."""
-        self._decoder.reset()
         found = self._find(rows, draws, good)
         blames_all = len(found) == len(good) > 1
         is_mended = bool(found) or len(self._judged) > num_judged
@@ -149,7 +144,6 @@ class SafeDecoder:
             try:
                 self._start(rows, draws, [at])()
             except Exception as error:  # each decoder has its own
-                self._decoder.reset()
                 reason = self._judge(rows, draws, at, error=error)
                 if reason:
                     found[at] = reason
@@ -165,7 +159,6 @@ class SafeDecoder:
         try:
             self._start(rows, draws, [at])()
         except Exception:
-            self._decoder.reset()
             self._judged.discard(int(rows.ids[at]))
             return _reason(error)
         return ""
@@ -177,3 +170,22 @@ def _reason(error: Exception) -> str:
     telling = [line for line in lines if "fail" in line.lower()]
     said = (telling or lines or [type(error).__name__])[-1]
     return f"the decoder refuses it: {said[:120]}"
+
+
+def screen(encoded: np.ndarray, *, height: int, width: int) -> str:
+    """Return why an image can't be decoded, or "" where its bytes look whole.
+
+    Args:
+        encoded: uint8 view of the file's bytes.
+        height: Stored pixels, as the shard has them; width likewise.
+    """
+    try:
+        header = read_header(encoded.data)
+    except BadImageError as error:
+        return str(error)
+    if (header.height, header.width) == (height, width):
+        return ""
+    return (
+        f"{header.format} of {header.width}x{header.height} pixels, the shard says "
+        f"{width}x{height}"
+    )

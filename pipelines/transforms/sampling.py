@@ -12,41 +12,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipelines.config import Augment, Data, Exif
+from pipelines.config import Exif, PixelSettings
 from pipelines.transforms.color_ops import Ops, color_jitter, rand_augment
 from pipelines.transforms.crops import Geometry, center_crop, random_resized_crop
 from pipelines.transforms.erasing import Boxes, erase_boxes
-from pipelines.transforms.orientation import is_lying, orientation_of
+from pipelines.transforms.pillow_decode import is_lying, orientation_of
 from pipelines.transforms.rows import DRAW_STRIDE, Rows
 
 T = TypeVar("T", Geometry, Ops, Boxes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PixelSettings:
-    """Settings that decide a sample's pixels."""
-
-    data: Data
-    augment: Augment
-    img_size: int
-    seed: int
-    train: bool
-
-    @property
-    def fill(self) -> tuple[int, int, int]:
-        """Fill colour where an operation moved the image away."""
-        red, green, blue = (min(round(255 * value), 255) for value in self.data.mean)
-        return red, green, blue
-
-    @property
-    def num_ops(self) -> int:
-        """Number of operations that an image may go through one after another."""
-        policy = self.augment.rand_augment
-        if not self.train:
-            return 0
-        if policy is not None:
-            return policy.num_layers
-        return 3 if self.augment.color_jitter else 0
 
 
 @dataclass(frozen=True, kw_only=True)

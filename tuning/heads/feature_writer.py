@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pipelines.config import Run
 from pipelines.data.epoch_plan import EpochPlan, plan_epoch
-from pipelines.data.loader import pixel_settings
 from pipelines.data.shard_set import ShardSet
 from pipelines.hardware.device import device_of
 from pipelines.storage.path import StoragePath
@@ -179,7 +178,7 @@ class TokenWriter:
         kind = (num_rows, train)
         if kind not in self._decoders:
             self._decoders[kind] = BatchDecoder(
-                pixel_settings(self._run, train=train),
+                self._run.pixels(train=train),
                 num_rows=num_rows,
                 device=self._device,
             )
