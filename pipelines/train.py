@@ -24,7 +24,6 @@ from pipelines import tracking
 from pipelines.checkpoints.run_record import find_record
 from pipelines.cli.command import parse, run_command
 from pipelines.cli.help_text import COMMON, help_text, wants_help
-from pipelines.cli.printed import command_line
 from pipelines.config import Run
 from pipelines.config.recipes import load_recipe, own_code_of
 from pipelines.driver.fit import fit
@@ -46,7 +45,7 @@ from pipelines.evaluation.figures import (
     WORST_FILE,
 )
 from pipelines.evaluation.held_out import OWN_SET
-from pipelines.storage.redaction import without_credentials
+from pipelines.storage.redaction import command_line, without_credentials
 from pipelines.training.model import title_of
 from pipelines.worker.job import Trained
 

@@ -7,8 +7,9 @@ Importing this package puts the models into timm's registry:
 
 from __future__ import annotations
 
+from sovit.architectures.backbones import SecondOrderNet, second_order
+from sovit.architectures.vit import SoViT
 from sovit.attention import Gsop
-from sovit.backbones import SecondOrderNet, second_order
 from sovit.head import SecondOrderHead
 from sovit.minimax import minimax_coefficients
 from sovit.moments import (
@@ -26,16 +27,17 @@ from sovit.newton_schulz import (
     newton_schulz_inverse_sqrt,
     newton_schulz_sqrt,
 )
-from sovit.official import load_official
 from sovit.pooling import FewTokensWarning, Pooling, build_pooling
 from sovit.powers import covariance_power, matrix_log, matrix_power, sv_power
+from sovit.probes import Probed, find_stem, probe
 from sovit.svpn import svpn
-from sovit.vit import SoViT
+from sovit.weights.official import load_official
 
 __all__ = [
     "FewTokensWarning",
     "Gsop",
     "Pooling",
+    "Probed",
     "SecondOrderHead",
     "SecondOrderNet",
     "SoViT",
@@ -45,6 +47,7 @@ __all__ = [
     "covariance_sqrt",
     "cross_covariance",
     "default_pooling",
+    "find_stem",
     "gaussian_embedding",
     "load_official",
     "matrix_log",
@@ -52,6 +55,7 @@ __all__ = [
     "minimax_coefficients",
     "newton_schulz_inverse_sqrt",
     "newton_schulz_sqrt",
+    "probe",
     "second_order",
     "sv_power",
     "svpn",

@@ -11,7 +11,7 @@ import torch
 from timm.models import _registry
 
 import sovit
-from sovit.backbones import ARCHITECTURE
+from sovit.architectures.backbones import ARCHITECTURE
 
 SMALL = sovit.Pooling.named("isqrt_cov", reduced_dim=8)
 

@@ -16,9 +16,9 @@ from timm.optim._param_groups import param_groups_weight_decay
 from torch import Tensor, nn
 
 import sovit
+from sovit.architectures.tokens import ConvEmbed
+from sovit.architectures.trunks import unstride_last_stage
 from sovit.pooling import Pooling
-from sovit.tokens import ConvEmbed
-from sovit.trunks import unstride_last_stage
 
 SMALL = {"type": "cross_cov", "reduced_dim": (4, 3)}
 # Maps, channels last, tokens with and without class token, one and several prefixes,

@@ -17,7 +17,7 @@ from pipelines.config.serialization import to_json
 from pipelines.driver.fit import fit
 from pipelines.train import _main
 from pipelines.training.model import build_model
-from sovit.positions import sinusoid_table
+from sovit.architectures.vit import sinusoid_table
 from tests.demo_runs import RECIPE, small_demo
 from tests.small_sets import write_set
 from tests.test_initial_files import official

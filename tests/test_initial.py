@@ -17,7 +17,7 @@ from pipelines.config import Data, Model, Optim, Probe, Run
 from pipelines.data.batch import Position
 from pipelines.driver.preflight import check_run
 from pipelines.training.model import build_model
-from sovit.positions import sinusoid_table
+from sovit.architectures.vit import sinusoid_table
 from tests.small_sets import write_set
 
 CLASSES = ("cat", "dog", "eel")

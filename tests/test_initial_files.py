@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import sovit
 from pipelines.checkpoints.pretrained import load_initial
-from sovit.official import official_names
 from sovit.pooling import CrossCovPool
+from sovit.weights.official import official_names
 from tests.test_initial import CLASSES, build
 
 VIT: dict[str, Any] = {

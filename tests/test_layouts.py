@@ -13,8 +13,8 @@ import torchvision
 from torch import Tensor, nn
 
 import sovit
-from sovit.layouts import read_layout
-from sovit.trunks import Features, inspect_features
+from sovit.architectures.layouts import read_layout
+from sovit.architectures.trunks import Features, inspect_features
 
 SIZE, DIM = (64, 32), 6
 ROWS, COLUMNS = SIZE[0] // 16, SIZE[1] // 16

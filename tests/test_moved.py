@@ -22,7 +22,6 @@ from pipelines.checkpoints.run_record import (
     new_record,
     read_record,
 )
-from pipelines.cli.printed import command_line
 from pipelines.config import Run
 from pipelines.config.overrides import change_fields
 from pipelines.config.serialization import to_json
@@ -39,6 +38,7 @@ from pipelines.export.command import _main as export
 from pipelines.predict import _main as predict
 from pipelines.results.compare import _main as compare
 from pipelines.storage.filesystem import absolute, open_filesystem
+from pipelines.storage.redaction import command_line
 from pipelines.tracking.client import sqlite_path, sqlite_uri
 from pipelines.tracking.query import RunStore
 from pipelines.train import _main

@@ -25,7 +25,7 @@ from pipelines.export import command
 from pipelines.export.images import read_images
 from pipelines.training.model import build_model
 from sovit import SecondOrderNet
-from sovit.backbones import ARCHITECTURE
+from sovit.architectures.backbones import ARCHITECTURE
 from tests.demo_runs import RECIPE, part_of_demo, small_demo
 from tests.exports import Trained, untrained
 from tests.mlflow_stores import prepare_store

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import sovit
-from sovit.official import checkpoint_filter_fn, is_official
-from sovit.positions import sinusoid_table
+from sovit.architectures.vit import sinusoid_table
+from sovit.weights.official import checkpoint_filter_fn, is_official
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("so_vit_7", "sot_tiny")

@@ -12,8 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 import sovit
-from sovit.official import MisfitError
-from sovit.releases import recognise
+from sovit.weights.official import MisfitError
+from sovit.weights.releases import recognise
 from tests.released_files import ECA, GSOP, RESNET, as_authors, net, pair
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import sovit
 from pipelines.checkpoints.pretrained import load_initial
-from sovit.official import MisfitError, convert
+from sovit.weights.official import MisfitError, convert
 from tests.released_files import (
     ECA,
     GSOP,

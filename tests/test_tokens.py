@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sovit.positions import resize_table, sinusoid_table
-from sovit.tokens import (
+from sovit.architectures.tokens import (
     TOKEN_STRIDES,
     ConvEmbed,
     DenseStage,
@@ -17,6 +16,7 @@ from sovit.tokens import (
     build_token_embed,
     check_img_size,
 )
+from sovit.architectures.vit import resize_table, sinusoid_table
 
 
 @pytest.mark.parametrize("kind", ["resnet", "densenet", "linear"])

@@ -20,7 +20,7 @@ from pipelines.data.loader import opened_here, reading_of
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.storage.path import StoragePath
 from pipelines.training.model import build_model
-from sovit.official import official_names
+from sovit.weights.official import official_names
 from tests.demo_runs import small_demo
 from tuning.heads.backbone import Backbone, load_backbone
 from tuning.heads.extract import write_tokens

@@ -18,10 +18,10 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 import sovit
+from sovit.architectures.vit import sinusoid_table
 from sovit.head import FUSIONS
 from sovit.networks.so_vit import ARCHITECTURES
 from sovit.pooling import Pooling
-from sovit.positions import sinusoid_table
 
 # Counted from the layers' shapes; the first and fifth are the released code's own.
 NUM_PARAMETERS = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sovit.weight_files import read_tensors
+from sovit.weights.weight_files import read_tensors
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -98,7 +98,7 @@ def clone(tmp_path: Path) -> Path:
 
 def _check(names: set[str]) -> None:
     needed = {"recipes/demo.py", "recipes/imagenet.py", "pipelines/train.py"}
-    needed |= {"tuning/search.py", "sovit/vit.py", "requirements.txt"}
+    needed |= {"tuning/search.py", "sovit/architectures/vit.py", "requirements.txt"}
     assert needed <= names
     rooms = {name.split("/")[0] for name in names}
     unwanted = {".git", ".venv", "tests", "docs", "benchmarks", "runs", "clusters"}

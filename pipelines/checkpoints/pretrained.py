@@ -13,8 +13,8 @@ from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary
 from pipelines.training.optimizer import classifiers
 from sovit import SecondOrderNet, SoViT
-from sovit.official import MisfitError, checkpoint_filter_fn, convert
-from sovit.releases import plain_names, recognise, release_of
+from sovit.weights.official import MisfitError, checkpoint_filter_fn, convert
+from sovit.weights.releases import plain_names, recognise, release_of
 
 _MAX_NAMES = 5
 _TRUNK = "backbone."

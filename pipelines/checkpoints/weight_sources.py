@@ -25,7 +25,7 @@ from pipelines.checkpoints.manifest import (
 from pipelines.checkpoints.snapshot import EMA_FILE, MANIFEST, MODEL_FILE, fingerprint
 from pipelines.storage.path import StoragePath
 from pipelines.storage.retry import answering
-from sovit.weight_files import average_keys, find_weights, read_tensors
+from sovit.weights.weight_files import average_keys, find_weights, read_tensors
 
 _CONFIG = "config.json"
 _IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")

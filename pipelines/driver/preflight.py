@@ -22,7 +22,6 @@ from pipelines.checkpoints.run_record import (
     read_record,
 )
 from pipelines.checkpoints.store import CheckpointStore
-from pipelines.cli.printed import command_line
 from pipelines.config import (
     LOCATIONS,
     NOT_LEARNT,
@@ -48,10 +47,10 @@ from pipelines.evaluation.held_out import (
 )
 from pipelines.storage.filesystem import absolute
 from pipelines.storage.path import StoragePath
-from pipelines.storage.redaction import error_summary, without_credentials
+from pipelines.storage.redaction import command_line, error_summary, without_credentials
 from pipelines.training.model import build_model, checkpoint_gradients, title_of
 from pipelines.training.state import freeze
-from sovit.probes import find_stem
+from sovit import find_stem
 
 logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"(epoch|step)_\d{4,}")

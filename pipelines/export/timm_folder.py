@@ -29,7 +29,7 @@ from pipelines.training.model import (
     without_weights,
 )
 from pipelines.training.optimizer import classifiers
-from sovit.weight_files import find_weights, read_tensors
+from sovit.weights.weight_files import find_weights, read_tensors
 
 logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"

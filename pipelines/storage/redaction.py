@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
 
 _MAX_ERROR_CHARS = 300
 _HIDDEN = "***"
@@ -62,3 +67,14 @@ def error_summary(error: BaseException) -> str:
     line = next(iter(without_credentials(str(error)).strip().splitlines()), "")
     end = None if isinstance(error, ValueError) else _MAX_ERROR_CHARS
     return f"{type(error).__name__}: {line[:end]}"
+
+
+def command_line(program: str, *arguments: object) -> str:
+    """Format a command of ours or MLflow's, quoted where a shell needs it.
+
+    A program that is not on PATH gets its folder; addresses lose their secrets.
+    """
+    beside = Path(sys.executable).with_name(program)
+    is_found = shutil.which(program) or not beside.exists()
+    words = [program if is_found else os.path.relpath(beside)]
+    return shlex.join([*words, *(without_credentials(str(word)) for word in arguments)])

@@ -22,7 +22,7 @@ from pipelines.config import Model, Optim
 from pipelines.storage.redaction import error_summary
 from pipelines.training.freezing import freeze
 from sovit import SecondOrderNet
-from sovit.backbones import ARCHITECTURE
+from sovit.architectures.backbones import ARCHITECTURE
 
 # What timm's builder, and ours of networks, take to load weights.
 PRETRAINED = ("pretrained", "pretrained_backbone", "checkpoint_path")

@@ -19,7 +19,7 @@ from pipelines.training.metrics import soft_cross_entropy
 from pipelines.training.state import TrainState
 from pipelines.training.step import TrainSettings, mixed, seed_step, step_errors
 from pipelines.worker.probe_figure import Band, draw_bands
-from sovit.probes import Probed, find_stem, probe
+from sovit import Probed, find_stem, probe
 
 
 class Prober:

@@ -15,7 +15,12 @@ from typing import Any
 import timm
 from timm.models import build_model_with_cfg, load_pretrained, register_model
 
-from sovit.backbones import ARCHITECTURE, DATA_KEYS, SecondOrderNet, second_order
+from sovit.architectures.backbones import (
+    ARCHITECTURE,
+    DATA_KEYS,
+    SecondOrderNet,
+    second_order,
+)
 from sovit.networks.build import check_weights, with_tuples
 
 

@@ -9,10 +9,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import nn
 
+from sovit.architectures.trunks import placed
 from sovit.head import classifier_names
-from sovit.official import checkpoint_filter_fn
 from sovit.pooling import as_pooling
-from sovit.trunks import placed
+from sovit.weights.official import checkpoint_filter_fn
 
 
 def paper_cfg(

@@ -15,12 +15,12 @@ from timm.models import EfficientNet, ResNet, register_model
 from timm.models._efficientnet_blocks import InvertedResidual
 from torch import nn
 
+from sovit.architectures.backbones import SecondOrderNet, second_order
+from sovit.architectures.trunks import check_conv_size, unstride_last_stage
 from sovit.attention import NUM_STAGES, REDUCED_DIM, add_gsop, stages_of
-from sovit.backbones import SecondOrderNet, second_order
 from sovit.networks.build import create, paper_cfg
 from sovit.pooling import Pooling
 from sovit.shapes import Number, Tensor
-from sovit.trunks import check_conv_size, unstride_last_stage
 
 NARROW_CHS = 96
 

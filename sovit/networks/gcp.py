@@ -15,7 +15,7 @@ from typing import Any
 from timm.models import register_model
 from torch import nn
 
-from sovit.backbones import second_order
+from sovit.architectures.backbones import second_order
 from sovit.networks.build import create, paper_cfg
 from sovit.pooling import Pooling
 

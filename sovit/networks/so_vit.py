@@ -15,13 +15,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
 from torch import nn
 
+from sovit.architectures.trunks import placed
+from sovit.architectures.vit import SoViT
 from sovit.head import classifier_names
 from sovit.networks.build import feature_cfg, with_tuples
-from sovit.official import checkpoint_filter_fn
 from sovit.pooling import Pooling, as_pooling
 from sovit.shapes import Number
-from sovit.trunks import placed
-from sovit.vit import SoViT
+from sovit.weights.official import checkpoint_filter_fn
 
 
 def _so_vit(

@@ -20,7 +20,7 @@ from pipelines.checkpoints.pretrained import load_initial
 from pipelines.config import Model, Run
 from pipelines.storage.path import StoragePath
 from pipelines.training.model import PRETRAINED, build_model, without_weights
-from sovit.trunks import image_shape
+from sovit.architectures.trunks import image_shape
 
 
 @dataclass(frozen=True, kw_only=True)

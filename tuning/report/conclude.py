@@ -7,9 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipelines import tracking
-from pipelines.cli.printed import command_line
 from pipelines.errors import RunFailedError
-from pipelines.storage.redaction import without_credentials
+from pipelines.storage.redaction import command_line, without_credentials
 from pipelines.storage.retry import answering
 from pipelines.tracking.sweeps import log_metrics, save_view
 from tuning.report.figures import (

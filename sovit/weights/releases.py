@@ -12,10 +12,10 @@ from timm.layers.eca import EcaModule
 from timm.models import VGG, EfficientNet, ResNet
 from torch import nn
 
+from sovit.architectures.backbones import SecondOrderNet
+from sovit.architectures.vit import SoViT
 from sovit.attention import Gsop
-from sovit.backbones import SecondOrderNet
 from sovit.shapes import Tensor
-from sovit.vit import SoViT
 
 COUNTER = "num_batches_tracked"
 

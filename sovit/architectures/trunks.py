@@ -15,10 +15,10 @@ from timm.models import VGG, ResNet
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from sovit.architectures.layouts import read_layout
+from sovit.architectures.tokens import TOKEN_STRIDES, ConvEmbed
 from sovit.attention import stages_of
-from sovit.layouts import read_layout
 from sovit.shapes import Tensor
-from sovit.tokens import TOKEN_STRIDES, ConvEmbed
 
 MIN_SIZE = 32
 

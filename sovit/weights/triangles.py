@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sovit.backbones import SecondOrderNet
+from sovit.architectures.backbones import SecondOrderNet
 from sovit.pooling import CovPool
-from sovit.releases import Release, side_of_triangle
 from sovit.shapes import Float, Tensor
+from sovit.weights.releases import Release, side_of_triangle
 
 TRIANGLES = ("upper", "lower")
 

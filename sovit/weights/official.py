@@ -2,7 +2,7 @@
 
 Their names are those of the authors' code; ours follow timm. Each of our tensors is
 mapped to the one or two of theirs it is made of, so that errors are reported in the
-file's own names. `sovit.releases` has the names.
+file's own names. `sovit.weights.releases` has the names.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sovit.backbones import SecondOrderNet
+from sovit.architectures.backbones import SecondOrderNet
+from sovit.architectures.tokens import ConvEmbed
+from sovit.architectures.vit import SoViT, resize_table
 from sovit.pooling import CovPool, CrossCovPool, MultiHeadPool, Pooling
-from sovit.positions import resize_table
-from sovit.releases import (
+from sovit.shapes import Tensor
+from sovit.weights.releases import (
     COUNTER,
     COV_MOBILENET,
     ECA_MOBILENET,
@@ -35,12 +37,9 @@ from sovit.releases import (
     recognise,
     release_of,
 )
-from sovit.shapes import Tensor
-from sovit.strangers import describe_stranger, refuse_folder, tried
-from sovit.tokens import ConvEmbed
-from sovit.triangles import find_triangle, reorder_triangle
-from sovit.vit import SoViT
-from sovit.weight_files import find_weights, read_tensors
+from sovit.weights.strangers import describe_stranger, refuse_folder, tried
+from sovit.weights.triangles import find_triangle, reorder_triangle
+from sovit.weights.weight_files import find_weights, read_tensors
 
 logger = logging.getLogger(__name__)
 

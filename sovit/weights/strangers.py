@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from sovit.releases import COUNTER, RELEASES
 from sovit.shapes import Tensor
+from sovit.weights.releases import COUNTER, RELEASES
 
 # Modules that only sovit's own networks have.
 _OURS = r"^head\.(pool|fc|fc_class|fc_visual)\.|^backbone\.|\.se\.(channel|spatial)\."

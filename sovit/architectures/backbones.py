@@ -13,13 +13,10 @@ import torch
 from timm.models import VGG, ResNet, load_model_config_from_hf, parse_model_name
 from torch import nn
 
-from sovit.head import SecondOrderHead
-from sovit.intermediates import TrunkIntermediates
-from sovit.model_args import KeepsArgs
-from sovit.pooling import Pooling, as_pooling
-from sovit.resampling import fit_positions
-from sovit.shapes import Float, Number, Tensor
-from sovit.trunks import (
+from sovit.architectures.intermediates import TrunkIntermediates
+from sovit.architectures.model_args import KeepsArgs
+from sovit.architectures.resampling import fit_positions
+from sovit.architectures.trunks import (
     built_size,
     check_conv_size,
     check_trunk,
@@ -29,6 +26,9 @@ from sovit.trunks import (
     strip,
     unstride_last_stage,
 )
+from sovit.head import SecondOrderHead
+from sovit.pooling import Pooling, as_pooling
+from sovit.shapes import Float, Number, Tensor
 
 # In timm's registry: `sovit.networks.any_backbone`.
 ARCHITECTURE = "sovit_second_order"

@@ -1,0 +1,1 @@
+"""Modules that make a network: So-ViT, and second-order heads on trunks of timm."""

@@ -1,0 +1,1 @@
+"""Weights from files: the papers' released ones, under our tensors' names."""
