@@ -18,9 +18,6 @@ from sovit.moments import (
     gaussian_embedding,
     upper_triangle,
 )
-
-# These only register networks.
-from sovit.networks import any_backbone, deit_swin, eca_gsop, gcp  # noqa: F401
 from sovit.networks.so_vit import default_pooling
 from sovit.newton_schulz import (
     covariance_sqrt,

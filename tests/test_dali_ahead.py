@@ -110,8 +110,8 @@ def salvaged(
         DaliDecoder.reset(decode)
 
     decode.reset = reset
-    safe = SafeDecoder(decode)
-    assert safe.num_ahead == 1
+    safe = SafeDecoder(decode.start)
+    assert decode.num_ahead == 1
     started = (safe.start(rows, draws) for rows, draws in batches)
     found = [salvage() for salvage in taken_ahead(started, num_ahead=num_ahead)]
     return found, num_resets

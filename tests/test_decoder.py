@@ -121,7 +121,8 @@ def test_a_gpu_finds_the_images_that_the_cpu_finds(
 ) -> None:
     """Two batches on their way, a damaged or an odd image in each."""
     images = bad_images() if kind == "bad" else odd_images()
-    decode = SafeDecoder(graph_on(device))
+    graph = graph_on(device)
+    decode = SafeDecoder(graph.start)
     batches = [
         rows_with([GOOD, image, GOOD], first_id=10 * at)
         for at, image in enumerate(images.values())
@@ -129,7 +130,7 @@ def test_a_gpu_finds_the_images_that_the_cpu_finds(
     started = (
         decode.start(rows, draw(rows, settings=EVAL, epoch=0)) for rows in batches
     )
-    ahead = taken_ahead(started, num_ahead=decode.num_ahead)
+    ahead = taken_ahead(started, num_ahead=graph.num_ahead)
     salvaged = {name: one() for name, one in zip(images, ahead, strict=True)}
     reasons = {name: list(one.reasons) for name, one in salvaged.items()}
     assert reasons == dict.fromkeys(images, [1] if kind == "bad" else [])

@@ -120,7 +120,7 @@ def test_readers_evaluation_and_prediction_agree(kind: str) -> None:
     assert torch.equal(images.images, wanted)
     read = ReaderDecoder(given, batch_size=32)(table_of(rows))
     pixels = read["pixels"].chunk(0).flatten().to_pylist()
-    safe = SafeDecoder(decoder_of(kind, train=False))
+    safe = SafeDecoder(decoder_of(kind, train=False).start)
     for start in range(0, len(encoded), 8):
         part = rows.cut(start, start + 8)
         found = safe(part, draw(part, settings=given, epoch=0)).pixels
@@ -149,7 +149,7 @@ def table_of(rows: Rows) -> pa.Table:
 @needs_dali
 def test_the_graph_of_a_gpu_is_given_the_judges_pixels() -> None:
     """Its resize is its own: what is held is that it sees the same image."""
-    safe = SafeDecoder(decoder_of("graph", train=False))
+    safe = SafeDecoder(decoder_of("graph", train=False).start)
     names = list(DECODED)
     for start in range(0, len(names), 8):
         some = names[start : start + 8]
@@ -169,7 +169,7 @@ def test_the_graph_of_a_gpu_is_given_the_judges_pixels() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_refused_is_refused_for_one_reason(kind: str) -> None:
     good = png([row.tobytes() for row in waves()], color=2)
-    safe = SafeDecoder(decoder_of(kind, train=False))
+    safe = SafeDecoder(decoder_of(kind, train=False).start)
     data = settings(kind).data
     for at, (bad, wanted) in enumerate(REFUSED.values()):
         with pytest.raises(BadImageError, match=wanted) as caught:
@@ -225,7 +225,7 @@ def test_every_path_turns_alike(kind: str) -> None:
     upright = [encode(decode_image(data, exif="rotate"), "PNG") for data in encoded]
     sizes = [decode_image(data).shape[:2] for data in upright]
     plain = rows_of(upright, [(height, width) for height, width in sizes])
-    safe = SafeDecoder(decoder_of_exif(kind), exif="rotate")
+    safe = SafeDecoder(decoder_of_exif(kind).start, exif="rotate")
     for start in range(0, len(encoded), 8):
         part, same = (some.cut(start, start + 8) for some in (rows, plain))
         given = settings(kind, exif="rotate")

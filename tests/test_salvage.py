@@ -67,7 +67,7 @@ def test_a_bad_image_costs_that_image(kind: str, name: str) -> None:
     rows = rows_with([GOOD, GOOD, bad_images()[name], GOOD])
     settings = settings_of(kind, train=False)
     draws = draw(rows, settings=settings, epoch=0)
-    decode = SafeDecoder(decoder_of(kind, train=False))
+    decode = SafeDecoder(decoder_of(kind, train=False).start)
     found = decode(rows, draws)
     assert found.good == [0, 1, 3]
     assert list(found.reasons) == [2]
@@ -86,7 +86,7 @@ def test_a_bad_image_costs_that_image(kind: str, name: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_odd_image_costs_nothing(kind: str) -> None:
     encoded = list(odd_images().values())
-    decode = SafeDecoder(decoder_of(kind, train=False))
+    decode = SafeDecoder(decoder_of(kind, train=False).start)
     for start in range(0, len(encoded), 8):
         rows = rows_with(encoded[start : start + 8], first_id=start)
         settings = settings_of(kind, train=False)
@@ -101,7 +101,7 @@ def test_a_hole_that_looks_whole_costs_at_most_that_image(kind: str) -> None:
     from tests.odd_images import _hole_with_forged_end
 
     rows = rows_with([GOOD, _hole_with_forged_end(), GOOD])
-    decode = SafeDecoder(decoder_of(kind))
+    decode = SafeDecoder(decoder_of(kind).start)
     for epoch in range(6):
         draws = draw(rows, settings=settings_of(kind), epoch=epoch)
         found = decode(rows, draws)
@@ -117,14 +117,12 @@ def test_flipped_bits_are_decoded_as_they_are(kind: str) -> None:
         scan[at] = (scan[at] ^ 0x55) % 0xFF
     rows = rows_with([GOOD, bytes(scan), GOOD])
     draws = draw(rows, settings=settings_of(kind, train=False), epoch=0)
-    found = SafeDecoder(decoder_of(kind, train=False))(rows, draws)
+    found = SafeDecoder(decoder_of(kind, train=False).start)(rows, draws)
     assert {0, 2} <= set(found.good)
 
 
 class Broken:
     """Fail always, or for one image, as told."""
-
-    num_ahead = 0
 
     def __init__(self, fails: Any) -> None:
         self.fails, self.sizes = fails, []
@@ -147,7 +145,7 @@ def test_what_is_not_an_images_fault_is_raised() -> None:
     draws = draw(rows, settings=SETTINGS, epoch=0)
     for fails in (lambda encoded: True, lambda encoded: len(encoded) > 1):
         with pytest.raises(RuntimeError, match="allocate"):
-            SafeDecoder(Broken(fails))(rows, draws)
+            SafeDecoder(Broken(fails).start)(rows, draws)
 
 
 def test_a_decoder_is_tried_again_after_each_error_and_reasons_are_a_line() -> None:
@@ -156,7 +154,7 @@ def test_a_decoder_is_tried_again_after_each_error_and_reasons_are_a_line() -> N
     broken = Broken(
         lambda encoded: any(v.tobytes() == culprit or v[0] == ord("P") for v in encoded)
     )
-    decode = SafeDecoder(broken)
+    decode = SafeDecoder(broken.start)
     rows = rows_with([GOOD, culprit, GOOD])
     draws = draw(rows, settings=SETTINGS, epoch=0)
     found = decode(rows, draws)
@@ -175,7 +173,7 @@ def test_what_a_decoder_refuses_alone_comes_by_the_judges_pixels() -> None:
         return culprit in given
 
     broken = Broken(fails)
-    decode = SafeDecoder(broken)
+    decode = SafeDecoder(broken.start)
     rows = rows_with([GOOD, culprit, GOOD])
     draws = draw(rows, settings=SETTINGS, epoch=0)
     for sizes in ([3, 1, 1, 1, 1, 3], [3, 1, 1, 1, 1, 3, 3]):  # it is known then
@@ -195,7 +193,7 @@ def test_what_one_batch_brought_out_mends_the_next_that_was_under_way(
     """The same image twice in a row, as repeated augmentation has it."""
     broken = bad_images()["broken Huffman table"]
     culprit = jpeg(9, size=SIZE) if is_whole else broken
-    decode = SafeDecoder(Broken(lambda encoded: culprit in map(bytes, encoded)))
+    decode = SafeDecoder(Broken(lambda encoded: culprit in map(bytes, encoded)).start)
     rows = rows_with([GOOD, culprit, GOOD])
     draws = draw(rows, settings=SETTINGS, epoch=0)
     started = [decode.start(rows, draws) for _ in range(2)]

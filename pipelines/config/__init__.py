@@ -35,31 +35,17 @@ if TYPE_CHECKING:
     from pipelines.config.run import Model, Probe, Run, Scale
 
 _MODULES = {
-    "checks": ("check_fields",),
-    "compatibility": (
-        "LOCATIONS",
-        "NOT_LEARNT",
-        "NOT_LEARNT_GROUPS",
-        "READING",
-        "RENAMED",
-    ),
-    "data": (
-        "Augment",
-        "CPUS_PER_READ",
-        "Data",
-        "Exif",
-        "IMAGENET_MEAN",
-        "IMAGENET_STD",
-        "Interpolation",
-        "PixelSettings",
-    ),
-    "evaluation": ("Validation", "named_addresses"),
-    "facts": ("Facts",),
-    "optim": ("Optim", "Schedule"),
-    "rand_augment": ("RandAugment", "parse_rand_augment"),
-    "run": ("Model", "Probe", "Run", "Scale"),
+    "checks": "check_fields",
+    "compatibility": "LOCATIONS NOT_LEARNT NOT_LEARNT_GROUPS READING RENAMED",
+    "data": "CPUS_PER_READ IMAGENET_MEAN IMAGENET_STD Augment Data Exif Interpolation "
+    "PixelSettings",
+    "evaluation": "Validation named_addresses",
+    "facts": "Facts",
+    "optim": "Optim Schedule",
+    "rand_augment": "RandAugment parse_rand_augment",
+    "run": "Model Probe Run Scale",
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_HOMES = {name: home for home, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
     "CPUS_PER_READ",

@@ -7,32 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.config.checks import check_fields
-from pipelines.config.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Augment,
-    Data,
-    Interpolation,
-    PixelSettings,
-)
+from pipelines.config.data import Augment, Data, PixelSettings
 from pipelines.config.evaluation import Validation
-from pipelines.config.optim import Optim, Schedule
+from pipelines.config.optim import Optim
 from sovit import Pooling
-
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "Augment",
-    "Data",
-    "Interpolation",
-    "Model",
-    "Optim",
-    "Probe",
-    "Run",
-    "Scale",
-    "Schedule",
-    "Validation",
-]
 
 
 @dataclass(frozen=True, kw_only=True)

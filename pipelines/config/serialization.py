@@ -7,17 +7,10 @@ import json
 from typing import Any
 
 from pipelines.config.compatibility import RENAMED
-from pipelines.config.run import (
-    Augment,
-    Data,
-    Model,
-    Optim,
-    Probe,
-    Run,
-    Scale,
-    Schedule,
-    Validation,
-)
+from pipelines.config.data import Augment, Data
+from pipelines.config.evaluation import Validation
+from pipelines.config.optim import Optim, Schedule
+from pipelines.config.run import Model, Probe, Run, Scale
 from sovit import Pooling
 
 

@@ -7,7 +7,6 @@ a flag on the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,36 +26,6 @@ _MAX_KEYS = 8
 _CLIP_EPS = 1e-6
 KeysOf = Callable[[Sequence[int]], Mapping[int, str]]
 """Looks up the keys of images by their rows in the training set."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BadStep:
-    """A step whose loss or gradients are NaN or inf: its images, and norms by layer."""
-
-    step: int
-    images: Mapping[int, tuple[str, ...]]
-    """By worker, the keys of the images whose loss is not finite."""
-    norms: Mapping[str, Mapping[str, float]]
-    """By layer group: norms of its `weight`, of its `gradient` in the bad step, and of
-    the last finite gradient `before`."""
-
-    @property
-    def line(self) -> str:
-        """One-line description."""
-        where = "in the gradients alone"
-        if self.images:
-            where = "; ".join(
-                f"worker {rank}, images {_shown(keys)}"
-                for rank, keys in sorted(self.images.items())
-            )
-        norms = ", ".join(
-            f"{name} {of['weight']:.3g}/{of['before']:.3g}/{of['gradient']:.3g}"
-            for name, of in self.norms.items()
-        )
-        return (
-            f"got nan or infinity at step {self.step}, {where}; norms of "
-            f"weights/gradients before/gradients then: {norms}"
-        )
 
 
 class NonFiniteGuard:
@@ -173,7 +142,7 @@ class NonFiniteGuard:
         steps = [step for (step, _), flag in zip(bad, flags, strict=True) if flag]
         if not steps:
             return ""
-        line = self._told(steps[0], seen=seen).line
+        line = self._line(steps[0], seen=seen)
         self._num_skipped += len(steps)
         if self._optim.on_nonfinite == "rewind":
             raise RewindError(f"expected a finite loss, {line}", steps[0])
@@ -196,9 +165,8 @@ class NonFiniteGuard:
     def _by_group(self, squares: Tensor) -> Tensor:
         return torch.zeros_like(self._before).index_add_(0, self._index, squares)
 
-    def _told(
-        self, step: int, *, seen: list[tuple[int, np.ndarray, Tensor]]
-    ) -> BadStep:
+    def _line(self, step: int, *, seen: list[tuple[int, np.ndarray, Tensor]]) -> str:
+        """Describe a bad step: the images of each worker, and norms by layer group."""
         rows = [
             draw_id % DRAW_STRIDE
             for at, ids, is_finite in seen
@@ -212,15 +180,19 @@ class NonFiniteGuard:
             keys = {}
         own = tuple(keys.get(row, f"row {row}") for row in rows)
         groups = self._by_group(self._squares(local(self._params)))
-        columns = {"weight": groups, "before": self._before, "gradient": self._then}
-        values = {name: of.sqrt().tolist() for name, of in columns.items()}
-        return BadStep(
-            step=step,
-            images={rank: of for rank, of in _gathered(self._rank, own) if of},
-            norms={
-                group: {name: of[at] for name, of in values.items()}
-                for at, group in enumerate(self._names)
-            },
+        columns = [each.sqrt().tolist() for each in (groups, self._before, self._then)]
+        norms = ", ".join(
+            f"{name} {weight:.3g}/{before:.3g}/{then:.3g}"
+            for name, weight, before, then in zip(self._names, *columns, strict=True)
+        )
+        where = "; ".join(
+            f"worker {rank}, images {_shown(keys)}"
+            for rank, keys in sorted(_gathered(self._rank, own))
+            if keys
+        )
+        return (
+            f"got nan or infinity at step {step}, {where or 'in the gradients alone'}; "
+            f"norms of weights/gradients before/gradients then: {norms}"
         )
 
 

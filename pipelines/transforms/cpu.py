@@ -32,6 +32,7 @@ class HostDecoder:
     """CPU decoder of encoded images to uint8 pixels (n, img_size, img_size, 3)."""
 
     num_ahead = 0
+    """Batches worth starting before the first one is asked for."""
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +17,14 @@ from pipelines.config import Augment, Data, PixelSettings
 from pipelines.hardware.device import is_gpu, upload
 from pipelines.transforms.cpu import HostDecoder
 from pipelines.transforms.crops import center_crop
-from pipelines.transforms.fault_isolation import PixelDecoder, SafeDecoder, Salvaged
+from pipelines.transforms.fault_isolation import SafeDecoder, Salvaged
 from pipelines.transforms.normalize import Finisher
 from pipelines.transforms.pillow_decode import pillow_windows, stored_size
 from pipelines.transforms.rows import PIXELS, REASON, BadImage, Rows, nested, rows_of
 from pipelines.transforms.sampling import Draws, draw, draw_ids_of
+
+if TYPE_CHECKING:  # an extra, on Linux alone
+    from pipelines.transforms.dali import DaliDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class Decoded:
 
 def make_decoder(
     settings: PixelSettings, *, batch_size: int, device: torch.device
-) -> PixelDecoder:
+) -> HostDecoder | DaliDecoder:
     """Build DALI's decoder where it is wanted and installed, else Pillow's.
 
     Raises ValueError where DALI is asked for by name and is not installed.
@@ -96,14 +100,13 @@ class BatchDecoder:
         self._num_rows = num_rows
         self._on_bad = on_bad
         # Where the readers decode there is nothing left to decode.
-        self._decode = (
-            SafeDecoder(
-                make_decoder(settings, batch_size=num_rows, device=device),
-                exif=settings.data.exif,
-            )
-            if settings.data.decode_on == "workers"
-            else None
-        )
+        self._decode: SafeDecoder | None = None
+        self.num_ahead = 0
+        """Batches worth starting before the first one is asked for."""
+        if settings.data.decode_on == "workers":
+            decoder = make_decoder(settings, batch_size=num_rows, device=device)
+            self._decode = SafeDecoder(decoder.start, exif=settings.data.exif)
+            self.num_ahead = decoder.num_ahead
         self._finish = Finisher(
             settings,
             device=device,
@@ -114,11 +117,6 @@ class BatchDecoder:
         size = settings.img_size
         self._last = torch.tensor(settings.fill, dtype=torch.uint8, device=device)
         self._last = self._last.expand(1, size, size, 3)
-
-    @property
-    def num_ahead(self) -> int:
-        """Batches worth starting before the first one is asked for."""
-        return self._decode.num_ahead if self._decode is not None else 0
 
     def __call__(self, rows: Rows, epoch: int) -> Decoded:
         """Decode some rows of an epoch."""
@@ -210,10 +208,9 @@ class ReaderDecoder:
     def __init__(self, settings: PixelSettings, *, batch_size: int) -> None:
         self._settings = settings
         self._batch_size = batch_size
-        self._decode = SafeDecoder(
-            make_decoder(settings, batch_size=batch_size, device=torch.device("cpu")),
-            exif=settings.data.exif,
-        )
+        cpu = torch.device("cpu")
+        decoder = make_decoder(settings, batch_size=batch_size, device=cpu)
+        self._decode = SafeDecoder(decoder.start, exif=settings.data.exif)
 
     @property
     def bytes_per_image(self) -> int:

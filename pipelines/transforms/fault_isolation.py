@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -20,23 +19,10 @@ from pipelines.transforms.pillow_decode import as_ppm, decode_image, is_whole
 from pipelines.transforms.rows import Rows
 from pipelines.transforms.sampling import Draws
 
-
-class PixelDecoder(Protocol):
-    """Protocol for decoders of encoded images to uint8 pixels (n, H, W, 3)."""
-
-    @property
-    def num_ahead(self) -> int:
-        """Batches worth starting before the first one is asked for."""
-        ...
-
-    def start(
-        self, encoded: Sequence[np.ndarray], draws: Draws
-    ) -> Callable[[], Tensor]:
-        """Start decoding; return a function that waits for the pixels, or raises.
-
-        Each batch gives its own, or its own error, whatever becomes of the others.
-        """
-        ...
+StartDecode = Callable[[Sequence[np.ndarray], Draws], Callable[[], Tensor]]
+"""Starts decoding encoded images to uint8 pixels (n, H, W, 3); returns a function that
+waits for them, or raises. Each batch gives its own pixels, or its own error, whatever
+becomes of the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +44,12 @@ class SafeDecoder:
     is given the judge's pixels.
     """
 
-    def __init__(self, decoder: PixelDecoder, *, exif: Exif = "ignore") -> None:
-        self._decoder = decoder
+    def __init__(self, start: StartDecode, *, exif: Exif = "ignore") -> None:
+        self._start_decode = start
         self._exif: Exif = exif
         # An image that failed once is not tried again.
         self._known: dict[int, str] = {}
         self._judged: set[int] = set()
-
-    @property
-    def num_ahead(self) -> int:
-        """Batches worth starting before the first one is asked for."""
-        return self._decoder.num_ahead
 
     def __call__(self, rows: Rows, draws: Draws) -> Salvaged:
         """Decode; raises only errors that no image causes: memory, a driver."""
@@ -134,8 +115,8 @@ class SafeDecoder:
                 pixels = decode_image(views[place].tobytes(), exif=self._exif)
                 views[place] = as_ppm(pixels)
         if len(places) == len(rows):
-            return self._decoder.start(views, draws)
-        return self._decoder.start(views, draws.take(places))
+            return self._start_decode(views, draws)
+        return self._start_decode(views, draws.take(places))
 
     def _find(self, rows: Rows, draws: Draws, places: list[int]) -> dict[int, str]:
         """Try each image alone; return why the bad ones can't be decoded."""

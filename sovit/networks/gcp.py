@@ -10,6 +10,9 @@ head ("progressive_dims" and "num_groups" are the journal version's compressions
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from timm.models import register_model
@@ -20,6 +23,8 @@ from sovit.networks.build import create, paper_cfg
 from sovit.pooling import Pooling
 
 _CLASSIFIER = "head.fc_visual"
+_MPN_DEPTHS, _ISQRT_DEPTHS = (50, 101), (18, 34, 50, 101)
+_ISQRT_DIMS: Mapping[str, int] = MappingProxyType({"": 256, "_128": 128, "_64": 64})
 _MPN_COV = {
     "title": "Is Second-order Information Helpful for Large-scale Visual Recognition?",
     "ids": "arXiv:1703.08050",
@@ -52,11 +57,11 @@ def _cfg(paper: dict[str, str], first_conv: str = "conv1") -> dict[str, Any]:
 
 
 default_cfgs = {
-    **{f"mpncov_resnet{depth}": _cfg(_MPN_COV) for depth in (50, 101)},
+    **{f"mpncov_resnet{depth}": _cfg(_MPN_COV) for depth in _MPN_DEPTHS},
     **{
         f"isqrt_resnet{depth}{width}": _cfg(_ISQRT_COV)
-        for depth in (18, 34, 50, 101)
-        for width in ("", "_128", "_64")
+        for depth in _ISQRT_DEPTHS
+        for width in _ISQRT_DIMS
     },
     "isqrt_vgg16": _cfg(_ISQRT_COV, "features.0"),
     "isqrt_mobilenetv2": _cfg(_OPTIMIZATION, "conv_stem"),
@@ -83,106 +88,30 @@ def _resnet(
     )
 
 
-def _mpncov(depth: int, *, pretrained: bool, **kwargs: Any) -> nn.Module:
-    usual, name = Pooling.named("mpn_cov"), f"mpncov_resnet{depth}"
-    return _resnet(name, depth=depth, usual=usual, pretrained=pretrained, **kwargs)
+def _register(name: str, *, depth: int, usual: Pooling, text: str) -> None:
+    """Register a head on a ResNet, of which a paper has the same at many depths."""
+
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _resnet(name, depth=depth, usual=usual, pretrained=pretrained, **kwargs)
+
+    build.__name__, build.__doc__ = name, f"Build {text}."
+    register_model(build)
 
 
-def _isqrt(
-    depth: int, *, reduced_dim: int = 256, pretrained: bool, **kwargs: Any
-) -> nn.Module:
-    width = "" if reduced_dim == 256 else f"_{reduced_dim}"
-    return _resnet(
-        f"isqrt_resnet{depth}{width}",
-        depth=depth,
-        usual=Pooling.named("isqrt_cov", reduced_dim=reduced_dim),
-        pretrained=pretrained,
-        **kwargs,
+for _depth in _MPN_DEPTHS:
+    _register(
+        f"mpncov_resnet{_depth}",
+        depth=_depth,
+        usual=Pooling.named("mpn_cov"),
+        text=f"MPN-COV on ResNet-{_depth}: covariance of 256, root by eigenvalues",
     )
-
-
-@register_model
-def mpncov_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build MPN-COV on ResNet-50: covariance of 256, square root by eigenvalues."""
-    return _mpncov(50, pretrained=pretrained, **kwargs)
-
-
-@register_model
-def mpncov_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build MPN-COV on ResNet-101: covariance of 256, square root by eigenvalues."""
-    return _mpncov(101, pretrained=pretrained, **kwargs)
-
-
-@register_model
-def isqrt_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build iSQRT-COV on ResNet-18, covariance of 256 channels."""
-    return _isqrt(18, pretrained=pretrained, **kwargs)
-
-
-@register_model
-def isqrt_resnet18_128(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build iSQRT-COV on ResNet-18, covariance of 128 channels."""
-    return _isqrt(18, reduced_dim=128, pretrained=pretrained, **kwargs)
-
-
-@register_model
-def isqrt_resnet18_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build iSQRT-COV on ResNet-18, covariance of 64 channels."""
-    return _isqrt(18, reduced_dim=64, pretrained=pretrained, **kwargs)
-
-
-@register_model
-def isqrt_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build iSQRT-COV on ResNet-34, covariance of 256 channels."""
-    return _isqrt(34, pretrained=pretrained, **kwargs)
-
-
-@register_model
-def isqrt_resnet34_128(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build iSQRT-COV on ResNet-34, covariance of 128 channels."""
-    return _isqrt(34, reduced_dim=128, pretrained=pretrained, **kwargs)
-
-
-@register_model
-def isqrt_resnet34_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build iSQRT-COV on ResNet-34, covariance of 64 channels."""
-    return _isqrt(34, reduced_dim=64, pretrained=pretrained, **kwargs)
-
-
-@register_model
-def isqrt_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build iSQRT-COV on ResNet-50, covariance of 256 channels."""
-    return _isqrt(50, pretrained=pretrained, **kwargs)
-
-
-@register_model
-def isqrt_resnet50_128(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build iSQRT-COV on ResNet-50, covariance of 128 channels."""
-    return _isqrt(50, reduced_dim=128, pretrained=pretrained, **kwargs)
-
-
-@register_model
-def isqrt_resnet50_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build iSQRT-COV on ResNet-50, covariance of 64 channels."""
-    return _isqrt(50, reduced_dim=64, pretrained=pretrained, **kwargs)
-
-
-@register_model
-def isqrt_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build iSQRT-COV on ResNet-101, covariance of 256 channels."""
-    return _isqrt(101, pretrained=pretrained, **kwargs)
-
-
-@register_model
-def isqrt_resnet101_128(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build iSQRT-COV on ResNet-101, covariance of 128 channels."""
-    return _isqrt(101, reduced_dim=128, pretrained=pretrained, **kwargs)
-
-
-@register_model
-def isqrt_resnet101_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build iSQRT-COV on ResNet-101, covariance of 64 channels."""
-    return _isqrt(101, reduced_dim=64, pretrained=pretrained, **kwargs)
+for _depth, (_width, _dim) in itertools.product(_ISQRT_DEPTHS, _ISQRT_DIMS.items()):
+    _register(
+        f"isqrt_resnet{_depth}{_width}",
+        depth=_depth,
+        usual=Pooling.named("isqrt_cov", reduced_dim=_dim),
+        text=f"iSQRT-COV on ResNet-{_depth}, covariance of {_dim} channels",
+    )
 
 
 @register_model
