@@ -18,8 +18,7 @@ from pipelines.config import Run
 from pipelines.config.overrides import change_fields
 from pipelines.driver.fit import fit
 from pipelines.driver.preflight import check_run
-from pipelines.training.class_weights import class_weights
-from pipelines.training.metrics import soft_cross_entropy
+from pipelines.training.metrics import class_weights, soft_cross_entropy
 from pipelines.training.step import mixed
 from tests.fault_runs import brief_run, learnt
 from tests.mlflow_stores import prepare_store

@@ -26,8 +26,12 @@ from pipelines.hardware.device import (
 )
 from pipelines.hardware.row_limit import RowLimit
 from pipelines.rng import Purpose, key
-from pipelines.training.class_weights import class_weights
-from pipelines.training.metrics import MetricSums, smooth_targets, soft_cross_entropy
+from pipelines.training.metrics import (
+    MetricSums,
+    class_weights,
+    smooth_targets,
+    soft_cross_entropy,
+)
 from pipelines.training.mixup import draw_mix, mix
 from pipelines.training.model import is_sharded
 from pipelines.training.optimizer import learning_rate, set_learning_rate
