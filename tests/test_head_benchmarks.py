@@ -56,7 +56,7 @@ def test_the_command_prints_a_table_and_keeps_figures_and_a_picture(
 ) -> None:
     monkeypatch.setattr(heads, "_CURVE_DIMS", (8, 16))
     out, picture = tmp_path / "result.json", tmp_path / "costs.png"
-    short = "--rounds 1 --round-s 0 --batch-size 1 --num-threads 1".split()
+    short = ["--rounds=1", "--round-s=0", "--batch-size=1", "--num-threads=1"]
     heads._main([*short, "--json", str(out), "--plot", str(picture)])
     printed = capsys.readouterr().out
     content = json.loads(out.read_text())
