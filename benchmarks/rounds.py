@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,23 +32,31 @@ def run_rounds(
 ) -> None:
     """Record all cases in each round, so that a machine's drift hits all alike.
 
-    The records are written to `path` after each case, and shown as a table at the end,
-    also where a case fails; what was not measured is named on stderr.
+    The records are written to `path` after each case, and shown as a table at the end.
+    A case that fails is left out from there on.
+
+    Raises ValueError at the end, with the names of the cases that failed.
     """
     about = {"machine": machine(), "options": str(options)}
     records: list[Record] = []
-    missing = list(cases)
+    missing, errors = list(cases), dict[str, str]()
     try:
         for number in range(1, num_rounds + 1):
-            for name, measure in cases.items():
+            for name in [name for name in cases if name not in errors]:
                 others = OtherLoad()
-                found = dict(measure())
-                found = {"round": number, "case": name, **found, **others.record()}
-                records.append(found)
+                try:
+                    found = {"round": number, "case": name, **cases[name]()}
+                    records.append({**found, **others.record()})
+                    shown = (f"{key} {_short(value)}" for key, value in found.items())
+                    print("  ".join(shown), file=sys.stderr)
+                except Exception as error:  # the others are measured all the same
+                    if not isinstance(error, ValueError):
+                        traceback.print_exc()
+                    errors[name] = f"{type(error).__name__}: {error}"
+                    print(f"{name} failed: {errors[name]}", file=sys.stderr)
                 missing = [case for case in missing if case != name]
-                write_result(path, {**about, "rounds": records}, missing=missing)
-                shown = (f"{key} {_short(value)}" for key, value in found.items())
-                print("  ".join(shown), file=sys.stderr)
+                content = {**about, "rounds": records, "errors": errors}
+                write_result(path, content, missing=missing)
     finally:
         if records:
             frame: Frame = pd.DataFrame(records)
@@ -58,6 +67,8 @@ def run_rounds(
             )
         if missing:
             print(f"not measured: {'; '.join(missing)}", file=sys.stderr)
+    if errors:
+        raise ValueError(f"expected figures of all cases, got none of {list(errors)}")
 
 
 class OtherLoad:

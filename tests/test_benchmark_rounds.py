@@ -121,7 +121,7 @@ def test_the_table_compares_round_by_round() -> None:
     assert "ours is" not in ingest.table(records_of(slow=[100]))
 
 
-def test_cases_take_turns_and_what_was_measured_is_there_when_one_fails(
+def test_cases_take_turns_and_one_that_fails_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clocks = iter(range(100))  # machine's seconds, ours, and those on the wall
@@ -132,15 +132,15 @@ def test_cases_take_turns_and_what_was_measured_is_there_when_one_fails(
 
     def measure(name: str) -> dict[str, float]:
         seen.append(name)
-        if seen == ["one", "two", "three", "one"]:
-            raise ValueError("stopped here")
-        if name == "three":
+        if name == "two":
+            raise KeyError("stopped here")
+        if seen == ["one", "two", "three"]:
             assert json.loads(out.read_text())["missing"] == ["three"]
         return {"figure": 1.0 * len(seen)}
 
     out = tmp_path / "result.json"
     cases = ("one", "two", "three")
-    with pytest.raises(ValueError, match="stopped here"):
+    with pytest.raises(ValueError, match=r"of all cases, got none of \['two'\]"):
         run_rounds(
             {name: functools.partial(measure, name) for name in cases},
             num_rounds=2,
@@ -148,27 +148,37 @@ def test_cases_take_turns_and_what_was_measured_is_there_when_one_fails(
             path=out,
             table=lambda frame: " ".join(frame["case"]),
         )
+    assert seen == ["one", "two", "three", "one", "three"]
     content = json.loads(out.read_text())
-    assert [found["case"] for found in content["rounds"]] == ["one", "two", "three"]
-    assert [found["figure"] for found in content["rounds"]] == [1, 2, 3]
+    assert [found["figure"] for found in content["rounds"]] == [1, 3, 4, 5]
     assert {found["other_cores"] for found in content["rounds"]} == {0.75}
     assert (content["options"], content["missing"]) == ("as asked", [])
+    assert content["errors"] == {"two": "KeyError: 'stopped here'"}
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     said = capsys.readouterr()
-    assert said.out.splitlines()[0] == "one two three"
+    assert said.out.splitlines()[0] == "one three one three"
     assert "0.75 [0.75..0.75] cores" in said.out
+    assert "in measure\n" in said.err
+    assert "two failed: KeyError: 'stopped here'" in said.err
 
 
-def test_what_was_not_measured_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ZeroDivisionError):
+def test_what_was_measured_is_there_when_the_command_is_interrupted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted() -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
         run_rounds(
-            {"one": lambda: {"of": 1.0}, "two": lambda: {"of": 1 / 0}, "three": dict},
+            {"one": lambda: {"of": 1.0}, "two": interrupted, "three": dict},
             num_rounds=1,
             options=None,
             path=None,
-            table=str,
+            table=lambda frame: "the table",
         )
-    assert "not measured: two; three" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "the table" in said.out
+    assert "not measured: two; three" in said.err
 
 
 def test_the_machine_is_described() -> None:

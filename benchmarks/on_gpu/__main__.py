@@ -4,8 +4,9 @@
     python -m benchmarks.on_gpu --only pixels decoding
     python -m benchmarks.on_gpu --device cpu --tiny
 
-Prints a line per case. OUT gets a STAGE.json, written after each case, so that whatever
-ends the command leaves what it measured. On a CPU every stage takes the same path.
+Prints a table per stage. OUT gets a STAGE.json, written after each case, so that
+whatever ends the command leaves what it measured. On a CPU every stage takes the same
+path.
 """
 
 # Of the command line nothing but the standard library: `pipelines.cli.command` needs
@@ -17,15 +18,11 @@ import argparse
 import importlib
 import sys
 import tempfile
-import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.machine import machine
-from benchmarks.on_gpu.setting import Setting, Tasks
-from benchmarks.rounds import write_result
+from benchmarks.on_gpu.setting import Setting
+from benchmarks.rounds import Frame, run_rounds
 from pipelines.hardware.device import find_device
 
 _PROG = "benchmarks.on_gpu"
@@ -48,33 +45,6 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measure(tasks: Tasks, *, file: Path) -> list[str]:
-    """Measure a stage's cases, write its figures after each; return what failed."""
-    found: dict[str, Any] = {"machine": machine(), "cases": {}, "errors": {}}
-    missing = list(tasks)
-    write_result(file, found, missing=missing)
-    for name, measure_case in tasks.items():
-        start_s = time.perf_counter()
-        try:
-            figures = dict(measure_case())
-        except Exception as error:  # it is told, and the next begins
-            traceback.print_exc()
-            found["errors"][name] = f"{type(error).__name__}: {error}"
-            print(f"  {name}  FAILED  {found['errors'][name]}", flush=True)
-        else:
-            figures["seconds"] = time.perf_counter() - start_s
-            found["cases"][name] = figures
-            shown = [f"{of} {_shown(value)}" for of, value in figures.items()]
-            print(f"  {name}  {'  '.join(shown)}", flush=True)
-        missing.remove(name)
-        write_result(file, found, missing=missing)
-    return list(found["errors"])
-
-
-def _shown(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run the stages in turn; return 1 if a case failed, else 0."""
     options = parse_options(arguments)
@@ -83,12 +53,26 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         setting = Setting(device=device, tiny=options.tiny, work=Path(work))
         for name in (name for name in STAGES if name in options.only):
-            print(f"== {name}", flush=True)
             stage = importlib.import_module(f"benchmarks.on_gpu.{name}")
-            bad += measure(stage.tasks(setting), file=options.out / f"{name}.json")
+            try:
+                run_rounds(
+                    stage.tasks(setting),
+                    num_rounds=1,
+                    options=options,
+                    path=options.out / f"{name}.json",
+                    table=table,
+                )
+            except ValueError as error:
+                bad.append(f"{name}: {error}")
     if bad:
-        print(f"{_PROG}: failed: {'; '.join(bad)}", file=sys.stderr)
+        print(f"{_PROG}: {'; '.join(bad)}", file=sys.stderr)
     return int(bool(bad))
+
+
+def table(records: Frame) -> str:
+    """Format a line per case."""
+    shown = records.set_index("case").drop(columns=["round", "other_cores"])
+    return shown.to_string(float_format="{:.4g}".format)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.on_gpu.pixels import BareDecoder, distance
-from benchmarks.on_gpu.setting import Figures, Setting, Tasks
+from benchmarks.on_gpu.setting import Setting, Tasks
+from benchmarks.rounds import Record
 from tests.odd_images import bad_images, odd_images
 
 # Too many pixels to ask a decoder for where nothing screens them.
@@ -34,7 +35,7 @@ def tasks(setting: Setting) -> Tasks:
 
 def _ask(
     setting: Setting, image: bytes, *, decoders: dict[float, BareDecoder]
-) -> Figures:
+) -> Record:
     """Report by engine whether an image is refused, or how far from Pillow's it is."""
     found = {}
     for hardware in _ENGINES:

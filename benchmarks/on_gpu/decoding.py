@@ -12,13 +12,13 @@ import numpy as np
 
 from benchmarks.on_gpu.pixels import POLICY, BareDecoder, settings_of
 from benchmarks.on_gpu.setting import (
-    Figures,
     Setting,
     Tasks,
     encoded_images,
     rows_of,
     times_ms,
 )
+from benchmarks.rounds import Record
 from pipelines.transforms.dali import DaliDecoder
 from pipelines.transforms.sampling import draw
 
@@ -46,7 +46,7 @@ def tasks(setting: Setting) -> Tasks:
     }
 
 
-def _measure(setting: Setting, make: Make, batch_size: int) -> Figures:
+def _measure(setting: Setting, make: Make, batch_size: int) -> Record:
     found = times_ms(make(setting, batch_size), setting=setting)
     rates = [1000 * batch_size / ms for ms in found]
     return {

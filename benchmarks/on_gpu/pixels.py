@@ -17,12 +17,12 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 from benchmarks.on_gpu.setting import (
-    Figures,
     Setting,
     Tasks,
     encoded_images,
     rows_of,
 )
+from benchmarks.rounds import Record
 from pipelines.config import Augment, Data, PixelSettings
 from pipelines.hardware.device import CPU, current_stream, is_gpu
 from pipelines.transforms.dali import DaliDecoder
@@ -111,7 +111,7 @@ def tasks(setting: Setting) -> Tasks:
     return {**whole, **seen}
 
 
-def _decoded(setting: Setting, *, hardware: float, fancy: bool) -> Figures:
+def _decoded(setting: Setting, *, hardware: float, fancy: bool) -> Record:
     """Compare with Pillow, which DALI's CPU decoder agrees with bit for bit."""
     images = encoded_images(setting)[: setting.pick(64, tiny=8)]
     decode = BareDecoder(
@@ -127,7 +127,7 @@ def _decoded(setting: Setting, *, hardware: float, fancy: bool) -> Figures:
     return {**distance(found, wanted), "images_that_order_changes": moved}
 
 
-def distance(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> Figures:
+def distance(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> Record:
     """Measure the levels between two decodings of the same images, over all pixels."""
     pairs = zip(found, wanted, strict=True)
     apart = np.concatenate(
@@ -157,7 +157,7 @@ def settings_of(
     )
 
 
-def _seen(setting: Setting, *, hardware: float, train: bool, policy: str) -> Figures:
+def _seen(setting: Setting, *, hardware: float, train: bool, policy: str) -> Record:
     """Compare a GPU's decoding graph with the CPU's decoder, on the same draws."""
     rows = rows_of(encoded_images(setting)[: setting.pick(64, tiny=8)])
     settings = settings_of(setting, train=train, policy=policy, hardware=hardware)

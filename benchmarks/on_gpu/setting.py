@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +19,12 @@ from PIL import Image
 from torch.utils.benchmark import Timer
 
 from benchmarks.photographs import cut_photographs
+from benchmarks.rounds import Record
 from pipelines.hardware.device import synchronize
 from pipelines.transforms.rows import Rows
 
 T = TypeVar("T")
-Figures = Mapping[str, Any]
-Tasks = Mapping[str, Callable[[], Figures]]
+Tasks = Mapping[str, Callable[[], Record]]
 """The cases of a stage by name, each measured when its turn comes."""
 _MAX_CALLS = 10_000
 
