@@ -24,7 +24,7 @@ from pipelines.data.batch import Batch, Position
 from pipelines.data.batching import batches
 from pipelines.data.epoch_plan import GroupTable, Unit
 from pipelines.data.loader import EpochStream, Plans
-from pipelines.data.reading import Cutter
+from pipelines.data.reading import share_table
 from pipelines.data.shard_set import ShardSet
 from pipelines.transforms.decoder import Decoded
 from pipelines.transforms.rows import REPEAT, ROW_ID, BadImage, Rows
@@ -136,11 +136,14 @@ class MemoryOpener:
                     REPEAT: np.concatenate([s.taken()[1] for s in unit.slices]),
                 }
             )
-            cutter = Cutter(unit, rows=rows, images=[np.empty(0, np.uint8)] * len(ids))
             first = max(unit.start_batch - unit.first_batch, 0)
             if first < unit.num_batches:
-                yield cutter.share_table(
+                yield share_table(
+                    unit,
                     range(first, unit.num_batches),
+                    order=unit.order(),
+                    rows=rows,
+                    images=[np.empty(0, np.uint8)] * len(ids),
                     worker=self.worker,
                     num_workers=self.num_workers,
                 )

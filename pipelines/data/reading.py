@@ -143,7 +143,10 @@ def share_tables(unit: Unit, *, reading: Reading) -> Iterator[pa.Table]:
         share_rows = -(-unit.batch_size * unit.num_repeats // reading.num_workers)
         make_pixels = ReaderDecoder(reading.decode, batch_size=share_rows)
         num_bytes = len(images) * make_pixels.bytes_per_image
-    cutter = Cutter(unit, rows=rows.drop_columns("image"), images=images)
+    rows = rows.drop_columns("image").combine_chunks()
+    cut = functools.partial(
+        share_table, unit, order=unit.order(), rows=rows, images=images
+    )
     first = max(unit.start_batch - unit.first_batch, 0)
     num_shares = unit.num_batches * reading.num_workers
     bytes_per_share = max(num_bytes * unit.num_repeats // num_shares, 1)
@@ -151,55 +154,54 @@ def share_tables(unit: Unit, *, reading: Reading) -> Iterator[pa.Table]:
     for start in range(first, unit.num_batches, num_batches):
         batches = range(start, min(start + num_batches, unit.num_batches))
         for worker in range(reading.num_workers):
-            table = cutter.share_table(
-                batches, worker=worker, num_workers=reading.num_workers
-            )
+            table = cut(batches, worker=worker, num_workers=reading.num_workers)
             yield table if make_pixels is None else make_pixels(table)
 
 
-class Cutter:
-    """Cutter of a unit's rows into share tables."""
+def share_table(
+    unit: Unit,
+    batches: Sequence[int],
+    *,
+    order: np.ndarray,
+    rows: pa.Table,
+    images: Sequence[np.ndarray],
+    worker: int,
+    num_workers: int,
+) -> pa.Table:
+    """Nest one worker's rows of some of a unit's batches into a table of one row.
 
-    def __init__(
-        self, unit: Unit, *, rows: pa.Table, images: Sequence[np.ndarray]
-    ) -> None:
-        self._unit = unit
-        self._order = unit.order()
-        self._images = images
-        self._rows = rows.combine_chunks()
-
-    def share_table(
-        self, batches: Sequence[int], *, worker: int, num_workers: int
-    ) -> pa.Table:
-        """Nest one worker's rows of some batches into a table of one row."""
-        unit = self._unit
-        places, repeats, share_rows, batch_rows = [], [], [], []
-        for batch in batches:
-            begin = batch * unit.batch_size
-            rows = self._order[begin : begin + unit.batch_size]
-            total = len(rows) * unit.num_repeats
-            start, stop = share(total, num_parts=num_workers, part=worker)
-            places.append(np.tile(rows, unit.num_repeats)[start:stop])
-            repeats.append(np.arange(start, stop) // max(len(rows), 1))
-            share_rows.append(stop - start)
-            batch_rows.append(total)
-        taken = np.concatenate(places)
-        table = self._rows.take(pa.array(taken))
-        values = {name: _one_chunk(table[name]) for name in table.column_names}
-        # Of a balanced plan a row's showing; with repeated augmentation that is 0.
-        repeat = np.concatenate(repeats) + table[REPEAT].to_numpy()
-        values[REPEAT] = pa.array(repeat, pa.int64())
-        values["image"] = _joined([self._images[place] for place in taken])
-        cells = {
-            "epoch": pa.array([unit.epoch]),
-            "first_batch": pa.array([unit.first_batch + batches[0]]),
-            "ends_epoch": pa.array(
-                [unit.ends_epoch and batches[-1] + 1 == unit.num_batches]
-            ),
-            "share_rows": pa.array([share_rows]),
-            "batch_rows": pa.array([batch_rows]),
-        }
-        return pa.table(cells | {name: nested(found) for name, found in values.items()})
+    Args:
+        order: The unit's.
+        rows: All rows of the unit, in the order of its slices, without their images.
+        images: Those.
+    """
+    places, repeats, share_rows, batch_rows = [], [], [], []
+    for batch in batches:
+        begin = batch * unit.batch_size
+        batch_order = order[begin : begin + unit.batch_size]
+        total = len(batch_order) * unit.num_repeats
+        start, stop = share(total, num_parts=num_workers, part=worker)
+        places.append(np.tile(batch_order, unit.num_repeats)[start:stop])
+        repeats.append(np.arange(start, stop) // max(len(batch_order), 1))
+        share_rows.append(stop - start)
+        batch_rows.append(total)
+    taken = np.concatenate(places)
+    table = rows.take(pa.array(taken))
+    values = {name: _one_chunk(table[name]) for name in table.column_names}
+    # Of a balanced plan a row's showing; with repeated augmentation that is 0.
+    repeat = np.concatenate(repeats) + table[REPEAT].to_numpy()
+    values[REPEAT] = pa.array(repeat, pa.int64())
+    values["image"] = _joined([images[place] for place in taken])
+    cells = {
+        "epoch": pa.array([unit.epoch]),
+        "first_batch": pa.array([unit.first_batch + batches[0]]),
+        "ends_epoch": pa.array(
+            [unit.ends_epoch and batches[-1] + 1 == unit.num_batches]
+        ),
+        "share_rows": pa.array([share_rows]),
+        "batch_rows": pa.array([batch_rows]),
+    }
+    return pa.table(cells | {name: nested(found) for name, found in values.items()})
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:

@@ -11,6 +11,7 @@ import gc
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from ray.train import UserCallback
@@ -31,10 +32,10 @@ from pipelines.events.channel import (
 from pipelines.hardware.device import device_of, numerics_kept
 from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import error_summary
-from pipelines.worker.group import Small
 from pipelines.worker.job import Job, Trained, outcome
 from pipelines.worker.worker import Worker
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 # In one process that costs nothing, and a report waits for it.
 _LISTEN_EVERY_S = 0.02
@@ -70,7 +71,7 @@ class LocalGroup:
         """Return an opener that reads in this process, as batches are consumed."""
         return LocalOpener(reading)
 
-    def broadcast(self, value: Small) -> Small:
+    def broadcast(self, value: T) -> T:
         """Return the value unchanged."""
         return value
 
