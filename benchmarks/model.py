@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,13 +124,14 @@ def mfu(images_per_s: float, *, macs: int, rate: float) -> float:
 def table(records: Frame, *, cases: Mapping[str, Case]) -> str:
     """Format a line per case, relative to others of the same round."""
     best = records.groupby("case", sort=False).max(numeric_only=True)
+    rates = best.reindex(columns=["flops_per_s"])["flops_per_s"].dropna()
     timed = records[records["case"].isin(cases)]
     shown: dict[str, dict[str, str]] = {}
     for name, rounds in timed.groupby("case", sort=False):
         case = cases[name]
         size, row = size_of(case), rounds.iloc[-1]
         images_per_s = rounds["images_per_s"].median()
-        rate = best["flops_per_s"].get(_matrices(case.dtype))
+        rate = rates.get(_matrices(case.dtype), math.nan)
         shown[name] = {
             "M params": f"{size['num_params'] / 1e6:.2f}",
             "G MACs": f"{size['macs'] / 1e9:.2f}",
@@ -145,7 +147,7 @@ def table(records: Frame, *, cases: Mapping[str, Case]) -> str:
                 ratio = ratios(timed, "images_per_s", to=other)[name]
                 shown[name][f"x {of}"] = f"{ratio.median():.2f}"
     lines = pd.DataFrame(shown).T.fillna("").to_string()
-    return f"{lines}\nmatrix products, FLOP/s: {best['flops_per_s'].dropna().to_dict()}"
+    return f"{lines}\nmatrix products, FLOP/s: {rates.to_dict()}"
 
 
 def _others(case: Case, *, cases: Mapping[str, Case]) -> dict[str, str]:

@@ -38,16 +38,14 @@ def open_process(device: str) -> ProcessPoolExecutor:
 
 
 def time_case(pool: ProcessPoolExecutor, case: Case, *, round_s: float) -> Record:
-    """Time a round in a case's process; ValueError names the case if that fails."""
+    """Time a round in a case's process."""
     try:
         return pool.submit(time_steps, case, round_s=round_s).result()
     except BrokenProcessPool as error:
         raise ValueError(
-            f"{case.label}, {case.stage}: expected a process that times steps, got one "
-            "that died; where the system killed it memory was short: lower --batch-size"
+            "expected a process that times steps, got one that died; where the system "
+            "killed it memory was short: lower --batch-size"
         ) from error
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{case.label}, {case.stage}: {error}") from error
 
 
 def time_steps(case: Case, *, round_s: float) -> Record:

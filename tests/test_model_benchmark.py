@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -193,13 +194,20 @@ def test_the_command_prints_a_table_and_keeps_figures(
         assert one["peak_mb"] > one["at_rest_mb"] > 0
 
 
-def test_a_process_that_fails_is_named() -> None:
+def test_what_fails_in_a_process_is_raised() -> None:
     wrong = changed(img_size=40)  # no multiple of 16
-    with (
-        model_steps.open_process("cpu") as pool,
-        pytest.raises(ValueError, match=r"so_vit_7, eager: img_size: expected"),
-    ):
-        model_steps.time_case(pool, wrong, round_s=0)
+    with model_steps.open_process("cpu") as pool:
+        with pytest.raises(ValueError, match="img_size: expected"):
+            model_steps.time_case(pool, wrong, round_s=0)
+        pool.submit(os._exit, 1)
+        with pytest.raises(ValueError, match="lower --batch-size"):
+            model_steps.time_case(pool, CASE, round_s=0)
+
+
+def test_a_table_shows_what_is_there() -> None:
+    cases = {"eager": CASE, "plain": changed(stage="plain")}
+    shown = table(pd.DataFrame(rounds_of("eager", 100)), cases=cases)
+    assert "nan%" in shown
 
 
 @pytest.mark.parametrize(
