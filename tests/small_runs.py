@@ -20,10 +20,9 @@ from pipelines.data.batch import Batch, Position
 from pipelines.data.loader import Loader, Plans
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.evaluation.measure import validate
-from pipelines.training.freezing import freeze
 from pipelines.training.model import build_model
 from pipelines.training.nonfinite import NonFiniteGuard
-from pipelines.training.optimizer import build_optimizer
+from pipelines.training.optimizer import build_optimizer, freeze
 from pipelines.training.state import TrainState, share_buffers, wrapped
 from pipelines.training.step import TrainSettings
 from tests.small_loops import NotingLoop, small_loop

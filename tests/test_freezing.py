@@ -15,7 +15,7 @@ from pipelines.config.overrides import change_fields
 from pipelines.data.shard_set import ShardSet, read_shard_set
 from pipelines.driver.preflight import check_run
 from pipelines.dry_run.command import show_dry_run
-from pipelines.training.freezing import freeze
+from pipelines.training.optimizer import freeze
 from tests.fault_runs import brief_run
 from tests.small_runs import plain, small_run, state_of, train_run
 from tests.small_sets import write_set

@@ -24,8 +24,8 @@ from pipelines.config import Run
 from pipelines.data.batch import Batch
 from pipelines.storage.path import StoragePath
 from pipelines.training import compiling
-from pipelines.training.freezing import freeze
 from pipelines.training.metrics import MetricSums
+from pipelines.training.optimizer import freeze
 from pipelines.training.state import (
     TrainState,
     build_state,

@@ -49,7 +49,7 @@ from pipelines.storage.filesystem import absolute
 from pipelines.storage.path import StoragePath
 from pipelines.storage.redaction import command_line, error_summary, without_credentials
 from pipelines.training.model import build_model, checkpoint_gradients, title_of
-from pipelines.training.state import freeze
+from pipelines.training.optimizer import freeze
 from sovit import find_stem
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 import sovit
 from pipelines.config import Model, Optim
 from pipelines.storage.redaction import error_summary
-from pipelines.training.freezing import freeze
+from pipelines.training.optimizer import freeze
 from sovit import SecondOrderNet
 from sovit.architectures.backbones import ARCHITECTURE
 

@@ -26,11 +26,9 @@ from pipelines.data.batch import Position
 from pipelines.hardware.device import is_gpu, set_numerics
 from pipelines.hardware.row_limit import RowLimit
 from pipelines.training.compiling import decide
-from pipelines.training.freezing import Frozen
-from pipelines.training.freezing import freeze as freeze
 from pipelines.training.model import build_model, checkpoint_gradients, local
 from pipelines.training.nonfinite import KeysOf, NonFiniteGuard
-from pipelines.training.optimizer import build_optimizer
+from pipelines.training.optimizer import Frozen, build_optimizer, freeze
 
 
 @dataclass(kw_only=True)
