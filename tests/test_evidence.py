@@ -285,7 +285,7 @@ def params_of(plan: Plan, arm: str) -> int:
     if isinstance(model, sovit.SecondOrderNet):
         images = torch.zeros(2, 3, settings.img_size, settings.img_size)
         tokens = model.to_tokens(model.forward_features(images))
-        assert tokens.shape[1] == 64
+        assert tokens.shape[1] == (settings.img_size // 8) ** 2
     return sum(one.numel() for one in model.parameters())
 
 

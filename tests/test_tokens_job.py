@@ -45,7 +45,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("tokens")
-    run = small_demo(folder, num_epochs=1, bad_rows=[BAD_ROW])
+    run = small_demo(folder, num_epochs=1, bad_rows=[BAD_ROW], token_embed="resnet")
     run = dataclasses.replace(
         run,
         scale=Scale(amp="off"),
