@@ -125,31 +125,14 @@ print("loaded:", sorted(outside & set(sys.modules)))
 """
 
 
-class BareProcesses:
-    """Scripts that run in parallel, each in its own process."""
-
-    def __init__(self) -> None:
-        self._running = {
-            script: subprocess.Popen(
-                [sys.executable, "-c", script],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=Path(__file__).parents[1],
-            )
-            for script in (NETWORKS, POOLINGS)
-        }
-
-    def printed(self, script: str) -> str:
-        """Return a script's output; raise AssertionError if it failed."""
-        process = self._running[script]
-        out, err = process.communicate()
-        assert process.returncode == 0, err
-        return out
-
-    def close(self) -> None:
-        """Kill the processes that nobody waited for."""
-        for process in self._running.values():
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+def printed(script: str) -> str:
+    """Return what a script prints; raise AssertionError if it failed."""
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout

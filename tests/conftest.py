@@ -12,8 +12,6 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-from tests.bare import BareProcesses
-
 # A busy machine is slow, and no test asserts a time.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
@@ -96,11 +94,3 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     )
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def bare_processes() -> Iterator[BareProcesses]:
-    """Share the processes that compile and export, which run side by side."""
-    processes = BareProcesses()
-    yield processes
-    processes.close()

@@ -16,7 +16,7 @@ from pipelines.training.model import build_model
 from sovit.attention import ATTENTIONS, Gsop
 from sovit.networks import deit_swin, eca_gsop, gcp
 from sovit.pooling import Pooling
-from tests.bare import NETWORKS, BareProcesses
+from tests.bare import NETWORKS, printed
 from tests.paper_networks import BIG, NAMES, ON_META, build, images, on_meta, usual
 
 # One of each family is exported, and those that have most of ours compiled; the others
@@ -184,5 +184,6 @@ def test_the_others_are_exported_too(name: str) -> None:
     assert logits.meta["val"].shape == (2, 1000)
 
 
-def test_every_family_compiles_and_exports(bare_processes: BareProcesses) -> None:
-    assert set(bare_processes.printed(NETWORKS).split()) == set(FAMILIES)
+@pytest.mark.slow
+def test_every_family_compiles_and_exports() -> None:
+    assert set(printed(NETWORKS).split()) == set(FAMILIES)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from tests.bare import POOLINGS, BareProcesses
+from tests.bare import POOLINGS, printed
 
 
-def test_works_compiles_and_exports_with_torch_and_timm_alone(
-    bare_processes: BareProcesses,
-) -> None:
-    assert bare_processes.printed(POOLINGS).splitlines()[-1] == "loaded: []"
+def test_works_compiles_and_exports_with_torch_and_timm_alone() -> None:
+    assert printed(POOLINGS).splitlines()[-1] == "loaded: []"
