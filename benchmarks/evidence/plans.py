@@ -26,29 +26,27 @@ _SO_VIT: Mapping[str, Any] = {
 }
 _SVPN = {"model.kwargs.fusion": "sum"}
 _CLASS = {"model.kwargs.fusion": "class"}
+_AVG: Mapping[str, Any] = {"model.pooling": Pooling.named("avg")}
+
+
+def _fused(fusion: str, *, against: str = "class token", **changes: Any) -> Arm:
+    """Return a So-ViT whose classifier sees what `fusion` names."""
+    changed = {"model.kwargs.fusion": fusion, **changes}
+    return Arm(changes=changed, against=against, num_seeds=5)
 
 
 def _fusions(wider: Mapping[str, Any]) -> dict[str, Arm]:
     """Return the main line of So-ViT: what the classifier sees."""
+    averaged = "visual tokens, averaged"
     return {
-        "class token": Arm(changes=_CLASS, num_seeds=5),
-        "class token, wider": Arm(
-            changes={**_CLASS, **wider},
-            against="class token",
-            rate_as="class token",
-            num_seeds=5,
+        "class token": _fused("class", against=""),
+        "class token, wider": dataclasses.replace(
+            _fused("class", **wider), rate_as="class token"
         ),
-        "visual tokens": Arm(
-            changes={"model.kwargs.fusion": "visual"},
-            against="class token",
-            num_seeds=5,
-        ),
-        "sum": Arm(changes=_SVPN, against="class token", num_seeds=5),
-        "concatenation": Arm(
-            changes={"model.kwargs.fusion": "concat"},
-            against="class token",
-            num_seeds=5,
-        ),
+        averaged: _fused("visual", **_AVG),
+        "visual tokens": _fused("visual", against=averaged),
+        "sum": _fused("sum"),
+        "concatenation": _fused("concat"),
     }
 
 
@@ -64,8 +62,9 @@ SO_VIT = Plan(
     title="So-ViT: the class token and the visual tokens",
     about=(
         "Two blocks of width 64 on 64 tokens. The head is svPN on a cross-covariance "
-        "of 48 x 24; the wider class token has MLPs of more hidden units, and the "
-        "class token's rate. The variants of svPN take the sum's rate."
+        "of 48 x 24; what it adds to the mean of the visual tokens is the difference "
+        "to those averaged. The wider class token has MLPs of more hidden units, and "
+        "the class token's rate. The variants of svPN take the sum's rate."
     ),
     images=_CIFAR,
     changes=_SO_VIT,
@@ -118,7 +117,6 @@ _RESNET: Mapping[str, Any] = {
         "output_stride": 8,
     },
 }
-_AVG = {"model.pooling": Pooling.named("avg")}
 _ISQRT_POOLING = Pooling.named("isqrt_cov", reduced_dim=48)
 _ISQRT = {"model.pooling": _ISQRT_POOLING}
 
